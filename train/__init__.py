@@ -1,0 +1,1 @@
+"""Training: data, loop, checkpoints, metrics, plots and the command line."""
