@@ -1,0 +1,25 @@
+"""Blocks of queries: how the references keep their memory linear in the sequence length.
+
+A reference never holds a score for every (query, key) pair. It walks over the queries in blocks, small enough that the scores of
+one block stay in a CPU's cache, and looks only at the keys that the block can see.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+SCORES_PER_BLOCK = 1 << 20  # float32 scores of one block: 4 MiB
+SMALLEST, LARGEST = 16, 256
+
+
+def query_blocks(queries: int, scores_per_query: int) -> Iterator[slice]:
+    """Slices that cover `queries`, each of about SCORES_PER_BLOCK scores; a function of shapes only."""
+    size = max(SMALLEST, min(LARGEST, SCORES_PER_BLOCK // max(scores_per_query, 1)))
+    for first in range(0, queries, size):
+        yield slice(first, min(first + size, queries))
+
+
+def visible_entries(start: Tensor, end: Tensor, block: slice) -> slice:
+    """The smallest range of compressed entries that holds everything the block's queries see. start, end: [b|1, t]."""
+    first, last = int(start[:, block].min()), int(end[:, block].max())
+    return slice(first, max(first, last))

@@ -1,0 +1,54 @@
+"""The lightning indexer's training loss: KL from the attention's own probabilities (V3.2; spec C.4).
+
+    p_s   = sum_h exp(scale <q_h, c_s> - lse_h)          joint softmax: window, entries and sink are in lse
+    loss  = mean_t KL( p / sum p  ||  softmax(I) )       both over the picked entries, or over all visible ones
+
+b batch · t queries · h attention heads · d head dim · i index heads · e index head dim · p entries · k picks
+"""
+
+from torch import Tensor
+
+from ..backend import implementation
+
+
+def index_loss(
+    index_q: Tensor,
+    index_weights: Tensor,
+    index_keys: Tensor,
+    q: Tensor,
+    compressed: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    start: Tensor,
+    end: Tensor,
+    index: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The KL that teaches the indexer which entries the attention reads, and the share of its reading that was picked.
+
+    The teacher is a constant: gradients reach index_q, index_weights and index_keys only. A query that sees no entry adds
+    nothing. The share (sum of p over the picks / sum of p over the visible entries) is measured on one query of each block.
+
+    Args:
+        index_q, index_weights, index_keys: [b, t, i, e], [b, t, i], [b, p, e] as given to `index_topk`.
+        q, compressed, lse, scale: [b, t, h, d], [b, p, d], [b, t, h] as given to and returned by `attention`.
+        start, end: [b|1, t] visible range.
+        index: [b, t, k] the picks, -1 = none; None = all visible entries (the dense warm-up).
+
+    Returns:
+        loss and share, float32 scalars; the share is not differentiable. Both are 0 if no query sees an entry.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if index_q.shape[:2] != q.shape[:2]:
+        raise ValueError(f"index_q has shape {tuple(index_q.shape)}: q has batch and queries {tuple(q.shape[:2])}")
+    if index_keys.shape[:2] != compressed.shape[:2]:
+        raise ValueError(
+            f"index_keys has shape {tuple(index_keys.shape)}: compressed has batch and entries {tuple(compressed.shape[:2])}"
+        )
+    run = implementation("index_loss", backend, q).index_loss
+    return run(
+        index_q, index_weights, index_keys, q, compressed, lse, scale=scale, start=start, end=end, index=index
+    )
