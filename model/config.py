@@ -1,0 +1,383 @@
+"""The configuration: one frozen dataclass whose field names are the keys of the released config.json.
+
+    layer i has   a kind    sliding_attention | compressed_sparse_attention (CSA) | heavily_compressed_attention (HCA)
+                  a ratio   m tokens per compressed entry; 0 in a sliding layer, 4 or 128 in the released models
+                  a router  by token id (the first `num_hash_layers`) or by score
+    index L = num_hidden_layers is the multi-token-prediction (MTP) block: sliding, routed by score.
+
+Everything is checked at construction, so a model never meets a configuration that contradicts itself. Nothing here
+imports torch. Sources: the released configurations and V4 4.2.1.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+LAYER_TYPES = (SLIDING, SPARSE, HEAVY)
+
+# Keys of a released config.json that V4 does not vary: read and checked, written back, never stored.
+FIXED: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "model_type": "deepseek_v4",
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "scoring_func": "sqrtsoftplus",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+# Keys that describe the program that wrote or serves the file, not the model.
+IGNORED = ("transformers_version", "use_cache")
+
+_POSITIVE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim"),
+    *("q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk"),
+    *("rope_theta", "compress_rope_theta", "max_position_embeddings", "n_routed_experts", "num_experts_per_tok"),
+    *("n_shared_experts", "moe_intermediate_size", "routed_scaling_factor", "swiglu_limit", "hc_sinkhorn_iters"),
+    *("hc_eps", "rms_norm_eps", "initializer_range"),
+)
+_NOT_NEGATIVE = (
+    *("num_hash_layers", "mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN, applied in compressed layers only: slow pairs turn `factor` times slower, without an attention temperature.
+
+    Pairs that turn more than `beta_fast` times over the original context are kept, those below `beta_slow` turns are
+    divided by `factor`, a linear ramp lies between.
+
+    Raises:
+        TypeError, ValueError: a field of another type, or outside its range; the message names it.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    type: str = "yarn"
+
+    def __post_init__(self) -> None:
+        _normalise(self, "rope_scaling.")
+        _require(self.type == "yarn", "rope_scaling.type", self.type, "'yarn'")
+        _require(self.factor >= 1, "rope_scaling.factor", self.factor, "numbers >= 1")
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+            _require(getattr(self, name) > 0, f"rope_scaling.{name}", getattr(self, name), "positive numbers")
+        ordered = self.beta_fast > self.beta_slow
+        _require(ordered, "rope_scaling.beta_fast", self.beta_fast, f"more than beta_slow={self.beta_slow}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngramConfig:
+    """Conditional memory: hashed n-gram tables read before the attention of the named layers (Engram, 2601.07372).
+
+    Each order 2..`max_ngram` has `heads` hash heads of width `head_dim`, each with `vocab_size` rows nominally (the
+    next unused prime is taken). `kernel_size` is the short convolution's; 0 leaves it out. `canonical_vocab_size` is the
+    number of token classes after tokenizer compression (None: the model's vocabulary), `pad_token_id` the token that
+    stands before a document's first.
+
+    Raises:
+        TypeError, ValueError: a field of another type, or outside its range; the message names it.
+    """
+
+    layers: tuple[int, ...]
+    head_dim: int
+    vocab_size: int
+    max_ngram: int = 3
+    heads: int = 8
+    kernel_size: int = 4
+    seed: int = 0
+    canonical_vocab_size: int | None = None
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        _normalise(self, "engram.")
+        _require(len(self.layers) > 0, "engram.layers", self.layers, "at least one layer (or no engram at all)")
+        _require(len(set(self.layers)) == len(self.layers), "engram.layers", self.layers, "distinct layers")
+        limits = {"head_dim": 1, "vocab_size": 2, "max_ngram": 2, "heads": 1, "kernel_size": 0, "seed": 0}
+        for name, least in {**limits, "pad_token_id": 0}.items():
+            _require(getattr(self, name) >= least, f"engram.{name}", getattr(self, name), f"integers >= {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model's shape and constants; sizes that differ between released models have no default.
+
+    `compress_ratios` and `layer_types` hold one value per layer and are stored with the MTP block's (0 and sliding) at
+    the end; both may be given with or without it. `layer_types` may be left out: ratio 0 is sliding, 4 is CSA, any
+    other HCA. `quantization_config` and `expert_dtype` describe a released checkpoint's storage. The last four fields are
+    weights of the training objective.
+
+    Raises:
+        TypeError, ValueError: a field of another type, out of range, or in conflict with another; the message names it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_nextn_predict_layers: int = 1
+
+    compress_ratios: tuple[int, ...]
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+
+    rope_theta: float = 10_000.0
+    compress_rope_theta: float = 160_000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 1_048_576
+
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int = 1
+    moe_intermediate_size: int
+    num_hash_layers: int
+    routed_scaling_factor: float
+    swiglu_limit: float = 10.0
+
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 1
+    pad_token_id: int | None = None
+    torch_dtype: str = "bfloat16"
+    expert_dtype: str | None = None
+    quantization_config: dict | None = field(default=None, hash=False)
+
+    engram: EngramConfig | None = None
+    mtp_loss_weight: float = 0.3
+    balance_loss_weight: float = 1e-4
+    index_loss_weight: float = 1e-2
+    router_bias_update_speed: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _normalise(self, "")
+        _check_sizes(self)
+        _store_layers(self)
+        _check_layers(self)
+        _check_storage(self)
+
+    def layer_kind(self, layer: int) -> str:
+        """One of `LAYER_TYPES`; `layer` = num_hidden_layers is the MTP block."""
+        return self.layer_types[layer]
+
+    def compress_ratio(self, layer: int) -> int:
+        """Tokens per compressed entry, 0 in a sliding layer."""
+        return self.compress_ratios[layer]
+
+    def is_hash(self, layer: int) -> bool:
+        """Whether the layer's experts are chosen by token id instead of by score."""
+        return layer < self.num_hash_layers
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> "ModelConfig":
+        """The configuration that is shipped under a name, or the one at a path.
+
+        A path is a recipe (.toml, its table [model]), a config.json, or a folder that holds one.
+
+        Raises:
+            ValueError: neither; the message lists what is shipped.
+        """
+        recipe = read_recipe(name_or_path)
+        if "model" not in recipe:
+            raise ValueError(f"{name_or_path}: a recipe needs a table [model]; it has {', '.join(recipe) or 'none'}")
+        return cls.from_dict(recipe["model"])
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
+        """A configuration from released keys, from this project's, or from those that transformers writes.
+
+        Raises:
+            ValueError: an unknown key (names the nearest known one), a missing key, or a value that V4 does not vary.
+        """
+        if any(key in data for key in ("compress_rates", "mlp_layer_types", "rope_parameters")):
+            from .huggingface import config_from_huggingface
+
+            data = config_from_huggingface(data)
+        values = {key: value for key, value in data.items() if key not in IGNORED}
+        for key, allowed in FIXED.items():
+            if key in values:
+                _require(values[key] == allowed, key, values.pop(key), repr(allowed))
+        for key, kind in (("rope_scaling", RopeScaling), ("engram", EngramConfig)):
+            if isinstance(values.get(key), Mapping):
+                values[key] = _build(kind, values[key], f"{key}.")
+        return _build(cls, values, "", also=(*FIXED, *IGNORED))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Released keys and values as JSON has them; our own keys only where they differ from their default.
+
+        `ModelConfig.from_dict(config.to_dict()) == config`.
+        """
+        values = {**FIXED, **asdict(self)}
+        if self.layer_types == _default_layer_types(self.compress_ratios):
+            del values["layer_types"]
+        for f in fields(self):
+            if f.name in _OWN_KEYS and getattr(self, f.name) == f.default:
+                del values[f.name]
+        return json.loads(json.dumps({key: values[key] for key in sorted(values) if values[key] is not None}))
+
+
+_OWN_KEYS = ("engram", "mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
+
+
+def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
+    """All tables of a shipped recipe or of the one at a path; a config.json becomes its table "model".
+
+    Raises:
+        ValueError: no such name or file; the message lists what is shipped.
+    """
+    shipped = resources.files(f"{__package__.rpartition('.')[0]}.configs")
+    names = sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith((".toml", ".json")))
+    for suffix in (".toml", ".json"):
+        if f"{name_or_path}{suffix}" in names:
+            return _parse((shipped / f"{name_or_path}{suffix}").read_text("utf-8"), suffix)
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix in (".toml", ".json") and path.is_file():
+        return _parse(path.read_text("utf-8"), path.suffix)
+    known = ", ".join(name.rpartition(".")[0] for name in names)
+    raise ValueError(
+        f"{str(name_or_path)!r} is no configuration: shipped are {known};"
+        " otherwise give a .toml or .json file that exists, or a folder with a config.json"
+    )
+
+
+def _parse(text: str, suffix: str) -> dict[str, Any]:
+    return tomllib.loads(text) if suffix == ".toml" else {"model": json.loads(text)}
+
+
+def _build(kind: Any, values: Mapping[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
+    """`kind(**values)`, after a check of the keys; `also` are known keys that were handled before."""
+    names = [f.name for f in fields(kind)]
+    for key in values:
+        if key not in names:
+            nearest = difflib.get_close_matches(key, [*names, *also], n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key {prefix + key!r}: the nearest known key is {prefix + nearest!r}")
+    missing = [prefix + f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"missing keys: {', '.join(missing)}")
+    return kind(**values)
+
+
+def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r}: allowed is {allowed}")
+
+
+def _normalise(config: Any, prefix: str) -> None:
+    """Sequences to tuples and whole numbers to float where the field says so; any other type is an error."""
+    for f in fields(config):
+        object.__setattr__(config, f.name, _typed(prefix + f.name, getattr(config, f.name), f.type))
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        kind = next(arg for arg in get_args(kind) if arg is not NoneType)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name}={value!r}: allowed is a list of {get_args(kind)[0].__name__}")
+        return tuple(_typed(f"{name}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: allowed is {kind.__name__}, not {type(value).__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: allowed are finite numbers")
+    return value
+
+
+def _default_layer_types(ratios: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple({0: SLIDING, 4: SPARSE}.get(ratio, HEAVY) for ratio in ratios)
+
+
+def _store_layers(c: ModelConfig) -> None:
+    """Gives both per-layer tuples their stored form: num_hidden_layers values, then one per MTP block."""
+    layers, mtp = c.num_hidden_layers, c.num_nextn_predict_layers
+    types = c.layer_types or _default_layer_types(c.compress_ratios)
+    for name, values, block in (("compress_ratios", c.compress_ratios, 0), ("layer_types", types, SLIDING)):
+        if len(values) not in (layers, layers + 1):
+            raise ValueError(
+                f"{name} has {len(values)} values: allowed are num_hidden_layers={layers}, or one more for the MTP block"
+            )
+        _require(values[layers:] in ((), (block,)), f"{name}[{layers}]", values[-1], f"{block!r}, the MTP block's")
+        object.__setattr__(c, name, values[:layers] + (block,) * mtp)
+
+
+def _check_sizes(c: ModelConfig) -> None:
+    for name in _POSITIVE:
+        _require(getattr(c, name) > 0, name, getattr(c, name), "positive numbers")
+    for name in _NOT_NEGATIVE:
+        _require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
+    _require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
+    _require(c.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", c.num_nextn_predict_layers, "0 or 1")
+    heads, groups = c.num_attention_heads, c.o_groups
+    _require(heads % groups == 0, "num_attention_heads", heads, f"a multiple of o_groups={groups}")
+    widest = min(c.head_dim, c.index_head_dim)
+    even = c.qk_rope_head_dim % 2 == 0 and c.qk_rope_head_dim <= widest
+    limits = f"an even number up to head_dim={c.head_dim} and index_head_dim={c.index_head_dim}"
+    _require(even, "qk_rope_head_dim", c.qk_rope_head_dim, limits)
+    experts, chosen = c.n_routed_experts, c.num_experts_per_tok
+    _require(chosen <= experts, "num_experts_per_tok", chosen, f"up to n_routed_experts={experts}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(c, name)
+        _require(token is None or 0 <= token < c.vocab_size, name, token, f"0 to vocab_size - 1 = {c.vocab_size - 1}")
+
+
+def _check_layers(c: ModelConfig) -> None:
+    layers = c.num_hidden_layers
+    for i, (kind, ratio) in enumerate(zip(c.layer_types, c.compress_ratios)):
+        _require(kind in LAYER_TYPES, f"layer_types[{i}]", kind, ", ".join(LAYER_TYPES))
+        _require(ratio >= 0, f"compress_ratios[{i}]", ratio, "integers >= 0")
+        allowed = f"{'0' if kind == SLIDING else 'positive'}, because layer_types[{i}] is {kind}"
+        _require((kind == SLIDING) == (ratio == 0), f"compress_ratios[{i}]", ratio, allowed)
+    _require(c.num_hash_layers <= layers, "num_hash_layers", c.num_hash_layers, f"up to num_hidden_layers={layers}")
+    if c.engram:
+        inside = all(0 <= layer < layers for layer in c.engram.layers)
+        _require(inside, "engram.layers", list(c.engram.layers), f"0 to num_hidden_layers - 1 = {layers - 1}")
+        classes, pad = c.engram.canonical_vocab_size, c.engram.pad_token_id
+        fits = classes is None or 0 < classes <= c.vocab_size
+        _require(fits, "engram.canonical_vocab_size", classes, f"1 to vocab_size={c.vocab_size}")
+        _require(pad < c.vocab_size, "engram.pad_token_id", pad, f"0 to vocab_size - 1 = {c.vocab_size - 1}")
+
+
+def _check_storage(c: ModelConfig) -> None:
+    """The released formats: FP8 groups of 64 without the rotary part, Hadamard and FP4 groups of 32 in the indexer."""
+    dtypes = ("float32", "bfloat16", "float16")
+    _require(c.torch_dtype in dtypes, "torch_dtype", c.torch_dtype, ", ".join(dtypes))
+    _require(c.expert_dtype in (None, "fp4", "fp8"), "expert_dtype", c.expert_dtype, "'fp4', 'fp8' or none")
+    if c.quantization_config is None:
+        return
+    plain, width = c.head_dim - c.qk_rope_head_dim, c.index_head_dim
+    allowed = f"qk_rope_head_dim={c.qk_rope_head_dim} plus a multiple of 64, because quantization_config is given"
+    _require(plain % 64 == 0, "head_dim", c.head_dim, allowed)
+    allowed = "a power of two and a multiple of 32, because quantization_config is given"
+    _require(width % 32 == 0 and width & (width - 1) == 0, "index_head_dim", width, allowed)
+    if c.expert_dtype == "fp4":
+        for name in ("hidden_size", "moe_intermediate_size"):
+            size = getattr(c, name)
+            _require(size % 32 == 0, name, size, "a multiple of 32, because expert_dtype is 'fp4'")
