@@ -46,9 +46,7 @@ _POSITIVE = (
     *("n_shared_experts", "moe_intermediate_size", "routed_scaling_factor", "swiglu_limit", "hc_sinkhorn_iters"),
     *("hc_eps", "rms_norm_eps", "initializer_range"),
 )
-_NOT_NEGATIVE = (
-    *("num_hash_layers", "mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed"),
-)
+_OBJECTIVE = ("mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +81,9 @@ class EngramConfig:
     """Conditional memory: hashed n-gram tables read before the attention of the named layers (Engram, 2601.07372).
 
     Each order 2..`max_ngram` has `heads` hash heads of width `head_dim`, each with `vocab_size` rows nominally (the
-    next unused prime is taken). `kernel_size` is the short convolution's; 0 leaves it out. `canonical_vocab_size` is the
-    number of token classes after tokenizer compression (None: the model's vocabulary), `pad_token_id` the token that
-    stands before a document's first.
+    next unused prime is taken). `kernel_size` is the short convolution's; 0 leaves it out. `canonical_vocab_size` is
+    the number of token classes after tokenizer compression (None: the model's vocabulary), `pad_token_id` the token
+    that stands before a document's first.
 
     Raises:
         TypeError, ValueError: a field of another type, or outside its range; the message names it.
@@ -116,8 +114,8 @@ class ModelConfig:
 
     `compress_ratios` and `layer_types` hold one value per layer and are stored with the MTP block's (0 and sliding) at
     the end; both may be given with or without it. `layer_types` may be left out: ratio 0 is sliding, 4 is CSA, any
-    other HCA. `quantization_config` and `expert_dtype` describe a released checkpoint's storage. The last four fields are
-    weights of the training objective.
+    other HCA. `quantization_config` and `expert_dtype` describe a released checkpoint's storage. The last four fields
+    are weights of the training objective.
 
     Raises:
         TypeError, ValueError: a field of another type, out of range, or in conflict with another; the message names it.
@@ -235,12 +233,10 @@ class ModelConfig:
         if self.layer_types == _default_layer_types(self.compress_ratios):
             del values["layer_types"]
         for f in fields(self):
-            if f.name in _OWN_KEYS and getattr(self, f.name) == f.default:
+            value = getattr(self, f.name)
+            if value == f.default and (value is None or f.name in _OBJECTIVE):
                 del values[f.name]
-        return json.loads(json.dumps({key: values[key] for key in sorted(values) if values[key] is not None}))
-
-
-_OWN_KEYS = ("engram", "mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
+        return json.loads(json.dumps(values, sort_keys=True))
 
 
 def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
@@ -322,7 +318,7 @@ def _store_layers(c: ModelConfig) -> None:
     for name, values, block in (("compress_ratios", c.compress_ratios, 0), ("layer_types", types, SLIDING)):
         if len(values) not in (layers, layers + 1):
             raise ValueError(
-                f"{name} has {len(values)} values: allowed are num_hidden_layers={layers}, or one more for the MTP block"
+                f"{name} has {len(values)} values: allowed are num_hidden_layers={layers}, or one more for MTP"
             )
         _require(values[layers:] in ((), (block,)), f"{name}[{layers}]", values[-1], f"{block!r}, the MTP block's")
         object.__setattr__(c, name, values[:layers] + (block,) * mtp)
@@ -331,7 +327,7 @@ def _store_layers(c: ModelConfig) -> None:
 def _check_sizes(c: ModelConfig) -> None:
     for name in _POSITIVE:
         _require(getattr(c, name) > 0, name, getattr(c, name), "positive numbers")
-    for name in _NOT_NEGATIVE:
+    for name in ("num_hash_layers", *_OBJECTIVE):
         _require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
     _require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
     _require(c.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", c.num_nextn_predict_layers, "0 or 1")
