@@ -1,0 +1,92 @@
+"""Sliding, compressed-sparse and heavily-compressed attention: one module, the layer's ratio decides (V4 2.3; spec B.2 - B.5).
+
+    q_latent = RMSNorm(W_qa x),  q = RoPE( W_qb q_latent / rms per head )
+    kv = RoPE( RMSNorm(W_kv x) )                                     one head, K = V
+    o = one softmax over window rows, compressed entries and a sink;  o = RoPE^-1(o, at the query)
+    out = W_ob concat_g( W_oa[g] o_g )                               heads in groups
+
+b batch · t tokens · h heads · c head dim · g output groups · r output rank · p compressed entries
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels import attention, index_loss, index_topk, rms_norm, rope
+from .compressor import Compressor
+from .config import ModelConfig
+from .documents import Layout
+from .indexer import Indexer
+from .norm import RMSNorm
+from .rotary import rotation
+
+
+class IndexSignal(NamedTuple):
+    """What a CSA layer tells about its indexer."""
+
+    loss: Tensor  # KL to the attention's own distribution
+    captured: Tensor  # share of the attention on visible entries that the picks hold
+
+
+class Attention(nn.Module):
+    """x [b, t, d] to [b, t, d]. Flash: 64 heads of 512 (64 of them rotary), latent 1024, 8 groups of rank 1024, window 128."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.kind, self.ratio = config.layer_kind(layer), config.compress_ratio(layer)
+        d, h, c = config.hidden_size, config.num_attention_heads, config.head_dim
+        g, r = config.o_groups, config.o_lora_rank
+        self.wq_a = nn.Linear(d, config.q_lora_rank, bias=False)
+        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.wq_b = nn.Linear(config.q_lora_rank, h * c, bias=False)
+        self.wkv = nn.Linear(d, c, bias=False)
+        self.kv_norm = RMSNorm(c, config.rms_norm_eps)
+        self.wo_a = nn.Linear(h // g * c, g * r, bias=False)
+        self.wo_b = nn.Linear(g * r, d, bias=False)
+        self.attn_sink = nn.Parameter(torch.empty(h, dtype=torch.float32))
+        if self.ratio:
+            self.compressor = Compressor(config, layer, c)
+        if self.kind == "compressed_sparse_attention":
+            self.indexer = Indexer(config, layer)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (self.wq_a, self.wq_b, self.wkv, self.wo_a, self.wo_b):
+            nn.init.normal_(linear.weight, std=self.config.initializer_range)
+        nn.init.zeros_(self.attn_sink)
+
+    def forward(self, x: Tensor, layout: Layout, learn_index: bool = False) -> tuple[Tensor, IndexSignal | None]:
+        """The sublayer's output and, for a CSA layer that is asked to learn, the indexer's loss."""
+        turn = rotation(self.config, self.layer, layout.positions)
+        q_latent = self.q_norm(self.wq_a(x))
+        q = self.wq_b(q_latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
+        q = rope(rms_norm(q, None, self.config.rms_norm_eps), turn)
+        kv = rope(self.kv_norm(self.wkv(x)), turn)
+        out, signal = self._attend(x, q_latent, q, kv, turn, layout, learn_index)
+        return self._project(rope(out, turn, inverse=True)), signal
+
+    def _attend(self, x, q_latent, q, kv, turn, layout, learn_index) -> tuple[Tensor, IndexSignal | None]:
+        scale = self.config.head_dim**-0.5
+        reach = {"window": self.config.sliding_window, "window_start": layout.start, "scale": scale}
+        if not self.ratio:
+            return attention(q, kv, None, self.attn_sink, **reach)[0], None
+        entries = layout.entries(self.ratio)
+        compressed = self.compressor(x, entries)
+        seen = {"start": entries.start, "end": entries.end}
+        if self.kind == "heavily_compressed_attention":
+            return attention(q, kv, compressed, self.attn_sink, **reach, **seen)[0], None
+        inputs = self.indexer(x, q_latent, turn, entries)
+        picks = index_topk(*inputs, k=self.config.index_topk, **seen)
+        out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **reach)
+        if not learn_index:
+            return out, None
+        return out, IndexSignal(*index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **seen))
+
+    def _project(self, out: Tensor) -> Tensor:
+        """Grouped low-rank output: each group of heads to rank r, then all groups to d. No norm or activation between."""
+        grouped = rearrange(out, "b t (g h) c -> b t g (h c)", g=self.config.o_groups)
+        wo_a = rearrange(self.wo_a.weight, "(g r) i -> g r i", g=self.config.o_groups)
+        return self.wo_b(torch.einsum("btgi,gri->btgr", grouped, wo_a).flatten(2))

@@ -1,0 +1,50 @@
+"""The compressor: m tokens become one entry by a softmax over time, per channel (V4 2.3.1 eqs. 9-12, 2.3.2; spec B.3).
+
+    k_t = W_kv x_t,  z_t = W_gate x_t + ape[t mod m]
+    c_i = RoPE( RMSNorm( sum_j softmax_j(z_j) k_j ), at i m )
+
+Without overlap (HCA) j runs over the m tokens of window i. With overlap (CSA) every token has two of each: the second half of its
+channels goes into its own window's entry, the first half into the next one's, and c_i pools 2m slots. Projection, softmax and pooling
+are in float32, as in the release.
+
+b batch · t tokens · m ratio · c head dim · p entries
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import pool, rope
+from .config import ModelConfig
+from .documents import Entries
+from .norm import RMSNorm
+from .rotary import rotation
+
+
+class Compressor(nn.Module):
+    """x [b, t, d] to entries [b, p, c], normed and rotated to the position of their first token. Flash: c = 512 (index keys: 128)."""
+
+    def __init__(self, config: ModelConfig, layer: int, head_dim: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.ratio = config.compress_ratio(layer)
+        self.overlap = config.layer_kind(layer) == "compressed_sparse_attention"
+        channels = (2 if self.overlap else 1) * head_dim
+        self.wkv = nn.Linear(config.hidden_size, channels, bias=False)
+        self.wgate = nn.Linear(config.hidden_size, channels, bias=False)
+        self.ape = nn.Parameter(torch.empty(self.ratio, channels, dtype=torch.float32))
+        self.norm = RMSNorm(head_dim, config.rms_norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.wkv.weight, std=self.config.initializer_range)
+        nn.init.normal_(self.wgate.weight, std=self.config.initializer_range)
+        nn.init.zeros_(self.ape)
+
+    def forward(self, x: Tensor, entries: Entries) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            k, z = (F.linear(x.float(), w.weight.float()) for w in (self.wkv, self.wgate))
+        pooled = pool(
+            k, z, self.ape, ratio=self.ratio, overlap=self.overlap, first=entries.first, follows=entries.follows
+        )
+        return rope(self.norm(pooled.to(x.dtype)), rotation(self.config, self.layer, entries.positions))

@@ -1,0 +1,97 @@
+"""Where each token stands: in its document, in the window and among the compressed entries (V4 4.1; spec B.3, B.4).
+
+A row of a batch holds one sequence, or several packed documents with padding between or on either side. Documents never see each
+other, and each is compressed on its own: windows of m tokens start at the document's first token, its tail is dropped. Everything
+that attention, compression and n-grams need to know about that is worked out here, once per forward pass.
+
+b batch · t tokens · p compressed entries of a row, t // m at most
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The compressed entries of a row for one ratio m: where they come from and which of them each token sees."""
+
+    first: Tensor | None  # [b, p] row of the first token of the entry's window, -1 = no such entry; None: 0, m, 2m, ...
+    follows: Tensor | None  # [b, p] the m rows before belong to the same document
+    positions: Tensor  # [b|1, p] position in its document of the entry's first token: where it is rotated to
+    start: Tensor  # [b|1, t] a token sees the entries [start, end)
+    end: Tensor  # [b|1, t] = start + floor((position + 1) / m)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions and visibility of every token; `real` and `start` are None where every row is one whole sequence."""
+
+    positions: Tensor  # [b|1, t] position in the document, 0-based
+    start: Tensor | None = None  # [b, t] first row of the token's document; of padding: one past its own row
+    real: Tensor | None = None  # [b, t] not padding
+    _entries: dict[int, Entries] = field(default_factory=dict)
+
+    def entries(self, ratio: int) -> Entries:
+        """The entries for compression ratio m, worked out at first use."""
+        if ratio not in self._entries:
+            whole = self.start is None
+            self._entries[ratio] = _regular_entries(self.positions, ratio) if whole else _packed_entries(self, ratio)
+        return self._entries[ratio]
+
+
+def make_layout(ids: Tensor, documents: Tensor | None) -> Layout:
+    """The layout of ids [b, t]; documents [b, t] says which document each token belongs to, -1 = padding.
+
+    Raises:
+        ValueError: `documents` of another shape or type, an id below -1, or a document in more than one piece.
+    """
+    t = ids.shape[1]
+    rows = torch.arange(t, device=ids.device)[None]
+    if documents is None:
+        return Layout(positions=rows)
+    _check(documents, ids)
+    real = documents >= 0
+    opens = torch.ones_like(real)
+    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    start = torch.where(opens, rows, 0).cummax(1).values
+    start = torch.where(real, start, rows + 1)
+    return Layout(positions=(rows - start).clamp_min(0), start=start, real=real)
+
+
+def _check(documents: Tensor, ids: Tensor) -> None:
+    if documents.shape != ids.shape:
+        raise ValueError(f"documents has shape {tuple(documents.shape)}: it must be that of ids, {tuple(ids.shape)}")
+    if documents.dtype != torch.int64:
+        raise ValueError(f"documents has dtype {documents.dtype}: it must be torch.int64")
+    if torch.compiler.is_compiling():
+        return
+    if int(documents.min()) < -1:
+        raise ValueError(f"documents holds {int(documents.min())}: allowed are ids >= 0 and -1 for padding")
+    opens = torch.ones_like(documents, dtype=torch.bool)
+    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    heads = torch.where(opens, documents, -1).sort(1).values
+    again = (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)
+    if again.any():
+        row, column = again.nonzero()[0].tolist()
+        raise ValueError(f"documents: id {int(heads[row, column])} appears in more than one piece of row {row}; a document is contiguous")
+
+
+def _regular_entries(positions: Tensor, ratio: int) -> Entries:
+    t = positions.shape[1]
+    first = torch.arange(0, t // ratio * ratio, ratio, device=positions.device)[None]
+    return Entries(None, None, first, torch.zeros_like(positions), (positions + 1) // ratio)
+
+
+def _packed_entries(layout: Layout, ratio: int) -> Entries:
+    b, t = layout.start.shape
+    rows = torch.arange(t, device=layout.start.device).expand(b, t)
+    closes = layout.real & ((layout.positions + 1) % ratio == 0)
+    end = closes.cumsum(1)  # entries of the row that are complete once this token is in
+    start = end - (layout.positions + 1) // ratio
+    end = torch.where(layout.real, end, start)
+    slot = torch.where(closes, end - 1, t // ratio)  # one slot more takes the tokens that close nothing
+    first = rows.new_full((b, t // ratio + 1), -1).scatter_(1, slot, rows - ratio + 1)[:, :-1]
+    positions = layout.positions.gather(1, first.clamp_min(0))
+    return Entries(first, (positions > 0) & (first >= 0), positions, start, end)

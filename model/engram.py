@@ -1,0 +1,99 @@
+"""Engram, conditional memory: rows of hashed n-gram tables, gated into the streams before attention (arXiv 2601.07372; spec 1).
+
+    e_t    = concat of the table rows at hash(x'_{t-n+1..t}),  n = 2..N, k heads per order;  x' canonical token ids
+    v_t    = W_V e_t  shared by the streams,   k_t[j] = W_K[j] e_t
+    s      = <RMSNorm_h(X_t[j]), RMSNorm_k(k_t[j])> / sqrt(d),   g = sigmoid(sign(s) sqrt(max(|s|, 1e-6)))
+    X_t[j] += vg + silu( conv( RMSNorm_c(vg) ) ),   vg = g v_t;   conv: depthwise, causal, dilation N, zero at the start
+
+The signed root is in every released implementation, though not in the paper's formula. n-grams and the convolution stop at a
+document's first token. Table rows start as N(0, initializer_range^2), a choice of ours: no source states it.
+
+b batch · t tokens · n streams · d width · m memory width · r table rows
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import engram_gate, engram_hash, engram_multipliers, engram_primes, rms_norm
+from .config import EngramConfig, ModelConfig
+from .documents import Layout
+
+
+class Engram(nn.Module):
+    """What the memory adds to streams [b, t, n, d]."""
+
+    def __init__(self, config: ModelConfig, memory: EngramConfig, layer: int) -> None:
+        super().__init__()
+        n, d, width = config.hc_mult, config.hidden_size, (memory.max_ngram - 1) * memory.heads * memory.head_dim
+        self.memory, self.layer, self.streams = memory, layer, n
+        self.std, self.eps = config.initializer_range, config.rms_norm_eps
+        self.classes = memory.canonical_vocab_size or config.vocab_size
+        rows = sum(sum(order) for order in _primes(memory)[memory.layers.index(layer)])
+        self.register_buffer("canonical", torch.arange(config.vocab_size) % self.classes)
+        self.table = nn.Embedding(rows, memory.head_dim)
+        self.wkv = nn.Linear(width, (n + 1) * d, bias=False)
+        self.h_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
+        self.k_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
+        if memory.kernel_size:
+            self.conv_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
+            self.conv = nn.Parameter(torch.empty(memory.kernel_size, n, d))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table.weight, std=self.std)
+        nn.init.normal_(self.wkv.weight, std=self.std)
+        if self.memory.kernel_size:
+            nn.init.zeros_(self.conv)
+
+    def set_canonical(self, lookup: Tensor) -> None:
+        """Sets the tokenizer compression: lookup int64 [vocabulary] to canonical ids (`compress_vocabulary` makes one).
+
+        Raises:
+            ValueError: another length, or another number of classes than `engram.canonical_vocab_size`.
+        """
+        if lookup.shape != self.canonical.shape:
+            raise ValueError(f"lookup has shape {tuple(lookup.shape)}: it must be {tuple(self.canonical.shape)}")
+        if int(lookup.max()) + 1 != self.classes:
+            raise ValueError(f"lookup has {int(lookup.max()) + 1} classes: engram.canonical_vocab_size is {self.classes}")
+        self.canonical.copy_(lookup)
+
+    def forward(self, streams: Tensor, ids: Tensor, layout: Layout) -> Tensor:
+        embedded = self.table(self.rows(ids, layout)).flatten(2)  # [b, t, m]
+        keys = self.wkv(embedded).unflatten(-1, (self.streams + 1, -1))
+        value = keys[:, :, self.streams]
+        gated = engram_gate(streams, keys[:, :, : self.streams], value, self.h_norm, self.k_norm, eps=self.eps)
+        if not self.memory.kernel_size:
+            return gated
+        normed = rms_norm(gated, None, self.eps) * self.conv_norm.to(gated.dtype)
+        return gated + F.silu(self._convolve(normed, layout.positions))
+
+    def rows(self, ids: Tensor, layout: Layout) -> Tensor:
+        """Table rows [b, t, orders * heads] of each token's n-grams."""
+        memory = self.memory
+        moduli = torch.tensor(_primes(memory)[memory.layers.index(self.layer)], device=ids.device)
+        offsets = moduli.flatten().cumsum(0) - moduli.flatten()
+        multipliers = engram_multipliers(self.classes, memory.max_ngram, self.layer, memory.seed)
+        multipliers = torch.as_tensor(multipliers, device=ids.device)
+        pad = int(self.canonical[memory.pad_token_id])
+        return engram_hash(self.canonical[ids], multipliers, moduli, offsets, pad=pad, start=layout.start)
+
+    def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
+        """sum_j conv[last - j] x[t - j N], taps before the document's first token left out."""
+        taps, dilation = len(self.conv), self.memory.max_ngram
+        out = x * self.conv[-1].to(x.dtype)
+        for j in range(1, taps):
+            back = j * dilation
+            if back >= x.shape[1]:
+                break
+            inside = (positions[:, back:] >= back)[..., None, None]
+            out[:, back:] += torch.where(inside, x[:, :-back], 0) * self.conv[taps - 1 - j].to(x.dtype)
+        return out
+
+
+@functools.lru_cache(maxsize=16)
+def _primes(memory: EngramConfig) -> list[list[list[int]]]:
+    """Moduli [layer of memory.layers][order][head], all distinct."""
+    return engram_primes(memory.vocab_size, len(memory.layers), memory.max_ngram, memory.heads)

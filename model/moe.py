@@ -1,0 +1,154 @@
+"""Mixture of experts with hash or score routing and one shared expert (V4 2.1, DeepSeekMoE; spec B.8).
+
+    s = sqrt(softplus(W_g x))                               float32
+    chosen = top-k of (s + bias), or tid2eid[token]         the bias selects, it never weights
+    w = scale s[chosen] / sum s[chosen]
+    y = sum_e W2_e( silu(min(W1_e x, 10)) clamp(W3_e x, -10, 10) w_e ) + the same form, unweighted, for the shared expert
+
+b batch · t tokens · d width · E routed experts · k experts per token · n expert width · v vocabulary
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import Routing, balance_loss, moe_experts, moe_permutation, moe_route, swiglu
+from .config import ModelConfig
+from .documents import Layout
+
+
+class LoadSignal(NamedTuple):
+    """What a router tells about the balance of its experts."""
+
+    balance: Tensor  # sequence-wise balance loss, 1 = perfectly even
+    load: Tensor  # [E] share of the assignments of real tokens
+
+
+class Gate(nn.Module):
+    """Scores and choice of experts. `bias` moves against the load after each step (`update_bias`); a hash gate has none."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.is_hash = config.is_hash(layer)
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if self.is_hash:
+            self.register_buffer("tid2eid", torch.empty(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64))
+        else:
+            self.register_buffer("bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
+        self.counts: Tensor | None = None  # [E] assignments since the last update of the bias
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.config.initializer_range)
+        if not self.is_hash:
+            nn.init.zeros_(self.bias)
+        elif not self.tid2eid.is_meta:
+            c = self.config
+            table = hash_table(c.vocab_size, c.n_routed_experts, c.num_experts_per_tok, seed=self.layer)
+            self.tid2eid.copy_(table)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Routing:
+        """Routing of x [n, d], the tokens ids [n]."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.weight.float())
+        c = self.config
+        if self.is_hash:
+            choice = {"experts": self.tid2eid[ids]}
+        else:
+            choice = {"bias": self.bias}
+        return moe_route(logits, top_k=c.num_experts_per_tok, scale=c.routed_scaling_factor, **choice)
+
+    @torch.no_grad()
+    def update_bias(self, speed: float) -> None:
+        """bias_e += speed sign(mean load - load_e), from the assignments counted since the last call (V3; spec C.5)."""
+        if self.counts is not None and not self.is_hash:
+            self.bias += speed * torch.sign(self.counts.mean() - self.counts)
+        self.counts = None
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked: w13 [E, 2n, d] is W1 (gate) above W3 (up), w2 [E, d, n]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        e, n, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.limit, self.std = config.swiglu_limit, config.initializer_range
+        self.w13 = nn.Parameter(torch.empty(e, 2 * n, d))
+        self.w2 = nn.Parameter(torch.empty(e, d, n))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.w13, std=self.std)
+        nn.init.normal_(self.w2, std=self.std)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        return moe_experts(x, routing.experts, routing.weights, self.w13, self.w2, limit=self.limit)
+
+
+class SharedExpert(nn.Module):
+    """The expert of every token, clamped like the routed ones."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n, d = config.moe_intermediate_size * config.n_shared_experts, config.hidden_size
+        self.limit, self.std = config.swiglu_limit, config.initializer_range
+        self.w13 = nn.Linear(d, 2 * n, bias=False)
+        self.w2 = nn.Linear(n, d, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.w13.weight, std=self.std)
+        nn.init.normal_(self.w2.weight, std=self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(swiglu(self.w13(x), self.limit))
+
+
+class MoE(nn.Module):
+    """x [b, t, d] to [b, t, d]. Flash: 256 routed experts of width 2048, 6 per token, one shared."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.gate = Gate(config, layer)
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(
+        self, x: Tensor, ids: Tensor, layout: Layout, learn: bool = False, real: Tensor | None = None
+    ) -> tuple[Tensor, LoadSignal | None]:
+        """The sublayer's output and, if asked to learn, the router's balance over the `real` tokens [b, t]."""
+        flat = x.flatten(0, 1)
+        routing = self.gate(flat, ids.flatten())
+        out = (self.experts(flat, routing) + self.shared_experts(flat)).view(x.shape)
+        return out, self._balance(routing, x.shape[:2], layout.real if real is None else real) if learn else None
+
+    def _balance(self, routing: Routing, shape: torch.Size, real: Tensor | None) -> LoadSignal:
+        """Hash layers are fixed by their table: their balance loss is left out of the objective (zero)."""
+        gate = self.gate
+        everyone = None if real is None else real.expand(shape).flatten()
+        counts = moe_permutation(routing.experts, gate.config.n_routed_experts, everyone).counts.to(torch.float32)
+        if gate.training:
+            gate.counts = counts if gate.counts is None else gate.counts + counts
+        load = counts / counts.sum().clamp_min(1)
+        if gate.is_hash:
+            return LoadSignal(load.new_zeros(()), load)
+        scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
+        return LoadSignal(balance_loss(scores, experts, None if real is None else real.expand(shape)), load)
+
+
+def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tensor:
+    """A balanced table int64 [v, k] of distinct experts per token id; the released one is not documented (spec H.1).
+
+    A block of E / gcd(E, k) consecutive ids deals a random permutation of the experts out, k to an id, going round k / gcd times:
+    every expert gets the same number of ids of a block, and neighbouring ids, which tokenizers give to pieces of similar frequency,
+    get different experts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block = experts // torch.gcd(torch.tensor(experts), torch.tensor(per_token)).item()
+    blocks = -(-vocabulary // block)
+    order = torch.rand(blocks, experts, generator=generator).argsort(-1)
+    deal = torch.arange(block * per_token) % experts
+    return order[:, deal].reshape(-1, per_token)[:vocabulary].contiguous()

@@ -1,0 +1,40 @@
+"""Multi-token prediction, depth 1: from the streams at token t and the embedding of token t + 1 to token t + 2 (V4 2.4; spec B.9).
+
+    e  = enorm(Embed(token t + 1))
+    X' = W_e e  broadcast over the streams  +  W_h hnorm(X), per stream;   X = the streams before the final collapse
+    logits = Head( norm( hc_head( Block(X') ) ) )
+
+Embedding and head are the main model's. The block is a sliding-window layer with a score router.
+
+b batch · t tokens · n streams · d width
+"""
+
+from torch import Tensor, nn
+
+from .block import Block, Signals
+from .config import ModelConfig
+from .documents import Layout
+from .hyper import HyperHead
+from .norm import RMSNorm
+
+
+class MTP(Block):
+    """A whole block with its own way in and its own collapse; tensors are named as in the release (mtp.0.*)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, config.num_hidden_layers)
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm, self.norm = RMSNorm(d, eps), RMSNorm(d, eps), RMSNorm(d, eps)
+        self.e_proj = nn.Linear(d, d, bias=False)
+        self.h_proj = nn.Linear(d, d, bias=False)
+        self.hc_head = HyperHead(config)
+        for linear in (self.e_proj, self.h_proj):
+            nn.init.normal_(linear.weight, std=config.initializer_range)
+
+    def predict(
+        self, streams: Tensor, next_embedding: Tensor, next_ids: Tensor, layout: Layout, learn: bool, real: Tensor | None
+    ) -> tuple[Tensor, Signals]:
+        """Hidden states [b, t, d], ready for the head: position t predicts token t + 2."""
+        entering = self.e_proj(self.enorm(next_embedding)).unsqueeze(2) + self.h_proj(self.hnorm(streams))
+        streams, signals = self(entering, next_ids, layout, learn, real)
+        return self.norm(self.hc_head(streams)), signals

@@ -1,0 +1,34 @@
+"""Which rotation a layer uses: one base and one table for everything in the layer (V4 2.3; spec B.2.3).
+
+Pure sliding-window layers (and the MTP block) turn by theta = rope_theta without YaRN; layers with a compressor by
+compress_rope_theta with YaRN, for queries, window keys, entries, index queries and keys, and the inverse turn of the output.
+"""
+
+import functools
+
+from torch import Tensor
+
+from ..kernels import rope_frequencies, rope_rotation
+from .config import ModelConfig
+
+
+def rotation(config: ModelConfig, layer: int, positions: Tensor) -> Tensor:
+    """exp(i t f) for positions [b|1, t]: complex [b|1, t, qk_rope_head_dim / 2]."""
+    return rope_rotation(positions, _frequencies(config, config.compress_ratio(layer) > 0).to(positions.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(config: ModelConfig, compressed: bool) -> Tensor:
+    if not compressed:
+        return rope_frequencies(config.qk_rope_head_dim, config.rope_theta)
+    yarn = config.rope_scaling
+    if yarn is None:
+        return rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta)
+    return rope_frequencies(
+        config.qk_rope_head_dim,
+        config.compress_rope_theta,
+        factor=yarn.factor,
+        original=yarn.original_max_position_embeddings,
+        beta_fast=yarn.beta_fast,
+        beta_slow=yarn.beta_slow,
+    )

@@ -1,0 +1,159 @@
+"""The whole model: embedding to n streams, layers, collapse, norm, head (V4 2; spec B.0).
+
+    X = n copies of Embed(ids);  X = Block_l(X) for each layer;  x = norm(hc_head(X));  logits = W_head x in float32
+
+Training objective:  lm + mtp_loss_weight mtp + balance_loss_weight balance + index_loss_weight index.
+
+b batch · t tokens · n streams · d width · v vocabulary · l layers · E experts
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels import cross_entropy
+from .block import Block, Signals
+from .config import ModelConfig
+from .documents import Layout, make_layout
+from .hyper import HyperHead, spread
+from .mtp import MTP
+from .norm import RMSNorm
+
+IGNORED = -100
+
+
+@dataclass
+class Output:
+    """What a forward pass gives. The logits are worked out at first use: a training step never holds [b, t, v]."""
+
+    hidden: Tensor  # [b, t, d] after the final norm
+    head: Tensor  # [v, d]
+    loss: Tensor | None = None  # the weighted sum of `losses`
+    losses: dict[str, Tensor] = field(default_factory=dict)  # "lm", "mtp", "balance", "index": unweighted means
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # "load" [l, E], "captured" [csa layers], "spread" [l]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[b, t, v] float32."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return F.linear(self.hidden.float(), self.head.float())
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V4 with optional Engram layers; builds under `torch.device("meta")` for the full-size configurations."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.hc_head = HyperHead(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(MTP(config) for _ in range(config.num_nextn_predict_layers))
+        for weight in (self.embed.weight, self.head.weight):
+            nn.init.normal_(weight, std=config.initializer_range)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> Output:
+        """Logits of the next token at each position, and the training losses if targets are given.
+
+        Args:
+            ids: int64 [b, t] token ids.
+            targets: int64 [b, t] the token to predict at each position; -100 = ignored.
+            documents: int64 [b, t] which document each token belongs to, -1 = padding, on either side. Documents never see
+                each other: attention, compression, n-grams, convolution and MTP stop at their borders.
+            logits_to_keep: only the last that many positions' logits; 0 = all.
+
+        Raises:
+            ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape.
+            IndexError: a token id outside the vocabulary, in ids or in targets.
+        """
+        self._check(ids, targets, logits_to_keep)
+        layout = make_layout(ids, documents)
+        learn = targets is not None
+        streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        signals, spreads = [], []
+        for block in self.layers:
+            streams, signal = block(streams, ids, layout, learn)
+            signals.append(signal)
+            if learn:
+                spreads.append(spread(streams))
+        hidden = self.norm(self.hc_head(streams))
+        out = Output(hidden[:, -logits_to_keep:] if logits_to_keep else hidden, self.head.weight)
+        if learn:
+            self._learn(out, hidden, streams, ids, targets, layout, signals)
+            out.metrics["spread"] = torch.stack(spreads)
+        return out
+
+    @torch.no_grad()
+    def update_router_bias(self, speed: float | None = None) -> None:
+        """Moves each score router's bias against the load of the training passes since the last call (spec C.5).
+
+        speed: default `config.router_bias_update_speed`, 0.001. Call it after each optimizer step.
+        """
+        for block in (*self.layers, *self.mtp):
+            block.ffn.gate.update_bias(self.config.router_bias_update_speed if speed is None else speed)
+
+    def _learn(self, out, hidden, streams, ids, targets, layout, signals: list[Signals]) -> None:
+        """Fills in loss, losses and metrics."""
+        c = self.config
+        targets = targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED)
+        out.losses["lm"] = self._cross_entropy(hidden, targets)
+        weights = {"lm": 1.0, "mtp": c.mtp_loss_weight, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
+        for mtp in self.mtp:
+            out.losses["mtp"], signal = self._mtp_loss(mtp, streams, ids, targets, layout)
+            signals = [*signals, signal]
+        out.losses["balance"] = torch.stack([s.load.balance for s in signals]).sum()
+        index = [s.index for s in signals if s.index is not None]
+        if index:
+            out.losses["index"] = torch.stack([i.loss for i in index]).sum()
+        out.loss = sum(weights[name] * part for name, part in out.losses.items())
+        out.metrics["load"] = torch.stack([s.load.load for s in signals])
+        out.metrics["captured"] = torch.stack([i.captured for i in index]) if index else hidden.new_zeros(0)
+
+    def _mtp_loss(self, mtp: MTP, streams, ids, targets, layout: Layout) -> tuple[Tensor, Signals]:
+        """Position t, with token t + 1 at hand, predicts the target of position t + 1, if that is of the same document."""
+        next_ids, next_targets = ids.roll(-1, 1), targets.roll(-1, 1)
+        follows = torch.ones_like(ids, dtype=torch.bool)
+        follows[:, -1] = False
+        if layout.start is not None:
+            follows &= layout.real & (layout.start == layout.start.roll(-1, 1))
+        hidden, signals = mtp.predict(streams, self.embed(next_ids), next_ids, layout, True, follows)
+        return self._cross_entropy(hidden, next_targets.masked_fill(~follows, IGNORED)), signals
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=IGNORED)
+
+    def _check(self, ids: Tensor, targets: Tensor | None, logits_to_keep: int) -> None:
+        if ids.ndim != 2 or ids.dtype != torch.int64:
+            raise ValueError(f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}: it must be int64 [batch, tokens]")
+        if ids.numel() == 0:
+            raise ValueError(f"ids has shape {tuple(ids.shape)}: at least one sequence of at least one token is needed")
+        if not 0 <= logits_to_keep <= ids.shape[1]:
+            raise ValueError(f"logits_to_keep={logits_to_keep}: allowed are 0 (all) to {ids.shape[1]}, the sequence's length")
+        if targets is not None and (targets.shape != ids.shape or targets.dtype != torch.int64):
+            raise ValueError(
+                f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: it must be int64 {list(ids.shape)}, like ids"
+            )
+        if torch.compiler.is_compiling():
+            return
+        self._check_range("ids", ids)
+        if targets is not None:
+            self._check_range("targets", targets[targets != IGNORED])
+
+    def _check_range(self, name: str, ids: Tensor) -> None:
+        last = self.config.vocab_size - 1
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) > last):
+            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            also = " (and -100 = ignored)" if name == "targets" else ""
+            raise IndexError(f"{name} holds token id {bad}: allowed are 0 to {last}{also}")
