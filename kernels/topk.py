@@ -1,0 +1,54 @@
+"""Top-k with a defined order: equal values go to the lowest index, on every machine and at every split.
+
+`torch.topk` leaves the choice among equal values open, which changes what a model computes as soon as scores tie:
+ReLU index scores are often exactly zero. Here the selection is a function of the values alone, at the price of
+`torch.topk` plus a second look at the rows in which a tie matters.
+
+r rows (all leading axes) · e candidates · k picked
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def stable_topk(values: Tensor, k: int, *, ordered: bool = True) -> Tensor:
+    """Indices of the `k` largest values of each row, ties to the lowest index.
+
+    The same as the first `k` of a stable descending sort in which NaN counts as -inf and -0.0 equals 0.0.
+
+    Args:
+        values: `[..., e]`, any float dtype.
+        k: how many to pick, `1 <= k <= e`.
+        ordered: True gives descending values (equal ones by ascending index), False gives ascending indices.
+
+    Returns:
+        int64 `[..., k]`; no gradient.
+
+    Raises:
+        ValueError: `k` is not in `1..e`.
+    """
+    if not 1 <= k <= values.shape[-1]:
+        raise ValueError(f"k={k}: allowed is 1..{values.shape[-1]}, the number of candidates")
+    top, index = values.topk(k, sorted=ordered)
+    redo = torch.count_nonzero(values >= top.amin(-1, keepdim=True), dim=-1) != k  # also where NaN is among the top
+    if ordered:
+        redo |= (top[..., 1:] == top[..., :-1]).any(-1)
+    else:
+        index = index.sort(-1).values
+    if redo.any():
+        index[redo] = _lowest_of_ties(values[redo], k, ordered)
+    return index
+
+
+def _lowest_of_ties(values: Tensor, k: int, ordered: bool) -> Tensor:
+    """The same for rows `[r, e]` with ties: everything above the k-th value, then the first of those equal to it."""
+    values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    cut = values.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = values > cut, values == cut
+    room = k - torch.count_nonzero(above, dim=-1)
+    picked = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room[:, None]))
+    index = picked.nonzero()[:, 1].view(-1, k)
+    if ordered:
+        index = index.gather(-1, values.gather(-1, index).sort(dim=-1, descending=True, stable=True).indices)
+    return index
