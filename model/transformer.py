@@ -32,7 +32,7 @@ class Output:
     hidden: Tensor  # [b, t, d] after the final norm
     head: Tensor  # [v, d]
     loss: Tensor | None = None  # the weighted sum of `losses`
-    losses: dict[str, Tensor] = field(default_factory=dict)  # "lm", "mtp", "balance", "index": unweighted means
+    losses: dict[str, Tensor] = field(default_factory=dict)  # "lm", "mtp", and, summed over layers, "balance", "index"
     metrics: dict[str, Tensor] = field(default_factory=dict)  # "load" [l, E], "captured" [csa layers], "spread" [l]
 
     @cached_property

@@ -90,7 +90,7 @@ def _sights(q, kv, compressed, window, window_start, start, end, index) -> Itera
     b, t, h, _ = q.shape
     past = kv.shape[1] - t
     entries = 0 if compressed is None else compressed.shape[1]
-    gathers = index is not None and not _sharing_pays(entries, index.shape[2], h)
+    gathers = index is not None and not sharing_pays(entries, index.shape[2], h)
     per_query = b * h * (2 * window + (index.shape[2] if gathers else entries))
     for block in query_blocks(t, per_query):
         rows = slice(max(0, past + block.start - window + 1), past + block.stop)
@@ -103,13 +103,13 @@ def _sights(q, kv, compressed, window, window_start, start, end, index) -> Itera
         else:
             picks = index[:, block]
             seen = slice(int(picks.clamp_min(0).min()), int(picks.max()) + 1)
-            if _sharing_pays(seen.stop - seen.start, picks.shape[2], h):
+            if sharing_pays(seen.stop - seen.start, picks.shape[2], h):
                 yield Sight(block, rows, seen, _join(bias, _pick_bias(seen, picks, accumulation(kv))), None)
             else:
                 yield Sight(block, rows, slice(0, 0), bias, picks)
 
 
-def _sharing_pays(entries: int, picks: int, heads: int) -> bool:
+def sharing_pays(entries: int, picks: int, heads: int) -> bool:
     """Masked scores over all entries against copying the picks: a copy serves all heads, so that many heads favour copying."""
     return entries <= picks * (1 + 28 / heads)
 

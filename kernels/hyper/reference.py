@@ -1,0 +1,262 @@
+"""Reference of mHC: projection, Sinkhorn, collapse and recombination, each with its backward written out.
+
+The backward passes need the streams and a few numbers per token; Sinkhorn's iterates are computed again.
+Matrix products go into existing tensors (`out=` or in place), which autocast leaves in full precision.
+
+Axes: t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection.
+Coefficients are computed with the tokens last, [m, t] and [n, n, t]: every small step then runs along contiguous memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
+
+from . import Coefficients
+
+_BLOCK_VALUES = 1 << 20  # streams are worked on in blocks of this many values, so that a cast copy stays in the cache
+_BLOCK_TOKENS = 2048  # Sinkhorn's backward holds every iterate of one block of tokens
+
+
+def hyper_coefficients(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int = 20, eps: float = 1e-6, norm_eps: float = 1e-6
+) -> Coefficients:
+    n = streams.shape[-2]
+    parts = (n, n, n * n)
+    pre, post, comb = _logits(streams, fn, base, scale, parts, norm_eps).split(parts)
+    comb = _Sinkhorn.apply(comb.unflatten(0, (n, n)), iterations, eps)
+    return Coefficients(
+        (pre.sigmoid() + eps).t().reshape(streams.shape[:-1]),
+        (2 * post.sigmoid()).t().reshape(streams.shape[:-1]),
+        comb.permute(2, 0, 1).reshape(*streams.shape[:-1], n),
+    )
+
+
+def hyper_head_weights(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float = 1e-6, norm_eps: float = 1e-6
+) -> Tensor:
+    logits = _logits(streams, fn, base, scale, (len(fn),), norm_eps)
+    return (logits.sigmoid() + eps).t().reshape(streams.shape[:-1])
+
+
+def hyper_collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    n, d = streams.shape[-2:]
+    return _Collapse.apply(streams.reshape(-1, n, d), pre.reshape(-1, n)).reshape(*streams.shape[:-2], d)
+
+
+def hyper_recombine(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    n, d = streams.shape[-2:]
+    mixed = _Recombine.apply(output.reshape(-1, d), streams.reshape(-1, n, d), post.reshape(-1, n), comb.reshape(-1, n, n))
+    return mixed.reshape(streams.shape)
+
+
+def _logits(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, parts: tuple[int, ...], norm_eps: float) -> Tensor:
+    """`mix * scale + base`, [m, t]; `parts` are the numbers of rows that share one entry of `scale`."""
+    mix = _Projection.apply(streams.reshape(-1, fn.shape[1]), fn, norm_eps)
+    scale = torch.cat([factor.expand(size) for factor, size in zip(scale.to(mix.dtype).unbind(), parts)])
+    return torch.addcmul(base.to(mix.dtype)[:, None], mix, scale[:, None])
+
+
+class _Projection(Function):
+    """`mix = r fn u` with `r = 1 / sqrt(mean(u^2) + norm_eps)`, [m, t]. Saves u, mix and r.
+
+    du  = r (dmix fn) - r^2 (sum(mix dmix) / w) u
+    dfn = (r dmix) u
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, u: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        weight = fn.to(dtype)
+        product = u.new_empty(len(u), len(fn), dtype=dtype)
+        r = u.new_empty(len(u), dtype=dtype)
+        for rows in _blocks(u):
+            block = u[rows].to(dtype)
+            torch.mm(block, weight.t(), out=product[rows])
+            torch.linalg.vector_norm(block, dim=1, out=r[rows])
+        r.square_().div_(u.shape[1]).add_(norm_eps).rsqrt_()
+        mix = torch.mul(product.t(), r, out=product.new_empty(len(fn), len(u)))
+        ctx.save_for_backward(u, fn, mix, r)
+        return mix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dmix: Tensor) -> tuple[Tensor | None, ...]:
+        u, fn, mix, r = ctx.saved_tensors
+        weight = fn.to(mix.dtype)
+        scaled = dmix * r
+        shrink = (mix * dmix).sum(0).mul_(r).mul_(r).div_(-u.shape[1])
+        du = torch.empty_like(u) if ctx.needs_input_grad[0] else None
+        dfn = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for rows in _blocks(u):
+            block = u[rows].to(mix.dtype)
+            if dfn is not None:
+                dfn.addmm_(scaled[:, rows], block)
+            if du is not None:
+                with _written(du, rows, mix.dtype) as target:
+                    torch.mul(block, shrink[rows, None], out=target).addmm_(scaled[:, rows].t(), weight)
+        return du, None if dfn is None else dfn.to(fn.dtype), None
+
+
+class _Sinkhorn(Function):
+    """The almost doubly stochastic matrix of logits [n, n, t]; saves the logits only."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, iterations: int, eps: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.iterations, ctx.eps = iterations, eps
+        return sinkhorn(logits, iterations, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (logits,) = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for start in range(0, logits.shape[2], _BLOCK_TOKENS):
+            block = slice(start, start + _BLOCK_TOKENS)
+            result[..., block] = sinkhorn_backward(logits[..., block], grad[..., block], ctx.iterations, ctx.eps)
+        return result, None, None
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """Sinkhorn's normalisation of [n, n, t] over the first two axes, ending on the columns.
+
+    C = softmax_k(logits) + eps; C = C / (sum_j C + eps); then `iterations - 1` times over k and again over j.
+    """
+    return _iterates(logits, iterations, eps, keep=False)[-1].contiguous()
+
+
+def sinkhorn_backward(logits: Tensor, grad: Tensor, iterations: int, eps: float) -> Tensor:
+    """The gradient of `sinkhorn` with respect to its logits, all of whose iterates are held at once.
+
+    For one step Y = X / (sum X + eps): dX = (dY - sum(Y dY)) / (sum X + eps). Multiplied by X it needs no division:
+    Z_X = X dX = Z_Y - Y sum(Z_Y), so that the walk back carries Z and divides by the first iterate at the end.
+    """
+    first, *steps = _iterates(logits, iterations, eps, keep=True)
+    z = grad * (steps[-1] if steps else first)
+    for index in range(len(steps), 0, -1):
+        z.addcmul_(steps[index - 1], z.sum(_axis(index), keepdim=True), value=-1)
+    share = torch.softmax(logits, 1)
+    z *= share / first
+    return z.addcmul_(share, z.sum(1, keepdim=True), value=-1)
+
+
+def _iterates(logits: Tensor, iterations: int, eps: float, *, keep: bool) -> list[Tensor]:
+    """The iterates of Sinkhorn from `softmax + eps` on, [n, n, t] each; only the last one unless `keep`.
+
+    Each has a border of eps after its last row and column: the sum over a bordered axis is the divisor.
+    """
+    n, _, tokens = logits.shape
+    slots = 2 * iterations if keep else 1
+    bordered = logits.new_empty(slots, n + 1, n + 1, tokens)
+    bordered[:, n] = eps
+    bordered[:, :, n] = eps
+    inner = list(bordered[:, :n, :n].unbind())
+    divided = list(bordered[:, :, :n].unbind()), list(bordered[:, :n].unbind())
+    torch.softmax(logits, 1, out=inner[0]).add_(eps)
+    for index in range(1, 2 * iterations):
+        source, axis = (index - 1) % slots, _axis(index)
+        torch.div(inner[source], divided[axis][source].sum(axis, keepdim=True), out=inner[index % slots])
+    return inner
+
+
+def _axis(index: int) -> int:
+    """What step `index` (from 1) of Sinkhorn sums over: sources j (0) and targets k (1) in turn, from j to j."""
+    return 1 - index % 2
+
+
+class _Collapse(Function):
+    """`u = sum_j pre_j X_j`. dX_j = pre_j du; dpre_j = sum_d X_j du."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, streams: Tensor, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, pre)
+        dtype = torch.promote_types(streams.dtype, torch.float32)
+        collapsed = streams.new_empty(streams.shape[0], streams.shape[2])
+        for rows in _blocks(streams):
+            with _written(collapsed, rows, dtype) as target:
+                _weighted_sum(streams[rows].to(dtype), pre[rows].to(dtype), target)
+        return collapsed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, du: Tensor) -> tuple[Tensor | None, ...]:
+        streams, pre = ctx.saved_tensors
+        dtype = torch.promote_types(streams.dtype, torch.float32)
+        dstreams = torch.empty_like(streams) if ctx.needs_input_grad[0] else None
+        dpre = pre.new_empty(pre.shape) if ctx.needs_input_grad[1] else None
+        for rows in _blocks(streams):
+            grad = du[rows, None].to(dtype)
+            if dstreams is not None:
+                with _written(dstreams, rows, dtype) as target:
+                    torch.mul(pre[rows, :, None].to(dtype), grad, out=target)
+            if dpre is not None:
+                with _written(dpre[:, None], rows, dtype) as target:
+                    torch.bmm(grad, streams[rows].to(dtype).mT, out=target)
+        return dstreams, dpre
+
+
+class _Recombine(Function):
+    """`X'_k = post_k y + sum_j comb[j, k] X_j`.
+
+    dX_j = sum_k comb[j, k] dX'_k; dy = sum_k post_k dX'_k; dpost_k = sum_d y dX'_k; dcomb[j, k] = sum_d X_j dX'_k.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        comb = comb.contiguous()
+        ctx.save_for_backward(y, streams, post, comb)
+        dtype = torch.promote_types(streams.dtype, torch.float32)
+        mixed = torch.empty_like(streams)
+        for rows in _blocks(streams):
+            with _written(mixed, rows, dtype) as target:
+                torch.mul(post[rows, :, None].to(dtype), y[rows, None].to(dtype), out=target)
+                target.baddbmm_(comb[rows].to(dtype).mT, streams[rows].to(dtype))
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, streams, post, comb = inputs = ctx.saved_tensors
+        dtype = torch.promote_types(streams.dtype, torch.float32)
+        results = [torch.empty_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad)]
+        dy, dstreams, dpost, dcomb = results
+        for rows in _blocks(streams):
+            block = grad[rows].to(dtype)
+            if dy is not None:
+                with _written(dy, rows, dtype) as target:
+                    _weighted_sum(block, post[rows].to(dtype), target)
+            if dstreams is not None:
+                with _written(dstreams, rows, dtype) as target:
+                    torch.bmm(comb[rows].to(dtype), block, out=target)
+            if dpost is not None:
+                with _written(dpost[:, None], rows, dtype) as target:
+                    torch.bmm(y[rows, None].to(dtype), block.mT, out=target)
+            if dcomb is not None:
+                with _written(dcomb, rows, dtype) as target:
+                    torch.bmm(streams[rows].to(dtype), block.mT, out=target)
+        return tuple(results)
+
+
+def _weighted_sum(streams: Tensor, weights: Tensor, out: Tensor) -> None:
+    """out = sum_k weights_k streams_k, [t, d]."""
+    torch.mul(streams[:, 0], weights[:, :1], out=out)
+    for k in range(1, streams.shape[1]):
+        out.addcmul_(streams[:, k], weights[:, k, None])
+
+
+def _blocks(streams: Tensor) -> Iterator[slice]:
+    """The tokens of [t, ...] in blocks of about `_BLOCK_VALUES` values."""
+    size = max(1, _BLOCK_VALUES // streams[:1].numel()) if len(streams) else 1
+    return (slice(start, start + size) for start in range(0, len(streams), size))
+
+
+@contextmanager
+def _written(tensor: Tensor, rows: slice, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The given rows of `tensor` to write to, in `dtype`: rounded to the dtype of `tensor` at the end."""
+    target = tensor[rows] if tensor.dtype == dtype else torch.empty_like(tensor[rows], dtype=dtype)
+    yield target
+    if tensor.dtype != dtype:
+        tensor[rows] = target
