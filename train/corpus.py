@@ -23,7 +23,7 @@ class Document:
     text: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """Training and held-out documents, each sorted by name."""
 
@@ -60,14 +60,14 @@ def load_corpus(source: str = "stdlib", held_out_fraction: float = 0.05) -> Corp
     documents = _without_copies(_read(source))
     if len(documents) < 2:
         raise ValueError(
-            f"data.source={source!r}: found {len(documents)} text documents, but at least 2 are needed (one to hold out); "
+            f"data.source={source!r}: found {len(documents)} text documents, at least 2 are needed (one to hold out); "
             "give 'stdlib', a folder with text files, or a text file of several lines"
         )
     return split(documents, held_out_fraction)
 
 
 def split(documents: list[Document], held_out_fraction: float) -> Corpus:
-    """Holds out whole documents, in the order of a hash of their names, as long as they fit into the bytes asked for."""
+    """Holds out whole documents in the order of a hash of their names, as long as they fit into the bytes asked for."""
     budget = held_out_fraction * sum(len(d.text) for d in documents)
     chosen: set[str] = set()
     filled = 0

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from .corpus import Corpus, Document
+from .tokens import BOS
 
-BOS = 256
-VOCABULARY = 257  # bytes and bos: what a model needs at least
 IGNORED = -100
 PADDING = -1  # in `documents`: a token that belongs to none
 
@@ -63,7 +62,9 @@ class Stream:
         document = np.where(inside, document - document[:, :1], PADDING)
         continues = inside[:, 1:] & (document[:, 1:] == document[:, :-1])
         targets = np.where(continues, token[:, 1:], IGNORED)
-        return Batch(torch.from_numpy(token[:, :-1]), torch.from_numpy(targets), torch.from_numpy(document[:, :-1].copy()))
+        return Batch(
+            torch.from_numpy(token[:, :-1]), torch.from_numpy(targets), torch.from_numpy(document[:, :-1].copy())
+        )
 
 
 def train_batch(corpus: Corpus, length: int, batch_size: int, seed: int, step: int) -> Batch:

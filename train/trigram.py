@@ -13,7 +13,7 @@ On the Python sources this is about 0.03 bits per byte better than Witten-Bell i
 
 import numpy as np
 
-from .data import BOS
+from .tokens import BOS
 
 BYTES = 256
 SYMBOLS = 257  # of a context: bytes and bos
@@ -42,7 +42,7 @@ class Trigram:
 
 
 class _Level:
-    """One order: `entries` = context · 256 + byte, sorted, with their counts; `contexts` = how many contexts there can be."""
+    """One order: `entries` = context · 256 + byte, sorted, with their counts; `contexts` = how many there can be."""
 
     def __init__(self, entries: np.ndarray, counts: np.ndarray, contexts: int):
         self.entries, self.counts = entries, counts

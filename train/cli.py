@@ -1,0 +1,251 @@
+"""The command line: `abyssal train | generate | eval | plot | info`; also `python -m abyssal.train`."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = {
+    "train": "abyssal train toy --set optim.lr=1e-3 --set train.steps=200",
+    "generate": "abyssal generate runs/toy-20260101-120000 --prompt 'import ' --max-new-tokens 200",
+    "eval": "abyssal eval runs/toy-20260101-120000 --rows 0",
+    "plot": "abyssal plot runs/toy-20260101-120000",
+    "info": "abyssal info v4-flash --context 1048576",
+}
+
+# what a user can cause: bad names, values and files, a missing optional library, a diverging run
+EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; errors of the user's making end in one line on stderr and exit code 2."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except EXPECTED as error:
+        if options.traceback:
+            raise
+        print(f"abyssal {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nabyssal {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="abyssal", description="Train, inspect and sample DeepSeek-V4 models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (run, arguments, help_text) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=help_text, description=f"{help_text}.", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(run=run)
+        arguments(command)
+        command.add_argument("--traceback", action="store_true", help="show where an error comes from (default: off)")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Adds an example to a command's help, and to train's the recipe keys (which it reads from the recipe's tables)."""
+
+    def format_help(self) -> str:
+        name = self.prog.rpartition(" ")[2]
+        if name in EXAMPLES:
+            self.epilog = (f"{_recipe_keys()}\n\n" if name == "train" else "") + f"example:\n  {EXAMPLES[name]}"
+        return super().format_help()
+
+
+def _flag(parser: argparse.ArgumentParser, name: str, kind: type, default: Any, meaning: str, shown: str = "") -> None:
+    """An option whose help ends with its type and default."""
+    text = f"{meaning} ({kind.__name__.lower()}; default: {shown or default})"
+    parser.add_argument(name, type=kind, default=default, metavar=name.strip("-").replace("-", "_").upper(), help=text)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="shipped name or .toml file (str; optional with --resume)"
+    )
+    _flag(parser, "--out", Path, None, "folder of the run", "runs/NAME-DATE-TIME, or the resumed run's")
+    _flag(parser, "--resume", Path, None, "run or checkpoint to go on with", "start anew")
+    text = "a recipe key as TABLE.KEY=VALUE, TOML value; repeatable (str; default: as in the recipe)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .loop import train
+
+    recipe, out = _recipe_and_folder(options)
+    try:
+        summary = train(recipe, out, options.resume)
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: abyssal train --resume {out}", file=sys.stderr)
+        raise
+    curves = _try_plot(out)
+    print(_describe(summary, curves))
+
+
+def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
+    """The recipe asked for (a resumed run's own unless one is named), and where the run goes."""
+    from . import checkpoint
+    from .recipe import Recipe, apply, load_recipe
+
+    if options.resume is None:
+        if options.recipe is None:
+            raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")
+        recipe = load_recipe(options.recipe, options.set)
+        return recipe, options.out or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = checkpoint.find(options.resume)
+    out = options.out or folder.parents[1]
+    if options.recipe:
+        return load_recipe(options.recipe, options.set), out
+    stored = checkpoint.read_state(folder)[0]
+    return Recipe.from_dict(apply(stored.to_dict(), options.set)), out
+
+
+def _try_plot(out: Path) -> str:
+    from .plot import plot
+
+    try:
+        return str(plot(out))
+    except ModuleNotFoundError as error:
+        return f"not drawn: {error.name} is not installed (pip install matplotlib, then: abyssal plot {out})"
+
+
+def _describe(summary: Any, curves: str) -> str:
+    steps, tokens, seconds = summary.progress.step, summary.progress.tokens, summary.progress.seconds
+    gap = summary.trigram - summary.held_out
+    compared = f"the model is {abs(gap):.4f} {'better' if gap > 0 else 'worse'}"
+    speed = f"{tokens / seconds:,.0f} tokens/s"
+    lines = [
+        "",
+        f"held-out bits per byte   {summary.held_out:.4f}",
+        f"trigram, same bytes      {summary.trigram:.4f}   ({compared})",
+        f"trained                  {steps} steps, {tokens:,} bytes in {seconds:.0f} s, {speed}",
+        f"curves                   {curves}",
+        f"checkpoint               {summary.checkpoint}",
+        f"all files                {summary.out}",
+    ]
+    if summary.sample:
+        lines += ["", "sample:", summary.sample]
+    return "\n".join(lines)
+
+
+def _checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    text = "checkpoint folder, or folder of a run: its newest (path)"
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_argument(parser)
+    _flag(parser, "--prompt", str, "", "text to continue", "'', the start of a document")
+    _flag(parser, "--max-new-tokens", int, 256, "bytes to write")
+    _flag(parser, "--temperature", float, 0.8, "divides the logits; 0 = always the likeliest")
+    _flag(parser, "--top-p", float, 0.95, "keep the likeliest tokens up to this probability; 1 = all")
+    _flag(parser, "--top-k", int, 0, "keep that many likeliest tokens; 0 = all")
+    _flag(parser, "--seed", int, 0, "of the sampling")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..model import generate
+    from .loop import load_trained
+    from .tokens import encode
+
+    model, _ = load_trained(options.checkpoint)
+    ids = torch.tensor([encode(options.prompt)], device=next(model.parameters()).device)
+    tokens = generate(
+        model,
+        ids,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stream=True,
+    )
+    _write_bytes(options.prompt.encode())
+    for token in tokens:
+        _write_bytes(bytes([int(token)]) if int(token) < 256 else b"")
+    _write_bytes(b"\n")
+
+
+def _write_bytes(text: bytes) -> None:
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_argument(parser)
+    _flag(parser, "--rows", int, None, "held-out rows to read; 0 = all", "as in the recipe")
+    _flag(parser, "--source", str, None, "'stdlib', a folder or a text file", "as in the recipe")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from . import evaluate
+    from .corpus import load_corpus
+    from .data import held_out
+    from .loop import load_trained
+
+    model, recipe = load_trained(options.checkpoint)
+    data = replace(recipe.data, source=options.source or recipe.data.source)
+    data = replace(data, held_out_rows=data.held_out_rows if options.rows is None else options.rows)
+    corpus = load_corpus(data.source, data.held_out_fraction)
+    rows = held_out(corpus, data.sequence_length, data.held_out_rows)
+    bits = evaluate.bits_per_byte(model, rows, data.batch_size, recipe.train.torch_dtype)
+    print(f"corpus {data.source}: {corpus}")
+    print(f"held-out bytes           {len(rows.target_positions()):,} in {len(rows.rows)} of {rows.stream.rows} rows")
+    print(f"held-out bits per byte   {bits:.4f}")
+    print(f"trigram, same bytes      {evaluate.trigram_bits_per_byte(corpus, rows):.4f}")
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of a run, with its metrics.jsonl (path)")
+    _flag(parser, "--out", Path, None, "picture to write", "DIR/curves.png")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from .plot import plot
+
+    print(plot(options.run_folder, options.out))
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "shipped name, .toml or .json file, or a folder with config.json (str)"
+    parser.add_argument("name", metavar="NAME", help=text)
+    _flag(parser, "--context", int, 0, "tokens before the current one, for FLOPs and cache")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from ..model.accounting import account
+    from ..model.config import ModelConfig
+
+    print(account(ModelConfig.load(options.name), options.context).table())
+
+
+def _recipe_keys() -> str:
+    """Every recipe key that --set takes, with its type, default and meaning."""
+    from .recipe import TABLES
+
+    lines = ["recipe keys (model.* are those of the released config.json, see abyssal info):"]
+    for table, kind in TABLES.items():
+        for f in fields(kind):
+            default = list(f.default) if isinstance(f.default, tuple) else f.default
+            kind_name = getattr(f.type, "__name__", str(f.type)).replace("tuple", "list")
+            lines.append(f"  {f'{table}.{f.name}':<26} {kind_name:<6} {f.metadata['meaning']} (default: {default!r})")
+    return "\n".join(lines)
+
+
+COMMANDS = {
+    "train": (_train, _train_arguments, "Train a recipe on text, with checkpoints, metrics, curves and a sample"),
+    "generate": (_generate, _generate_arguments, "Write text with a trained model"),
+    "eval": (_eval, _eval_arguments, "Held-out bits per byte of a trained model, beside a trigram model's"),
+    "plot": (_plot, _plot_arguments, "Draw a run's curves from its metrics.jsonl"),
+    "info": (_info, _info_arguments, "Parameters, FLOPs per token and cache bytes of a configuration"),
+}

@@ -1,0 +1,91 @@
+"""metrics.jsonl: one JSON object per optimizer step, from which every curve is drawn.
+
+step, tokens, seconds                 so far; steps count from 1
+loss, lm, mtp, balance, index         the weighted total and its raw parts, in nats
+lr, grad_norm                         grad_norm before clipping
+load_max, load_cv      [moe layers]   busiest expert's load over the mean load; standard deviation over mean
+spread                 [layers]       relative distance of the residual streams from one another
+captured               [csa layers]   share of attention mass on compressed entries that the indexer's picks hold
+tokens_per_second, peak_memory_gib    of this step; of the process so far (on CUDA: of the device's allocator)
+held_out, trigram                     bits per byte, only on steps that evaluated
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE = "metrics.jsonl"
+
+
+def model_record(metrics: dict[str, Tensor]) -> dict[str, list[float]]:
+    """The model's own measurements as lists: "load" fractions [layers, E] become `load_max` and `load_cv` per layer."""
+    record = {name: _list(values) for name, values in metrics.items() if name != "load"}
+    load = metrics.get("load")
+    if load is not None and load.numel():
+        share = load.float() * load.shape[-1]
+        record["load_max"] = _list(share.amax(-1))
+        record["load_cv"] = _list(share.std(-1, unbiased=False))
+    return record
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The largest memory so far: CUDA's allocator, or the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsFile:
+    """Appends records to `folder`/metrics.jsonl, each flushed at once.
+
+    A resumed run keeps the lines up to `step` (taken from `source`, by default the same folder) and drops what follows,
+    a half-written last line included.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, source: Path | None = None):
+        self.path = folder / FILE
+        kept = [record for record in read(source or folder) if record["step"] <= step] if step else []
+        writing = folder / f".{FILE}"
+        writing.write_text("".join(map(_line, kept)))
+        os.replace(writing, self.path)
+        self.file = open(self.path, "a")  # noqa: SIM115 (stays open as long as the run)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(_line(record))
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Onto the disk, before a checkpoint that counts on these lines."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All complete records of a run's metrics.jsonl. Raises FileNotFoundError if there is none."""
+    path = folder / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {FILE}; give the folder of a training run")
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _list(values: Tensor) -> list[float | None]:
+    return [_number(value) for value in values.float().flatten().tolist()]
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,47 @@
+"""What a running training shows: a tqdm bar on a terminal, plain lines everywhere else."""
+
+import importlib.util
+import math
+import sys
+from typing import Any
+
+
+class ProgressLine:
+    """A bar, or a line every `every` steps; `shown=False` keeps quiet but for `say`."""
+
+    def __init__(self, start: int, steps: int, every: int, shown: bool = True):
+        self.steps, self.every, self.shown = steps, every, shown
+        self.bar: Any = None
+        if shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        text = _describe(record)
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix_str(text, refresh=False)
+        elif self.shown and (record["step"] % self.every == 0 or record["step"] in (1, self.steps)):
+            print(f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
+        if self.shown and "held_out" in record:
+            reached = f"{record['held_out']:.4f} bits per byte (trigram {record['trigram']:.4f})"
+            self.say(f"step {record['step']}: held out {reached}")
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _describe(record: dict[str, Any]) -> str:
+    bits = record["lm"] / math.log(2)
+    speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+    text = f"loss {record['loss']:.4f}  {bits:.3f} bits/byte  lr {record['lr']:.1e}  {speed}"
+    loads = [load for load in record.get("load_max", []) if load is not None]
+    return text + (f"  load {max(loads):.1f}x" if loads else "")

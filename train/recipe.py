@@ -1,0 +1,228 @@
+"""A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
+
+    recipe = load_recipe("toy", ["optim.lr=1e-3", "train.steps=200"])
+
+Keys of [model] are those of `ModelConfig`; the other three tables are the dataclasses below, every key with its default
+and its meaning. An unknown key is an error that names the nearest one.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from ..model.config import ModelConfig, read_recipe
+from .tokens import BOS, VOCABULARY
+
+
+def key(default: Any, meaning: str, allowed: str = "", check: Any = None) -> Any:
+    """A recipe key: its default, one line of meaning, and (in words and as a function) which values are allowed."""
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed, "check": check})
+
+
+def _positive(default: Any, meaning: str) -> Any:
+    return key(default, meaning, "above 0", lambda value: value > 0)
+
+
+def _not_negative(default: Any, meaning: str) -> Any:
+    return key(default, meaning, "0 or more", lambda value: value >= 0)
+
+
+def _share(default: float, meaning: str) -> Any:
+    return key(default, meaning, "from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+class Table:
+    """Checks types and ranges of a table's values at construction. Raises TypeError or ValueError naming the key."""
+
+    name = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = _typed(f"{self.name}.{f.name}", getattr(self, f.name), f.type)
+            object.__setattr__(self, f.name, value)
+            if f.metadata["check"] and not f.metadata["check"](value):
+                raise ValueError(f"{self.name}.{f.name}={value!r}: allowed is {f.metadata['allowed']}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Table):
+    """[data]: which text, cut into rows of which length."""
+
+    name = "data"
+    source: str = key("stdlib", "'stdlib' (Python's own source files, no download), a folder of text files, or a file")
+    sequence_length: int = _positive(512, "tokens of a row")
+    batch_size: int = _positive(8, "rows of a step")
+    held_out_fraction: float = key(
+        0.05, "share of the text that is never trained on", "between 0 and 1", lambda value: 0 < value < 1
+    )
+    held_out_rows: int = _not_negative(128, "held-out rows that an evaluation reads, evenly spaced; 0 = all")
+
+
+@dataclass(frozen=True)
+class OptimConfig(Table):
+    """[optim]: AdamW and its learning rate: linear warm-up, constant, cosine tail (V4 4.2.2)."""
+
+    name = "optim"
+    lr: float = _positive(2e-3, "peak learning rate")
+    final_lr_share: float = _share(0.1, "learning rate of the last step, as a share of the peak")
+    warmup_steps: int = _not_negative(100, "steps of the linear warm-up")
+    decay_share: float = _share(0.4, "share of the steps, at the end, over which the cosine tail falls")
+    betas: tuple[float, float] = key(
+        (0.9, 0.95), "decay of the two moments", "two numbers in [0, 1)", lambda pair: all(0 <= b < 1 for b in pair)
+    )
+    eps: float = _positive(1e-20, "added to the root of the second moment")
+    weight_decay: float = _not_negative(0.1, "decoupled weight decay of matrices (not of embeddings, norms, biases)")
+    engram_lr_scale: float = _positive(5.0, "learning rate of the Engram tables, as a multiple of the others'")
+    grad_clip: float = _not_negative(1.0, "largest norm of the whole gradient; 0 = no limit")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Table):
+    """[train]: how long, in which precision, and what is written when."""
+
+    name = "train"
+    steps: int = _positive(1000, "optimizer steps; the learning-rate schedule is laid over them")
+    minutes: float = _not_negative(0.0, "hard limit of training time, resumed parts included; 0 = none")
+    seed: int = _not_negative(0, "of the initial weights and of the order of the data")
+    dtype: str = key(
+        "float32",
+        "float32, or bfloat16 by autocast (weights and optimizer stay float32)",
+        "float32 or bfloat16",
+        lambda value: value in ("float32", "bfloat16"),
+    )
+    device: str = key("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
+    log_every: int = _positive(10, "steps between two lines on the screen, where no progress bar is shown")
+    eval_every: int = _not_negative(100, "steps between two evaluations on held-out text; 0 = at the end only")
+    checkpoint_every: int = _not_negative(200, "steps between two checkpoints; 0 = at the end only")
+    keep: int = _positive(2, "checkpoints that are kept")
+    sample_tokens: int = _not_negative(256, "length of the text written at the end; 0 = none")
+    sample_prompt: str = key("def ", "text that the sample continues")
+
+
+TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        if self.model.vocab_size < VOCABULARY:
+            allowed = f"at least {VOCABULARY} (256 bytes and bos), because training reads bytes"
+            raise ValueError(f"model.vocab_size={self.model.vocab_size}: allowed is {allowed}")
+        if self.model.bos_token_id != BOS:
+            raise ValueError(f"model.bos_token_id={self.model.bos_token_id}: allowed is {BOS}: training reads bytes")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; `Recipe.from_dict` of it is equal."""
+        tables = {name: {k: _plain(v) for k, v in asdict(getattr(self, name)).items()} for name in TABLES}
+        return {"name": self.name, "model": self.model.to_dict(), **tables}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Raises ValueError for an unknown table or key (names the nearest), a missing [model], or a bad value."""
+        for table in values:
+            if table not in ("name", "model", *TABLES):
+                raise ValueError(f"unknown table [{table}]: the nearest known one is [{_nearest(table, TABLES)}]")
+        if "model" not in values:
+            raise ValueError(f"recipe {values.get('name', '')!r} has no table [model]")
+        tables = {name: _table(kind, values.get(name, {})) for name, kind in TABLES.items()}
+        return cls(values.get("name", "unnamed"), ModelConfig.from_dict(values["model"]), **tables)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name, or a .toml file, with `table.key=value` overrides laid over it.
+
+    Raises:
+        ValueError: no such recipe, an override that is not `table.key=value`, an unknown key, or a bad value.
+    """
+    values = read_recipe(name_or_path)
+    return Recipe.from_dict(apply({"name": Path(name_or_path).stem, **values}, overrides))
+
+
+def apply(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `values` with `a.b.c=value` set for each override; values are read as TOML, a bare word as a string."""
+    result = _copy(values)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        names = path.strip().split(".")
+        if not equals or len(names) < 2 or not all(names):
+            raise ValueError(f"--set {override!r}: allowed is table.key=value, for example optim.lr=1e-3")
+        if names[0] not in ("model", *TABLES):
+            nearest = _nearest(names[0], ("model", *TABLES))
+            raise ValueError(f"--set {override!r}: unknown table {names[0]!r}: the nearest known one is {nearest!r}")
+        table = result
+        for name in names[:-1]:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ValueError(f"--set {override!r}: {name!r} is a value, not a table")
+        table[names[-1]] = _parse(text.strip())
+    return result
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """`table.key: old -> new` for every key that differs (names of recipes aside)."""
+    before, after = old.to_dict(), new.to_dict()
+    found = []
+    for table in ("model", *TABLES):
+        for name in sorted({*before[table], *after[table]}):
+            a, b = before[table].get(name), after[table].get(name)
+            if a != b:
+                found.append(f"{table}.{name}: {a!r} -> {b!r}")
+    return found
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _table(kind: type, values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{kind.name}={values!r}: allowed is a table [{kind.name}]")  # type: ignore[attr-defined]
+    names = [f.name for f in fields(kind)]
+    for name in values:
+        if name not in names:
+            table = kind.name  # type: ignore[attr-defined]
+            raise ValueError(
+                f"unknown key '{table}.{name}': the nearest known key is '{table}.{_nearest(name, names)}'"
+            )
+    return kind(**values)
+
+
+def _nearest(name: str, known: Any) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the annotated type: whole numbers pass as float, lists as tuples, nothing else changes."""
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(items):
+            raise TypeError(f"{name}={value!r}: allowed is a list of {len(items)} numbers")
+        return tuple(_typed(name, item, kind) for item, kind in zip(value, items))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{name}={value!r}: allowed is {kind.__name__}, not {type(value).__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: allowed are finite numbers")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _copy(value) if isinstance(value, Mapping) else value for name, value in values.items()}
