@@ -249,7 +249,7 @@ package = types.ModuleType("abyssal.model")
 package.__path__ = [f"{path}/model" for path in abyssal.__path__]
 sys.modules["abyssal.model"] = package
 from abyssal.model import accounting, config
-accounting.account(config.ModelConfig.load("nano"), 4096).table()
+accounting.account(config.ModelConfig.load("toy"), 4096).table()
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
