@@ -188,6 +188,8 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
+    import torch
+
     from . import evaluate
     from .corpus import load_corpus
     from .data import held_out
@@ -198,7 +200,7 @@ def _eval(options: argparse.Namespace) -> None:
     data = replace(data, held_out_rows=data.held_out_rows if options.rows is None else options.rows)
     corpus = load_corpus(data.source, data.held_out_fraction)
     rows = held_out(corpus, data.sequence_length, data.held_out_rows)
-    bits = evaluate.bits_per_byte(model, rows, data.batch_size, recipe.train.torch_dtype)
+    bits = evaluate.bits_per_byte(model, rows, data.batch_size, getattr(torch, recipe.train.dtype))
     print(f"corpus {data.source}: {corpus}")
     print(f"held-out bytes           {len(rows.target_positions()):,} in {len(rows.rows)} of {rows.stream.rows} rows")
     print(f"held-out bits per byte   {bits:.4f}")

@@ -1,10 +1,13 @@
 """curves.png: how a run went, drawn from its metrics.jsonl alone, so that anyone can draw it again.
 
-Six panels: held-out bits per byte against the trigram model; the loss parts; learning rate and gradient norm; expert
-load; residual streams; what the indexer captures. Per-layer curves run from dark (first layer) to light (last).
+Five panels: bits per byte against the trigram model; the parts of the loss; expert load; residual streams; what the
+indexer captures. Per-layer curves run from dark (first layer) to light (last). Faint lines are single steps, strong ones
+a running mean.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,12 @@ from . import metrics
 
 FILE = "curves.png"
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"  # Okabe and Ito
-PARTS = {"lm": (BLUE, "next byte (lm)"), "mtp": (ORANGE, "byte after next (mtp)")}
-EXTRAS = {"balance": (GREEN, "expert balance"), "index": (PINK, "indexer KL")}
+PARTS = {
+    "lm": (BLUE, "next byte"),
+    "mtp": (ORANGE, "byte after next (MTP)"),
+    "balance": (GREEN, "expert balance"),
+    "index": (PINK, "indexer KL"),
+}
 
 
 def plot(folder: Path | str, path: Path | str | None = None) -> Path:
@@ -31,109 +38,110 @@ def plot(folder: Path | str, path: Path | str | None = None) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    figure = Figure(figsize=(14, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    panels = (_held_out, _losses, _optimizer, _load, _spread, _captured)
-    for axis, panel in zip(axes.flat, panels):
-        panel(axis, records)
-        _tidy(axis)
-    figure.suptitle(_title(folder, records), fontsize=12, x=0.01, ha="left")
+    axes = figure.subplot_mosaic("AAB;CDE")
+    for name, panel in zip("ABCDE", (_bits, _losses, _load, _spread, _captured)):
+        panel(axes[name], records)
+        _tidy(axes[name])
+    figure.suptitle(_title(folder, records), fontsize=11, color=GREY)
     path = Path(path) if path else folder / FILE
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     return path
 
 
 def _title(folder: Path, records: list[dict[str, Any]]) -> str:
     last = records[-1]
-    speed = sorted(r["tokens_per_second"] for r in records)[len(records) // 2]
+    speed = sorted(record["tokens_per_second"] for record in records)[len(records) // 2]
     parts = (
         folder.resolve().name,
         f"{last['step']:,} steps",
         f"{last['tokens'] / 1e6:.2f} M bytes",
         f"{last['seconds'] / 60:.1f} min",
         f"{speed:,.0f} tokens/s (median)",
-        f"peak {last['peak_memory_gib']:.2f} GiB",
+        f"peak memory {last['peak_memory_gib']:.2f} GiB",
     )
     return "   ·   ".join(parts)
 
 
-def _held_out(axis: Any, records: list[dict[str, Any]]) -> None:
-    steps, bits = _series(records, "lm")
-    axis.plot(steps, [value / math.log(2) for value in bits], color=BLUE, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, [value / math.log(2) for value in _smooth(bits)], color=BLUE, label="training (smoothed)")
-    steps, bits = _series(records, "held_out")
-    values = list(bits)
+def _bits(axis: Any, records: list[dict[str, Any]]) -> None:
+    steps, nats = _series(records, "lm")
+    bits = [value / math.log(2) for value in nats]
+    smooth = _smooth(bits)
+    axis.plot(steps, bits, color=BLUE, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, smooth, color=BLUE, label="training text")
+    shown = [*smooth]
+    steps, held_out = _series(records, "held_out")
     if steps:
-        axis.plot(steps, bits, color=ORANGE, marker="o", markersize=4, label=f"held out: {bits[-1]:.3f} at the end")
-        trigram = next(r["trigram"] for r in reversed(records) if "trigram" in r)
-        axis.axhline(trigram, color=GREY, linestyle="--", linewidth=1.2, label=f"trigram, same bytes: {trigram:.3f}")
-        values.append(trigram)
-    lowest = min(values + [r["lm"] / math.log(2) for r in records])
-    axis.set_ylim(max(0, lowest - 0.3), None)
-    axis.set(title="Compression of text", ylabel="bits per byte")
-    axis.legend()
+        trigram = _series(records, "trigram")[1][-1]
+        axis.plot(steps, held_out, color=ORANGE, marker="o", markersize=4, label="held-out text")
+        axis.axhline(trigram, color=GREY, linestyle="--", linewidth=1.2, label="trigram model, same held-out bytes")
+        axis.annotate(
+            f"{held_out[-1]:.3f}", (steps[-1], held_out[-1]), (5, 4), textcoords="offset points", color=ORANGE
+        )
+        axis.annotate(f"{trigram:.3f}", (steps[-1], trigram), (5, 4), textcoords="offset points", color=GREY)
+        shown += [*held_out, trigram]
+    axis.set_ylim(max(0, min(shown) - 0.3), max(max(shown[len(smooth) :], default=0), smooth[len(smooth) // 20]) + 0.3)
+    axis.set(title="Compression: held-out text against a trigram model", ylabel="bits per byte")
+    axis.legend(loc="upper right")
 
 
 def _losses(axis: Any, records: list[dict[str, Any]]) -> None:
-    for name, (colour, label) in {**PARTS, **EXTRAS}.items():
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for name, (colour, label) in PARTS.items():
         steps, values = _series(records, name)
         if any(value > 0 for value in values):
             axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
             axis.plot(steps, _smooth(values), color=colour, label=f"{label}: {_smooth(values)[-1]:.3g}")
     axis.set_yscale("log")
-    axis.set(title="Loss parts, unweighted", ylabel="nats (log scale)")
-    axis.legend()
-
-
-def _optimizer(axis: Any, records: list[dict[str, Any]]) -> None:
-    steps, norms = _series(records, "grad_norm")
-    axis.plot(steps, norms, color=PINK, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, _smooth(norms), color=PINK)
-    axis.set_yscale("log")
-    axis.set(title="Optimizer")
-    axis.set_ylabel("gradient norm before clipping (log scale)", color=PINK)
-    other = axis.twinx()
-    other.plot(*_series(records, "lr"), color=GREEN, linestyle="--")
-    other.set_ylabel("learning rate", color=GREEN)
-    other.set_ylim(0, None)
-    other.spines[["top", "left"]].set_visible(False)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set(title="Parts of the loss, unweighted", ylabel="nats per token (log scale)")
+    _legend_below(axis)
 
 
 def _load(axis: Any, records: list[dict[str, Any]]) -> None:
-    _layers(axis, records, "load_max")
+    layers = len(records[-1].get("spread", []))
+    _layers(axis, records, "load_max", lambda i: f"layer {i}" if i < layers else "MTP")
     axis.axhline(1, color=GREY, linestyle="--", linewidth=1.2)
-    axis.set(title="Expert load: busiest over mean", ylabel="ratio (1 = balanced)")
+    axis.set(title="Expert load: busiest expert", ylabel="times the mean load (1 = balanced)")
 
 
 def _spread(axis: Any, records: list[dict[str, Any]]) -> None:
-    _layers(axis, records, "spread")
+    _layers(axis, records, "spread", lambda i: f"layer {i}")
     axis.set_ylim(0, None)
-    axis.set(title="Residual streams: distance from one another", ylabel="relative spread (0 = all alike)")
+    axis.set(title="Residual streams: how far apart", ylabel="relative spread (0 = all alike)")
 
 
 def _captured(axis: Any, records: list[dict[str, Any]]) -> None:
-    _layers(axis, records, "captured", kind="CSA layer")
-    axis.set_ylim(None, 1)
+    _layers(axis, records, "captured", lambda i: f"CSA layer {i + 1}")
+    axis.set_ylim(None, 1.005)
     axis.set(title="Indexer: attention mass that its picks hold", ylabel="share of mass on compressed entries")
 
 
-def _layers(axis: Any, records: list[dict[str, Any]], name: str, kind: str = "layer") -> None:
-    """One smoothed curve per layer, each named in the legend with its last value."""
+def _layers(axis: Any, records: list[dict[str, Any]], name: str, label: Any) -> None:
+    """One smoothed curve per layer, named in the legend with its last value."""
     import matplotlib
 
     steps, rows = _series(records, name)
     count = max(map(len, rows), default=0)
-    if not count:
-        axis.text(0.5, 0.5, "not measured in this run", transform=axis.transAxes, ha="center", color=GREY)
-        return
     for layer in range(count):
         points = [(s, row[layer]) for s, row in zip(steps, rows) if layer < len(row) and row[layer] is not None]
         if points:
             xs, ys = zip(*points)
             colour = matplotlib.colormaps["viridis"](0.9 * layer / max(count - 1, 1))
-            axis.plot(xs, _smooth(ys), color=colour, label=f"{kind} {layer}: {_smooth(ys)[-1]:.2f}", linewidth=1.3)
-    axis.legend(ncols=2 if count > 4 else 1)
+            axis.plot(xs, ys, color=colour, alpha=0.15, linewidth=0.8)
+            axis.plot(xs, _smooth(ys), color=colour, label=f"{label(layer)}: {_smooth(ys)[-1]:.2f}", linewidth=1.3)
+    if axis.lines:
+        _legend_below(axis)
+    else:
+        axis.text(0.5, 0.5, "not measured in this run", transform=axis.transAxes, ha="center", color=GREY)
+
+
+def _legend_below(axis: Any) -> None:
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3 if len(axis.get_lines()) > 8 else 2)
 
 
 def _tidy(axis: Any) -> None:
@@ -143,9 +151,9 @@ def _tidy(axis: Any) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     legend = axis.get_legend()
     if legend:
+        legend.set_frame_on(False)
         for text in legend.get_texts():
-            text.set_fontsize(8)
-        legend.get_frame().set(alpha=0.8, linewidth=0)
+            text.set_fontsize(9)
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
@@ -153,7 +161,8 @@ def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[A
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _smooth(values: Any) -> list[float]:
-    """A running mean over the last fiftieth of the run (at least 1 step), shorter at the start."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean of the last steps, a fiftieth of the run (at least 1 step), fewer at the start."""
     width = max(1, len(values) // 50)
-    return [sum(part) / len(part) for part in (values[max(0, i - width + 1) : i + 1] for i in range(len(values)))]
+    sums = [0.0, *accumulate(values)]
+    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]

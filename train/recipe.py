@@ -110,9 +110,9 @@ TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig)}
 class Recipe:
     name: str
     model: ModelConfig
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         if self.model.vocab_size < VOCABULARY:
