@@ -1,8 +1,8 @@
 """curves.png: how a run went, drawn from its metrics.jsonl alone, so that anyone can draw it again.
 
 Five panels: bits per byte against the trigram model; the parts of the loss; expert load; residual streams; what the
-indexer captures. Per-layer curves run from dark (first layer) to light (last). Faint lines are single steps, strong ones
-a running mean.
+indexer captures. Per-layer curves run from dark (first layer) to light (last). Faint lines are single steps,
+strong ones a running mean.
 """
 
 import math
@@ -18,7 +18,7 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#
 PARTS = {
     "lm": (BLUE, "next byte"),
     "mtp": (ORANGE, "byte after next (MTP)"),
-    "balance": (GREEN, "expert balance"),
+    "balance": (GREEN, "expert balance (no unit)"),
     "index": (PINK, "indexer KL"),
 }
 
@@ -69,17 +69,15 @@ def _bits(axis: Any, records: list[dict[str, Any]]) -> None:
     bits = [value / math.log(2) for value in nats]
     smooth = _smooth(bits)
     axis.plot(steps, bits, color=BLUE, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smooth, color=BLUE, label="training text")
+    axis.plot(steps, smooth, color=BLUE, label=f"training text: {smooth[-1]:.3f} at the end")
     shown = [*smooth]
     steps, held_out = _series(records, "held_out")
     if steps:
         trigram = _series(records, "trigram")[1][-1]
-        axis.plot(steps, held_out, color=ORANGE, marker="o", markersize=4, label="held-out text")
-        axis.axhline(trigram, color=GREY, linestyle="--", linewidth=1.2, label="trigram model, same held-out bytes")
-        axis.annotate(
-            f"{held_out[-1]:.3f}", (steps[-1], held_out[-1]), (5, 4), textcoords="offset points", color=ORANGE
-        )
-        axis.annotate(f"{trigram:.3f}", (steps[-1], trigram), (5, 4), textcoords="offset points", color=GREY)
+        label = f"held-out text: {held_out[-1]:.3f} at the end"
+        axis.plot(steps, held_out, color=ORANGE, marker="o", markersize=4, label=label)
+        label = f"trigram model, same held-out bytes: {trigram:.3f}"
+        axis.axhline(trigram, color=GREY, linestyle="--", linewidth=1.2, label=label)
         shown += [*held_out, trigram]
     axis.set_ylim(max(0, min(shown) - 0.3), max(max(shown[len(smooth) :], default=0), smooth[len(smooth) // 20]) + 0.3)
     axis.set(title="Compression: held-out text against a trigram model", ylabel="bits per byte")
