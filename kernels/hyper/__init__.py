@@ -1,10 +1,10 @@
-"""Manifold-constrained hyper-connections (mHC): n residual streams, mixed by coefficients that every token computes for itself.
+"""Manifold-constrained hyper-connections (mHC): n residual streams, mixed by coefficients that each token computes.
 
 A sublayer F reads one combination of the streams, and its output is written back while the streams are mixed:
 
     X'_k = post_k F(sum_j pre_j X_j) + sum_j comb[j, k] X_j
 
-`comb` is made almost doubly stochastic by Sinkhorn's alternating normalisation. Its last step makes the columns sum to one:
+Sinkhorn's alternating normalisation makes `comb` almost doubly stochastic. Its last step makes the columns sum to one:
 each new stream is a weighted mean of the old streams, so that no depth of layers lets the residual grow.
 
 Axes: n streams (j source, k target) · d width.
@@ -97,7 +97,9 @@ def hyper_collapse(streams: Tensor, pre: Tensor, *, backend: str | None = None) 
     return implementation("hyper", backend, streams).hyper_collapse(streams, pre)
 
 
-def hyper_recombine(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor, *, backend: str | None = None) -> Tensor:
+def hyper_recombine(
+    output: Tensor, streams: Tensor, post: Tensor, comb: Tensor, *, backend: str | None = None
+) -> Tensor:
     """The streams after the sublayer: `X'_k = post_k y + sum_j comb[j, k] X_j`, accumulated in float32.
 
     Args:

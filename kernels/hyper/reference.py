@@ -4,15 +4,16 @@ The backward passes need the streams and a few numbers per token; Sinkhorn's ite
 Matrix products go into existing tensors (`out=` or in place), which autocast leaves in full precision.
 
 Axes: t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection.
-Coefficients are computed with the tokens last, [m, t] and [n, n, t]: every small step then runs along contiguous memory.
+Coefficients are computed with the tokens last, [m, t] and [n, n, t]: every small step runs along contiguous memory.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, FunctionCtx, once_differentiable
+from torch.autograd.function import Function, once_differentiable
 
 from . import Coefficients
 
@@ -21,7 +22,14 @@ _BLOCK_TOKENS = 2048  # Sinkhorn's backward holds every iterate of one block of 
 
 
 def hyper_coefficients(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int = 20, eps: float = 1e-6, norm_eps: float = 1e-6
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
 ) -> Coefficients:
     n = streams.shape[-2]
     parts = (n, n, n * n)
@@ -30,7 +38,7 @@ def hyper_coefficients(
     return Coefficients(
         (pre.sigmoid() + eps).t().reshape(streams.shape[:-1]),
         (2 * post.sigmoid()).t().reshape(streams.shape[:-1]),
-        comb.permute(2, 0, 1).reshape(*streams.shape[:-1], n),
+        comb.permute(2, 0, 1).contiguous().reshape(*streams.shape[:-1], n),
     )
 
 
@@ -48,11 +56,15 @@ def hyper_collapse(streams: Tensor, pre: Tensor) -> Tensor:
 
 def hyper_recombine(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     n, d = streams.shape[-2:]
-    mixed = _Recombine.apply(output.reshape(-1, d), streams.reshape(-1, n, d), post.reshape(-1, n), comb.reshape(-1, n, n))
+    mixed = _Recombine.apply(
+        output.reshape(-1, d), streams.reshape(-1, n, d), post.reshape(-1, n), comb.reshape(-1, n, n)
+    )
     return mixed.reshape(streams.shape)
 
 
-def _logits(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, parts: tuple[int, ...], norm_eps: float) -> Tensor:
+def _logits(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, parts: tuple[int, ...], norm_eps: float
+) -> Tensor:
     """`mix * scale + base`, [m, t]; `parts` are the numbers of rows that share one entry of `scale`."""
     mix = _Projection.apply(streams.reshape(-1, fn.shape[1]), fn, norm_eps)
     scale = torch.cat([factor.expand(size) for factor, size in zip(scale.to(mix.dtype).unbind(), parts)])
@@ -67,7 +79,7 @@ class _Projection(Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, u: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    def forward(ctx: Any, u: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
         dtype = torch.promote_types(u.dtype, torch.float32)
         weight = fn.to(dtype)
         product = u.new_empty(len(u), len(fn), dtype=dtype)
@@ -83,12 +95,12 @@ class _Projection(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dmix: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dmix: Tensor) -> tuple[Tensor | None, ...]:
         u, fn, mix, r = ctx.saved_tensors
         weight = fn.to(mix.dtype)
         scaled = dmix * r
         shrink = (mix * dmix).sum(0).mul_(r).mul_(r).div_(-u.shape[1])
-        du = torch.empty_like(u) if ctx.needs_input_grad[0] else None
+        du = u.new_empty(u.shape) if ctx.needs_input_grad[0] else None
         dfn = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for rows in _blocks(u):
             block = u[rows].to(mix.dtype)
@@ -104,14 +116,14 @@ class _Sinkhorn(Function):
     """The almost doubly stochastic matrix of logits [n, n, t]; saves the logits only."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, iterations: int, eps: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.iterations, ctx.eps = iterations, eps
         return sinkhorn(logits, iterations, eps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (logits,) = ctx.saved_tensors
         result = torch.empty_like(logits)
         for start in range(0, logits.shape[2], _BLOCK_TOKENS):
@@ -135,7 +147,7 @@ def sinkhorn_backward(logits: Tensor, grad: Tensor, iterations: int, eps: float)
     Z_X = X dX = Z_Y - Y sum(Z_Y), so that the walk back carries Z and divides by the first iterate at the end.
     """
     first, *steps = _iterates(logits, iterations, eps, keep=True)
-    z = grad * (steps[-1] if steps else first)
+    z = torch.mul(grad, steps[-1], out=logits.new_empty(logits.shape))
     for index in range(len(steps), 0, -1):
         z.addcmul_(steps[index - 1], z.sum(_axis(index), keepdim=True), value=-1)
     share = torch.softmax(logits, 1)
@@ -171,7 +183,7 @@ class _Collapse(Function):
     """`u = sum_j pre_j X_j`. dX_j = pre_j du; dpre_j = sum_d X_j du."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, streams: Tensor, pre: Tensor) -> Tensor:
+    def forward(ctx: Any, streams: Tensor, pre: Tensor) -> Tensor:
         ctx.save_for_backward(streams, pre)
         dtype = torch.promote_types(streams.dtype, torch.float32)
         collapsed = streams.new_empty(streams.shape[0], streams.shape[2])
@@ -182,10 +194,10 @@ class _Collapse(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, du: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
         streams, pre = ctx.saved_tensors
         dtype = torch.promote_types(streams.dtype, torch.float32)
-        dstreams = torch.empty_like(streams) if ctx.needs_input_grad[0] else None
+        dstreams = streams.new_empty(streams.shape) if ctx.needs_input_grad[0] else None
         dpre = pre.new_empty(pre.shape) if ctx.needs_input_grad[1] else None
         for rows in _blocks(streams):
             grad = du[rows, None].to(dtype)
@@ -205,11 +217,11 @@ class _Recombine(Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         comb = comb.contiguous()
         ctx.save_for_backward(y, streams, post, comb)
         dtype = torch.promote_types(streams.dtype, torch.float32)
-        mixed = torch.empty_like(streams)
+        mixed = streams.new_empty(streams.shape)
         for rows in _blocks(streams):
             with _written(mixed, rows, dtype) as target:
                 torch.mul(post[rows, :, None].to(dtype), y[rows, None].to(dtype), out=target)
@@ -218,10 +230,10 @@ class _Recombine(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, streams, post, comb = inputs = ctx.saved_tensors
         dtype = torch.promote_types(streams.dtype, torch.float32)
-        results = [torch.empty_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad)]
+        results = [x.new_empty(x.shape) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad)]
         dy, dstreams, dpost, dcomb = results
         for rows in _blocks(streams):
             block = grad[rows].to(dtype)
