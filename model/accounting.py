@@ -326,7 +326,7 @@ def _cache(c: ModelConfig, context: int, entry: int, index_key: int) -> Cache:
     keeps the previous window; 1 in HCA).
     """
     per_token, state = 0.0, 0
-    for kind, ratio in list(zip(c.layer_types, c.compress_ratios))[: c.num_hidden_layers]:
+    for kind, ratio in zip(c.layer_types, c.compress_ratios):
         if kind == SPARSE:
             per_token += (entry + index_key) / ratio
             state += 2 * 4 * (2 * ratio) * 2 * (c.head_dim + c.index_head_dim)

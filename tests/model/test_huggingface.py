@@ -270,6 +270,7 @@ CONFIGS = {
     "no mtp": tiny(num_nextn_predict_layers=0),
     "sliding": tiny(compress_ratios=[0] * 4, layer_types=[SLIDING] * 4),
     "null ids": tiny(bos_token_id=None, pad_token_id=3),
+    "truncated product": tiny(head_dim=46, qk_rope_head_dim=26, index_head_dim=32),
     "bases": tiny(rope_theta=500.0, compress_rope_theta=777.0),
     "toy": ModelConfig.load("toy"),
     "long": ModelConfig.load("long"),
@@ -376,3 +377,26 @@ def test_transformers_reads_what_is_written_here(tmp_path):
         for source, index in sources(name, config, "huggingface").items():
             if not name.startswith("mtp."):
                 assert torch.equal(loaded[source], tensor[index]), source
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_survives_saving_and_loading(tmp_path, layout):
+    from abyssal.model.transformer import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(replace(tiny(), torch_dtype="bfloat16"))
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == model_tensors(tiny())
+    huggingface.save_pretrained(model, tmp_path / "x", layout=layout)
+    loaded = huggingface.load_pretrained(tmp_path / "x")
+    assert loaded.config == tiny()  # torch_dtype says what was written
+    assert_equal(loaded.state_dict(), model.state_dict())
+    assert all(p.requires_grad for p in loaded.parameters()) and not any(p.is_meta for p in loaded.parameters())
+    half = huggingface.load_pretrained(tmp_path / "x", dtype=torch.bfloat16)
+    kinds = {name: p.dtype for name, p in half.named_parameters()}
+    assert kinds["embed.weight"] == torch.bfloat16 and kinds["layers.0.hc_attn.fn"] == torch.float32
+
+
+def test_a_checkpoint_without_mtp_loads_as_a_model_without_it(tmp_path, peer):
+    peer.save_pretrained(tmp_path)
+    model = huggingface.load_pretrained(tmp_path)
+    assert model.config == replace(tiny(), num_nextn_predict_layers=0) and len(model.mtp) == 0
