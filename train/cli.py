@@ -154,7 +154,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     from ..model import generate
     from .loop import load_trained
-    from .tokens import encode
+    from .tokens import decode_stream, encode
 
     model, _ = load_trained(options.checkpoint)
     ids = torch.tensor([encode(options.prompt)], device=next(model.parameters()).device)
@@ -168,15 +168,10 @@ def _generate(options: argparse.Namespace) -> None:
         seed=options.seed,
         stream=True,
     )
-    _write_bytes(options.prompt.encode())
-    for token in tokens:
-        _write_bytes(bytes([int(token)]) if int(token) < 256 else b"")
-    _write_bytes(b"\n")
-
-
-def _write_bytes(text: bytes) -> None:
-    sys.stdout.buffer.write(text)
-    sys.stdout.buffer.flush()
+    print(options.prompt, end="", flush=True)
+    for text in decode_stream(map(int, tokens)):
+        print(text, end="", flush=True)
+    print()
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:

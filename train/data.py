@@ -62,9 +62,8 @@ class Stream:
         document = np.where(inside, document - document[:, :1], PADDING)
         continues = inside[:, 1:] & (document[:, 1:] == document[:, :-1])
         targets = np.where(continues, token[:, 1:], IGNORED)
-        return Batch(
-            torch.from_numpy(token[:, :-1]), torch.from_numpy(targets), torch.from_numpy(document[:, :-1].copy())
-        )
+        arrays = (token[:, :-1], targets, document[:, :-1])
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
 def train_batch(corpus: Corpus, length: int, batch_size: int, seed: int, step: int) -> Batch:

@@ -1,6 +1,7 @@
 """Tokens of the byte-level models: 0 to 255 are bytes, 256 (bos) opens every document."""
 
-from collections.abc import Iterable
+import codecs
+from collections.abc import Iterable, Iterator
 
 BOS = 256
 VOCABULARY = 257  # what a model's vocabulary needs at least
@@ -11,6 +12,14 @@ def encode(text: str) -> list[int]:
     return [BOS, *text.encode()]
 
 
+def decode_stream(tokens: Iterable[int]) -> Iterator[str]:
+    """The text of byte tokens, piece by piece as they come; other tokens are left out, invalid UTF-8 becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(bytes([token])) if token < BOS else ""
+    yield decoder.decode(b"", final=True)
+
+
 def decode(tokens: Iterable[int]) -> str:
-    """The text of the byte tokens; other tokens are left out, and bytes that are no UTF-8 become U+FFFD."""
-    return bytes(token for token in tokens if token < BOS).decode("utf-8", errors="replace")
+    """The whole text of byte tokens, as `decode_stream` gives it."""
+    return "".join(decode_stream(tokens))

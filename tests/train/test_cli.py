@@ -1,0 +1,155 @@
+"""The command line: help that helps, a whole round of commands, and errors in one line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import abyssal
+from abyssal.train.cli import COMMANDS, main
+
+ROOT = Path(abyssal.__file__).resolve().parents[1]
+
+
+def settings(tiny_recipe, *more: str) -> list[str]:
+    given = [f"data.source={tiny_recipe.data.source}", "data.sequence_length=48", "data.batch_size=2"]
+    given += ["data.held_out_rows=3", "train.steps=2", "train.sample_tokens=4", "optim.warmup_steps=1", *more]
+    return [part for text in given for part in ("--set", text)]
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "nano", "--out", str(out), *settings(tiny())]) == 0
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_types_defaults_and_an_example(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"example:\n  abyssal {command} " in text
+    options = re.findall(r"^  (--[a-z-]+)", text, flags=re.MULTILINE)
+    assert options and text.count("default:") >= len(options)
+    assert re.search(r"\((str|int|float|path)\b", text)
+
+
+def test_help_of_train_lists_every_recipe_key(capsys):
+    from dataclasses import fields
+
+    from abyssal.train.recipe import TABLES
+
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for table, kind in TABLES.items():
+        for f in fields(kind):
+            assert f"{table}.{f.name} " in text
+
+
+def test_only_commands_that_work_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("chat", "ablate", "bench", "profile", "convert"):
+        assert f"\n    {command} " not in text
+    assert all(f"\n    {command} " in text for command in COMMANDS)
+
+
+def test_training_ends_with_the_numbers_and_the_files(tiny, tmp_path, capsys):
+    assert main(["train", "nano", "--out", str(tmp_path / "run"), *settings(tiny())]) == 0
+    text = capsys.readouterr().out
+    for pattern in (
+        r"held-out bits per byte +\d\.\d{4}",
+        r"trigram, same bytes +\d\.\d{4} +\(the model is \d\.\d{4} (better|worse)\)",
+        r"trained +2 steps, \d+ bytes in \d+ s, [\d,]+ tokens/s",
+        r"curves +.*curves\.png",
+        r"checkpoint +.*step-000002",
+        r"sample:\ndef ",
+    ):
+        assert re.search(pattern, text), pattern
+    assert {"run.json", "metrics.jsonl", "curves.png", "sample.txt", "checkpoints"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+
+
+def test_the_default_folder_carries_name_and_time(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "nano", *settings(tiny(), "train.steps=1")]) == 0
+    (out,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"nano-\d{8}-\d{6}", out.name)
+
+
+def test_resume_without_a_recipe_takes_the_stored_one(tiny, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    main(["train", "nano", "--out", out, *settings(tiny())])
+    assert main(["train", "--resume", out, "--set", "train.steps=3"]) == 0
+    assert "step 3: held out" in capsys.readouterr().out
+
+
+def test_generate_writes_the_prompt_and_is_seeded(run, capsys):
+    command = ["generate", str(run), "--prompt", "def ", "--max-new-tokens", "6", "--top-k", "20"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main([*command, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("def ")
+    assert main([*command, "--temperature", "0"]) == 0
+
+
+def test_eval_repeats_the_training_number(run, capsys):
+    from abyssal.train import metrics
+
+    assert main(["eval", str(run)]) == 0
+    text = capsys.readouterr().out
+    last = metrics.read(run)[-1]
+    assert f"held-out bits per byte   {last['held_out']:.4f}" in text
+    assert f"trigram, same bytes      {last['trigram']:.4f}" in text
+    assert main(["eval", str(run), "--rows", "0"]) == 0
+
+
+def test_plot_and_info_print_what_they_made(run, tmp_path, capsys):
+    assert main(["plot", str(run), "--out", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a.png")
+    assert main(["info", "nano", "--context", "1000"]) == 0
+    assert "param" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nanoo"], "'nanoo' is no configuration: shipped are"),
+        (["train"], "RECIPE is missing"),
+        (["train", "nano", "--set", "optim.lrr=1"], "the nearest known key is 'optim.lr'"),
+        (["train", "nano", "--set", "data.source=nowhere"], "data.source='nowhere'"),
+        (["train", "--resume", "nowhere"], "is no checkpoint"),
+        (["generate", "nowhere"], "is no checkpoint"),
+        (["eval", "nowhere"], "is no checkpoint"),
+        (["plot", "nowhere"], "holds no metrics.jsonl"),
+        (["info", "v5"], "'v5' is no configuration"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"abyssal {arguments[0]}: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_refuses_a_bad_setting(run, capsys):
+    assert main(["generate", str(run), "--top-p", "2"]) == 2
+    assert "top_p=2" in capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "abyssal.train", "info", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0 and "abyssal info nano" in result.stdout.replace("v4-flash", "nano")

@@ -1,0 +1,100 @@
+"""The schedule at its corners, the groups of every parameter, and one AdamW step by hand."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from abyssal.model import ModelConfig, Transformer
+from abyssal.train.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from abyssal.train.recipe import OptimConfig
+
+CONFIG = OptimConfig(lr=1.0, final_lr_share=0.1, warmup_steps=10, decay_share=0.4)
+
+
+def test_schedule_has_the_shape_of_the_paper():
+    lr = [learning_rate(step, 100, CONFIG) for step in range(100)]
+    assert lr[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert lr[9:60] == [1.0] * 51
+    assert all(a > b for a, b in pairwise(lr[59:]))
+    assert lr[99] == pytest.approx(0.1)
+    assert lr[79] == pytest.approx(0.55)
+    assert lr[69] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_schedule_without_warmup_or_tail_is_constant():
+    config = OptimConfig(lr=0.5, warmup_steps=0, decay_share=0.0)
+    assert [learning_rate(step, 7, config) for step in range(7)] == [0.5] * 7
+
+
+def test_schedule_of_a_run_shorter_than_its_warmup_never_exceeds_the_ramp():
+    lr = [learning_rate(step, 5, CONFIG) for step in range(5)]
+    assert all(value <= (step + 1) / 10 for step, value in enumerate(lr))
+    assert all(value > 0 for value in lr)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return Transformer(ModelConfig.load("nano"))
+
+
+def test_every_parameter_is_in_exactly_one_group(model):
+    groups = parameter_groups(model)
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_only_matrices_decay(model):
+    groups = parameter_groups(model)
+    words = ("norm", "embed", "ape", "base", "scale", "sink", "conv", "table")
+    assert not [name for name in groups["matrices"] if any(word in name for word in words)]
+    ends = {name.split(".", 2)[-1] for name in groups["matrices"]}
+    assert {"attn.wq_a.weight", "ffn.experts.w13", "ffn.experts.w2", "ffn.gate.weight", "hc_attn.fn"} <= ends
+    assert "head.weight" in groups["matrices"]
+    assert list(groups["tables"]) == ["layers.1.engram.table.weight"]
+    ends = {name.split(".")[-1] for name in groups["vectors"]}
+    assert {"attn_sink", "ape", "base", "scale", "conv", "h_norm"} <= ends
+    assert "embed.weight" in groups["vectors"]
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[1.0, -2.0]]))
+        self.norm = nn.Parameter(torch.tensor([3.0]))
+        self.engram = nn.ModuleDict({"table": nn.Embedding.from_pretrained(torch.tensor([[0.5]]), freeze=False)})
+
+
+def test_two_steps_equal_adamw_by_hand():
+    config = OptimConfig(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5, engram_lr_scale=3.0)
+    model = Two()
+    start = {name: p.detach().clone().double() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, config)
+    gradients = [0.7, -0.2]
+    for g in gradients:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, g)
+        set_learning_rate(optimizer, 0.05)
+        optimizer.step()
+    for name, p in model.named_parameters():
+        w, m, v = start[name], 0.0, 0.0
+        rate = 0.15 if "table" in name else 0.05
+        decay = 0.5 if name == "matrix" else 0.0
+        for t, g in enumerate(gradients, 1):
+            m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+            update = (m / (1 - 0.8**t)) / (math.sqrt(v / (1 - 0.9**t)) + 1e-3)
+            w = w * (1 - rate * decay) - rate * update
+        torch.testing.assert_close(p.detach().double(), w, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_parameter_without_gradient_stays_where_it_is():
+    model = Two()
+    before = model.norm.detach().clone()
+    optimizer = build_optimizer(model, OptimConfig())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(model.norm, before)
+    assert torch.isfinite(model.matrix).all()

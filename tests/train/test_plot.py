@@ -1,0 +1,76 @@
+"""curves.png: drawn from metrics.jsonl alone, with something on it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from abyssal.train import metrics
+from abyssal.train.plot import _smooth, plot
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def record(step: int, **more) -> dict:
+    lm = 1.5 + 4 / step
+    base = {"step": step, "tokens": 100 * step, "seconds": 0.1 * step, "loss": lm, "lm": lm, "mtp": lm + 1}
+    base |= {"balance": 1.0, "index": 0.1, "lr": 1e-3, "grad_norm": 1.0, "load_max": [1.2, 1.5, 1.1]}
+    base |= {"load_cv": [0.1, 0.2, 0.1], "spread": [0.1, 0.3], "captured": [0.9, None]}
+    return base | {"tokens_per_second": 5000.0, "peak_memory_gib": 0.5} | more
+
+
+def write(folder, records) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / metrics.FILE).write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def colours(path) -> set[tuple]:
+    from matplotlib.image import imread
+
+    image = imread(path)
+    assert image.shape[0] > 400 and image.shape[1] > 600
+    return {tuple(np.round(pixel, 2)) for pixel in image[::3, ::3, :3].reshape(-1, 3)}
+
+
+def test_a_picture_with_curves(tmp_path):
+    run = tmp_path / "run"
+    write(run, [record(s, **({"held_out": 3.0, "trigram": 2.6} if s % 10 == 0 else {})) for s in range(1, 41)])
+    path = plot(run)
+    assert path == run / "curves.png"
+    assert len(colours(path)) > 30
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_first_steps_can_be_drawn(tmp_path, steps):
+    write(tmp_path, [record(s) for s in range(1, steps + 1)])
+    assert len(colours(plot(tmp_path, tmp_path / "other.png"))) > 10
+
+
+def test_a_model_without_some_mechanisms_can_be_drawn(tmp_path):
+    bare = [record(s, captured=[], mtp=None, index=None) for s in range(1, 5)]
+    write(tmp_path, [{k: v for k, v in r.items() if v is not None} for r in bare])
+    assert plot(tmp_path).is_file()
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    write(tmp_path, [record(1), record(2)])
+    with open(tmp_path / metrics.FILE, "a") as file:
+        file.write('{"step": 3, "lm"')
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
+    plot(tmp_path)
+
+
+def test_errors_name_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl"):
+        plot(tmp_path / "none")
+    write(tmp_path, [])
+    with pytest.raises(ValueError, match="no step yet"):
+        plot(tmp_path)
+
+
+def test_smoothing_is_a_running_mean():
+    values = [math.sin(i) for i in range(230)]
+    width = 230 // 50
+    wanted = [np.mean(values[max(0, i - width + 1) : i + 1]) for i in range(230)]
+    np.testing.assert_allclose(_smooth(values), wanted, atol=1e-9)
