@@ -354,10 +354,10 @@ def _check(
     quantised = [name for name, header in stored.items() if header.dtype not in _DTYPES]
     if quantised:
         kinds = ", ".join(sorted({stored[name].dtype for name in quantised}))
-        experts = f" (expert_dtype {config.expert_dtype})" if config.expert_dtype else ""
+        method = (config.quantization_config or {}).get("quant_method", "no quant_method given")
         raise ValueError(
-            f"the checkpoint is quantised{experts}: {_listed(quantised)} are {kinds}; float32, float16 and bfloat16"
-            " tensors can be read, the quantised layout is not read yet"
+            f"the checkpoint is quantised ({method}, experts {config.expert_dtype or method}): {_listed(quantised)} are"
+            f" {kinds}; float32, float16 and bfloat16 tensors can be read, the quantised layout is not read yet"
         )
     missing = [name for name in wanted if name not in stored]
     unexpected = [name for name in stored if name not in wanted]

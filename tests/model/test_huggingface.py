@@ -195,10 +195,12 @@ def test_quantised_tensors_are_refused(tmp_path):
         tensors["layers.0.attn.wq_a.weight"] = tensors["layers.0.attn.wq_a.weight"].to(torch.float8_e4m3fn)
         tensors["layers.0.attn.wq_a.scale"] = torch.ones(1, 1)
 
-    folder = edit(write(tmp_path / "x", tiny(), "official"), change)
-    words = r"quantised \(expert_dtype fp4\): layers.0.attn.wq_a.weight are F8_E4M3.*not read yet"
+    sizes = {"head_dim": 68, "index_head_dim": 32, "hidden_size": 32, "moe_intermediate_size": 32}
+    config = tiny(**sizes, quantization_config={"quant_method": "fp8"}, expert_dtype="fp4")
+    folder = edit(write(tmp_path / "x", config, "official"), change)
+    words = r"quantised \(fp8, experts fp4\): layers.0.attn.wq_a.weight are F8_E4M3.*not read yet"
     with pytest.raises(ValueError, match=words):
-        read(folder, replace(tiny(), expert_dtype="fp4"))
+        read(folder, config)
 
 
 def test_folders_without_what_is_needed(tmp_path):
