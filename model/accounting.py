@@ -164,7 +164,7 @@ def account(config: ModelConfig, context: int = 0, bytes_per_value: int | None =
     mtp = Counter(_layer(config, layers) | _mtp_ends(config)) if depth else Counter()
     activated = _activated(config, parameters)
     scored = layers - config.num_hash_layers + depth
-    values = bytes_per_value or {"float32": 4, "bfloat16": 2, "float16": 2}[config.torch_dtype]
+    values = bytes_per_value or {"float64": 8, "float32": 4}.get(config.torch_dtype, 2)
     return Account(
         context=context,
         parameters=_listed(parameters),

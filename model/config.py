@@ -363,7 +363,7 @@ def _check_layers(c: ModelConfig) -> None:
 
 def _check_storage(c: ModelConfig) -> None:
     """The released formats: FP8 groups of 64 without the rotary part, Hadamard and FP4 groups of 32 in the indexer."""
-    dtypes = ("float32", "bfloat16", "float16")
+    dtypes = ("float64", "float32", "bfloat16", "float16")
     _require(c.torch_dtype in dtypes, "torch_dtype", c.torch_dtype, ", ".join(dtypes))
     _require(c.expert_dtype in (None, "fp4", "fp8"), "expert_dtype", c.expert_dtype, "'fp4', 'fp8' or none")
     if c.quantization_config is None:

@@ -177,7 +177,7 @@ REFUSED = {
     ),
     "weight": ({"mtp_loss_weight": -0.1}, r"mtp_loss_weight=-0.1: allowed is numbers >= 0"),
     "infinite": ({"rope_theta": float("inf")}, r"rope_theta=inf: allowed are finite"),
-    "dtype": ({"torch_dtype": "float8"}, r"torch_dtype='float8': allowed is float32"),
+    "dtype": ({"torch_dtype": "float8"}, r"torch_dtype='float8': allowed is float64, float32"),
     "fp8 head": ({"quantization_config": {}}, r"head_dim=32: allowed is qk_rope_head_dim=16 plus a multiple of 64"),
     "hadamard": (
         {"quantization_config": {}, "head_dim": 80, "index_head_dim": 96},

@@ -394,6 +394,8 @@ def test_a_model_survives_saving_and_loading(tmp_path, layout):
     assert_equal(loaded.state_dict(), model.state_dict())
     assert all(p.requires_grad for p in loaded.parameters()) and not any(p.is_meta for p in loaded.parameters())
     half = huggingface.load_pretrained(tmp_path / "x", dtype=torch.bfloat16)
+    huggingface.save_pretrained(loaded.double(), tmp_path / "double", layout=layout)
+    assert ModelConfig.load(tmp_path / "double" / "config.json").torch_dtype == "float64"
     kinds = {name: p.dtype for name, p in half.named_parameters()}
     assert kinds["embed.weight"] == torch.bfloat16 and kinds["layers.0.hc_attn.fn"] == torch.float32
 
