@@ -167,23 +167,23 @@ class Run:
         self.held_out_bits = bits
         return {"held_out": bits, "trigram": self.trigram}
 
-    def save(self) -> None:
+    def save(self) -> Path:
         self.metrics.sync()
         self.progress = Progress(self.progress.step, self.progress.tokens, self.seconds())
         keep = self.recipe.train.keep
         self.saved = checkpoint.save(self.out, self.model, self.optimizer, self.recipe, self.progress, keep)
+        return self.saved
 
     def finish(self) -> Summary:
         """The summary, with a sample; evaluates and saves if the loop had nothing left to do."""
         if math.isnan(self.held_out_bits):
             self.evaluate()
-        if self.saved is None:
-            self.save()
+        saved = self.saved or self.save()
         sample = self.sample()
         if sample:
             (self.out / SAMPLE).write_text(sample)
         steps = self.recipe.train.steps
-        return Summary(self.out, self.saved, self.progress, steps, self.cut, self.held_out_bits, self.trigram, sample)
+        return Summary(self.out, saved, self.progress, steps, self.cut, self.held_out_bits, self.trigram, sample)
 
     def sample(self) -> str:
         """Text that the model writes on from the recipe's prompt (temperature 0.8, top-p 0.95)."""
@@ -244,10 +244,12 @@ def _due(step: int, every: int) -> bool:
 
 def _check_folder(out: Path, resumed: Path | None) -> None:
     """A folder takes one run: a new one, or the continuation of its own newest checkpoint."""
-    own = resumed is not None and resumed.resolve().parents[1] == out.resolve()
-    if not own and ((out / metrics.FILE).exists() or checkpoint.checkpoints(out)):
-        raise FileExistsError(f"{str(out)!r} already holds a run: resume that (--resume {out}) or choose another --out")
-    if own and checkpoint.find(out).name != resumed.name:
+    if resumed is None or resumed.resolve().parents[1] != out.resolve():
+        if (out / metrics.FILE).exists() or checkpoint.checkpoints(out):
+            raise FileExistsError(
+                f"{str(out)!r} already holds a run: resume that (--resume {out}) or choose another --out"
+            )
+    elif checkpoint.find(out).name != resumed.name:
         newest = checkpoint.find(out).name
         raise ValueError(f"{str(out)!r} holds a later checkpoint ({newest}): resume from that, or choose another --out")
 
