@@ -135,7 +135,6 @@ class Run:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(batch.ids, targets=batch.targets, documents=batch.documents)
         losses = {"loss": out.loss.item(), **{name: part.item() for name, part in out.losses.items()}}
-        self._check_finite(number + 1, losses)
         out.loss.backward()
         norm = clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
         self._check_finite(number + 1, {**losses, "grad_norm": norm})
@@ -247,7 +246,7 @@ def _check_folder(out: Path, resumed: Path | None) -> None:
     if resumed is None or resumed.resolve().parents[1] != out.resolve():
         if (out / metrics.FILE).exists() or checkpoint.checkpoints(out):
             raise FileExistsError(
-                f"{str(out)!r} already holds a run: resume that (--resume {out}) or choose another --out"
+                f"{str(out)!r} already holds a run: resume it (--resume {out}) or choose another --out"
             )
     elif checkpoint.find(out).name != resumed.name:
         newest = checkpoint.find(out).name

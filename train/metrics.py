@@ -24,7 +24,7 @@ from torch import Tensor
 FILE = "metrics.jsonl"
 
 
-def model_record(metrics: dict[str, Tensor]) -> dict[str, list[float]]:
+def model_record(metrics: dict[str, Tensor]) -> dict[str, list[float | None]]:
     """The model's own measurements as lists: "load" fractions [layers, E] become `load_max` and `load_cv` per layer."""
     record = {name: _list(values) for name, values in metrics.items() if name != "load"}
     load = metrics.get("load")
