@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels import attention, index_loss, index_topk, rms_norm, rope
+from .cache import LayerCache
 from .compressor import Compressor
 from .config import ModelConfig
 from .documents import Layout
@@ -58,30 +59,34 @@ class Attention(nn.Module):
             nn.init.normal_(linear.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.attn_sink)
 
-    def forward(self, x: Tensor, layout: Layout, learn_index: bool = False) -> tuple[Tensor, IndexSignal | None]:
+    def forward(
+        self, x: Tensor, layout: Layout, learn: bool = False, cache: LayerCache | None = None
+    ) -> tuple[Tensor, IndexSignal | None]:
         """The sublayer's output and, for a CSA layer that is asked to learn, the indexer's loss."""
         turn = rotation(self.config, self.layer, layout.positions)
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
         q = rope(rms_norm(q, None, self.config.rms_norm_eps), turn)
         kv = rope(self.kv_norm(self.wkv(x)), turn)
-        out, signal = self._attend(x, q_latent, q, kv, turn, layout, learn_index)
+        if cache is not None:
+            kv = cache.window.extend(kv, layout.step)
+        out, signal = self._attend(x, q_latent, q, kv, turn, layout, learn, cache)
         return self._project(rope(out, turn, inverse=True)), signal
 
-    def _attend(self, x, q_latent, q, kv, turn, layout, learn_index) -> tuple[Tensor, IndexSignal | None]:
-        scale = self.config.head_dim**-0.5
-        reach = {"window": self.config.sliding_window, "window_start": layout.start, "scale": scale}
+    def _attend(self, x, q_latent, q, kv, turn, layout, learn, cache) -> tuple[Tensor, IndexSignal | None]:
+        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
+        reach = {"window": window, "window_start": layout.first_rows(window - 1), "scale": scale}
         if not self.ratio:
             return attention(q, kv, None, self.attn_sink, **reach)[0], None
-        entries = layout.entries(self.ratio)
-        compressed = self.compressor(x, entries)
+        entries = self.compressor.entries(layout)
+        compressed = self.compressor(x, layout, cache and cache.compressor)
         seen = {"start": entries.start, "end": entries.end}
         if self.kind == "heavily_compressed_attention":
             return attention(q, kv, compressed, self.attn_sink, **reach, **seen)[0], None
-        inputs = self.indexer(x, q_latent, turn, entries)
+        inputs = self.indexer(x, q_latent, turn, layout, cache and cache.indexer)
         picks = index_topk(*inputs, k=self.config.index_topk, **seen)
         out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **reach)
-        if not learn_index:
+        if not learn:
             return out, None
         return out, IndexSignal(*index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **seen))
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .attention import Attention, IndexSignal
+from .cache import LayerCache
 from .config import ModelConfig
 from .documents import Layout
 from .engram import Engram
@@ -44,13 +45,20 @@ class Block(nn.Module):
         self.ffn = MoE(config, layer)
 
     def forward(
-        self, streams: Tensor, ids: Tensor, layout: Layout, learn: bool = False, real: Tensor | None = None
+        self,
+        streams: Tensor,
+        ids: Tensor,
+        layout: Layout,
+        *,
+        learn: bool = False,
+        real: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Signals]:
         """`learn` asks for the signals of the objective; `real` [b, t] narrows the tokens that count in the balance."""
         if self.engram is not None:
-            streams = streams + self.engram(streams, ids, layout)
+            streams = streams + self.engram(streams, ids, layout, cache)
         u, mix = self.hc_attn(streams)
-        y, index = self.attn(self.attn_norm(u), layout, learn)
+        y, index = self.attn(self.attn_norm(u), layout, learn, cache)
         streams = self.hc_attn.recombine(y, streams, mix)
         u, mix = self.hc_ffn(streams)
         y, load = self.ffn(self.ffn_norm(u), ids, layout, learn, real)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import pool, rope
+from .cache import CompressorCache, unfinished_tokens
 from .config import ModelConfig
-from .documents import Entries
+from .documents import Entries, Layout
 from .norm import RMSNorm
 from .rotary import rotation
 
@@ -29,6 +30,7 @@ class Compressor(nn.Module):
         self.config, self.layer = config, layer
         self.ratio = config.compress_ratio(layer)
         self.overlap = config.layer_kind(layer) == "compressed_sparse_attention"
+        self.keep = unfinished_tokens(self.ratio, self.overlap)
         channels = (2 if self.overlap else 1) * head_dim
         self.wkv = nn.Linear(config.hidden_size, channels, bias=False)
         self.wgate = nn.Linear(config.hidden_size, channels, bias=False)
@@ -41,10 +43,22 @@ class Compressor(nn.Module):
         nn.init.normal_(self.wgate.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.ape)
 
-    def forward(self, x: Tensor, entries: Entries) -> Tensor:
+    def entries(self, layout: Layout) -> Entries:
+        """Where the entries of this call come from, and who sees them."""
+        return layout.entries(self.ratio, self.keep)
+
+    def forward(self, x: Tensor, layout: Layout, cache: CompressorCache | None = None) -> Tensor:
+        """The entries of the call; with a cache, all entries so far."""
+        entries = self.entries(layout)
         with torch.autocast(x.device.type, enabled=False):
             k, z = (F.linear(x.float(), w.weight.float()) for w in (self.wkv, self.wgate))
-        pooled = pool(
-            k, z, self.ape, ratio=self.ratio, overlap=self.overlap, first=entries.first, follows=entries.follows
-        )
-        return rope(self.norm(pooled.to(x.dtype)), rotation(self.config, self.layer, entries.positions))
+        if cache is None:
+            return self._pool(k, z, entries, x.dtype)
+        k, z = cache.tail.extend(torch.cat([k, z], -1), layout.step).chunk(2, -1)
+        if entries.first.shape[1]:
+            cache.store.write(self._pool(k, z, entries, x.dtype), layout.step, self.ratio)
+        return cache.store.seen(layout.step, self.ratio)
+
+    def _pool(self, k: Tensor, z: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
+        pooled = pool(k, z, self.ape, ratio=self.ratio, overlap=self.overlap, first=entries.first, follows=entries.follows)
+        return rope(self.norm(pooled.to(dtype)), rotation(self.config, self.layer, entries.positions))

@@ -8,6 +8,7 @@ b batch · t tokens · p compressed entries of a row, t // m at most
 """
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,19 +27,30 @@ class Entries:
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions and visibility of every token; `real` and `start` are None where every row is one whole sequence."""
+    """Positions and visibility of every token; `real` and `start` are None where every row is one whole sequence.
+
+    `cache.Continued` is the layout of tokens that follow what a cache holds; only there is a past, and rows of it are put before the
+    call's own: `kept` counts them.
+    """
 
     positions: Tensor  # [b|1, t] position in the document, 0-based
     start: Tensor | None = None  # [b, t] first row of the token's document; of padding: one past its own row
     real: Tensor | None = None  # [b, t] not padding
-    _entries: dict[int, Entries] = field(default_factory=dict)
+    step: ClassVar[Any] = None  # of tokens that follow a cache
+    _entries: dict[tuple[int, int], Entries] = field(default_factory=dict)
 
-    def entries(self, ratio: int) -> Entries:
-        """The entries for compression ratio m, worked out at first use."""
-        if ratio not in self._entries:
-            whole = self.start is None
-            self._entries[ratio] = _regular_entries(self.positions, ratio) if whole else _packed_entries(self, ratio)
-        return self._entries[ratio]
+    def entries(self, ratio: int, keep: int) -> Entries:
+        """The entries for compression ratio m, worked out at first use; `keep` past rows are put before the call's own, if there are."""
+        if (ratio, keep) not in self._entries:
+            self._entries[ratio, keep] = self._work_out_entries(ratio, keep)
+        return self._entries[ratio, keep]
+
+    def _work_out_entries(self, ratio: int, keep: int) -> Entries:
+        return _regular_entries(self.positions, ratio) if self.start is None else _packed_entries(self, ratio)
+
+    def first_rows(self, keep: int) -> Tensor | None:
+        """[b|1, t] first row of the token's document, in rows with up to `keep` past ones put before; None = row 0."""
+        return self.start
 
 
 def make_layout(ids: Tensor, documents: Tensor | None) -> Layout:

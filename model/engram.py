@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels import engram_gate, engram_hash, engram_multipliers, engram_primes, rms_norm
+from .cache import LayerCache
 from .config import EngramConfig, ModelConfig
 from .documents import Layout
 
@@ -60,36 +61,43 @@ class Engram(nn.Module):
             raise ValueError(f"lookup has {int(lookup.max()) + 1} classes: engram.canonical_vocab_size is {self.classes}")
         self.canonical.copy_(lookup)
 
-    def forward(self, streams: Tensor, ids: Tensor, layout: Layout) -> Tensor:
-        embedded = self.table(self.rows(ids, layout)).flatten(2)  # [b, t, m]
+    def forward(self, streams: Tensor, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
+        embedded = self.table(self.rows(ids, layout, cache)).flatten(2)  # [b, t, m]
         keys = self.wkv(embedded).unflatten(-1, (self.streams + 1, -1))
         value = keys[:, :, self.streams]
         gated = engram_gate(streams, keys[:, :, : self.streams], value, self.h_norm, self.k_norm, eps=self.eps)
         if not self.memory.kernel_size:
             return gated
         normed = rms_norm(gated, None, self.eps) * self.conv_norm.to(gated.dtype)
-        return gated + F.silu(self._convolve(normed, layout.positions))
+        past = normed if cache is None else cache.conv.extend(normed, layout.step)
+        return gated + F.silu(self._convolve(past, layout.positions))
 
-    def rows(self, ids: Tensor, layout: Layout) -> Tensor:
+    def rows(self, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """Table rows [b, t, orders * heads] of each token's n-grams."""
-        memory = self.memory
+        memory, t = self.memory, ids.shape[1]
+        ids = self.canonical[ids]
+        if cache is not None:
+            ids = cache.ids.extend(ids, layout.step)
+        start = layout.first_rows(memory.max_ngram - 1)
+        if start is not None and ids.shape[1] > t:  # the past rows are looked back at, never looked up
+            start = torch.cat([start[:, :1].expand(-1, ids.shape[1] - t), start], 1)
         moduli = torch.tensor(_primes(memory)[memory.layers.index(self.layer)], device=ids.device)
         offsets = moduli.flatten().cumsum(0) - moduli.flatten()
         multipliers = engram_multipliers(self.classes, memory.max_ngram, self.layer, memory.seed)
         multipliers = torch.as_tensor(multipliers, device=ids.device)
         pad = int(self.canonical[memory.pad_token_id])
-        return engram_hash(self.canonical[ids], multipliers, moduli, offsets, pad=pad, start=layout.start)
+        return engram_hash(ids, multipliers, moduli, offsets, pad=pad, start=start)[:, -t:]
 
     def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
-        """sum_j conv[last - j] x[t - j N], taps before the document's first token left out."""
-        taps, dilation = len(self.conv), self.memory.max_ngram
-        out = x * self.conv[-1].to(x.dtype)
+        """sum_j conv[last - j] x[t - j N] for the last rows of x, those of `positions`; taps before the document's first token are 0."""
+        taps, t = len(self.conv), positions.shape[1]
+        reach = (taps - 1) * self.memory.max_ngram
+        x = F.pad(x, (0, 0, 0, 0, reach, 0))  # a row for every tap, also where there is no past
+        out = x[:, -t:] * self.conv[-1].to(x.dtype)
         for j in range(1, taps):
-            back = j * dilation
-            if back >= x.shape[1]:
-                break
-            inside = (positions[:, back:] >= back)[..., None, None]
-            out[:, back:] += torch.where(inside, x[:, :-back], 0) * self.conv[taps - 1 - j].to(x.dtype)
+            back = j * self.memory.max_ngram
+            inside = (positions >= back)[..., None, None]
+            out = out + torch.where(inside, x[:, -t - back : -back], 0) * self.conv[taps - 1 - j].to(x.dtype)
         return out
 
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..kernels import rope
+from .cache import CompressorCache
 from .compressor import Compressor
 from .config import ModelConfig
-from .documents import Entries
+from .documents import Layout
 
 
 class IndexInputs(NamedTuple):
@@ -42,8 +43,10 @@ class Indexer(nn.Module):
         nn.init.normal_(self.wq_b.weight, std=self.std)
         nn.init.normal_(self.weights_proj.weight, std=self.std)
 
-    def forward(self, x: Tensor, q_latent: Tensor, turn: Tensor, entries: Entries) -> IndexInputs:
+    def forward(
+        self, x: Tensor, q_latent: Tensor, turn: Tensor, layout: Layout, cache: CompressorCache | None = None
+    ) -> IndexInputs:
         x, q_latent = x.detach(), q_latent.detach()
         q = rope(self.wq_b(q_latent).unflatten(-1, (self.heads, self.head_dim)), turn)
         weights = self.weights_proj(x).float() * (self.head_dim * self.heads) ** -0.5
-        return IndexInputs(q, weights, self.compressor(x, entries))
+        return IndexInputs(q, weights, self.compressor(x, layout, cache))

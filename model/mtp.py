@@ -9,6 +9,8 @@ Embedding and head are the main model's. The block is a sliding-window layer wit
 b batch · t tokens · n streams · d width
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .block import Block, Signals
@@ -32,9 +34,9 @@ class MTP(Block):
             nn.init.normal_(linear.weight, std=config.initializer_range)
 
     def predict(
-        self, streams: Tensor, next_embedding: Tensor, next_ids: Tensor, layout: Layout, learn: bool, real: Tensor | None
+        self, streams: Tensor, next_embedding: Tensor, next_ids: Tensor, layout: Layout, **options: Any
     ) -> tuple[Tensor, Signals]:
-        """Hidden states [b, t, d], ready for the head: position t predicts token t + 2."""
+        """Hidden states [b, t, d], ready for the head: position t predicts token t + 2. Options as of `Block`."""
         entering = self.e_proj(self.enorm(next_embedding)).unsqueeze(2) + self.h_proj(self.hnorm(streams))
-        streams, signals = self(entering, next_ids, layout, learn, real)
+        streams, signals = self(entering, next_ids, layout, **options)
         return self.norm(self.hc_head(streams)), signals

@@ -7,6 +7,7 @@ Training objective:  lm + mtp_loss_weight mtp + balance_loss_weight balance + in
 b batch · t tokens · n streams · d width · v vocabulary · l layers · E experts
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from ..kernels import cross_entropy
 from .block import Block, Signals
+from .cache import Cache, continue_layout
 from .config import ModelConfig
 from .documents import Layout, make_layout
 from .hyper import HyperHead, spread
@@ -34,6 +36,7 @@ class Output:
     loss: Tensor | None = None  # the weighted sum of `losses`
     losses: dict[str, Tensor] = field(default_factory=dict)  # "lm", "mtp", and, summed over layers, "balance", "index"
     metrics: dict[str, Tensor] = field(default_factory=dict)  # "load" [l, E], "captured" [csa layers], "spread" [l]
+    streams: Tensor | None = None  # [b, t, n, d] before the final collapse, from a pass with a cache: what `draft` starts from
 
     @cached_property
     def logits(self) -> Tensor:
@@ -64,6 +67,8 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         documents: Tensor | None = None,
         logits_to_keep: int = 0,
+        cache: Cache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> Output:
         """Logits of the next token at each position, and the training losses if targets are given.
 
@@ -73,18 +78,25 @@ class Transformer(nn.Module):
             documents: int64 [b, t] which document each token belongs to, -1 = padding, on either side. Documents never see
                 each other: attention, compression, n-grams, convolution and MTP stop at their borders.
             logits_to_keep: only the last that many positions' logits; 0 = all.
+            cache: what was seen before; the tokens are appended to it, any number in any split. Nothing is differentiated then.
+            lengths: with a cache, how many of the t tokens are real in each row, from the left; None = all.
 
         Raises:
-            ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape.
+            ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape, a cache together
+                with targets or documents, a cache that does not fit or would overflow (it is unchanged then).
             IndexError: a token id outside the vocabulary, in ids or in targets.
         """
         self._check(ids, targets, logits_to_keep)
+        if cache is not None:
+            return self._append(ids, cache, lengths, targets, documents, logits_to_keep)
+        if lengths is not None:
+            raise ValueError("lengths needs a cache; without one, mark padding by documents = -1")
         layout = make_layout(ids, documents)
         learn = targets is not None
         streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         signals, spreads = [], []
         for block in self.layers:
-            streams, signal = block(streams, ids, layout, learn)
+            streams, signal = block(streams, ids, layout, learn=learn)
             signals.append(signal)
             if learn:
                 spreads.append(spread(streams))
@@ -94,6 +106,63 @@ class Transformer(nn.Module):
             self._learn(out, hidden, streams, ids, targets, layout, signals)
             out.metrics["spread"] = torch.stack(spreads)
         return out
+
+    def new_cache(self, batch_size: int, max_length: int, *, rewind: int = 0) -> Cache:
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens that can be cut back by up to `rewind` of them.
+
+        Raises:
+            ValueError: a size that is not positive, or `max_length` above `max_position_embeddings`.
+        """
+        longest = self.config.max_position_embeddings
+        if max_length > longest:
+            raise ValueError(f"max_length={max_length}: the configuration allows max_position_embeddings={longest}")
+        layers = range(self.config.num_hidden_layers)
+        return Cache(self.config, layers, batch_size, max_length, rewind=rewind, like=self.embed.weight.detach())
+
+    def new_draft_cache(self, batch_size: int, max_length: int, *, rewind: int = 0) -> Cache:
+        """An empty cache of the MTP block, for `draft`.
+
+        Raises:
+            ValueError: the model has no MTP module, or a size that is not positive.
+        """
+        if not self.mtp:
+            raise ValueError("num_nextn_predict_layers=0: this model has no MTP module to draft with")
+        layers = [self.config.num_hidden_layers]
+        return Cache(self.config, layers, batch_size, max_length, rewind=rewind, like=self.embed.weight.detach())
+
+    @torch.no_grad()
+    def draft(self, streams: Tensor, next_ids: Tensor, cache: Cache, lengths: Tensor | Sequence[int] | None = None) -> Output:
+        """Logits of token t + 2 from the streams at t, as a cached pass gives them, and token t + 1 (MTP, spec B.9).
+
+        Positions are appended to `cache` (`new_draft_cache`). The block sees a sliding window only and RoPE is relative, so that
+        drafting may begin anywhere in the sequence, a window before the first draft that counts.
+
+        Args:
+            streams: [b, t, n, d], `Output.streams`.
+            next_ids: int64 [b, t], the token after each position.
+            lengths: how many of the t positions are real in each row; None = all.
+        """
+        self._check(next_ids, None, 0)
+        step = cache.begin(self.config, next_ids, lengths)
+        layout = continue_layout(step, next_ids.device)
+        mtp = self.mtp[0]
+        with cache.appending(step):
+            hidden, _ = mtp.predict(streams, self.embed(next_ids), next_ids, layout, cache=cache.layers[0])
+        return Output(hidden, self.head.weight)
+
+    @torch.no_grad()
+    def _append(self, ids, cache: Cache, lengths, targets, documents, logits_to_keep) -> Output:
+        for name, value in (("targets", targets), ("documents", documents)):
+            if value is not None:
+                raise ValueError(f"{name} cannot be given together with a cache")
+        step = cache.begin(self.config, ids, lengths)
+        layout = continue_layout(step, ids.device)
+        streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        with cache.appending(step):
+            for block, state in zip(self.layers, cache.layers):
+                streams, _ = block(streams, ids, layout, cache=state)
+        kept = streams[:, -logits_to_keep:]  # -0 keeps all
+        return Output(self.norm(self.hc_head(kept)), self.head.weight, streams=streams)
 
     @torch.no_grad()
     def update_router_bias(self, speed: float | None = None) -> None:
@@ -128,7 +197,7 @@ class Transformer(nn.Module):
         follows[:, -1] = False
         if layout.start is not None:
             follows &= layout.real & (layout.start == layout.start.roll(-1, 1))
-        hidden, signals = mtp.predict(streams, self.embed(next_ids), next_ids, layout, True, follows)
+        hidden, signals = mtp.predict(streams, self.embed(next_ids), next_ids, layout, learn=True, real=follows)
         return self._cross_entropy(hidden, next_targets.masked_fill(~follows, IGNORED)), signals
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:

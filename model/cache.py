@@ -1,0 +1,284 @@
+"""What a model remembers of the tokens that it has seen (V4 3.6; spec B.7, D.3).
+
+Per layer: the keys of the last `window` - 1 tokens; the compressed entries and index keys so far; the projections (k, z) of the
+tokens whose window is not complete; for Engram the last N - 1 token ids and the rows in reach of the convolution. Everything but the
+entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on the number of tokens seen.
+
+Rewinding. Tails keep `rewind` rows more than the next token needs, entries past the length are simply not seen, so that the
+cache can be cut back by up to `rewind` tokens, exactly.
+
+b batch rows · t new tokens · k rows kept · p entries
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .documents import Entries, Layout
+
+SLACK = 32  # rows that a tail can grow before it is moved back to the front of its buffer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call's tokens: how many each row had before, and how many of the new columns are real in each row."""
+
+    past: list[int]
+    new: list[int]
+    columns: int
+
+    @property
+    def even(self) -> bool:
+        """All rows have the same past and all columns are real: rows need no bookkeeping of their own."""
+        return len(set(self.past)) == 1 and set(self.new) == {self.columns}
+
+    def kept(self, keep: int) -> int:
+        """How many past rows a tail that needs `keep` of them puts before the new ones."""
+        return min(keep, max(self.past))
+
+
+class Tail:
+    """The last rows of a growing sequence, per batch row, the newest of all rows in the same column.
+
+    A buffer [b, keep + rewind + SLACK, ...] is filled from the left and moved back when it is full: appending one row copies one
+    row, and the rows that are needed are a view.
+    """
+
+    def __init__(self, batch: int, keep: int, rewind: int, shape: Sequence[int], like: Tensor) -> None:
+        self.keep, self.hold = keep, keep + rewind
+        self.rows = like.new_zeros(batch, self.hold + SLACK, *shape)
+        self.end = 0
+
+    def extend(self, new: Tensor, step: Step) -> Tensor:
+        """Appends the real columns of new [b, t, ...] and returns [b, kept + t, ...]: the past in need, then all new columns."""
+        kept, t = step.kept(self.keep), new.shape[1]
+        if step.even and self.end + t <= self.rows.shape[1]:
+            self.rows[:, self.end : self.end + t] = new
+            self.end += t
+            return self.rows[:, self.end - t - kept : self.end]
+        old = min(self.hold, self.end)
+        both = torch.cat([self.rows[:, self.end - old : self.end], new.to(self.rows.dtype)], 1)
+        self._store(both, [old + n for n in step.new])
+        return both[:, old - kept :]
+
+    def drop(self, counts: Sequence[int]) -> None:
+        """Forgets the last counts[b] rows of each batch row."""
+        if len(set(counts)) == 1:
+            self.end -= counts[0]
+        elif any(counts):
+            self._store(self.rows[:, : self.end].clone(), [self.end - n for n in counts])
+
+    def _store(self, source: Tensor, ends: Sequence[int]) -> None:
+        """Keeps the last rows of source[b, :ends[b]], newest in the same column."""
+        self.end = min(self.hold, max(ends))
+        if len(set(ends)) == 1:
+            self.rows[:, : self.end] = source[:, ends[0] - self.end : ends[0]]
+            return
+        for b, end in enumerate(ends):
+            n = min(self.end, end)
+            self.rows[b, self.end - n : self.end] = source[b, end - n : end]
+
+
+class Store:
+    """Entries by number, [b, p, d], reserved for the whole of `max_length`; memory is touched as it fills."""
+
+    def __init__(self, batch: int, capacity: int, width: int, like: Tensor) -> None:
+        self.rows = like.new_zeros(batch, capacity, width)
+
+    def write(self, entries: Tensor, step: Step, ratio: int) -> None:
+        """entries [b, new, d] are those that the step's tokens complete, in order."""
+        for b, (past, new) in enumerate(zip(step.past, step.new)):
+            first, last = past // ratio, (past + new) // ratio
+            self.rows[b, first:last] = entries[b, : last - first]
+
+    def seen(self, step: Step, ratio: int) -> Tensor:
+        """The entries up to the furthest row's last."""
+        return self.rows[:, : max(past + new for past, new in zip(step.past, step.new)) // ratio]
+
+
+def unfinished_tokens(ratio: int, overlap: bool) -> int:
+    """How many past tokens a later entry may still need: its own window's, and with overlap the whole window before."""
+    return 2 * ratio - 1 if overlap else ratio - 1
+
+
+class CompressorCache:
+    """Of one compressor: (k, z) of the tokens that later entries still need, and the entries."""
+
+    def __init__(self, config: ModelConfig, layer: int, width: int, batch: int, max_length: int, rewind: int, like: Tensor) -> None:
+        ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == "compressed_sparse_attention"
+        self.ratio = ratio
+        channels = 2 * (2 if overlap else 1) * width
+        self.tail = Tail(batch, unfinished_tokens(ratio, overlap), rewind, (channels,), like.float())
+        self.store = Store(batch, max_length // ratio, width, like)
+
+
+class LayerCache:
+    """Of one layer: window keys, and what its mechanisms need."""
+
+    def __init__(self, config: ModelConfig, layer: int, batch: int, max_length: int, rewind: int, like: Tensor) -> None:
+        self.window = Tail(batch, config.sliding_window - 1, rewind, (config.head_dim,), like)
+        self.compressor = self.indexer = self.ids = self.conv = None
+        if config.compress_ratio(layer):
+            self.compressor = CompressorCache(config, layer, config.head_dim, batch, max_length, rewind, like)
+        if config.layer_kind(layer) == "compressed_sparse_attention":
+            self.indexer = CompressorCache(config, layer, config.index_head_dim, batch, max_length, rewind, like)
+        memory = config.engram
+        if memory and layer in memory.layers:
+            self.ids = Tail(batch, memory.max_ngram - 1, rewind, (), like.new_zeros(0, dtype=torch.int64))
+            if memory.kernel_size:
+                reach = (memory.kernel_size - 1) * memory.max_ngram
+                self.conv = Tail(batch, reach, rewind, (config.hc_mult, config.hidden_size), like)
+
+    def tails(self) -> list[Tail]:
+        parts = (self.window, self.ids, self.conv, *(c.tail for c in (self.compressor, self.indexer) if c))
+        return [tail for tail in parts if tail is not None]
+
+    def tensors(self) -> list[tuple[object, Tensor]]:
+        """Every holder of rows with its rows."""
+        stores = [c.store for c in (self.compressor, self.indexer) if c]
+        return [(holder, holder.rows) for holder in (*self.tails(), *stores)]
+
+
+class Cache:
+    """The state of a batch of sequences. `Transformer.new_cache` makes one; a forward pass with it appends.
+
+    Rows may have different lengths. After an error about the arguments the cache is as it was.
+
+    Raises:
+        ValueError: sizes that are not positive.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[int], batch_size: int, max_length: int, *, rewind: int = 0, like: Tensor
+    ) -> None:
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 1), ("rewind", rewind, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value}: allowed are integers from {least}")
+        self.config, self.max_length, self.rewind = config, max_length, rewind
+        self.layers = [LayerCache(config, i, batch_size, max_length, rewind, like) for i in layers]
+        self._lengths = [0] * batch_size
+        self._whole = True
+        self._furthest = [0] * batch_size  # longest that each row has ever been: rewinding is measured from there
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [b] on the CPU: tokens of each row."""
+        return torch.tensor(self._lengths)
+
+    def nbytes(self) -> int:
+        """Bytes reserved; `model.accounting` computes the same from the configuration."""
+        return sum(rows.nbytes for layer in self.layers for _, rows in layer.tensors())
+
+    def begin(self, config: ModelConfig, ids: Tensor, lengths: Tensor | Sequence[int] | None) -> Step:
+        """Checks a call's tokens against the cache. Nothing is changed.
+
+        Raises:
+            ValueError: another model or batch size, lengths out of range, or more tokens than `max_length` holds.
+            RuntimeError: an earlier call was interrupted.
+        """
+        b, t = ids.shape
+        if not self._whole:
+            raise RuntimeError("cache: an earlier call was interrupted inside the layers; make a new cache")
+        if config != self.config:
+            raise ValueError("cache was made for another model: its configuration differs")
+        if b != self.batch_size:
+            raise ValueError(f"ids has {b} rows: the cache was made for batch_size={self.batch_size}")
+        new = [t] * b if lengths is None else [int(n) for n in lengths]
+        if len(new) != b or min(new) < 0 or max(new) > t:
+            raise ValueError(f"lengths={new}: one number per row ({b}), each from 0 to the {t} columns of ids, is needed")
+        for row, (past, n) in enumerate(zip(self._lengths, new)):
+            if past + n > self.max_length:
+                raise ValueError(f"row {row} would have {past + n} tokens: the cache holds max_length={self.max_length}")
+        return Step(list(self._lengths), new, t)
+
+    @contextmanager
+    def appending(self, step: Step) -> Iterator[None]:
+        """Takes the step's tokens in. If that is interrupted half-way, the layers disagree, and the cache refuses to go on."""
+        self._whole = False
+        yield
+        self._whole = True
+        self._lengths = [past + n for past, n in zip(step.past, step.new)]
+        self._furthest = [max(pair) for pair in zip(self._furthest, self._lengths)]
+
+    def truncate(self, lengths: Tensor | Sequence[int] | int) -> None:
+        """Cuts each row back to lengths[b] tokens, exactly as if the others had never been seen.
+
+        Raises:
+            ValueError: longer than the row, negative, or further back than `rewind` allows.
+        """
+        wanted = [lengths] * self.batch_size if isinstance(lengths, int) else [int(n) for n in lengths]
+        if len(wanted) != self.batch_size:
+            raise ValueError(f"lengths has {len(wanted)} values: the cache has {self.batch_size} rows")
+        for row, (n, now, furthest) in enumerate(zip(wanted, self._lengths, self._furthest)):
+            if not 0 <= n <= now:
+                raise ValueError(f"lengths[{row}]={n}: allowed are 0 to the row's {now} tokens")
+            if n < furthest - self.rewind:
+                raise ValueError(
+                    f"lengths[{row}]={n}: the row has been {furthest} tokens long and rewind={self.rewind} was declared"
+                )
+        counts = [now - n for now, n in zip(self._lengths, wanted)]
+        for layer in self.layers:
+            for tail in layer.tails():
+                tail.drop(counts)
+        self._lengths = wanted
+
+    def reorder(self, rows: Tensor | Sequence[int]) -> None:
+        """Row i becomes a copy of row rows[i]; the number of rows may change.
+
+        Raises:
+            ValueError: no rows, or a row that does not exist.
+        """
+        order = [int(r) for r in rows]
+        if not order or min(order) < 0 or max(order) >= self.batch_size:
+            raise ValueError(f"rows={order}: allowed are row numbers 0 to {self.batch_size - 1}, at least one")
+        for layer in self.layers:
+            for holder, tensor in layer.tensors():
+                holder.rows = tensor[torch.tensor(order, device=tensor.device)]
+        self._lengths = [self._lengths[r] for r in order]
+        self._furthest = [self._furthest[r] for r in order]
+
+    def fork(self, copies: int) -> "Cache":
+        """A new cache with each row `copies` times; this one stays as it is."""
+        forked = copy.deepcopy(self)
+        forked.reorder([row for row in range(self.batch_size) for _ in range(copies)])
+        return forked
+
+
+@dataclass(frozen=True)
+class Continued(Layout):
+    """The layout of a step's tokens, behind what the cache holds."""
+
+    step: Step | None = None
+
+    def _work_out_entries(self, ratio: int, keep: int) -> Entries:
+        """The entries that the step completes, in rows of the compressor's tail followed by the new columns."""
+        step, device = self.step, self.positions.device
+        past = torch.tensor(step.past, device=device)[:, None]
+        done = [(p + n) // ratio - p // ratio for p, n in zip(step.past, step.new)]
+        number = past // ratio + torch.arange(max(done), device=device)
+        exists = number < past // ratio + torch.tensor(done, device=device)[:, None]
+        first = torch.where(exists, number * ratio - past + step.kept(keep), -1)
+        complete = torch.tensor([(p + n) // ratio for p, n in zip(step.past, step.new)], device=device)[:, None]
+        end = torch.minimum((self.positions + 1) // ratio, complete)  # columns that are not real see no more than real ones
+        return Entries(first, (number > 0) & exists, number * ratio, torch.zeros_like(end), end)
+
+    def first_rows(self, keep: int) -> Tensor | None:
+        if self.step.even:
+            return None
+        past = torch.tensor(self.step.past, device=self.positions.device)[:, None]
+        return (self.step.kept(keep) - past).clamp_min(0).expand_as(self.positions)
+
+
+def continue_layout(step: Step, device: torch.device) -> Layout:
+    """Positions of a step's tokens."""
+    past = torch.tensor(step.past[:1] if step.even else step.past, device=device)[:, None]
+    return Continued(positions=past + torch.arange(step.columns, device=device), step=step)

@@ -1,0 +1,140 @@
+"""Time and memory against transformers' DeepSeek-V4 with the same weights: `python tests/compare_peer.py [--quick]`.
+
+Each measurement runs in a process of its own, all with the same threads and allocator settings, the sides taking turns. "one shot"
+is one call over the whole sequence, "chunked" feeds transformers 512 tokens at a time through its cache, which also carries
+gradients: the best way to use it. A training step is forward, loss and backward; ours is measured with the whole objective
+(language model, balance, indexer), and with the language-model loss alone, which is all that transformers computes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+CHUNK = 512
+PLAN = {
+    "forward": {2048: ("ours", "peer", "chunked"), 4096: ("ours", "peer", "chunked"), 8192: ("ours", "chunked"), 16384: ("ours", "chunked")},
+    "train": {4096: ("ours", "ours-lm", "peer", "chunked"), 8192: ("ours", "ours-lm", "chunked"), 16384: ("ours", "ours-lm")},
+}  # fmt: skip
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def load(side: str, folder: str):
+    if side.startswith("ours"):
+        from abyssal.model import load_pretrained
+
+        return load_pretrained(folder)
+    from transformers import DeepseekV4ForCausalLM
+
+    return DeepseekV4ForCausalLM.from_pretrained(
+        folder, experts_implementation="grouped_mm", attn_implementation="eager"
+    )
+
+
+def run(model, side: str, task: str, ids, targets) -> None:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    learn = task == "train"
+    with torch.set_grad_enabled(learn):
+        if side == "ours" and learn:
+            model(ids, targets=targets).loss.backward()
+            return
+        if side == "chunked":
+            from transformers import DynamicCache
+
+            cache, loss = DynamicCache(config=model.config), 0.0
+            for part, wanted in zip(ids.split(CHUNK, 1), targets.split(CHUNK, 1)):
+                logits = model(part, past_key_values=cache, use_cache=True).logits
+                if learn:
+                    loss = loss + cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+            loss = loss / ids.shape[1]
+        else:
+            logits = model(ids).logits if side.startswith("ours") else model(ids, use_cache=False).logits
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten()) if learn else None
+        if learn:
+            loss.backward()
+
+
+def measure(side: str, task: str, t: int, folder: str, threads: int, repeats: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    model = load(side, folder)
+    ids = torch.randint(0, 512, (1, t), generator=torch.Generator().manual_seed(t))
+    targets = ids.roll(-1, 1)
+    run(model, side, task, ids[:, :64], targets[:, :64])
+    model.zero_grad(set_to_none=True)
+    before, times = resident(), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run(model, side, task, ids, targets)
+        times.append(time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": min(times), "gib": (peak - before) / 2**30}))
+
+
+def child(side: str, task: str, t: int, folder: str, threads: int, repeats: int) -> dict:
+    command = [sys.executable, __file__, "--child", side, task, str(t), folder, str(threads), str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="T = 2048 and 4096 only")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process (default 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, the fastest counts (default 3)")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    args = parser.parse_args()
+    from peer import make_peer, peer_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_peer(peer_config()).save_pretrained(folder)
+        rows = []
+        for task, sizes in PLAN.items():
+            for t, sides in sizes.items():
+                if args.quick and t > 4096:
+                    continue
+                found = {side: child(side, task, t, folder, args.threads, args.repeats) for side in sides}
+                rows.append({"task": task, "T": t, **found})
+                print(line(task, t, found), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps({**provenance(args.threads), "rows": rows}, indent=1) + "\n")
+
+
+def line(task: str, t: int, found: dict) -> str:
+    ours = found["ours"].get("seconds", float("nan"))
+    cells = [f"{side} {x['seconds']:.2f} s {x['gib']:.2f} GiB" if "seconds" in x else f"{side} {x['error']}" for side, x in found.items()]
+    ratios = [f"{x['seconds'] / ours:.1f} x {side}" for side, x in found.items() if "seconds" in x and not side.startswith("ours")]
+    return f"{task:8s} T={t:<6d} " + " | ".join(cells) + (f"   ours faster: {', '.join(ratios)}" if ratios else "")
+
+
+def provenance(threads: int) -> dict:
+    import platform
+
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(), "threads": threads}
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        side, task, t, folder, threads, repeats = sys.argv[sys.argv.index("--child") + 1 :]
+        measure(side, task, int(t), folder, int(threads), int(repeats))
+    else:
+        main()
