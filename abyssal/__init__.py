@@ -1,4 +1,6 @@
-"""Abyssal: the DeepSeek-V4 architecture, readable and measurable. The packages lie in model/, kernels/, train/ and configs/."""
+"""Abyssal: the DeepSeek-V4 architecture, readable and measurable. The packages lie in model/, kernels/, train/ and
+configs/.
+"""
 
 from pathlib import Path as _Path
 

@@ -1,6 +1,10 @@
-"""Operations on tensors: one folder per op, with its public function, its PyTorch reference and (where there is one) its Triton twin."""
+"""Operations on tensors: one folder per op, with its public function, its PyTorch reference and (where there is one)
+its Triton twin.
+"""
 
-if __name__ == "kernels":  # the repository root is on sys.path: hand over to PyPI's `kernels`, which transformers probes for
+if (
+    __name__ == "kernels"
+):  # the repository root is on sys.path: hand over to PyPI's `kernels`, which transformers probes for
     import importlib.machinery as _machinery
     import importlib.util as _util
     import os as _os

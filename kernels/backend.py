@@ -16,8 +16,8 @@ log = logging.getLogger("abyssal.kernels")
 def implementation(op: str, backend: str | None, tensor: Tensor) -> ModuleType:
     """The module that computes `op`: `kernels/<op>/reference.py` or `kernels/<op>/triton.py`.
 
-    `auto` takes Triton for CUDA tensors where the op has a Triton twin, the reference otherwise, and logs its choice once.
-    `None` reads the environment variable `ABYSSAL_BACKEND` (default `auto`).
+    `auto` takes Triton for CUDA tensors where the op has a Triton twin, the reference otherwise, and logs its choice
+    once. `None` reads the environment variable `ABYSSAL_BACKEND` (default `auto`).
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -47,7 +47,10 @@ def _load(op: str, name: str) -> ModuleType:
 
 @functools.cache
 def _has_triton(op: str) -> bool:
-    return importlib.util.find_spec(f"{__package__}.{op}.triton") is not None and importlib.util.find_spec("triton") is not None
+    return (
+        importlib.util.find_spec(f"{__package__}.{op}.triton") is not None
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 @functools.cache

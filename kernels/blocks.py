@@ -1,7 +1,7 @@
 """Blocks of queries: how the references keep their memory linear in the sequence length.
 
-A reference never holds a score for every (query, key) pair. It walks over the queries in blocks, small enough that the scores of
-one block stay in a CPU's cache, and looks only at the keys that the block can see.
+A reference never holds a score for every (query, key) pair. It walks over the queries in blocks, small enough that the
+scores of one block stay in a CPU's cache, and looks only at the keys that the block can see.
 """
 
 from collections.abc import Iterator

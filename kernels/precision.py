@@ -1,4 +1,6 @@
-"""Where the references accumulate: float32 for half precisions and float32, float64 for float64, never under autocast."""
+"""Where the references accumulate: float32 for half precisions and float32, float64 for float64, never under
+autocast.
+"""
 
 import torch
 from torch import Tensor
@@ -10,5 +12,7 @@ def accumulation(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which matmuls keep the dtype they are given: autocast would round a reference's float32 to bfloat16."""
+    """A context in which matmuls keep the dtype they are given: autocast would round a reference's float32 to
+    bfloat16.
+    """
     return torch.autocast(x.device.type, enabled=False)

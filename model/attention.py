@@ -1,4 +1,5 @@
-"""Sliding, compressed-sparse and heavily-compressed attention: one module, the layer's ratio decides (V4 2.3; spec B.2 - B.5).
+"""Sliding, compressed-sparse and heavily-compressed attention: one module, the layer's ratio decides (V4 2.3; spec B.2
+- B.5).
 
     q_latent = RMSNorm(W_qa x),  q = RoPE( W_qb q_latent / rms per head )
     kv = RoPE( RMSNorm(W_kv x) )                                     one head, K = V
@@ -32,7 +33,9 @@ class IndexSignal(NamedTuple):
 
 
 class Attention(nn.Module):
-    """x [b, t, d] to [b, t, d]. Flash: 64 heads of 512 (64 of them rotary), latent 1024, 8 groups of rank 1024, window 128."""
+    """x [b, t, d] to [b, t, d]. Flash: 64 heads of 512 (64 of them rotary), latent 1024, 8 groups of rank 1024, window
+    128.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -91,7 +94,9 @@ class Attention(nn.Module):
         return out, IndexSignal(*index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **seen))
 
     def _project(self, out: Tensor) -> Tensor:
-        """Grouped low-rank output: each group of heads to rank r, then all groups to d. No norm or activation between."""
+        """Grouped low-rank output: each group of heads to rank r, then all groups to d. No norm or activation
+        between.
+        """
         grouped = rearrange(out, "b t (g h) c -> b t g (h c)", g=self.config.o_groups)
         wo_a = rearrange(self.wo_a.weight, "(g r) i -> g r i", g=self.config.o_groups)
         return self.wo_b(torch.einsum("btgi,gri->btgr", grouped, wo_a).flatten(2))

@@ -1,11 +1,12 @@
 """What a model remembers of the tokens that it has seen (V4 3.6; spec B.7, D.3).
 
-Per layer: the keys of the last `window` - 1 tokens; the compressed entries and index keys so far; the projections (k, z) of the
-tokens whose window is not complete; for Engram the last N - 1 token ids and the rows in reach of the convolution. Everything but the
-entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on the number of tokens seen.
+Per layer: the keys of the last `window` - 1 tokens; the compressed entries and index keys so far; the projections (k, z)
+of the tokens whose window is not complete; for Engram the last N - 1 token ids and the rows in reach of the convolution.
+Everything but the entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on the number
+of tokens seen.
 
-Rewinding. Tails keep `rewind` rows more than the next token needs, entries past the length are simply not seen, so that the
-cache can be cut back by up to `rewind` tokens, exactly.
+Rewinding. Tails keep `rewind` rows more than the next token needs, entries past the length are simply not seen, so that
+the cache can be cut back by up to `rewind` tokens, exactly.
 
 b batch rows · t new tokens · k rows kept · p entries
 """
@@ -45,8 +46,8 @@ class Step:
 class Tail:
     """The last rows of a growing sequence, per batch row, the newest of all rows in the same column.
 
-    A buffer [b, keep + rewind + SLACK, ...] is filled from the left and moved back when it is full: appending one row copies one
-    row, and the rows that are needed are a view.
+    A buffer [b, keep + rewind + SLACK, ...] is filled from the left and moved back when it is full: appending one row
+    copies one row, and the rows that are needed are a view.
     """
 
     def __init__(self, batch: int, keep: int, rewind: int, shape: Sequence[int], like: Tensor) -> None:
@@ -55,7 +56,7 @@ class Tail:
         self.end = 0
 
     def extend(self, new: Tensor, step: Step) -> Tensor:
-        """Appends the real columns of new [b, t, ...] and returns [b, kept + t, ...]: the past in need, then all new columns."""
+        """Appends the real columns of new [b, t, ...]; returns [b, kept + t, ...], the past in need and all of new."""
         kept, t = step.kept(self.keep), new.shape[1]
         if step.even and self.end + t <= self.rows.shape[1]:
             self.rows[:, self.end : self.end + t] = new
@@ -109,7 +110,9 @@ def unfinished_tokens(ratio: int, overlap: bool) -> int:
 class CompressorCache:
     """Of one compressor: (k, z) of the tokens that later entries still need, and the entries."""
 
-    def __init__(self, config: ModelConfig, layer: int, width: int, batch: int, max_length: int, rewind: int, like: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, width: int, batch: int, max_length: int, rewind: int, like: Tensor
+    ) -> None:
         ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == "compressed_sparse_attention"
         self.ratio = ratio
         channels = 2 * (2 if overlap else 1) * width
@@ -154,7 +157,14 @@ class Cache:
     """
 
     def __init__(
-        self, config: ModelConfig, layers: Sequence[int], batch_size: int, max_length: int, *, rewind: int = 0, like: Tensor
+        self,
+        config: ModelConfig,
+        layers: Sequence[int],
+        batch_size: int,
+        max_length: int,
+        *,
+        rewind: int = 0,
+        like: Tensor,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 1), ("rewind", rewind, 0)):
             if value < least:
@@ -194,15 +204,19 @@ class Cache:
             raise ValueError(f"ids has {b} rows: the cache was made for batch_size={self.batch_size}")
         new = [t] * b if lengths is None else [int(n) for n in lengths]
         if len(new) != b or min(new) < 0 or max(new) > t:
-            raise ValueError(f"lengths={new}: one number per row ({b}), each from 0 to the {t} columns of ids, is needed")
+            raise ValueError(
+                f"lengths={new}: one number per row ({b}), each from 0 to the {t} columns of ids, is needed"
+            )
         for row, (past, n) in enumerate(zip(self._lengths, new)):
             if past + n > self.max_length:
-                raise ValueError(f"row {row} would have {past + n} tokens: the cache holds max_length={self.max_length}")
+                raise ValueError(
+                    f"row {row} would have {past + n} tokens: the cache holds max_length={self.max_length}"
+                )
         return Step(list(self._lengths), new, t)
 
     @contextmanager
     def appending(self, step: Step) -> Iterator[None]:
-        """Takes the step's tokens in. If that is interrupted half-way, the layers disagree, and the cache refuses to go on."""
+        """Takes the step's tokens in. If that is interrupted half-way, the layers disagree: no call is taken any more."""
         self._whole = False
         yield
         self._whole = True
@@ -257,7 +271,7 @@ class Cache:
 class Continued(Layout):
     """The layout of a step's tokens, behind what the cache holds."""
 
-    step: Step | None = None
+    step: Step = Step([0], [0], 0)
 
     def _work_out_entries(self, ratio: int, keep: int) -> Entries:
         """The entries that the step completes, in rows of the compressor's tail followed by the new columns."""
@@ -268,7 +282,7 @@ class Continued(Layout):
         exists = number < past // ratio + torch.tensor(done, device=device)[:, None]
         first = torch.where(exists, number * ratio - past + step.kept(keep), -1)
         complete = torch.tensor([(p + n) // ratio for p, n in zip(step.past, step.new)], device=device)[:, None]
-        end = torch.minimum((self.positions + 1) // ratio, complete)  # columns that are not real see no more than real ones
+        end = torch.minimum((self.positions + 1) // ratio, complete)  # columns that are not real see no more
         return Entries(first, (number > 0) & exists, number * ratio, torch.zeros_like(end), end)
 
     def first_rows(self, keep: int) -> Tensor | None:

@@ -3,9 +3,9 @@
     k_t = W_kv x_t,  z_t = W_gate x_t + ape[t mod m]
     c_i = RoPE( RMSNorm( sum_j softmax_j(z_j) k_j ), at i m )
 
-Without overlap (HCA) j runs over the m tokens of window i. With overlap (CSA) every token has two of each: the second half of its
-channels goes into its own window's entry, the first half into the next one's, and c_i pools 2m slots. Projection, softmax and pooling
-are in float32, as in the release.
+Without overlap (HCA) j runs over the m tokens of window i. With overlap (CSA) every token has two of each: the second
+half of its channels goes into its own window's entry, the first half into the next one's, and c_i pools 2m slots.
+Projection, softmax and pooling are in float32, as in the release.
 
 b batch · t tokens · m ratio · c head dim · p entries
 """
@@ -23,7 +23,9 @@ from .rotary import rotation
 
 
 class Compressor(nn.Module):
-    """x [b, t, d] to entries [b, p, c], normed and rotated to the position of their first token. Flash: c = 512 (index keys: 128)."""
+    """x [b, t, d] to entries [b, p, c], normed and rotated to the position of their first token. Flash: c = 512 (index
+    keys: 128).
+    """
 
     def __init__(self, config: ModelConfig, layer: int, head_dim: int) -> None:
         super().__init__()
@@ -60,5 +62,7 @@ class Compressor(nn.Module):
         return cache.store.seen(layout.step, self.ratio)
 
     def _pool(self, k: Tensor, z: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
-        pooled = pool(k, z, self.ape, ratio=self.ratio, overlap=self.overlap, first=entries.first, follows=entries.follows)
+        pooled = pool(
+            k, z, self.ape, ratio=self.ratio, overlap=self.overlap, first=entries.first, follows=entries.follows
+        )
         return rope(self.norm(pooled.to(dtype)), rotation(self.config, self.layer, entries.positions))

@@ -1,8 +1,9 @@
 """Where each token stands: in its document, in the window and among the compressed entries (V4 4.1; spec B.3, B.4).
 
-A row of a batch holds one sequence, or several packed documents with padding between or on either side. Documents never see each
-other, and each is compressed on its own: windows of m tokens start at the document's first token, its tail is dropped. Everything
-that attention, compression and n-grams need to know about that is worked out here, once per forward pass.
+A row of a batch holds one sequence, or several packed documents with padding between or on either side. Documents never
+see each
+other, and each is compressed on its own: windows of m tokens start at the document's first token, its tail is dropped.
+Everything that attention, compression and n-grams need to know about that is worked out here, once per forward pass.
 
 b batch · t tokens · p compressed entries of a row, t // m at most
 """
@@ -29,18 +30,20 @@ class Entries:
 class Layout:
     """Positions and visibility of every token; `real` and `start` are None where every row is one whole sequence.
 
-    `cache.Continued` is the layout of tokens that follow what a cache holds; only there is a past, and rows of it are put before the
-    call's own: `kept` counts them.
+    `cache.Continued` is the layout of tokens that follow what a cache holds; only there is a past, and rows of it are
+    put before the call's own: `kept` counts them.
     """
 
     positions: Tensor  # [b|1, t] position in the document, 0-based
     start: Tensor | None = None  # [b, t] first row of the token's document; of padding: one past its own row
     real: Tensor | None = None  # [b, t] not padding
-    step: ClassVar[Any] = None  # of tokens that follow a cache
+    step: Any = None  # the call's `cache.Step`, in `cache.Continued` only
     _entries: dict[tuple[int, int], Entries] = field(default_factory=dict)
 
     def entries(self, ratio: int, keep: int) -> Entries:
-        """The entries for compression ratio m, worked out at first use; `keep` past rows are put before the call's own, if there are."""
+        """The entries for compression ratio m, worked out at first use; `keep` past rows are put before the call's own,
+        if there are.
+        """
         if (ratio, keep) not in self._entries:
             self._entries[ratio, keep] = self._work_out_entries(ratio, keep)
         return self._entries[ratio, keep]
@@ -87,7 +90,9 @@ def _check(documents: Tensor, ids: Tensor) -> None:
     again = (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)
     if again.any():
         row, column = again.nonzero()[0].tolist()
-        raise ValueError(f"documents: id {int(heads[row, column])} appears in more than one piece of row {row}; a document is contiguous")
+        raise ValueError(
+            f"documents: id {int(heads[row, column])} has more than one piece in row {row}; allowed are contiguous documents"
+        )
 
 
 def _regular_entries(positions: Tensor, ratio: int) -> Entries:

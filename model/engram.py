@@ -1,12 +1,13 @@
-"""Engram, conditional memory: rows of hashed n-gram tables, gated into the streams before attention (arXiv 2601.07372; spec 1).
+"""Engram, conditional memory: rows of hashed n-gram tables, gated into the streams before attention (arXiv 2601.07372;
+spec 1).
 
     e_t    = concat of the table rows at hash(x'_{t-n+1..t}),  n = 2..N, k heads per order;  x' canonical token ids
     v_t    = W_V e_t  shared by the streams,   k_t[j] = W_K[j] e_t
     s      = <RMSNorm_h(X_t[j]), RMSNorm_k(k_t[j])> / sqrt(d),   g = sigmoid(sign(s) sqrt(max(|s|, 1e-6)))
     X_t[j] += vg + silu( conv( RMSNorm_c(vg) ) ),   vg = g v_t;   conv: depthwise, causal, dilation N, zero at the start
 
-The signed root is in every released implementation, though not in the paper's formula. n-grams and the convolution stop at a
-document's first token. Table rows start as N(0, initializer_range^2), a choice of ours: no source states it.
+The signed root is in every released implementation, though not in the paper's formula. n-grams and the convolution stop
+at a document's first token. Table rows start as N(0, initializer_range^2), a choice of ours: no source states it.
 
 b batch · t tokens · n streams · d width · m memory width · r table rows
 """
@@ -58,7 +59,9 @@ class Engram(nn.Module):
         if lookup.shape != self.canonical.shape:
             raise ValueError(f"lookup has shape {tuple(lookup.shape)}: it must be {tuple(self.canonical.shape)}")
         if int(lookup.max()) + 1 != self.classes:
-            raise ValueError(f"lookup has {int(lookup.max()) + 1} classes: engram.canonical_vocab_size is {self.classes}")
+            raise ValueError(
+                f"lookup has {int(lookup.max()) + 1} classes: engram.canonical_vocab_size is {self.classes}"
+            )
         self.canonical.copy_(lookup)
 
     def forward(self, streams: Tensor, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
@@ -89,7 +92,9 @@ class Engram(nn.Module):
         return engram_hash(ids, multipliers, moduli, offsets, pad=pad, start=start)[:, -t:]
 
     def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
-        """sum_j conv[last - j] x[t - j N] for the last rows of x, those of `positions`; taps before the document's first token are 0."""
+        """sum_j conv[last - j] x[t - j N] for the last rows of x, those of `positions`; taps before the document's
+        first token are 0.
+        """
         taps, t = len(self.conv), positions.shape[1]
         reach = (taps - 1) * self.memory.max_ngram
         x = F.pad(x, (0, 0, 0, 0, reach, 0))  # a row for every tap, also where there is no past

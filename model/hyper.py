@@ -1,14 +1,15 @@
-"""mHC, manifold-constrained hyper-connections: n residual streams around every sublayer (V4 2.2; arXiv 2512.24880; spec B.1).
+"""mHC, manifold-constrained hyper-connections: n residual streams around every sublayer (V4 2.2; 2512.24880; B.1).
 
     pre, post, C = coefficients(X)                 from all n streams of the token; C doubly stochastic by Sinkhorn
     u   = sum_j pre_j X_j                          the sublayer's input
     X'_k = post_k F(u) + sum_j C[j, k] X_j         contraction over the first index: the paper's B = C^T
 
-How the streams start. All n streams are copies of the embedding, and nothing tells them apart: with equal biases and a zero
-projection they and their gradients stay equal for ever. Neither paper nor release says how training begins. Here each site s leans
-towards reading one stream (base of pre is +1 for stream s mod n, -1 for the others), C starts at the identity (base 0 on the diagonal,
--8 elsewhere), post starts at 1 (base 0), the projection is random and its scales are 0.01. That is the plain pre-norm residual to
-about 1e-3 at step 0, every parameter has a gradient, and the streams separate from the first update on; `spread` watches that.
+How the streams start. All n streams are copies of the embedding, and nothing tells them apart: with equal biases and a
+zero projection they and their gradients stay equal for ever. Neither paper nor release says how training begins. Here
+each site s leans towards reading one stream (base of pre is +1 for stream s mod n, -1 for the others), C starts at the
+identity (base 0 on the diagonal, -8 elsewhere), post starts at 1 (base 0), the projection is random and its scales are
+0.01. That is the plain pre-norm residual to about 1e-3 at step 0, every parameter has a gradient, and the streams
+separate from the first update on; `spread` watches that.
 
 b batch · t tokens · n streams · d width
 """
@@ -59,7 +60,7 @@ class HyperConnection(nn.Module):
 
 
 class HyperHead(nn.Module):
-    """The final collapse:  x = sum_j (sigmoid(scale (X fn)_j + base_j) + eps) X_j  (spec B.1.4). Starts as 2 x the mean stream."""
+    """The final collapse (spec B.1.4):  x = sum_j (sigmoid(scale (X fn)_j + base_j) + eps) X_j; at first 2 x the mean."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -3,8 +3,9 @@
     q^I = RoPE( W_qb q_latent ),  k^I = Compressor(x),  w = W_w x  d^-1/2 h^-1/2
     I_{t,s} = sum_h w_{t,h} ReLU(<q^I_{t,h}, k^I_s>)
 
-It has its own compressor. Its inputs are detached: the language-model loss does not reach it, it learns from `index_loss` alone
-(V3.2; spec C.4). The release's Hadamard rotation serves its FP4 quantisation only and cancels without it.
+It has its own compressor. Its inputs are detached: the language-model loss does not reach it, it learns from
+`index_loss` alone (V3.2; spec C.4). The release's Hadamard rotation serves its FP4 quantisation only and cancels
+without it.
 
 b batch · t tokens · h index heads · d index head dim · p entries
 """

@@ -3,7 +3,8 @@
     s = sqrt(softplus(W_g x))                               float32
     chosen = top-k of (s + bias), or tid2eid[token]         the bias selects, it never weights
     w = scale s[chosen] / sum s[chosen]
-    y = sum_e W2_e( silu(min(W1_e x, 10)) clamp(W3_e x, -10, 10) w_e ) + the same form, unweighted, for the shared expert
+    y = sum_e W2_e( silu(min(W1_e x, 10)) clamp(W3_e x, -10, 10) w_e ) + the same form, unweighted, for the shared
+    expert
 
 b batch · t tokens · d width · E routed experts · k experts per token · n expert width · v vocabulary
 """
@@ -27,7 +28,9 @@ class LoadSignal(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Scores and choice of experts. `bias` moves against the load after each step (`update_bias`); a hash gate has none."""
+    """Scores and choice of experts. `bias` moves against the load after each step (`update_bias`); a hash gate has
+    none.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -35,7 +38,9 @@ class Gate(nn.Module):
         self.is_hash = config.is_hash(layer)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if self.is_hash:
-            self.register_buffer("tid2eid", torch.empty(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64))
+            self.register_buffer(
+                "tid2eid", torch.empty(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64)
+            )
         else:
             self.register_buffer("bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
         self.counts: Tensor | None = None  # [E] assignments since the last update of the bias
@@ -55,10 +60,7 @@ class Gate(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
         c = self.config
-        if self.is_hash:
-            choice = {"experts": self.tid2eid[ids]}
-        else:
-            choice = {"bias": self.bias}
+        choice = {"experts": self.tid2eid[ids]} if self.is_hash else {"bias": self.bias}
         return moe_route(logits, top_k=c.num_experts_per_tok, scale=c.routed_scaling_factor, **choice)
 
     @torch.no_grad()
@@ -142,8 +144,9 @@ class MoE(nn.Module):
 def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tensor:
     """A balanced table int64 [v, k] of distinct experts per token id; the released one is not documented (spec H.1).
 
-    A block of E / gcd(E, k) consecutive ids deals a random permutation of the experts out, k to an id, going round k / gcd times:
-    every expert gets the same number of ids of a block, and neighbouring ids, which tokenizers give to pieces of similar frequency,
+    A block of E / gcd(E, k) consecutive ids deals a random permutation of the experts out, k to an id, going round k /
+    gcd times: every expert gets the same number of ids of a block, and neighbouring ids, which tokenizers give to
+        pieces of similar frequency,
     get different experts.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,5 @@
-"""Multi-token prediction, depth 1: from the streams at token t and the embedding of token t + 1 to token t + 2 (V4 2.4; spec B.9).
+"""Multi-token prediction, depth 1: from the streams at token t and the embedding of token t + 1 to token t + 2 (V4 2.4;
+spec B.9).
 
     e  = enorm(Embed(token t + 1))
     X' = W_e e  broadcast over the streams  +  W_h hnorm(X), per stream;   X = the streams before the final collapse

@@ -1,7 +1,8 @@
 """Which rotation a layer uses: one base and one table for everything in the layer (V4 2.3; spec B.2.3).
 
 Pure sliding-window layers (and the MTP block) turn by theta = rope_theta without YaRN; layers with a compressor by
-compress_rope_theta with YaRN, for queries, window keys, entries, index queries and keys, and the inverse turn of the output.
+compress_rope_theta with YaRN, for queries, window keys, entries, index queries and keys, and the inverse turn of the
+output.
 """
 
 import functools

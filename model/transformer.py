@@ -36,7 +36,9 @@ class Output:
     loss: Tensor | None = None  # the weighted sum of `losses`
     losses: dict[str, Tensor] = field(default_factory=dict)  # "lm", "mtp", and, summed over layers, "balance", "index"
     metrics: dict[str, Tensor] = field(default_factory=dict)  # "load" [l, E], "captured" [csa layers], "spread" [l]
-    streams: Tensor | None = None  # [b, t, n, d] before the final collapse, from a pass with a cache: what `draft` starts from
+    streams: Tensor | None = (
+        None  # [b, t, n, d] before the final collapse, from a pass with a cache: what `draft` starts from
+    )
 
     @cached_property
     def logits(self) -> Tensor:
@@ -75,15 +77,17 @@ class Transformer(nn.Module):
         Args:
             ids: int64 [b, t] token ids.
             targets: int64 [b, t] the token to predict at each position; -100 = ignored.
-            documents: int64 [b, t] which document each token belongs to, -1 = padding, on either side. Documents never see
+            documents: int64 [b, t] which document each token belongs to, -1 = padding, on either side. Documents never
+                see
                 each other: attention, compression, n-grams, convolution and MTP stop at their borders.
             logits_to_keep: only the last that many positions' logits; 0 = all.
-            cache: what was seen before; the tokens are appended to it, any number in any split. Nothing is differentiated then.
+            cache: what was seen before; the tokens are appended to it, any number in any split. Nothing is
+                differentiated then.
             lengths: with a cache, how many of the t tokens are real in each row, from the left; None = all.
 
         Raises:
-            ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape, a cache together
-                with targets or documents, a cache that does not fit or would overflow (it is unchanged then).
+            ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape, a cache
+                together with targets or documents, a cache that does not fit or would overflow (it is unchanged then).
             IndexError: a token id outside the vocabulary, in ids or in targets.
         """
         self._check(ids, targets, logits_to_keep)
@@ -108,7 +112,8 @@ class Transformer(nn.Module):
         return out
 
     def new_cache(self, batch_size: int, max_length: int, *, rewind: int = 0) -> Cache:
-        """An empty cache for `batch_size` sequences of up to `max_length` tokens that can be cut back by up to `rewind` of them.
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens that can be cut back by up to `rewind`
+        of them.
 
         Raises:
             ValueError: a size that is not positive, or `max_length` above `max_position_embeddings`.
@@ -131,11 +136,13 @@ class Transformer(nn.Module):
         return Cache(self.config, layers, batch_size, max_length, rewind=rewind, like=self.embed.weight.detach())
 
     @torch.no_grad()
-    def draft(self, streams: Tensor, next_ids: Tensor, cache: Cache, lengths: Tensor | Sequence[int] | None = None) -> Output:
+    def draft(
+        self, streams: Tensor, next_ids: Tensor, cache: Cache, lengths: Tensor | Sequence[int] | None = None
+    ) -> Output:
         """Logits of token t + 2 from the streams at t, as a cached pass gives them, and token t + 1 (MTP, spec B.9).
 
-        Positions are appended to `cache` (`new_draft_cache`). The block sees a sliding window only and RoPE is relative, so that
-        drafting may begin anywhere in the sequence, a window before the first draft that counts.
+        Positions are appended to `cache` (`new_draft_cache`). The block sees a sliding window only and RoPE is
+        relative, so that drafting may begin anywhere in the sequence, a window before the first draft that counts.
 
         Args:
             streams: [b, t, n, d], `Output.streams`.
@@ -191,7 +198,9 @@ class Transformer(nn.Module):
         out.metrics["captured"] = torch.stack([i.captured for i in index]) if index else hidden.new_zeros(0)
 
     def _mtp_loss(self, mtp: MTP, streams, ids, targets, layout: Layout) -> tuple[Tensor, Signals]:
-        """Position t, with token t + 1 at hand, predicts the target of position t + 1, if that is of the same document."""
+        """Position t, with token t + 1 at hand, predicts the target of position t + 1, if that is of the same
+        document.
+        """
         next_ids, next_targets = ids.roll(-1, 1), targets.roll(-1, 1)
         follows = torch.ones_like(ids, dtype=torch.bool)
         follows[:, -1] = False
@@ -205,14 +214,18 @@ class Transformer(nn.Module):
 
     def _check(self, ids: Tensor, targets: Tensor | None, logits_to_keep: int) -> None:
         if ids.ndim != 2 or ids.dtype != torch.int64:
-            raise ValueError(f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}: it must be int64 [batch, tokens]")
+            raise ValueError(
+                f"ids has shape {tuple(ids.shape)} and dtype {ids.dtype}: it must be int64 [batch, tokens]"
+            )
         if ids.numel() == 0:
             raise ValueError(f"ids has shape {tuple(ids.shape)}: at least one sequence of at least one token is needed")
         if not 0 <= logits_to_keep <= ids.shape[1]:
-            raise ValueError(f"logits_to_keep={logits_to_keep}: allowed are 0 (all) to {ids.shape[1]}, the sequence's length")
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep}: allowed are 0 (all) to {ids.shape[1]}, the sequence's length"
+            )
         if targets is not None and (targets.shape != ids.shape or targets.dtype != torch.int64):
             raise ValueError(
-                f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: it must be int64 {list(ids.shape)}, like ids"
+                f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: it must be int64 {list(ids.shape)}"
             )
         if torch.compiler.is_compiling():
             return

@@ -61,7 +61,8 @@ def test_configuration_needs_no_torch():
     code = (
         "import sys, types; root = types.ModuleType('abyssal'); root.__path__ = ['.'];"
         "model = types.ModuleType('abyssal.model'); model.__path__ = ['model']; sys.modules.update({'abyssal': root,"
-        "'abyssal.model': model, 'torch': None}); from abyssal.model.config import ModelConfig; ModelConfig.load('nano')"
+        "'abyssal.model': model, 'torch': None}); from abyssal.model.config import ModelConfig;"
+        "ModelConfig.load('nano')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -27,9 +27,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Sliding, compressed-sparse or heavily-compressed attention: which one depends on the entries that are given.
 
-    Query t lies at row s - T + t of `kv` and sees rows [max(window_start, row - window + 1), row]. Of `compressed` it sees the
-    entries [start, end) (HCA) or those that `index` lists (CSA); the same tokens may be seen through both, and an entry that is
-    listed twice counts twice. A query that sees nothing gets exactly 0 and lse = sink.
+    Query t lies at row s - T + t of `kv` and sees rows [max(window_start, row - window + 1), row]. Of `compressed` it
+    sees the entries [start, end) (HCA) or those that `index` lists (CSA); the same tokens may be seen through both, and
+    an entry that is listed twice counts twice. A query that sees nothing gets exactly 0 and lse = sink.
 
     Args:
         q: [b, t, h, d], already normed and rotated; Flash: h = 64, d = 512.
@@ -64,5 +64,14 @@ def attention(
             raise ValueError(f"index has shape {tuple(index.shape)}: it must be [{b}, {t}, picks]")
     run = implementation("attention", backend, q).attention
     return run(
-        q, kv, compressed, sink, window=window, scale=scale, window_start=window_start, start=start, end=end, index=index
+        q,
+        kv,
+        compressed,
+        sink,
+        window=window,
+        scale=scale,
+        window_start=window_start,
+        start=start,
+        end=end,
+        index=index,
     )

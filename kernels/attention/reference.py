@@ -3,9 +3,9 @@
 With p_k the probabilities and D = <do, o>:  ds_k = p_k (<do, kv_k> - D),  dq = scale sum_k ds_k kv_k,
 dkv_k = sum_th p_k do + scale ds_k q,  dsink = -sum_t p_sink D.
 
-A block sees its keys in one of two ways. *Shared*: window rows and a contiguous range of entries, one matrix for all queries of
-the block, hidden pairs masked. *Gathered*: each query's picks are copied out. A list of picks is looked at as shared, with a
-mask, as long as that is cheaper than copying.
+A block sees its keys in one of two ways. *Shared*: window rows and a contiguous range of entries, one matrix for all
+queries of the block, hidden pairs masked. *Gathered*: each query's picks are copied out. A list of picks is looked at
+as shared, with a mask, as long as that is cheaper than copying.
 
 b batch · t queries of the block · h heads · d head dim · l shared keys · k picked entries
 """
@@ -110,7 +110,9 @@ def _sights(q, kv, compressed, window, window_start, start, end, index) -> Itera
 
 
 def sharing_pays(entries: int, picks: int, heads: int) -> bool:
-    """Masked scores over all entries against copying the picks: a copy serves all heads, so that many heads favour copying."""
+    """Masked scores over all entries against copying the picks: a copy serves all heads, so that many heads favour
+    copying.
+    """
     return entries <= picks * (1 + 28 / heads)
 
 
@@ -131,7 +133,9 @@ def _range_bias(seen, start, end) -> Tensor:
 
 
 def _pick_bias(seen, picks, dtype) -> Tensor:
-    """log of how often each entry was picked: -inf for never. Picks of -1 are counted in one column more, then cut off."""
+    """log of how often each entry was picked: -inf for never. Picks of -1 are counted in one column more, then cut
+    off.
+    """
     times = torch.zeros(*picks.shape[:2], seen.stop - seen.start + 1, dtype=dtype, device=picks.device)
     column = torch.where(picks < 0, times.shape[-1] - 1, picks - seen.start)
     times.scatter_add_(-1, column, torch.ones((), dtype=dtype, device=picks.device).expand(column.shape))
@@ -152,7 +156,9 @@ def _shared_keys(sight, kv, compressed) -> Tensor:
 
 
 def _picked_keys(picks, compressed) -> tuple[Tensor, Tensor]:
-    """[b, t, k, d] copies and the flat row of each in a [b * (p + 1)] table whose last row per sequence, zero, stands for -1."""
+    """[b, t, k, d] copies and the flat row of each in a [b * (p + 1)] table whose last row per sequence, zero, stands
+    for -1.
+    """
     b, p, d = compressed.shape
     table = torch.cat([compressed, compressed.new_zeros(b, 1, d)], 1).to(accumulation(compressed)).view(-1, d)
     first = torch.arange(0, b * (p + 1), p + 1, device=picks.device).view(b, 1, 1)

@@ -27,8 +27,9 @@ def index_loss(
 ) -> tuple[Tensor, Tensor]:
     """The KL that teaches the indexer which entries the attention reads, and the share of its reading that was picked.
 
-    The teacher is a constant: gradients reach index_q, index_weights and index_keys only. A query that sees no entry adds
-    nothing. The share (sum of p over the picks / sum of p over the visible entries) is measured on one query of each block.
+    The teacher is a constant: gradients reach index_q, index_weights and index_keys only. A query that sees no entry
+    adds nothing. The share (sum of p over the picks / sum of p over the visible entries) is measured on one query of
+    each block.
 
     Args:
         index_q, index_weights, index_keys: [b, t, i, e], [b, t, i], [b, p, e] as given to `index_topk`.
@@ -46,9 +47,7 @@ def index_loss(
         raise ValueError(f"index_q has shape {tuple(index_q.shape)}: q has batch and queries {tuple(q.shape[:2])}")
     if index_keys.shape[:2] != compressed.shape[:2]:
         raise ValueError(
-            f"index_keys has shape {tuple(index_keys.shape)}: compressed has batch and entries {tuple(compressed.shape[:2])}"
+            f"index_keys has shape {tuple(index_keys.shape)}: compressed has batch, entries {tuple(compressed.shape[:2])}"
         )
     run = implementation("index_loss", backend, q).index_loss
-    return run(
-        index_q, index_weights, index_keys, q, compressed, lse, scale=scale, start=start, end=end, index=index
-    )
+    return run(index_q, index_weights, index_keys, q, compressed, lse, scale=scale, start=start, end=end, index=index)

@@ -1,10 +1,12 @@
 """The specification of `index_loss` in PyTorch: teacher, student and gradient of one block of queries at a time.
 
-The loss is a scalar, so that its gradient is known as soon as its value is: dI_s = (softmax(I)_s - p_s) / queries. It is
-computed in the forward pass and only scaled in the backward pass; nothing of size t x p is kept. As in `attention`, a block looks
-at its entries as shared by all its queries (with a mask) or, where that is cheaper, at a copy of each query's picks.
+The loss is a scalar, so that its gradient is known as soon as its value is: dI_s = (softmax(I)_s - p_s) / queries. It
+is computed in the forward pass and only scaled in the backward pass; nothing of size t x p is kept. As in `attention`,
+a block looks at its entries as shared by all its queries (with a mask) or, where that is cheaper, at a copy of each
+query's picks.
 
-b batch · t queries of the block · h attention heads · d head dim · i index heads · e index head dim · s entries looked at
+b batch · t queries of the block · h attention heads · d head dim · i index heads · e index head dim · s entries looked
+at
 """
 
 import math
@@ -45,7 +47,9 @@ class _IndexLoss(torch.autograd.Function):
         b, t, h, _ = q.shape
         entries, i = compressed.shape[1], index_q.shape[2]
         wanted = any(ctx.needs_input_grad[:3])
-        dq, dweights, dkeys = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (index_q, index_weights, index_keys))
+        dq, dweights, dkeys = (
+            torch.zeros(x.shape, dtype=exact, device=x.device) for x in (index_q, index_weights, index_keys)
+        )
         loss, share, measured = (torch.zeros((), dtype=exact, device=q.device) for _ in range(3))
         queries = (end > start).expand(b, t).sum().clamp_min(1)
         shared = index is None or sharing_pays(entries, index.shape[2], h + i)
@@ -62,7 +66,9 @@ class _IndexLoss(torch.autograd.Function):
                     mass = _attention_mass(q[:, block][:, one], compressed[:, seen], lse[:, block][:, one], scale)
                     mass = mass.masked_fill_(hidden[:, one], 0)
                     seeing = mass.sum(-1) > FLOOR
-                    share += (mass.masked_fill(unpicked[:, one], 0).sum(-1) / mass.sum(-1).clamp_min(FLOOR) * seeing).sum()
+                    share += (
+                        mass.masked_fill(unpicked[:, one], 0).sum(-1) / mass.sum(-1).clamp_min(FLOOR) * seeing
+                    ).sum()
                     measured += seeing.sum()
                     hidden = hidden | unpicked
                 keys, c, flat = index_keys[:, seen], compressed[:, seen], None
@@ -119,7 +125,9 @@ def _attention_mass(q, compressed, lse, scale) -> Tensor:
 
 
 def _divergence(teacher, hidden, q, weights, keys, wanted) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """sum over queries of KL(teacher / sum teacher || softmax(I)), and its gradients with respect to q, weights and keys."""
+    """sum over queries of KL(teacher / sum teacher || softmax(I)), and its gradients with respect to q, weights and
+    keys.
+    """
     exact = accumulation(q)
     b, t, i, e = q.shape
     q, weights, keys = q.to(exact), weights.to(exact), keys.to(exact)

@@ -35,7 +35,9 @@ def index_topk(
     if k < 1:
         raise ValueError(f"k={k}: at least one entry must be picked")
     if weights.shape != (b, t, h):
-        raise ValueError(f"weights has shape {tuple(weights.shape)}: with q {tuple(q.shape)} it must be [{b}, {t}, {h}]")
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}: with q {tuple(q.shape)} it must be [{b}, {t}, {h}]"
+        )
     if keys.ndim != 3 or keys.shape[0] != b or keys.shape[2] != d:
         raise ValueError(f"keys has shape {tuple(keys.shape)}: it must be [{b}, entries, {d}]")
     return implementation("index_topk", backend, q).index_topk(q, weights, keys, k=k, start=start, end=end)

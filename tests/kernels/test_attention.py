@@ -49,13 +49,23 @@ def inputs(b, t, past, h, d, p, dtype=torch.float64, seed=0):
     return tensors if p else [tensors[0], tensors[1], None, tensors[3]]
 
 
+def causal(t, p):
+    return ((torch.arange(t) + 1) * p // t)[None]
+
+
 def cases():
-    causal = lambda t, p: ((torch.arange(t) + 1) * p // t)[None]
     g = torch.Generator().manual_seed(1)
-    picks = lambda b, t, p, k: torch.randint(-1, p, (b, t, k), generator=g)
+
+    def picks(b, t, p, k):
+        return torch.randint(-1, p, (b, t, k), generator=g)
+
     yield "window", (2, 33, 4, 4, 8, 0), {"window": 8}
     yield "window-of-one", (1, 5, 0, 1, 16, 0), {"window": 1}
-    yield "one-query", (2, 1, 7, 6, 16, 5), {"window": 4, "start": torch.zeros(1, 1).long(), "end": torch.full((1, 1), 5)}
+    yield (
+        "one-query",
+        (2, 1, 7, 6, 16, 5),
+        {"window": 4, "start": torch.zeros(1, 1).long(), "end": torch.full((1, 1), 5)},
+    )
     yield "shorter-than-window", (1, 3, 0, 2, 8, 0), {"window": 16}
     yield "range", (2, 70, 3, 2, 16, 40), {"window": 16, "start": causal(70, 40) // 3, "end": causal(70, 40)}
     yield "several-blocks", (1, 300, 0, 2, 8, 75), {"window": 16, "start": causal(300, 75) * 0, "end": causal(300, 75)}
@@ -129,7 +139,9 @@ def test_nan_in_a_key_reaches_only_those_who_see_it(index):
     assert torch.equal(~out.isfinite().all(-1).all(-1)[0], reads)
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 1e-3)], ids=str
+)
 def test_precision_is_that_of_the_inputs(dtype, limit):
     tensors = inputs(2, 50, 0, 2, 16, 12, dtype)
     options = {"window": 8, "scale": 0.25, "start": torch.zeros(1, 50).long(), "end": (torch.arange(50)[None] + 1) // 4}

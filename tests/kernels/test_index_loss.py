@@ -1,4 +1,6 @@
-"""`index_loss` against the definition in float64: the teacher from the joint softmax, the KL, and its gradients by autograd."""
+"""`index_loss` against the definition in float64: the teacher from the joint softmax, the KL, and its gradients by
+autograd.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ WINDOW, SCALE = 6, 0.4
 
 def make(b, t, h, d, i, e, p, k, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *s: torch.randn(s, generator=g, dtype=torch.float64).to(dtype)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
     student = [draw(b, t, i, e), draw(b, t, i), draw(b, p, e)]
     q, kv, c, sink = draw(b, t, h, d), draw(b, t, d), draw(b, p, d), draw(h)
     end = ((torch.arange(t) + 1) * p // t)[None]

@@ -27,7 +27,11 @@ def oracle(scores, k, start, end):
 
 def make(b, t, h, d, p, ratio=4, seed=0, integers=False):
     g = torch.Generator().manual_seed(seed)
-    draw = (lambda *s: torch.randint(-2, 3, s, generator=g).float()) if integers else (lambda *s: torch.randn(s, generator=g))
+    draw = (
+        (lambda *s: torch.randint(-2, 3, s, generator=g).float())
+        if integers
+        else (lambda *s: torch.randn(s, generator=g))
+    )
     end = ((torch.arange(t) + 1) // ratio).clamp_max(p)[None]
     return draw(b, t, h, d), draw(b, t, h), draw(b, p, d), torch.zeros_like(end), end
 

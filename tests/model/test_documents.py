@@ -10,7 +10,9 @@ from abyssal.model.documents import make_layout
 
 @pytest.fixture(scope="module")
 def model():
-    """nano has every mechanism: window 16, CSA ratio 4, HCA ratio 16, hash and score routers, Engram with its convolution, MTP."""
+    """nano has every mechanism: window 16, CSA ratio 4, HCA ratio 16, hash and score routers, Engram with its
+    convolution, MTP.
+    """
     torch.manual_seed(0)
     model = Transformer(ModelConfig.load("nano")).eval()
     with torch.no_grad():

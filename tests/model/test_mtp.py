@@ -1,4 +1,6 @@
-"""MTP against an independent computation: the way in and out by hand in float64, the block by transformers' decoder layer."""
+"""MTP against an independent computation: the way in and out by hand in float64, the block by transformers' decoder
+layer.
+"""
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from peer import make_peer, peer_config
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.huggingface import sources
 
-SHAPE = dict(vocab_size=97, hidden_size=48, moe_intermediate_size=24, head_dim=24, qk_rope_head_dim=8, q_lora_rank=20, o_lora_rank=12,
-             num_experts_per_tok=3, n_routed_experts=8, sliding_window=16, index_topk=6)  # fmt: skip
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 48, "moe_intermediate_size": 24, "head_dim": 24, "qk_rope_head_dim": 8,
+    "q_lora_rank": 20, "o_lora_rank": 12, "num_experts_per_tok": 3, "n_routed_experts": 8, "sliding_window": 16,
+    "index_topk": 6,
+}  # fmt: skip
 
 
 def rms(x, weight, eps=1e-6):
@@ -34,7 +39,9 @@ def models():
     own = ("enorm", "hnorm", "norm.", "e_proj", "h_proj", "hc_head")
     as_layer = {f"layers.0.{n}": x for n, x in block.items() if not n.startswith(own)}
     state = {
-        there: tensor[index] for name, tensor in as_layer.items() for there, index in sources(name, config, "huggingface").items()
+        there: tensor[index]
+        for name, tensor in as_layer.items()
+        for there, index in sources(name, config, "huggingface").items()
     }
     missing, unexpected = peer.load_state_dict(state, strict=False)
     assert not unexpected and not [n for n in missing if ".layers.0." in n]

@@ -1,4 +1,6 @@
-"""The same weights in transformers' DeepseekV4ForCausalLM and here: logits and every gradient, through `load_pretrained`."""
+"""The same weights in transformers' DeepseekV4ForCausalLM and here: logits and every gradient, through
+`load_pretrained`.
+"""
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from abyssal.model import load_pretrained
 # index heads >= 16: no exact-zero ties, whose order transformers leaves open
 INDEX = {"index_n_heads": 16, "index_head_dim": 16, "index_topk": 6}
 SMALL = {
-    "vocab_size": 97, "hidden_size": 48, "moe_intermediate_size": 24, "head_dim": 24, "qk_rope_head_dim": 8, "q_lora_rank": 20,
-    "num_experts_per_tok": 3, "n_routed_experts": 8, "sliding_window": 16, "o_lora_rank": 12, "num_hash_layers": 1, **INDEX,
+    "vocab_size": 97, "hidden_size": 48, "moe_intermediate_size": 24, "head_dim": 24, "qk_rope_head_dim": 8,
+    "q_lora_rank": 20, "num_experts_per_tok": 3, "n_routed_experts": 8, "sliding_window": 16, "o_lora_rank": 12,
+    "num_hash_layers": 1, **INDEX,
 }  # fmt: skip
 CASES = {
     "all-kinds": (dict(layers=(0, "csa", "hca", "csa"), heavy=32, **SMALL), (77, 1, 2, 3)),
@@ -31,7 +34,9 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES, ids=CASES)
 def pair(request, tmp_path_factory):
-    """The peer, our model with its weights, and the lengths to try. Odd cases are saved in transformers' other layout."""
+    """The peer, our model with its weights, and the lengths to try. Odd cases are saved in transformers' other
+    layout.
+    """
     options, lengths = CASES[request.param]
     peer = make_peer(peer_config(**options))
     folder = tmp_path_factory.mktemp("peer")
@@ -73,7 +78,9 @@ def test_gradients(pair, tmp_path):
 
 
 def by_tensor(tensors: dict) -> dict[str, list]:
-    """Flat tensors by name; a handful of scalars (mHC scales), whose gradients are sums that nearly cancel, joins its module's."""
+    """Flat tensors by name; a handful of scalars (mHC scales), whose gradients are sums that nearly cancel, joins its
+    module's.
+    """
     groups = {}
     for name, x in tensors.items():
         module = name.rpartition(".")[0]

@@ -39,7 +39,9 @@ def test_short_sequences_have_finite_losses_and_gradients(t):
 
 
 def test_no_parameter_is_dead():
-    """One declared exception: the norm in front of Engram's convolution, whose weights start at zero, wakes up with them."""
+    """One declared exception: the norm in front of Engram's convolution, whose weights start at zero, wakes up with
+    them.
+    """
     model = nano()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(2):

@@ -1,4 +1,6 @@
-"""transformers' DeepSeek-V4 as the peer: models of any small shape, with every parameter drawn, not only the matrices."""
+"""transformers' DeepSeek-V4 as the peer: models of any small shape, with every parameter drawn, not only the
+matrices.
+"""
 
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
