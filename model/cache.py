@@ -1,8 +1,8 @@
 """What a model remembers of the tokens that it has seen (V4 3.6; spec B.7, D.3).
 
-Per layer: the keys of the last `window` - 1 tokens; the compressed entries and index keys so far; the projections (k, z)
-of the tokens whose window is not complete; for Engram the last N - 1 token ids and the rows in reach of the convolution.
-Everything but the entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on the number
+Per layer: the keys of the last `window` - 1 tokens; the compressed entries and index keys so far; the projections
+(k, z) of the tokens whose window is not complete; for Engram the last N - 1 token ids and the rows in reach of the
+convolution. Everything but the entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on the number
 of tokens seen.
 
 Rewinding. Tails keep `rewind` rows more than the next token needs, entries past the length are simply not seen, so that
@@ -216,7 +216,7 @@ class Cache:
 
     @contextmanager
     def appending(self, step: Step) -> Iterator[None]:
-        """Takes the step's tokens in. If that is interrupted half-way, the layers disagree: no call is taken any more."""
+        """Takes the step's tokens in. If that is interrupted half-way, no further call is taken."""
         self._whole = False
         yield
         self._whole = True

@@ -9,7 +9,7 @@ b batch · t tokens · p compressed entries of a row, t // m at most
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def _check(documents: Tensor, ids: Tensor) -> None:
     if again.any():
         row, column = again.nonzero()[0].tolist()
         raise ValueError(
-            f"documents: id {int(heads[row, column])} has more than one piece in row {row}; allowed are contiguous documents"
+            f"documents: id {int(heads[row, column])} has more than one piece in row {row}; a document is contiguous"
         )
 
 

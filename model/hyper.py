@@ -60,7 +60,7 @@ class HyperConnection(nn.Module):
 
 
 class HyperHead(nn.Module):
-    """The final collapse (spec B.1.4):  x = sum_j (sigmoid(scale (X fn)_j + base_j) + eps) X_j; at first 2 x the mean."""
+    """The final collapse:  x = sum_j (sigmoid(scale (X fn)_j + base_j) + eps) X_j  (B.1.4); at first 2 x the mean."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

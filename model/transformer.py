@@ -225,7 +225,7 @@ class Transformer(nn.Module):
             )
         if targets is not None and (targets.shape != ids.shape or targets.dtype != torch.int64):
             raise ValueError(
-                f"targets has shape {tuple(targets.shape)} and dtype {targets.dtype}: it must be int64 {list(ids.shape)}"
+                f"targets has shape {tuple(targets.shape)}, dtype {targets.dtype}: it must be int64 {list(ids.shape)}"
             )
         if torch.compiler.is_compiling():
             return

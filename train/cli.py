@@ -76,13 +76,15 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from . import checkpoint
     from .loop import train
 
     recipe, out = _recipe_and_folder(options)
     try:
         summary = train(recipe, out, options.resume)
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: abyssal train --resume {out}", file=sys.stderr)
+        if checkpoint.checkpoints(out):
+            print(f"\ngo on later with: abyssal train --resume {out}", file=sys.stderr)
         raise
     curves = _try_plot(out)
     print(_describe(summary, curves))

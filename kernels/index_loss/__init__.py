@@ -47,7 +47,7 @@ def index_loss(
         raise ValueError(f"index_q has shape {tuple(index_q.shape)}: q has batch and queries {tuple(q.shape[:2])}")
     if index_keys.shape[:2] != compressed.shape[:2]:
         raise ValueError(
-            f"index_keys has shape {tuple(index_keys.shape)}: compressed has batch, entries {tuple(compressed.shape[:2])}"
+            f"index_keys has shape {tuple(index_keys.shape)}: compressed begins with {tuple(compressed.shape[:2])}"
         )
     run = implementation("index_loss", backend, q).index_loss
     return run(index_q, index_weights, index_keys, q, compressed, lse, scale=scale, start=start, end=end, index=index)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..moe_route.reference import moe_permutation
 
@@ -99,6 +100,7 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, h, weights, w13, w2 = ctx.saved_tensors
         need_x, _, need_weights, need_w13, need_w2, _ = ctx.needs_input_grad
@@ -165,6 +167,7 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
         dh, dweight = h.new_empty(h.shape), None if weight is None else weight.new_empty(weight.shape)
