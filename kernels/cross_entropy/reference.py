@@ -1,0 +1,95 @@
+"""Linear cross-entropy in plain PyTorch; see the package for the equations and the axis letters."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS = 2**18  # of a chunk on a CPU: 1 MiB of fp32, so that the passes over them stay in the cache
+
+
+def cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunk: int | None = None,
+) -> Tensor:
+    """See `kernels.cross_entropy.cross_entropy`."""
+    rows = (targets != ignore_index).nonzero().squeeze(1)
+    share = 1 / max(len(rows), 1) if reduction == "mean" else 1.0
+    chunk = chunk or _chunk(weight)
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _LinearCrossEntropy.apply(x, weight, targets, rows, z_loss, share, chunk)
+        return _total(x, weight, targets, rows, z_loss, chunk) * share
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Keeps the gradients of the summed loss, made while each chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, z_loss: float, share: float, chunk: int
+    ) -> Tensor:
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight, dtype=_wide(x, weight)) if ctx.needs_input_grad[1] else None
+        total = _total(x, weight, targets, rows, z_loss, chunk, dx, dw)
+        ctx.share, ctx.dtype = share, weight.dtype
+        ctx.save_for_backward(dx, dw)
+        return total * share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        grad = grad * ctx.share
+        dx = None if dx is None else dx * grad
+        dw = None if dw is None else (dw * grad).to(ctx.dtype)
+        return dx, dw, None, None, None, None, None
+
+
+def _total(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    z_loss: float,
+    chunk: int,
+    dx: Tensor | None = None,
+    dw: Tensor | None = None,
+) -> Tensor:
+    """The loss summed over `rows`; its gradients are written to dx and added to dw where given."""
+    wide = _wide(x, weight)
+    w = weight.to(wide)
+    total = x.new_zeros((), dtype=torch.float64)
+    for part in rows.split(chunk):
+        xs, target = x.index_select(0, part).to(wide), targets[part].unsqueeze(1)
+        logits = xs @ w.T  # [c, v]; becomes the exponentials, then the gradient
+        top = logits.amax(-1, keepdim=True)
+        picked = logits.sub_(top).gather(1, target)
+        mass = logits.exp_().sum(-1, keepdim=True)
+        norm = mass.log() + top
+        total += (mass.log() - picked + z_loss * norm.square()).sum(dtype=torch.float64)
+        if dx is None and dw is None:
+            continue
+        logits *= (1 + 2 * z_loss * norm) / mass
+        logits.scatter_add_(1, target, logits.new_full(target.shape, -1.0))
+        if dx is not None:
+            dx[part] = (logits @ w).to(dx.dtype)
+        if dw is not None:
+            dw.addmm_(logits.T, xs)
+    return total.to(wide)
+
+
+def _wide(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+
+
+def _chunk(weight: Tensor) -> int:
+    """As many tokens as the cache holds, but enough to outweigh reading and writing the weight's gradient each time."""
+    return 4096 if weight.is_cuda else max(LOGITS // weight.shape[0], 256)
