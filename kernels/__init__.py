@@ -1,6 +1,4 @@
-"""Operations on tensors: one folder per op, with its public function, its PyTorch reference and (where there is one)
-its Triton twin.
-"""
+"""Operations on tensors. One folder per op: its public function, its PyTorch reference, its Triton twin where there is one."""
 
 if (
     __name__ == "kernels"
@@ -17,3 +15,45 @@ if (
     else:
         _sys.modules["kernels"] = _module = _util.module_from_spec(_spec)
         _spec.loader.exec_module(_module)
+else:
+    from .attention import attention
+    from .cross_entropy import cross_entropy
+    from .engram import compress_vocabulary, engram_gate, engram_hash, engram_multipliers, engram_primes
+    from .hyper import Coefficients, hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_recombine
+    from .index_loss import index_loss
+    from .index_topk import index_topk
+    from .moe_experts import moe_experts, swiglu
+    from .moe_route import Permutation, Routing, balance_loss, moe_permutation, moe_route
+    from .norm_rope import rms_norm, rope, rope_frequencies, rope_rotation
+    from .pool import pool
+    from .topk import stable_topk
+
+    __all__ = [
+        "Coefficients",
+        "Permutation",
+        "Routing",
+        "attention",
+        "balance_loss",
+        "compress_vocabulary",
+        "cross_entropy",
+        "engram_gate",
+        "engram_hash",
+        "engram_multipliers",
+        "engram_primes",
+        "hyper_coefficients",
+        "hyper_collapse",
+        "hyper_head_weights",
+        "hyper_recombine",
+        "index_loss",
+        "index_topk",
+        "moe_experts",
+        "moe_permutation",
+        "moe_route",
+        "pool",
+        "rms_norm",
+        "rope",
+        "rope_frequencies",
+        "rope_rotation",
+        "stable_topk",
+        "swiglu",
+    ]

@@ -2,11 +2,14 @@
 
 Per layer: the keys of the last `window` - 1 tokens; the compressed entries and index keys so far; the projections
 (k, z) of the tokens whose window is not complete; for Engram the last N - 1 token ids and the rows in reach of the
-convolution. Everything but the entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on the number
-of tokens seen.
+convolution. Everything but the entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on
+the number of tokens seen.
 
 Rewinding. Tails keep `rewind` rows more than the next token needs, entries past the length are simply not seen, so that
 the cache can be cut back by up to `rewind` tokens, exactly.
+
+Interruptions. What a length counts is never written over: tails are written past their end or into a new buffer,
+entries past the length. Putting the old buffers and lengths back therefore undoes a call that did not come to its end.
 
 b batch rows · t new tokens · k rows kept · p entries
 """
@@ -22,7 +25,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .documents import Entries, Layout
 
-SLACK = 32  # rows that a tail can grow before it is moved back to the front of its buffer
+SLACK = 32  # rows that a tail can grow before it moves to a new buffer
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Step:
 class Tail:
     """The last rows of a growing sequence, per batch row, the newest of all rows in the same column.
 
-    A buffer [b, keep + rewind + SLACK, ...] is filled from the left and moved back when it is full: appending one row
-    copies one row, and the rows that are needed are a view.
+    A buffer [b, keep + rewind + SLACK, ...] is filled from the left; when it is full, a new one begins with the rows
+    that are still needed. Appending one row copies one row, and the rows that are needed are a view.
     """
 
     def __init__(self, batch: int, keep: int, rewind: int, shape: Sequence[int], like: Tensor) -> None:
@@ -72,11 +75,11 @@ class Tail:
         if len(set(counts)) == 1:
             self.end -= counts[0]
         elif any(counts):
-            self._store(self.rows[:, : self.end].clone(), [self.end - n for n in counts])
+            self._store(self.rows[:, : self.end], [self.end - n for n in counts])
 
     def _store(self, source: Tensor, ends: Sequence[int]) -> None:
-        """Keeps the last rows of source[b, :ends[b]], newest in the same column."""
-        self.end = min(self.hold, max(ends))
+        """A new buffer with the last rows of source[b, :ends[b]], newest in the same column."""
+        self.rows, self.end = torch.zeros_like(self.rows), min(self.hold, max(ends))
         if len(set(ends)) == 1:
             self.rows[:, : self.end] = source[:, ends[0] - self.end : ends[0]]
             return
@@ -116,7 +119,7 @@ class CompressorCache:
         ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == "compressed_sparse_attention"
         self.ratio = ratio
         channels = 2 * (2 if overlap else 1) * width
-        self.tail = Tail(batch, unfinished_tokens(ratio, overlap), rewind, (channels,), like.float())
+        self.tail = Tail(batch, unfinished_tokens(ratio, overlap), rewind, (channels,), like.new_zeros(0, dtype=torch.float32))
         self.store = Store(batch, max_length // ratio, width, like)
 
 
@@ -150,7 +153,7 @@ class LayerCache:
 class Cache:
     """The state of a batch of sequences. `Transformer.new_cache` makes one; a forward pass with it appends.
 
-    Rows may have different lengths. After an error about the arguments the cache is as it was.
+    Rows may have different lengths. After an error or an interruption the cache is as it was before the call.
 
     Raises:
         ValueError: sizes that are not positive.
@@ -172,7 +175,7 @@ class Cache:
         self.config, self.max_length, self.rewind = config, max_length, rewind
         self.layers = [LayerCache(config, i, batch_size, max_length, rewind, like) for i in layers]
         self._lengths = [0] * batch_size
-        self._whole = True
+        self._drafts = layers[0] == config.num_hidden_layers
         self._furthest = [0] * batch_size  # longest that each row has ever been: rewinding is measured from there
 
     @property
@@ -188,18 +191,20 @@ class Cache:
         """Bytes reserved; `model.accounting` computes the same from the configuration."""
         return sum(rows.nbytes for layer in self.layers for _, rows in layer.tensors())
 
-    def begin(self, config: ModelConfig, ids: Tensor, lengths: Tensor | Sequence[int] | None) -> Step:
-        """Checks a call's tokens against the cache. Nothing is changed.
+    def begin(
+        self, config: ModelConfig, ids: Tensor, lengths: Tensor | Sequence[int] | None, drafts: bool = False
+    ) -> Step:
+        """Checks a call's tokens against the cache. Nothing is changed. `drafts`: the call is of the MTP block.
 
         Raises:
             ValueError: another model or batch size, lengths out of range, or more tokens than `max_length` holds.
-            RuntimeError: an earlier call was interrupted.
         """
         b, t = ids.shape
-        if not self._whole:
-            raise RuntimeError("cache: an earlier call was interrupted inside the layers; make a new cache")
         if config != self.config:
             raise ValueError("cache was made for another model: its configuration differs")
+        if drafts != self._drafts:
+            made, needed = ("new_draft_cache", "new_cache") if self._drafts else ("new_cache", "new_draft_cache")
+            raise ValueError(f"cache was made by {made}: this call needs one of {needed}")
         if b != self.batch_size:
             raise ValueError(f"ids has {b} rows: the cache was made for batch_size={self.batch_size}")
         new = [t] * b if lengths is None else [int(n) for n in lengths]
@@ -216,12 +221,23 @@ class Cache:
 
     @contextmanager
     def appending(self, step: Step) -> Iterator[None]:
-        """Takes the step's tokens in. If that is interrupted half-way, no further call is taken."""
-        self._whole = False
-        yield
-        self._whole = True
-        self._lengths = [past + n for past, n in zip(step.past, step.new)]
-        self._furthest = [max(pair) for pair in zip(self._furthest, self._lengths)]
+        """Takes the step's tokens in, which the layers append meanwhile."""
+        with self._all_or_nothing():
+            yield
+            self._lengths = [past + n for past, n in zip(step.past, step.new)]
+            self._furthest = [max(pair) for pair in zip(self._furthest, self._lengths)]
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Undoes the block if it does not come to its end."""
+        holders = [self, *(holder for layer in self.layers for holder, _ in layer.tensors())]
+        before = [dict(vars(holder)) for holder in holders]
+        try:
+            yield
+        except BaseException:
+            for holder, state in zip(holders, before):
+                vars(holder).update(state)
+            raise
 
     def truncate(self, lengths: Tensor | Sequence[int] | int) -> None:
         """Cuts each row back to lengths[b] tokens, exactly as if the others had never been seen.
@@ -240,10 +256,11 @@ class Cache:
                     f"lengths[{row}]={n}: the row has been {furthest} tokens long and rewind={self.rewind} was declared"
                 )
         counts = [now - n for now, n in zip(self._lengths, wanted)]
-        for layer in self.layers:
-            for tail in layer.tails():
-                tail.drop(counts)
-        self._lengths = wanted
+        with self._all_or_nothing():
+            for layer in self.layers:
+                for tail in layer.tails():
+                    tail.drop(counts)
+            self._lengths = wanted
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Row i becomes a copy of row rows[i]; the number of rows may change.
@@ -254,14 +271,17 @@ class Cache:
         order = [int(r) for r in rows]
         if not order or min(order) < 0 or max(order) >= self.batch_size:
             raise ValueError(f"rows={order}: allowed are row numbers 0 to {self.batch_size - 1}, at least one")
-        for layer in self.layers:
-            for holder, tensor in layer.tensors():
-                holder.rows = tensor[torch.tensor(order, device=tensor.device)]
-        self._lengths = [self._lengths[r] for r in order]
-        self._furthest = [self._furthest[r] for r in order]
+        with self._all_or_nothing():
+            for layer in self.layers:
+                for holder, tensor in layer.tensors():
+                    holder.rows = tensor[torch.tensor(order, device=tensor.device)]
+            self._lengths = [self._lengths[r] for r in order]
+            self._furthest = [self._furthest[r] for r in order]
 
     def fork(self, copies: int) -> "Cache":
-        """A new cache with each row `copies` times; this one stays as it is."""
+        """A new cache with each row `copies` times; this one stays as it is. Raises ValueError for copies < 1."""
+        if copies < 1:
+            raise ValueError(f"copies={copies}: allowed are integers from 1")
         forked = copy.deepcopy(self)
         forked.reorder([row for row in range(self.batch_size) for _ in range(copies)])
         return forked

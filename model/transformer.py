@@ -150,7 +150,7 @@ class Transformer(nn.Module):
             lengths: how many of the t positions are real in each row; None = all.
         """
         self._check(next_ids, None, 0)
-        step = cache.begin(self.config, next_ids, lengths)
+        step = cache.begin(self.config, next_ids, lengths, drafts=True)
         layout = continue_layout(step, next_ids.device)
         mtp = self.mtp[0]
         with cache.appending(step):

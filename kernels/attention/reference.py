@@ -47,18 +47,25 @@ def attention(
     end: Tensor | None = None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _Attention.apply(q, kv, compressed, sink, window, scale, window_start, start, end, index)
+    tensors = (q, kv, compressed, sink)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Attention.apply(*tensors, window, scale, window_start, start, end, index)
+    return _forward(*tensors, window, scale, window_start, start, end, index)
+
+
+def _forward(q, kv, compressed, sink, window, scale, window_start, start, end, index) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=accumulation(q), device=q.device)
+    with without_autocast(q):
+        for sight in _sights(q, kv, compressed, window, window_start, start, end, index):
+            out[:, sight.queries], lse[:, sight.queries] = _forward_block(sight, q, kv, compressed, sink, scale)
+    return out, lse
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, compressed, sink, window, scale, window_start, start, end, index):
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=accumulation(q), device=q.device)
-        with without_autocast(q):
-            for sight in _sights(q, kv, compressed, window, window_start, start, end, index):
-                o, l = _forward_block(sight, q, kv, compressed, sink, scale)
-                out[:, sight.queries], lse[:, sight.queries] = o, l
+        out, lse = _forward(q, kv, compressed, sink, window, scale, window_start, start, end, index)
         ctx.save_for_backward(q, kv, compressed, sink, window_start, start, end, index, out, lse)
         ctx.window, ctx.scale = window, scale
         ctx.mark_non_differentiable(lse)
