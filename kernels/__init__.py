@@ -1,8 +1,8 @@
-"""Operations on tensors. One folder per op: its public function, its PyTorch reference, its Triton twin where there is one."""
+"""Operations on tensors, one folder per op: public function, PyTorch reference, and a Triton twin where there is one."""
 
-if (
-    __name__ == "kernels"
-):  # the repository root is on sys.path: hand over to PyPI's `kernels`, which transformers probes for
+# With the repository root on sys.path this file is found as `kernels`, the name of PyPI's package, which transformers
+# probes for: then hand over to that one, or look like an empty namespace package.
+if __name__ == "kernels":
     import importlib.machinery as _machinery
     import importlib.util as _util
     import os as _os
@@ -11,7 +11,7 @@ if (
     _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
     _spec = _machinery.PathFinder.find_spec("kernels", [p for p in _sys.path if _os.path.abspath(p or ".") != _root])
     if _spec is None or _spec.loader is None:
-        __file__ = None  # type: ignore[assignment]  # an empty namespace package, as far as transformers can tell
+        __file__ = None  # type: ignore[assignment]
     else:
         _sys.modules["kernels"] = _module = _util.module_from_spec(_spec)
         _spec.loader.exec_module(_module)

@@ -119,7 +119,8 @@ class CompressorCache:
         ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == "compressed_sparse_attention"
         self.ratio = ratio
         channels = 2 * (2 if overlap else 1) * width
-        self.tail = Tail(batch, unfinished_tokens(ratio, overlap), rewind, (channels,), like.new_zeros(0, dtype=torch.float32))
+        exact = like.new_zeros(0, dtype=torch.float32)
+        self.tail = Tail(batch, unfinished_tokens(ratio, overlap), rewind, (channels,), exact)
         self.store = Store(batch, max_length // ratio, width, like)
 
 

@@ -40,7 +40,7 @@ class Layout:
     step: Any = None  # the call's `cache.Step`, in `cache.Continued` only
     _entries: dict[tuple[int, int], Entries] = field(default_factory=dict)
 
-    def entries(self, ratio: int, keep: int) -> Entries:
+    def entries(self, ratio: int, keep: int = 0) -> Entries:
         """The entries for compression ratio m, worked out at first use; `keep` past rows are put before the call's own,
         if there are.
         """
