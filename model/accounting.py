@@ -2,11 +2,11 @@
 
     parameters   by mechanism, exact for any configuration
     FLOPs        2 A + index + core, for one token that sees `context` tokens, itself included
-    cache        per_token context + windows + open compression windows
+    cache        per_token context + windows + open compression windows, as released;  `cache_bytes`: ours
 
 Quoted against V3.2 at a million tokens these give the published 27 % of the FLOPs and 10 % of the cache (Pro), 10 %
-and 7 % (Flash). Sources: V4 2.3, 3.6 and 4.2.1. Nothing here imports torch, unless an Engram's prime table sizes are
-needed.
+and 7 % (Flash). Sources: V4 2.3, 3.6 and 4.2.1. Nothing here imports torch, unless an Engram's prime table sizes or the
+layout of our own cache are needed.
 
 A activated parameters · d hidden · H heads of c (d_r of them rotary) · q query rank · G groups of rank r · m ratio
 n streams · E experts of width w · W window · k index_topk · H_I index heads of c_I · L layers
@@ -182,6 +182,33 @@ def account(config: ModelConfig, context: int = 0, bytes_per_value: int | None =
     )
 
 
+def cache_bytes(
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    rewind: int = 0,
+    bytes_per_value: int = 4,
+    *,
+    drafts: bool = False,
+) -> int:
+    """Bytes that `model.cache.Cache` reserves: what `cache.nbytes()` says, exactly.
+
+    batch_size times the sum over layers of the entries, (max_length // m) (c + c_I) values, and the tails, each of
+    (needed + rewind + SLACK) rows: W - 1 needed rows of c values; of (k, z), m - 1 rows of 2 c float32 (HCA) or 2 m - 1
+    of 4 c and 4 c_I (CSA); with Engram of order N, N - 1 int64 ids and (kernel_size - 1) N rows of n d values.
+
+    Args:
+        bytes_per_value: of the model's parameters.
+        drafts: of the MTP block's cache instead (`Transformer.new_draft_cache`).
+    """
+    from .cache import SLACK
+
+    depth = config.num_hidden_layers
+    layers = range(depth, depth + config.num_nextn_predict_layers) if drafts else range(depth)
+    spare = rewind + SLACK
+    return batch_size * sum(_layer_bytes(config, layer, max_length, spare, bytes_per_value) for layer in layers)
+
+
 def v32(context: int) -> Baseline:
     """V3.2 at a context: the denominator of the published ratios.
 
@@ -334,6 +361,23 @@ def _cache(c: ModelConfig, context: int, entry: int, index_key: int) -> Cache:
             per_token += entry / ratio
             state += 2 * 4 * ratio * c.head_dim
     return Cache(context, per_token, windows=c.num_hidden_layers * c.sliding_window * entry, state=state)
+
+
+def _layer_bytes(c: ModelConfig, layer: int, max_length: int, spare: int, value: int) -> int:
+    """One row's bytes in one layer; `spare` rows of every tail are for rewinding and growth."""
+    kind, ratio = c.layer_kind(layer), c.compress_ratio(layer)
+    total = (c.sliding_window - 1 + spare) * c.head_dim * value
+    if kind == HEAVY:
+        total += max_length // ratio * c.head_dim * value + (ratio - 1 + spare) * 2 * c.head_dim * 4
+    elif kind == SPARSE:
+        width = c.head_dim + c.index_head_dim
+        total += max_length // ratio * width * value + (2 * ratio - 1 + spare) * 4 * width * 4
+    if c.engram and layer in c.engram.layers:
+        order, taps = c.engram.max_ngram, c.engram.kernel_size
+        total += (order - 1 + spare) * 8
+        if taps:
+            total += ((taps - 1) * order + spare) * c.hc_mult * c.hidden_size * value
+    return total
 
 
 def _count(value: float, billion: str = "B") -> str:

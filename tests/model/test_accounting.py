@@ -4,10 +4,12 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from model_tensors import is_buffer, model_tensors
 
 from abyssal.kernels.engram import engram_primes
-from abyssal.model.accounting import account, compressor_parameters, v32
+from abyssal.model import Transformer
+from abyssal.model.accounting import account, cache_bytes, compressor_parameters, v32
 from abyssal.model.config import HEAVY, SLIDING, SPARSE, EngramConfig, ModelConfig
 
 FLASH, PRO = ModelConfig.load("v4-flash"), ModelConfig.load("v4-pro")
@@ -187,6 +189,46 @@ def test_plain_cache_counts_values():
     assert got.windows == 4 * 4 * 8 * 20
     half = account(config, 64).plain_cache
     assert config.torch_dtype == "bfloat16" and half.per_token * 2 == got.per_token and half.state == got.state
+
+
+MEMORY = {"layers": [1, 2], "head_dim": 5, "vocab_size": 50, "heads": 2}
+CACHED = {
+    **{name: ModelConfig.load(name) for name in ("nano", "toy", "long")},
+    "four kinds": ModelConfig.from_dict(SMALL),
+    "memory": ModelConfig.from_dict({**SMALL, "engram": {**MEMORY, "kernel_size": 3, "max_ngram": 4}}),
+    "memory without convolution": ModelConfig.from_dict({**SMALL, "engram": {**MEMORY, "kernel_size": 0}}),
+    "flash": FLASH,
+}
+
+
+@pytest.mark.parametrize("config", CACHED.values(), ids=CACHED.keys())
+def test_cache_bytes_are_those_of_the_cache(config):
+    """At lengths on and around the ratios, with and without rewinding, for every width of a value."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        model = model.to(dtype)
+        for batch, length, rewind in ((1, 1, 0), (3, 3, 0), (2, 4, 7), (1, 127, 2), (2, 128, 0), (2, 1001, 40)):
+            cache = model.new_cache(batch, length, rewind=rewind)
+            assert cache_bytes(config, batch, length, rewind, bytes_per_value=size) == cache.nbytes()
+            if config.num_nextn_predict_layers:
+                drafts = model.new_draft_cache(batch, length, rewind=rewind)
+                assert cache_bytes(config, batch, length, rewind, size, drafts=True) == drafts.nbytes()
+
+
+def test_cache_bytes_by_hand():
+    """One row of the `long` preset at its full length, float32: 3 windows of 64, CSA entries of 64 + 32, HCA of 64."""
+    windows = 3 * (127 + 32) * 64 * 4
+    sparse = 2**18 * (64 + 32) * 4 + (7 + 32) * 4 * (64 + 32) * 4
+    heavy = 2**13 * 64 * 4 + (127 + 32) * 2 * 64 * 4
+    assert cache_bytes(ModelConfig.load("long"), 1, 2**20) == windows + sparse + heavy
+
+
+def test_entries_are_those_of_the_plain_layout():
+    """What grows with the context is `account`'s, value for value."""
+    for config in (ModelConfig.from_dict(SMALL), ModelConfig.load("long")):
+        grown = cache_bytes(config, 1, 2048) - cache_bytes(config, 1, 1024)
+        assert grown == account(config, 1024, bytes_per_value=4).plain_cache.per_token * 1024
 
 
 def test_context_is_checked():
