@@ -1,7 +1,8 @@
 """Reference of mHC: projection, Sinkhorn, collapse and recombination, each with its backward written out.
 
 The backward passes need the streams and a few numbers per token; Sinkhorn's iterates are computed again.
-Matrix products go into existing tensors (`out=` or in place), which autocast leaves in full precision.
+Matrix products go into existing tensors (`out=` or in place), which autocast leaves in full precision; their factors are
+contiguous, without which batched products run matrix by matrix.
 
 Axes: t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection.
 Coefficients are computed with the tokens last, [m, t] and [n, n, t]: every small step runs along contiguous memory.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from ..precision import accumulation
 from . import Coefficients
 
 _BLOCK_VALUES = 1 << 20  # streams are worked on in blocks of this many values, so that a cast copy stays in the cache
@@ -36,8 +38,8 @@ def hyper_coefficients(
     pre, post, comb = _logits(streams, fn, base, scale, parts, norm_eps).split(parts)
     comb = _Sinkhorn.apply(comb.unflatten(0, (n, n)), iterations, eps)
     return Coefficients(
-        (pre.sigmoid() + eps).t().reshape(streams.shape[:-1]),
-        (2 * post.sigmoid()).t().reshape(streams.shape[:-1]),
+        (pre.sigmoid() + eps).t().contiguous().reshape(streams.shape[:-1]),
+        (2 * post.sigmoid()).t().contiguous().reshape(streams.shape[:-1]),
         comb.permute(2, 0, 1).contiguous().reshape(*streams.shape[:-1], n),
     )
 
@@ -46,7 +48,7 @@ def hyper_head_weights(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float = 1e-6, norm_eps: float = 1e-6
 ) -> Tensor:
     logits = _logits(streams, fn, base, scale, (len(fn),), norm_eps)
-    return (logits.sigmoid() + eps).t().reshape(streams.shape[:-1])
+    return (logits.sigmoid() + eps).t().contiguous().reshape(streams.shape[:-1])
 
 
 def hyper_collapse(streams: Tensor, pre: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ class _Projection(Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-        dtype = torch.promote_types(u.dtype, torch.float32)
+        dtype = accumulation(u)
         weight = fn.to(dtype)
         product = u.new_empty(len(u), len(fn), dtype=dtype)
         r = u.new_empty(len(u), dtype=dtype)
@@ -167,10 +169,12 @@ def _iterates(logits: Tensor, iterations: int, eps: float, *, keep: bool) -> lis
     bordered[:, :, n] = eps
     inner = list(bordered[:, :n, :n].unbind())
     divided = list(bordered[:, :, :n].unbind()), list(bordered[:, :n].unbind())
+    totals = logits.new_empty(1, n, tokens), logits.new_empty(n, 1, tokens)
     torch.softmax(logits, 1, out=inner[0]).add_(eps)
     for index in range(1, 2 * iterations):
         source, axis = (index - 1) % slots, _axis(index)
-        torch.div(inner[source], divided[axis][source].sum(axis, keepdim=True), out=inner[index % slots])
+        torch.sum(divided[axis][source], axis, keepdim=True, out=totals[axis])
+        torch.div(inner[source], totals[axis], out=inner[index % slots])
     return inner
 
 
@@ -184,23 +188,24 @@ class _Collapse(Function):
 
     @staticmethod
     def forward(ctx: Any, streams: Tensor, pre: Tensor) -> Tensor:
+        pre = pre.contiguous()
         ctx.save_for_backward(streams, pre)
-        dtype = torch.promote_types(streams.dtype, torch.float32)
+        dtype = accumulation(streams)
         collapsed = streams.new_empty(streams.shape[0], streams.shape[2])
         for rows in _blocks(streams):
-            with _written(collapsed, rows, dtype) as target:
-                _weighted_sum(streams[rows].to(dtype), pre[rows].to(dtype), target)
+            with _written(collapsed[:, None], rows, dtype) as target:
+                torch.bmm(pre[rows, None].to(dtype), streams[rows].to(dtype), out=target)
         return collapsed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
         streams, pre = ctx.saved_tensors
-        dtype = torch.promote_types(streams.dtype, torch.float32)
+        dtype = accumulation(streams)
         dstreams = streams.new_empty(streams.shape) if ctx.needs_input_grad[0] else None
         dpre = pre.new_empty(pre.shape) if ctx.needs_input_grad[1] else None
         for rows in _blocks(streams):
-            grad = du[rows, None].to(dtype)
+            grad = du[rows, None].to(dtype).contiguous()
             if dstreams is not None:
                 with _written(dstreams, rows, dtype) as target:
                     torch.mul(pre[rows, :, None].to(dtype), grad, out=target)
@@ -218,9 +223,9 @@ class _Recombine(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        comb = comb.contiguous()
+        post, comb = post.contiguous(), comb.contiguous()
         ctx.save_for_backward(y, streams, post, comb)
-        dtype = torch.promote_types(streams.dtype, torch.float32)
+        dtype = accumulation(streams)
         mixed = streams.new_empty(streams.shape)
         for rows in _blocks(streams):
             with _written(mixed, rows, dtype) as target:
@@ -232,14 +237,14 @@ class _Recombine(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, streams, post, comb = inputs = ctx.saved_tensors
-        dtype = torch.promote_types(streams.dtype, torch.float32)
+        dtype = accumulation(streams)
         results = [x.new_empty(x.shape) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad)]
         dy, dstreams, dpost, dcomb = results
         for rows in _blocks(streams):
-            block = grad[rows].to(dtype)
+            block = grad[rows].to(dtype).contiguous()
             if dy is not None:
-                with _written(dy, rows, dtype) as target:
-                    _weighted_sum(block, post[rows].to(dtype), target)
+                with _written(dy[:, None], rows, dtype) as target:
+                    torch.bmm(post[rows, None].to(dtype), block, out=target)
             if dstreams is not None:
                 with _written(dstreams, rows, dtype) as target:
                     torch.bmm(comb[rows].to(dtype), block, out=target)
@@ -250,13 +255,6 @@ class _Recombine(Function):
                 with _written(dcomb, rows, dtype) as target:
                     torch.bmm(streams[rows].to(dtype), block.mT, out=target)
         return tuple(results)
-
-
-def _weighted_sum(streams: Tensor, weights: Tensor, out: Tensor) -> None:
-    """out = sum_k weights_k streams_k, [t, d]."""
-    torch.mul(streams[:, 0], weights[:, :1], out=out)
-    for k in range(1, streams.shape[1]):
-        out.addcmul_(streams[:, k], weights[:, k, None])
 
 
 def _blocks(streams: Tensor) -> Iterator[slice]:

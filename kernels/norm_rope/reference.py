@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from ..precision import accumulation
+
 _BLOCK_VALUES = 1 << 18  # rows are worked on in blocks of this many values, which stay in the cache
 
 
@@ -29,7 +31,7 @@ class _RMSNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = accumulation(x)
         y = x.new_empty(x.shape)
         r = x.new_empty(len(x), 1, dtype=dtype)
         for rows in _blocks(x):
@@ -83,7 +85,7 @@ class _Rope(Function):
 
 def _rotated(x: Tensor, rotation: Tensor, inverse: bool) -> Tensor:
     dim = 2 * rotation.shape[2]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation(x)
     rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.ndim - 3), dim // 2)
     pairs = x[..., x.shape[-1] - dim :].unflatten(-1, (-1, 2)).to(dtype).contiguous()
     turned = torch.view_as_complex(pairs) * (rotation.conj() if inverse else rotation)

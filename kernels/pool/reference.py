@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from ..precision import accumulation
+
 _BLOCK_VALUES = 1 << 18  # slots times channels of a block of entries, which is to stay in the cache
 
 
@@ -56,7 +58,7 @@ class _Pool(Function):
     @once_differentiable
     def backward(ctx: Any, dpooled: Tensor) -> tuple[Tensor | None, ...]:
         kv, gate, bias, first, follows = ctx.saved_tensors
-        dtype = torch.promote_types(kv.dtype, torch.float32)
+        dtype = accumulation(kv)
         dkv, dgate = (x.new_zeros(x.shape, dtype=dtype) for x in (kv, gate))
         dslots = torch.zeros_like(_per_slot(bias, ctx.overlap), dtype=dtype)
         for block, slots in _blocks(kv, first, follows, ctx.ratio, ctx.overlap):
@@ -167,7 +169,7 @@ def _blocks(
 
 def _values_and_weights(slots: _Regular | _Gathered, kv: Tensor, gate: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """What a block pools and the weight of each slot in each channel, both [b, n, s, D]."""
-    dtype = torch.promote_types(kv.dtype, torch.float32)
+    dtype = accumulation(kv)
     logits = slots.read(gate, -torch.inf)
     logits = logits + _per_slot(bias, slots.overlap).to(dtype)
     return slots.read(kv, 0.0).to(dtype), torch.softmax(logits, 2)
