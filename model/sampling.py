@@ -79,8 +79,7 @@ def _keep_top_k(p: Tensor, k: int) -> Tensor:
 
 def _keep_top_p(p: Tensor, share: float) -> Tensor:
     """Zero but for the tokens before which, from the most likely on, less than that share of the row's mass lies."""
-    order = p.argsort(-1, descending=True, stable=True)
-    ranked = p.gather(-1, order)
+    ranked, order = p.sort(dim=-1, descending=True, stable=True)
     mass = ranked.cumsum(-1)
     before = F.pad(mass[..., :-1], (1, 0))
     return torch.zeros_like(p).scatter(-1, order, torch.where(before < share * mass[..., -1:], ranked, 0))
@@ -96,7 +95,7 @@ def pick(p: Tensor, u: Tensor) -> Tensor:
 
 
 class Draws:
-    """Uniform numbers in (0, 1], a sequence for each row; row i of a seed is the same in every batch and on every device.
+    """Uniform numbers in (0, 1], a sequence for each row. Row i of a seed is the same in every batch, on every device.
 
     seed: None draws anew.
     """
