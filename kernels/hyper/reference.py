@@ -1,8 +1,8 @@
 """Reference of mHC: projection, Sinkhorn, collapse and recombination, each with its backward written out.
 
 The backward passes need the streams and a few numbers per token; Sinkhorn's iterates are computed again.
-Matrix products go into existing tensors (`out=` or in place), which autocast leaves in full precision; their factors are
-contiguous, without which batched products run matrix by matrix.
+Matrix products go into existing tensors (`out=` or in place), which autocast leaves in full precision. Their factors
+are contiguous: batched products of other layouts run matrix by matrix.
 
 Axes: t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection.
 Coefficients are computed with the tokens last, [m, t] and [n, n, t]: every small step runs along contiguous memory.
