@@ -12,9 +12,9 @@ SCORES_PER_BLOCK = 1 << 20  # float32 scores of one block: 4 MiB
 SMALLEST, LARGEST = 16, 256
 
 
-def query_blocks(queries: int, scores_per_query: int) -> Iterator[slice]:
+def query_blocks(queries: int, scores_per_query: int, largest: int = LARGEST) -> Iterator[slice]:
     """Slices that cover `queries`, each of about SCORES_PER_BLOCK scores; a function of shapes only."""
-    size = max(SMALLEST, min(LARGEST, SCORES_PER_BLOCK // max(scores_per_query, 1)))
+    size = max(SMALLEST, min(largest, SCORES_PER_BLOCK // max(scores_per_query, 1)))
     for first in range(0, queries, size):
         yield slice(first, min(first + size, queries))
 

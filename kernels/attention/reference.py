@@ -1,13 +1,14 @@
 """The specification of `attention` in PyTorch: blocks of queries, flash-style backward (spec B.11), memory linear in t.
 
 With p_k the probabilities and D = <do, o>:  ds_k = p_k (<do, kv_k> - D),  dq = scale sum_k ds_k kv_k,
-dkv_k = sum_th p_k do + scale ds_k q,  dsink = -sum_t p_sink D.
+dkv_k = sum_th p_k do + scale ds_k q,  dsink = sum_t ds_sink, where the sink is one more key of value 0 whose logit is
+given: softmax, output and gradient need no other care for it.
 
 A block sees its keys in one of two ways. *Shared*: window rows and a contiguous range of entries, one matrix for all
 queries of the block, hidden pairs masked. *Gathered*: each query's picks are copied out. A list of picks is looked at
 as shared, with a mask, as long as that is cheaper than copying.
 
-b batch · t queries of the block · h heads · d head dim · l shared keys · k picked entries
+b batch · t queries of the block · h heads · d head dim · l shared keys and the sink · k picked entries
 """
 
 import math
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..blocks import query_blocks, visible_entries
 from ..precision import accumulation, without_autocast
 
 NONE = -math.inf
+FINITE = 1e30  # stands for an infinite sink
+FAINT = 1e-30  # a probability of the sink too small to tell the log-sum-exp from
 
 
 @dataclass
@@ -54,19 +58,27 @@ def attention(
 
 
 def _forward(q, kv, compressed, sink, window, scale, window_start, start, end, index) -> tuple[Tensor, Tensor]:
+    exact = accumulation(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=accumulation(q), device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=exact, device=q.device)
     with without_autocast(q):
+        q, finite_sink, broken = q.to(exact) * scale, sink.to(exact).clamp(-FINITE, FINITE), _broken(kv, compressed)
         for sight in _sights(q, kv, compressed, window, window_start, start, end, index):
-            out[:, sight.queries], lse[:, sight.queries] = _forward_block(sight, q, kv, compressed, sink, scale)
+            out[:, sight.queries], lse[:, sight.queries] = _forward_block(sight, q, kv, compressed, finite_sink, broken)
+        lse[lse.abs() >= FINITE] *= math.inf
     return out, lse
+
+
+def _broken(kv, compressed) -> bool:
+    """Whether any key is not finite: such keys need care, because 0 * nan is nan."""
+    return not all(bool(x.isfinite().all()) for x in (kv, compressed) if x is not None)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, compressed, sink, window, scale, window_start, start, end, index):
         out, lse = _forward(q, kv, compressed, sink, window, scale, window_start, start, end, index)
-        ctx.save_for_backward(q, kv, compressed, sink, window_start, start, end, index, out, lse)
+        ctx.save_for_backward(q, kv, compressed, sink, window_start, start, end, index, out)
         ctx.window, ctx.scale = window, scale
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -74,23 +86,23 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, _dlse):
-        q, kv, compressed, sink, window_start, start, end, index, out, lse = ctx.saved_tensors
+        q, kv, compressed, sink, window_start, start, end, index, out = ctx.saved_tensors
         if dout is None:
             return (None,) * 10
         exact = accumulation(q)
         dq = torch.empty_like(q)
-        dkv = torch.zeros(kv.shape, dtype=exact, device=kv.device)
-        dcompressed = None if compressed is None else torch.zeros(compressed.shape, dtype=exact, device=kv.device)
+        sums = [None if x is None else torch.zeros_like(x, dtype=exact) for x in (kv, compressed, sink)]
         with without_autocast(q):
-            delta = (dout.to(exact) * out.to(exact)).sum(-1)  # [b, t, h]
+            dout = dout.to(exact)
+            delta = (dout * out.to(exact)).sum(-1)  # [b, t, h]
+            scaled, finite_sink = q.to(exact) * ctx.scale, sink.to(exact).clamp(-FINITE, FINITE)
+            broken = _broken(kv, compressed)
             for sight in _sights(q, kv, compressed, ctx.window, window_start, start, end, index):
                 dq[:, sight.queries] = _backward_block(
-                    sight, q, kv, compressed, dout, lse, delta, ctx.scale, dkv, dcompressed
-                )
-            p_sink = (sink.to(exact) - lse).exp().masked_fill(lse == NONE, 0)
-            dsink = -(p_sink * delta).flatten(0, 1).sum(0).to(sink.dtype)
-        dcompressed = None if dcompressed is None else dcompressed.to(compressed.dtype)
-        return dq, dkv.to(kv.dtype), dcompressed, dsink, None, None, None, None, None, None
+                    sight, scaled, kv, compressed, finite_sink, dout, delta, broken, *sums
+                ).mul_(ctx.scale)
+        dkv, dcompressed, dsink = (None if s is None else s.to(x.dtype) for s, x in zip(sums, (kv, compressed, sink)))
+        return dq, dkv, dcompressed, dsink, None, None, None, None, None, None
 
 
 def _sights(q, kv, compressed, window, window_start, start, end, index) -> Iterator[Sight]:
@@ -99,21 +111,27 @@ def _sights(q, kv, compressed, window, window_start, start, end, index) -> Itera
     entries = 0 if compressed is None else compressed.shape[1]
     gathers = index is not None and not sharing_pays(entries, index.shape[2], h)
     per_query = b * h * (2 * window + (index.shape[2] if gathers else entries))
-    for block in query_blocks(t, per_query):
+    inner: dict[tuple[int, int], Tensor] = {}  # blocks that lie alike in their window share a bias
+    for block in query_blocks(t, per_query, largest=max(64, 2 * window)):  # a block's window is `window` + block wide
         rows = slice(max(0, past + block.start - window + 1), past + block.stop)
-        bias = _window_bias(block, rows, past, window, window_start, kv.device)
+        alike = (past + block.start - rows.start, block.stop - block.start)
+        bias = inner.get(alike)
+        if bias is None:
+            bias = _window_bias(block, rows, past, window, window_start, kv.device)
+            if window_start is None:
+                inner[alike] = bias
         if entries == 0:
-            yield Sight(block, rows, slice(0, 0), bias, None)
+            yield Sight(block, rows, slice(0, 0), _with_sink(bias), None)
         elif index is None:
             seen = visible_entries(start, end, block)
-            yield Sight(block, rows, seen, _join(bias, _range_bias(seen, start[:, block], end[:, block])), None)
+            yield Sight(block, rows, seen, _with_sink(bias, _range_bias(seen, start[:, block], end[:, block])), None)
         else:
             picks = index[:, block]
             seen = slice(int(picks.clamp_min(0).min()), int(picks.max()) + 1)
             if sharing_pays(seen.stop - seen.start, picks.shape[2], h):
-                yield Sight(block, rows, seen, _join(bias, _pick_bias(seen, picks, accumulation(kv))), None)
+                yield Sight(block, rows, seen, _with_sink(bias, _pick_bias(seen, picks, accumulation(kv))), None)
             else:
-                yield Sight(block, rows, slice(0, 0), bias, picks)
+                yield Sight(block, rows, slice(0, 0), _with_sink(bias), picks)
 
 
 def sharing_pays(entries: int, picks: int, heads: int) -> bool:
@@ -149,17 +167,19 @@ def _pick_bias(seen, picks, dtype) -> Tensor:
     return times[..., :-1].log_()
 
 
-def _join(window_bias: Tensor, entry_bias: Tensor) -> Tensor:
-    b = max(window_bias.shape[0], entry_bias.shape[0])
-    return torch.cat([window_bias.expand(b, -1, -1), entry_bias.expand(b, -1, -1)], -1)
+def _with_sink(*biases: Tensor) -> Tensor:
+    """The biases side by side, and 0 for the sink."""
+    b = max(bias.shape[0] for bias in biases)
+    return F.pad(torch.cat([bias.expand(b, -1, -1) for bias in biases], -1), (0, 1))
 
 
-def _shared_keys(sight, kv, compressed) -> Tensor:
-    """[b, l, d] in the accumulation dtype."""
-    keys = kv[:, sight.rows]
-    if sight.entries.stop > sight.entries.start:
-        keys = torch.cat([keys, compressed[:, sight.entries]], 1)
-    return keys.to(accumulation(kv))
+def _shared_keys(sight, kv, compressed, broken) -> tuple[Tensor, Tensor | None]:
+    """[b, l, d] in the accumulation dtype, the sink's zeros last; and which of them, [b, l], were not finite."""
+    parts = [kv[:, sight.rows], compressed[:, sight.entries]] if compressed is not None else [kv[:, sight.rows]]
+    keys = torch.cat([*parts, kv.new_zeros(kv.shape[0], 1, kv.shape[2])], 1).to(accumulation(kv))
+    if not broken:
+        return keys, None
+    return keys.nan_to_num(0, 0, 0), ~keys.isfinite().all(-1)
 
 
 def _picked_keys(picks, compressed) -> tuple[Tensor, Tensor]:
@@ -173,73 +193,61 @@ def _picked_keys(picks, compressed) -> tuple[Tensor, Tensor]:
     return table.index_select(0, flat.flatten()).view(*picks.shape, d), flat
 
 
-def _scores(sight, q, keys, picked) -> tuple[Tensor, Tensor | None]:
-    """Shared [b, t, h, l] and gathered [b, t, h, k] logits; q already scaled."""
+def _scores(sight, q, keys, picked, sink) -> Tensor:
+    """Logits [b, t, h, l] or, with picked keys, [b, t, h, l + k]; the sink's at l - 1; q already scaled."""
     b, t, h, d = q.shape
-    shared = torch.bmm(q.reshape(b, t * h, d), keys.transpose(1, 2)).view(b, t, h, -1).add_(sight.bias[:, :, None])
+    scores = torch.bmm(q.reshape(b, t * h, d), keys.transpose(1, 2)).view(b, t, h, -1).add_(sight.bias[:, :, None])
+    scores[..., -1] = sink
     if picked is None:
-        return shared, None
-    gathered = torch.matmul(q, picked.transpose(2, 3))
-    return shared, gathered.masked_fill_((sight.picks < 0)[:, :, None], NONE)
+        return scores
+    gathered = torch.matmul(q, picked.transpose(2, 3)).masked_fill_((sight.picks < 0)[:, :, None], NONE)
+    return torch.cat([scores, gathered], -1)
 
 
-def _forward_block(sight, q, kv, compressed, sink, scale) -> tuple[Tensor, Tensor]:
-    exact = accumulation(q)
-    block = q[:, sight.queries].to(exact) * scale
+def _forward_block(sight, q, kv, compressed, sink, broken) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a block; q already scaled."""
+    block = q[:, sight.queries]
     b, t, h, d = block.shape
-    keys = _shared_keys(sight, kv, compressed)
-    broken = not bool(keys.isfinite().all())
-    clean = keys.nan_to_num(0, 0, 0) if broken else keys
+    keys, unsound = _shared_keys(sight, kv, compressed, broken)
     picked = None if sight.picks is None else _picked_keys(sight.picks, compressed)[0]
-    shared, gathered = _scores(sight, block, clean, picked)
-    sink = sink.to(exact).expand(b, t, h)
-    top = torch.maximum(shared.amax(-1), sink)
-    if gathered is not None:
-        top = torch.maximum(top, gathered.amax(-1))
-    top = top.masked_fill(top == NONE, 0)
-    p = shared.sub_(top[..., None]).exp_()
-    total = p.sum(-1) + torch.where(sink == top, 1.0, (sink - top).exp())
-    out = torch.bmm(p.view(b, t * h, -1), clean).view(b, t, h, d)
-    if gathered is not None:
-        p = gathered.sub_(top[..., None]).exp_()
-        total += p.sum(-1)
-        out += torch.matmul(p, picked)
-    out /= total.masked_fill(total == 0, 1)[..., None]
-    if broken:  # a non-finite key may reach only those who see it, and 0 * nan is nan
-        sees = (sight.bias > NONE) & ~keys.isfinite().all(-1)[:, None]
+    scores, l = _scores(sight, block, keys, picked, sink), keys.shape[1]
+    p = scores.softmax(-1)
+    out = torch.bmm(p[..., :l].reshape(b, t * h, l), keys).view(b, t, h, d)
+    if picked is not None:
+        out += torch.matmul(p[..., l:], picked)
+    if unsound is not None:  # what is not finite reaches those who see it, and only them
+        sees = (sight.bias > NONE) & unsound[:, None]
         out.masked_fill_(sees.any(-1)[:, :, None, None], math.nan)
-    return out, top + total.log()
+    p_sink = p[..., l - 1]
+    lse = sink - p_sink.log()
+    faint = p_sink < FAINT
+    return out, torch.where(faint, scores.amax(-1) - p.amax(-1).log(), lse) if bool(faint.any()) else lse
 
 
-def _backward_block(sight, q, kv, compressed, dout, lse, delta, scale, dkv, dcompressed) -> Tensor:
-    """Adds this block's part to dkv and dcompressed, in the order of the blocks, and returns dq of the block."""
-    exact = accumulation(q)
-    block, do = q[:, sight.queries].to(exact) * scale, dout[:, sight.queries].to(exact)
+def _backward_block(sight, q, kv, compressed, sink, dout, delta, broken, dkv, dcompressed, dsink) -> Tensor:
+    """Adds this block's part to dkv, dcompressed and dsink, in the order of the blocks; returns dq, scaled."""
+    block, do, delta = q[:, sight.queries], dout[:, sight.queries], delta[:, sight.queries, :, None]
     b, t, h, d = block.shape
-    lse = lse[:, sight.queries].masked_fill(lse[:, sight.queries] == NONE, 0)[..., None]
-    delta = delta[:, sight.queries, :, None]
-    keys = _shared_keys(sight, kv, compressed)
-    if not bool(keys.isfinite().all()):
-        keys = keys.nan_to_num(0, 0, 0)
+    keys, _ = _shared_keys(sight, kv, compressed, broken)
     picked, flat = (None, None) if sight.picks is None else _picked_keys(sight.picks, compressed)
-    shared, gathered = _scores(sight, block, keys, picked)
+    p, l = _scores(sight, block, keys, picked, sink).softmax(-1), keys.shape[1]
 
-    flat_q, flat_do = block.reshape(b, t * h, d), do.reshape(b, t * h, d)
-    p = shared.sub_(lse).exp_()
-    ds = torch.bmm(flat_do, keys.transpose(1, 2)).view(p.shape).sub_(delta).mul_(p).view(b, t * h, -1)
+    flat_q, flat_do, p_shared = block.reshape(b, t * h, d), do.reshape(b, t * h, d), p[..., :l].reshape(b, t * h, l)
+    ds = torch.bmm(flat_do, keys.transpose(1, 2)).view(b, t, h, l).sub_(delta).view(b, t * h, l).mul_(p_shared)
     dq = torch.bmm(ds, keys).view(block.shape)
-    dkeys = torch.bmm(p.view(b, t * h, -1).transpose(1, 2), flat_do).baddbmm_(ds.transpose(1, 2), flat_q)
-    rows = sight.rows.stop - sight.rows.start
+    dkeys = torch.bmm(p_shared.transpose(1, 2), flat_do).baddbmm_(ds.transpose(1, 2), flat_q)
+    rows, entries = sight.rows.stop - sight.rows.start, sight.entries.stop - sight.entries.start
+    dsink += ds[..., -1].view(b * t, h).sum(0)
     dkv[:, sight.rows] += dkeys[:, :rows]
-    if sight.entries.stop > sight.entries.start:
-        dcompressed[:, sight.entries] += dkeys[:, rows:]
-    if gathered is not None:
-        p = gathered.sub_(lse).exp_()
+    if entries:
+        dcompressed[:, sight.entries] += dkeys[:, rows : rows + entries]
+    if picked is not None:
+        p = p[..., l:]
         ds = torch.matmul(do, picked.transpose(2, 3)).sub_(delta).mul_(p)
         dq += torch.matmul(ds, picked)
         dpicked = torch.matmul(p.transpose(2, 3), do) + torch.matmul(ds.transpose(2, 3), block)
         _scatter_add(dcompressed, dpicked, flat)
-    return dq.mul_(scale).to(q.dtype)
+    return dq
 
 
 def _scatter_add(dcompressed, dpicked, flat) -> None:
