@@ -1,0 +1,139 @@
+"""A prompt in chunks: the same logits for every chunk, memory that does not grow, errors that change nothing."""
+
+import weakref
+
+import pytest
+import torch
+from lively import draw_ids, lively
+from oracle import assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from abyssal.model import ModelConfig
+from abyssal.model.prefill import LARGEST, bytes_per_token, chunk_tokens, prefill
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made by ATen calls hold at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {id_of(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and id_of(x) not in self.known | given:
+                self._add(x.untyped_storage())
+        return out
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def id_of(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def peak_bytes(model, tokens, batch=1, **options):
+    cache = model.new_cache(batch, tokens)
+    ids = draw_ids(batch, tokens)
+    with LiveBytes() as live:
+        prefill(model, ids, cache, **options)
+    return live.peak
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively(num_hidden_layers=3, compress_ratios=[0, 4, 16])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 35, 69, 70, 1000, None])
+def test_any_chunk_gives_the_same_logits_and_cache(model, chunk):
+    ids = draw_ids(2, 70)
+    cache = model.new_cache(2, 71)
+    out = prefill(model, ids, cache, chunk=chunk, keep_streams=16)
+    assert_same("logits", out.logits, model(ids).logits[:, -1:], 1e-5)
+    whole = model.new_cache(2, 71)
+    assert_same("streams", out.streams, model(ids, cache=whole).streams[:, -16:], 1e-5)
+    after = draw_ids(2, 1, seed=1)
+    assert_same("next logits", model(after, cache=cache).logits, model(after, cache=whole).logits, 1e-5)
+
+
+def test_streams_of_a_prompt_shorter_than_wanted(model):
+    out = prefill(model, draw_ids(1, 5), model.new_cache(1, 5), chunk=2, keep_streams=16)
+    assert out.streams.shape == (1, 5, 4, 64)
+    assert prefill(model, draw_ids(1, 5), model.new_cache(1, 5)).streams is None
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, None])
+@pytest.mark.parametrize("lengths", [(33, 3, 17, 21), (5, 33, 1, 33), (9, 9, 9, 9)])
+def test_ragged_rows_give_the_logits_of_their_last_real_token(model, lengths, chunk):
+    ids = draw_ids(4, 36)  # four columns that are nobody's
+    cache = model.new_cache(4, 36)
+    out = prefill(model, ids, cache, lengths, chunk=chunk)
+    want = torch.cat([model(ids[i : i + 1, :n]).logits[:, -1:] for i, n in enumerate(lengths)])
+    assert_same("logits", out.logits, want, 1e-5)
+    assert cache.lengths.tolist() == list(lengths)
+
+
+def test_continues_what_the_cache_holds(model):
+    ids, cache = draw_ids(1, 90), model.new_cache(1, 90)
+    prefill(model, ids[:, :37], cache, chunk=10)
+    assert_same("logits", prefill(model, ids[:, 37:], cache, chunk=20).logits, model(ids).logits[:, -1:], 1e-5)
+
+
+@pytest.mark.parametrize("name, changes", [("nano", {}), ("toy", {}), ("long", {})])
+def test_a_chunk_keeps_to_the_budget(name, changes):
+    """The estimate is of what grows with the chunk; the ops' own blocks are a fixed number of scores."""
+    model = lively(name, **changes)
+    per_token, fixed = bytes_per_token(model.config, 4), 6 * 2**20
+    peaks = {n: peak_bytes(model, 640, budget=n * per_token) for n in (160, 640)}
+    assert chunk_tokens(model.config, 4, 1, 160 * per_token) == 160
+    growth = (peaks[640] - peaks[160]) / (640 - 160)
+    assert 0.3 * per_token < growth <= per_token, f"{name}: {growth:.0f} bytes per token, estimated {per_token}"
+    assert peaks[640] <= 640 * per_token + fixed
+
+
+def test_memory_does_not_grow_with_the_prompt(model):
+    short, long = (peak_bytes(model, tokens, chunk=128) for tokens in (256, 1024))
+    assert long < 1.3 * short
+
+
+def test_chunk_tokens():
+    config = ModelConfig.load("v4-flash")
+    per_token = bytes_per_token(config, 2)
+    assert 300_000 < per_token < 1_000_000
+    assert chunk_tokens(config, 2, 1, 100 * per_token) == 100
+    assert chunk_tokens(config, 2, 7, 100 * per_token) == 14
+    assert chunk_tokens(config, 2, 4, per_token) == 1 == chunk_tokens(config, 2, 1, 1)
+    assert chunk_tokens(config, 2, 1, 2**50) == LARGEST
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda m, c: prefill(m, draw_ids(1, 61), c), ValueError, "69 tokens.*max_length=60"),
+    (lambda m, c: prefill(m, draw_ids(2, 6), c), ValueError, "batch_size=1"),
+    (lambda m, c: prefill(m, torch.tensor([[3] * 9 + [260]]), c, chunk=2), IndexError, "260"),
+    (lambda m, c: prefill(m, draw_ids(1, 0), c), ValueError, "at least one token"),
+    (lambda m, c: prefill(m, draw_ids(1, 6), c, [0]), ValueError, r"lengths=\[0\]"),
+    (lambda m, c: prefill(m, draw_ids(1, 6), c, [7]), ValueError, r"lengths=\[7\]"),
+    (lambda m, c: prefill(m, draw_ids(1, 6), c, [6], keep_streams=2), ValueError, "keep_streams=2"),
+    (lambda m, c: prefill(m, draw_ids(1, 6), c, keep_streams=-1), ValueError, "keep_streams=-1"),
+    (lambda m, c: prefill(m, draw_ids(1, 6), c, budget=0), ValueError, "budget=0"),
+    (lambda m, c: prefill(m, draw_ids(1, 6), c, chunk=0), ValueError, "chunk=0"),
+])  # fmt: skip
+def test_errors_change_nothing(model, call, error, message):
+    cache, ids = model.new_cache(1, 60), draw_ids(1, 12)
+    prefill(model, ids[:, :8], cache)
+    with pytest.raises(error, match=message):
+        call(model, cache)
+    assert cache.lengths.tolist() == [8]
+    assert_same("logits", prefill(model, ids[:, 8:], cache).logits, model(ids).logits[:, -1:], 1e-5)
