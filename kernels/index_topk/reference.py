@@ -46,15 +46,24 @@ def hidden_entries(seen_start: int, entries: int, start: Tensor, end: Tensor) ->
     return (entry < start[..., None]) | (entry >= end[..., None])
 
 
+def _hide(scores: Tensor, seen_start: int, start: Tensor, end: Tensor) -> None:
+    """-inf where an entry is not visible: only entries that some query of the block does not see are looked at."""
+    early, late = int(start.max()) - seen_start, int(end.min()) - seen_start
+    if early > late:
+        early = late = scores.shape[-1]
+    for part, first in ((scores[..., :early], seen_start), (scores[..., late:], seen_start + late)):
+        if part.shape[-1]:
+            part.masked_fill_(hidden_entries(first, part.shape[-1], start, end), -math.inf)
+
+
 def _all_visible(start: Tensor, end: Tensor, k: int) -> Tensor:
     entry = start[..., None] + torch.arange(k, device=start.device)
     return torch.where(entry < end[..., None], entry, -1)
 
 
 def _best(q, weights, keys, seen_start, start, end, k) -> Tensor:
-    scores = index_scores(q, weights, keys).masked_fill_(
-        hidden_entries(seen_start, keys.shape[1], start, end), -math.inf
-    )
+    scores = index_scores(q, weights, keys)
+    _hide(scores, seen_start, start, end)
     best = stable_topk(scores, k, ordered=False)
     surplus = torch.arange(k, device=q.device) >= (end - start)[..., None]  # fewer are visible than picked
     return _surplus_last(best + seen_start, start, end) if bool(surplus.any()) else best + seen_start
