@@ -1,4 +1,4 @@
-"""The long run on a short sequence: the stopwatch adds up, probes leave no trace, the report holds what was measured."""
+"""The long run on a short sequence: the stopwatch adds up, probes leave no trace, the report says what was measured."""
 
 import json
 from itertools import pairwise
