@@ -94,7 +94,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int | None = None,
-    stop: Sequence[int | Sequence[int]] = (),
+    stop: Sequence[int | Sequence[int]] | None = None,
     stream: bool = False,
     speculative: bool = False,
     chunk: int | None = None,
@@ -106,7 +106,8 @@ def generate(
         max_new_tokens: how many at most, in each row.
         temperature, top_k, top_p, min_p: see `Sampling`; temperature 0 is greedy.
         seed: of the drawing; a row's draws depend on the seed and the row's number only. None draws anew.
-        stop: token ids, or sequences of token ids, that end a row once it has written them; they are given too.
+        stop: token ids, or sequences of token ids, that end a row once it has written them; they are given too. None =
+            the configuration's `eos_token_id`; () = nothing ends a row early.
         stream: give each step as soon as it is known.
         speculative: guess a token ahead with the MTP module, one row only. The same distribution, at temperature 0 the
             same tokens, from fewer passes; other draws for a seed.
@@ -232,7 +233,10 @@ def _id(name: str, value) -> int:
 
 
 def _stops(model: Transformer, stop) -> Stops:
-    """Every stop as a list of token ids."""
+    """Every stop as a list of token ids; None is the end-of-text token."""
+    if stop is None:
+        end = model.config.eos_token_id
+        return [] if end is None else [[end]]
     if not hasattr(stop, "__len__"):
         raise TypeError(f"stop={stop!r}: a list of token ids, or of sequences of token ids, is needed")
     last = model.config.vocab_size - 1
