@@ -1,4 +1,4 @@
-"""The command line: `abyssal train | generate | eval | plot | info`; also `python -m abyssal.train`."""
+"""The command line: `abyssal train | generate | eval | eval needle | plot | info`; also `python -m abyssal.train`."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ EXAMPLES = {
     "train": "abyssal train toy --set optim.lr=1e-3 --set train.steps=200",
     "generate": "abyssal generate runs/toy-20260101-120000 --prompt 'import ' --max-new-tokens 200",
     "eval": "abyssal eval runs/toy-20260101-120000 --rows 0",
+    "eval needle": "abyssal eval needle runs/toy-20260101-120000 --lengths 256,1024,4096 --trials 16",
     "plot": "abyssal plot runs/toy-20260101-120000",
     "info": "abyssal info v4-flash --context 1048576",
 }
@@ -22,7 +23,10 @@ EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNot
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; errors of the user's making end in one line on stderr and exit code 2."""
-    options = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if " ".join(words[:2]) in COMMANDS:
+        words[:2] = [" ".join(words[:2])]
+    options = build_parser().parse_args(words)
     try:
         options.run(options)
     except EXPECTED as error:
@@ -53,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
     """Adds an example to a command's help, and to train's the recipe keys (which it reads from the recipe's tables)."""
 
     def format_help(self) -> str:
-        name = self.prog.rpartition(" ")[2]
+        name = self.prog.partition(" ")[2]
         if name in EXAMPLES:
             self.epilog = (f"{_recipe_keys()}\n\n" if name == "train" else "") + f"example:\n  {EXAMPLES[name]}"
         return super().format_help()
@@ -204,6 +208,23 @@ def _eval(options: argparse.Namespace) -> None:
     print(f"trigram, same bytes      {evaluate.trigram_bits_per_byte(corpus, rows):.4f}")
 
 
+def _needle_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_argument(parser)
+    _flag(parser, "--lengths", str, "256,512,1024,2048,4096", "tokens of the prompts")
+    _flag(parser, "--depths", str, "0,0.25,0.5,0.75,1", "where the facts stand: 0 = start, 1 = before the question")
+    _flag(parser, "--trials", int, 8, "facts for each length and depth")
+    _flag(parser, "--batch", int, 8, "facts asked for side by side")
+    _flag(parser, "--seed", int, 0, "of the facts and the text around them")
+    _flag(parser, "--out", Path, None, "folder for needle.json and needle.png", "that of the run")
+
+
+def _needle(options: argparse.Namespace) -> None:
+    from .needle import run
+
+    chosen = {name: getattr(options, name) for name in ("lengths", "depths", "trials", "batch", "seed", "out")}
+    run(options.checkpoint, **chosen)
+
+
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of a run, with its metrics.jsonl (path)")
     _flag(parser, "--out", Path, None, "picture to write", "DIR/curves.png")
@@ -245,6 +266,11 @@ COMMANDS = {
     "train": (_train, _train_arguments, "Train a recipe on text, with checkpoints, metrics, curves and a sample"),
     "generate": (_generate, _generate_arguments, "Write text with a trained model"),
     "eval": (_eval, _eval_arguments, "Held-out bits per byte of a trained model, beside a trigram model's"),
+    "eval needle": (
+        _needle,
+        _needle_arguments,
+        "Facts hidden in long text: what a trained model finds, and how far back",
+    ),
     "plot": (_plot, _plot_arguments, "Draw a run's curves from its metrics.jsonl"),
     "info": (_info, _info_arguments, "Parameters, FLOPs per token and cache bytes of a configuration"),
 }

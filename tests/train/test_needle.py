@@ -78,6 +78,12 @@ def test_facts_stand_at_line_starts_where_there_are_lines():
     assert abs(unbroken.distance - 1000) < 60
 
 
+def test_the_code_is_one_that_the_text_does_not_hold():
+    text = b" ".join(b"%04d" % number for number in range(10_000) if number != 42)
+    for seed in range(3):
+        assert decode(needle.plant(text, 60_000, 0.5, random.Random(seed)).code) == "0042"
+
+
 def test_a_needle_does_not_depend_on_the_others():
     model = nano(engram=None, num_hidden_layers=1, compress_ratios=[0])
     few = needle.evaluate(model, CORPUS, [100], [0.5], trials=2, batch=1)
@@ -95,7 +101,9 @@ def test_found_and_margin_are_those_of_plain_passes():
         model.head.weight.mul_(20)
     needles = [needle.plant(TEXT, 150, depth, random.Random(3)) for depth in (0.1, 0.9)]
     greedy = generate(model, needles[1].prompt, max_new_tokens=needle.DIGITS, temperature=0)
-    needles[1] = replace(needles[1], code=[int(token) for token in greedy])
+    right = [int(token) for token in greedy]
+    needles[1] = replace(needles[1], code=right)
+    needles.append(replace(needles[1], code=[*right[:-1], (right[-1] + 1) % 256]))
     for asked, answer in zip(needles, needle.ask(model, needles)):
         for prompt, found, got in (
             (asked.prompt, answer.found, answer.log_probability),
@@ -107,7 +115,7 @@ def test_found_and_margin_are_those_of_plain_passes():
             assert got == pytest.approx(want, abs=1e-3)
             written = generate(model, prompt, max_new_tokens=needle.DIGITS, temperature=0)
             assert found == ([int(token) for token in written] == asked.code)
-    assert needle.ask(model, needles)[1].found
+    assert [answer.found for answer in needle.ask(model, needles)[1:]] == [True, False]
 
 
 @pytest.mark.parametrize("reach", [0, 150, 10**6])
