@@ -91,7 +91,8 @@ class Attention(nn.Module):
         out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **reach)
         if not learn:
             return out, None
-        return out, IndexSignal(*index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **seen))
+        learned = index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **seen)  # type: ignore[call-arg, misc]
+        return out, IndexSignal(*learned)
 
     def _project(self, out: Tensor) -> Tensor:
         """Grouped low-rank output: each group of heads to rank r, then all groups to d. No norm or activation

@@ -25,8 +25,8 @@ from .norm import RMSNorm
 class Signals(NamedTuple):
     """What a layer tells the objective; None for a mechanism that it does not have, or if it was not asked to learn."""
 
-    index: IndexSignal | None
-    load: LoadSignal | None
+    indexer: IndexSignal | None
+    router: LoadSignal | None
 
 
 class Block(nn.Module):

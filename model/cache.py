@@ -145,10 +145,11 @@ class LayerCache:
         parts = (self.window, self.ids, self.conv, *(c.tail for c in (self.compressor, self.indexer) if c))
         return [tail for tail in parts if tail is not None]
 
-    def tensors(self) -> list[tuple[object, Tensor]]:
+    def tensors(self) -> list[tuple[Tail | Store, Tensor]]:
         """Every holder of rows with its rows."""
         stores = [c.store for c in (self.compressor, self.indexer) if c]
-        return [(holder, holder.rows) for holder in (*self.tails(), *stores)]
+        holders: list[Tail | Store] = [*self.tails(), *stores]
+        return [(holder, holder.rows) for holder in holders]
 
 
 class Cache:

@@ -57,7 +57,7 @@ class Compressor(nn.Module):
         if cache is None:
             return self._pool(k, z, entries, x.dtype)
         k, z = cache.tail.extend(torch.cat([k, z], -1), layout.step).chunk(2, -1)
-        if entries.first.shape[1]:
+        if entries.positions.shape[1]:
             cache.store.write(self._pool(k, z, entries, x.dtype), layout.step, self.ratio)
         return cache.store.seen(layout.step, self.ratio)
 

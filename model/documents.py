@@ -49,7 +49,9 @@ class Layout:
         return self._entries[ratio, keep]
 
     def _work_out_entries(self, ratio: int, keep: int) -> Entries:
-        return _regular_entries(self.positions, ratio) if self.start is None else _packed_entries(self, ratio)
+        if self.start is None or self.real is None:
+            return _regular_entries(self.positions, ratio)
+        return _packed_entries(self.positions, self.start, self.real, ratio)
 
     def first_rows(self, keep: int) -> Tensor | None:
         """[b|1, t] first row of the token's document, in rows with up to `keep` past ones put before; None = row 0."""
@@ -101,14 +103,15 @@ def _regular_entries(positions: Tensor, ratio: int) -> Entries:
     return Entries(None, None, first, torch.zeros_like(positions), (positions + 1) // ratio)
 
 
-def _packed_entries(layout: Layout, ratio: int) -> Entries:
-    b, t = layout.start.shape
-    rows = torch.arange(t, device=layout.start.device).expand(b, t)
-    closes = layout.real & ((layout.positions + 1) % ratio == 0)
+def _packed_entries(positions: Tensor, document: Tensor, real: Tensor, ratio: int) -> Entries:
+    """`document` is the first row of each token's document, as in `Layout.start`."""
+    b, t = document.shape
+    rows = torch.arange(t, device=document.device).expand(b, t)
+    closes = real & ((positions + 1) % ratio == 0)
     end = closes.cumsum(1)  # entries of the row that are complete once this token is in
-    start = end - (layout.positions + 1) // ratio
-    end = torch.where(layout.real, end, start)
+    start = end - (positions + 1) // ratio
+    end = torch.where(real, end, start)
     slot = torch.where(closes, end - 1, t // ratio)  # one slot more takes the tokens that close nothing
     first = rows.new_full((b, t // ratio + 1), -1).scatter_(1, slot, rows - ratio + 1)[:, :-1]
-    positions = layout.positions.gather(1, first.clamp_min(0))
+    positions = positions.gather(1, first.clamp_min(0))
     return Entries(first, (positions > 0) & (first >= 0), positions, start, end)

@@ -72,14 +72,14 @@ class Engram(nn.Module):
         if not self.memory.kernel_size:
             return gated
         normed = rms_norm(gated, None, self.eps) * self.conv_norm.to(gated.dtype)
-        past = normed if cache is None else cache.conv.extend(normed, layout.step)
+        past = normed if cache is None or cache.conv is None else cache.conv.extend(normed, layout.step)
         return gated + F.silu(self._convolve(past, layout.positions))
 
     def rows(self, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """Table rows [b, t, orders * heads] of each token's n-grams."""
         memory, t = self.memory, ids.shape[1]
         ids = self.canonical[ids]
-        if cache is not None:
+        if cache is not None and cache.ids is not None:
             ids = cache.ids.extend(ids, layout.step)
         start = layout.first_rows(memory.max_ngram - 1)
         if start is not None and ids.shape[1] > t:  # the past rows are looked back at, never looked up

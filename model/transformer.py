@@ -189,12 +189,13 @@ class Transformer(nn.Module):
         for mtp in self.mtp:
             out.losses["mtp"], signal = self._mtp_loss(mtp, streams, ids, targets, layout)
             signals = [*signals, signal]
-        out.losses["balance"] = torch.stack([s.load.balance for s in signals]).sum()
-        index = [s.index for s in signals if s.index is not None]
+        routers = [s.router for s in signals if s.router is not None]
+        index = [s.indexer for s in signals if s.indexer is not None]
+        out.losses["balance"] = torch.stack([r.balance for r in routers]).sum()
         if index:
             out.losses["index"] = torch.stack([i.loss for i in index]).sum()
         out.loss = sum(weights[name] * part for name, part in out.losses.items())
-        out.metrics["load"] = torch.stack([s.load.load for s in signals])
+        out.metrics["load"] = torch.stack([r.load for r in routers])
         out.metrics["captured"] = torch.stack([i.captured for i in index]) if index else hidden.new_zeros(0)
 
     def _mtp_loss(self, mtp: MTP, streams, ids, targets, layout: Layout) -> tuple[Tensor, Signals]:

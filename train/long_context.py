@@ -70,7 +70,7 @@ class Stopwatch:
     @contextmanager
     def lap(self) -> Iterator[dict[tuple[str, str], float]]:
         """A dict that holds, after the block, what the block took."""
-        before, taken = dict(self.seconds), {}
+        before, taken = dict(self.seconds), dict[tuple[str, str], float]()
         yield taken
         taken.update({label: total - before.get(label, 0.0) for label, total in self.seconds.items()})
 
