@@ -237,7 +237,7 @@ def test_engram_defaults_and_round_trip():
     assert (engram.max_ngram, engram.heads, engram.kernel_size, engram.seed) == (3, 8, 4, 0)
     config = replace(ModelConfig.load("nano"), engram=engram)
     assert ModelConfig.from_dict(config.to_dict()).engram == engram
-    assert "engram" not in ModelConfig.load("toy").to_dict()
+    assert "engram" not in ModelConfig.load("long").to_dict()
 
 
 def test_no_torch_is_needed_for_a_configuration_or_its_accounting():
@@ -249,7 +249,7 @@ package = types.ModuleType("abyssal.model")
 package.__path__ = [f"{path}/model" for path in abyssal.__path__]
 sys.modules["abyssal.model"] = package
 from abyssal.model import accounting, config
-accounting.account(config.ModelConfig.load("toy"), 4096).table()
+accounting.account(config.ModelConfig.load("v4-flash"), 4096).table()
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

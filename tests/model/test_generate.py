@@ -35,7 +35,7 @@ def recompute(model, prompt, count, sampling=None, seed=0, row=0):
 @pytest.fixture(scope="module")
 def alone(model, prompts):
     """Greedy tokens of each prompt on its own."""
-    return [generate(model, prompt, max_new_tokens=30, **GREEDY) for prompt in prompts]
+    return [generate(model, prompt, max_new_tokens=20, **GREEDY) for prompt in prompts]
 
 
 def test_greedy_equals_recomputing_everything(model):
@@ -45,8 +45,8 @@ def test_greedy_equals_recomputing_everything(model):
 
 def test_sampling_equals_recomputing_everything(model, prompts):
     settings = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02}
-    want = recompute(model, prompts[0], 20, Sampling(**settings), seed=11)
-    assert generate(model, prompts[0], max_new_tokens=20, seed=11, chunk=9, **settings) == want
+    want = recompute(model, prompts[0], 12, Sampling(**settings), seed=11)
+    assert generate(model, prompts[0], max_new_tokens=12, seed=11, chunk=9, **settings) == want
 
 
 def test_every_kind_of_prompt(model, prompts, alone):
@@ -61,40 +61,40 @@ def test_every_kind_of_prompt(model, prompts, alone):
 
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_ragged_batch_equals_single_rows(model, prompts, alone, chunk):
-    assert generate(model, prompts, max_new_tokens=30, chunk=chunk, **GREEDY) == alone
+    assert generate(model, prompts, max_new_tokens=20, chunk=chunk, **GREEDY) == alone
 
 
 def test_even_batch_equals_single_rows(model, prompts):
     rows = [draw_ids(18, seed=s).tolist() for s in (1, 2, 3)]
-    assert generate(model, rows, max_new_tokens=12, **GREEDY) == [
-        generate(model, row, max_new_tokens=12, **GREEDY) for row in rows
+    assert generate(model, rows, max_new_tokens=6, **GREEDY) == [
+        generate(model, row, max_new_tokens=6, **GREEDY) for row in rows
     ]
 
 
 def test_rows_draw_from_their_own_numbers(model, prompts):
     """Row i of a batch draws what row i draws in any batch; equal prompts in two rows go different ways."""
     rows = [prompts[0], prompts[0], prompts[2]]
-    out = generate(model, rows, max_new_tokens=12, seed=4)
-    assert out[0] == generate(model, rows[0], max_new_tokens=12, seed=4)
-    assert out[:2] == generate(model, rows[:2], max_new_tokens=12, seed=4)
+    out = generate(model, rows, max_new_tokens=8, seed=4)
+    assert out[0] == generate(model, rows[0], max_new_tokens=8, seed=4)
+    assert out[:2] == generate(model, rows[:2], max_new_tokens=8, seed=4)
     assert out[0] != out[1]
-    assert out[2] == recompute(model, rows[2], 12, Sampling(), seed=4, row=2)
+    assert out[2] == recompute(model, rows[2], 8, Sampling(), seed=4, row=2)
 
 
 def test_seeds(model, prompts):
-    one, again, other = (generate(model, prompts[0], max_new_tokens=10, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (generate(model, prompts[0], max_new_tokens=5, seed=seed) for seed in (1, 1, 2))
     assert one == again != other
-    assert generate(model, prompts[0], max_new_tokens=10) != generate(model, prompts[0], max_new_tokens=10)
+    assert generate(model, prompts[0], max_new_tokens=5) != generate(model, prompts[0], max_new_tokens=5)
 
 
 def test_stop_tokens_and_sequences(model, prompts, alone):
     text = alone[0]
-    last = next(i for i in range(5, 30) if text[i] not in text[:i])
+    last = next(i for i in range(5, 20) if text[i] not in text[:i])
     cut = text[: last + 1]
     never = next(i for i in range(260) if i not in text)
 
     def stopped(stop, **options):
-        return generate(model, prompts[0], max_new_tokens=30, stop=stop, **GREEDY, **options)
+        return generate(model, prompts[0], max_new_tokens=20, stop=stop, **GREEDY, **options)
 
     assert stopped([text[last]]) == cut
     assert stopped([never, [text[last - 1], text[last]]]) == cut
@@ -106,13 +106,22 @@ def test_stop_tokens_and_sequences(model, prompts, alone):
     assert list(stopped([text[last]], stream=True)) == cut
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+def test_the_end_of_text_token_stops_by_default(alone, prompts, speculative):
+    end = alone[0][7]
+    model = lively(eos_token_id=end, num_hidden_layers=3, compress_ratios=[0, 4, 16])
+    options = {"max_new_tokens": 20, "speculative": speculative, **GREEDY}
+    assert generate(model, prompts[0], **options) == alone[0][: alone[0].index(end) + 1]
+    assert generate(model, prompts[0], stop=(), **options) == alone[0]
+
+
 def test_rows_stop_on_their_own(model, prompts, alone):
     """Rows leave the batch one after the other; the rest go on as if alone."""
-    stop = [alone[1][3], alone[3][9:11], alone[2][20]]
-    want = [generate(model, prompt, max_new_tokens=30, stop=stop, **GREEDY) for prompt in prompts]
+    stop = [alone[1][3], alone[3][9:11], alone[2][15]]
+    want = [generate(model, prompt, max_new_tokens=20, stop=stop, **GREEDY) for prompt in prompts]
     assert len({len(row) for row in want}) >= 3, "the rows were to end at different steps"
-    assert generate(model, prompts, max_new_tokens=30, stop=stop, **GREEDY) == want
-    steps = list(generate(model, prompts, max_new_tokens=30, stop=stop, stream=True, **GREEDY))
+    assert generate(model, prompts, max_new_tokens=20, stop=stop, **GREEDY) == want
+    steps = list(generate(model, prompts, max_new_tokens=20, stop=stop, stream=True, **GREEDY))
     for row in range(4):
         column = [step[row] for step in steps]
         assert column == want[row] + [None] * (len(steps) - len(want[row]))

@@ -274,7 +274,7 @@ CONFIGS = {
     "null ids": tiny(bos_token_id=None, pad_token_id=3),
     "truncated product": tiny(head_dim=46, qk_rope_head_dim=26, index_head_dim=32),
     "bases": tiny(rope_theta=500.0, compress_rope_theta=777.0),
-    "toy": ModelConfig.load("toy"),
+    "toy": replace(ModelConfig.load("toy"), engram=None),
     "long": ModelConfig.load("long"),
     "flash": replace(ModelConfig.load("v4-flash"), quantization_config=None, expert_dtype=None),
     "pro": replace(ModelConfig.load("v4-pro"), quantization_config=None, expert_dtype=None),

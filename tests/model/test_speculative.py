@@ -39,7 +39,7 @@ def test_the_rule_gives_p_exactly():
 def test_verify_follows_the_rule():
     """All drafts, and a grid of numbers for the judgement and the replacement, each cell weighted by q."""
     p, q = (x[torch.tensor([0, 7, 17, 22, 25, 26, 27, 28, 30])] for x in distributions())
-    n, v, grid = len(p), p.shape[1], 400
+    n, v, grid = len(p), p.shape[1], 200
     u = (torch.arange(grid, dtype=torch.float64) + 1) / grid
     judged, replaced = (x.flatten() for x in torch.meshgrid(u, u, indexing="ij"))
     for i in range(n):
@@ -88,19 +88,19 @@ def model():
     return agreeing()
 
 
-@pytest.mark.parametrize("prompt_length", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("prompt_length", [1, 15, 16, 40])
 def test_greedy_tokens_are_those_of_plain_decoding(model, prompt_length):
     prompt = draw_ids(prompt_length, seed=prompt_length)
-    plain = generate(model, prompt, max_new_tokens=48, **GREEDY)
-    run = generate(model, prompt, max_new_tokens=48, stream=True, speculative=True, chunk=7, **GREEDY)
+    plain = generate(model, prompt, max_new_tokens=36, **GREEDY)
+    run = generate(model, prompt, max_new_tokens=36, stream=True, speculative=True, chunk=7, **GREEDY)
     assert list(run) == plain
     tally = run.stats.speculation
     assert 0.1 < tally.acceptance_rate < 0.95, "both branches were to be taken often"
-    assert tally.passes < 47 and run.stats.acceptance_rate == tally.acceptance_rate
-    assert tally.passes + tally.accepted == 47
+    assert tally.passes < 35 and run.stats.acceptance_rate == tally.acceptance_rate
+    assert tally.passes + tally.accepted == 35
 
 
-@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_as_many_tokens_as_asked(model, count):
     plain = generate(model, [5, 6, 7], max_new_tokens=count, **GREEDY)
     assert generate(model, [5, 6, 7], max_new_tokens=count, speculative=True, **GREEDY) == plain
@@ -190,7 +190,7 @@ class Explorer:
 
 def test_the_joint_distribution_of_four_tokens(monkeypatch):
     """Exact, through the caches: every draft, verdict, replacement and bonus token, weighted by its probability."""
-    tiny = {"vocab_size": 3, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "engram": None}
+    tiny = {"vocab_size": 3, "bos_token_id": 0, "pad_token_id": 2, "engram": None}
     tiny |= {"num_hidden_layers": 1, "compress_ratios": [4], "sliding_window": 3, "num_hash_layers": 0}
     model, sampling = lively(seed=4, **tiny), Sampling(0.3, top_p=0.9)
     prompt, explorer = [0, 2, 1], Explorer()

@@ -6,9 +6,13 @@ from abyssal.model import ModelConfig, Transformer
 
 
 def lively(name: str = "nano", seed: int = 0, **changes) -> Transformer:
-    """A shipped configuration with changes; norms, sinks, biases and constants drawn too, matrices doubled."""
+    """A shipped configuration with changes; norms, sinks, biases and constants drawn too, matrices doubled.
+
+    No token ends a text, unless the changes say so.
+    """
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_dict({**ModelConfig.load(name).to_dict(), **changes})).eval()
+    shipped = {**ModelConfig.load(name).to_dict(), "eos_token_id": None}
+    model = Transformer(ModelConfig.from_dict({**shipped, **changes})).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1 or parameter_name.endswith(("ape", "conv")):
