@@ -139,7 +139,7 @@ def test_random_splits_of_two_thousand_tokens(heads):
     """With few index heads many scores are exactly zero: the cut through these ties may not depend on the split."""
     model, ids, sizes = make(index_n_heads=heads), draw(1, 2000, seed=heads), random.Random(heads)
     full = model(ids).logits
-    for trial in range(2):
+    for trial in range(2 if heads == 1 else 1):
         pieces = split_at_random(2000, sizes)
         assert_equal_logits(feed(model, model.new_cache(1, 2000), ids, pieces), full, f"trial {trial}, {pieces}")
 
@@ -183,11 +183,11 @@ def test_a_cache_can_be_filled_to_its_last_token(nano):
 
 def test_memory_and_convolution_across_splits(remembering):
     """n-grams reach 2 tokens back, the convolution 9."""
-    ids = draw(2, 60)
+    ids = draw(2, 42)
     full = remembering(ids).logits
-    for cut in range(1, 60):
-        assert_equal_logits(feed(remembering, remembering.new_cache(2, 60), ids, [cut]), full, f"split at {cut}")
-    assert_equal_logits(feed(remembering, remembering.new_cache(2, 60), ids, [1] * 60), full, "one token at a time")
+    for cut in range(1, 42):
+        assert_equal_logits(feed(remembering, remembering.new_cache(2, 42), ids, [cut]), full, f"split at {cut}")
+    assert_equal_logits(feed(remembering, remembering.new_cache(2, 42), ids, [1] * 42), full, "one token at a time")
 
 
 def test_memory_without_convolution():
