@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 CHUNK = 512
-# freed memory is kept instead of given back: without it about half of the peer's one-shot time is page faults
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
+# with --keep-memory freed memory is kept instead of given back: about half of the peer's one-shot time is page faults
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 ALL = ("ours", "peer", "chunked")
 PLAN = {
     "forward": {2048: ALL, 4096: ALL, 8192: ("ours", "chunked"), 16384: ("ours", "chunked")},
@@ -92,7 +92,7 @@ def measure(side: str, task: str, t: int, folder: str, threads: int, repeats: in
 
 def child(side: str, task: str, t: int, folder: str, threads: int, repeats: int) -> dict:
     command = [sys.executable, __file__, "--child", side, task, str(t), folder, str(threads), str(repeats)]
-    env = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1:]}
@@ -104,8 +104,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="T = 2048 and 4096 only")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, the fastest counts (default 3)")
+    parser.add_argument("--keep-memory", action="store_true", help="let the allocator keep freed memory (default: off)")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     args = parser.parse_args()
+    os.environ |= KEEP_MEMORY if args.keep_memory else {}
     from peer import make_peer, peer_config
 
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +121,7 @@ def main() -> None:
                 rows.append({"task": task, "T": t, **found})
                 print(line(task, t, found), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({**provenance(args.threads), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n")
 
 
 def line(task: str, t: int, found: dict) -> str:
@@ -136,7 +138,7 @@ def line(task: str, t: int, found: dict) -> str:
     return f"{task:8s} T={t:<6d} " + " | ".join(cells) + (f"   ours faster: {', '.join(ratios)}" if ratios else "")
 
 
-def provenance(threads: int) -> dict:
+def provenance(args: argparse.Namespace) -> dict:
     import platform
 
     import torch
@@ -146,7 +148,8 @@ def provenance(threads: int) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "threads": threads,
+        "threads": args.threads,
+        "keep_memory": args.keep_memory,
     }
 
 
