@@ -372,5 +372,5 @@ def _distances(axis: Any, report: Report, window: int) -> None:
     right = axis.twinx()
     (line,) = right.plot(middle, [cell.accuracy for cell in cells], color="#0072B2", marker="s", label="found (right)")
     right.set(ylim=(-0.03, 1.03), ylabel="share found")
-    axis.legend(handles=[bars, line], loc="center right", frameon=False, fontsize=9)
+    axis.legend(handles=[bars, line], loc="upper right", frameon=False, fontsize=9)
     axis.set_title("By distance", fontsize=11)
