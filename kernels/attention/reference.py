@@ -62,16 +62,28 @@ def _forward(q, kv, compressed, sink, window, scale, window_start, start, end, i
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=exact, device=q.device)
     with without_autocast(q):
-        q, finite_sink, broken = q.to(exact) * scale, sink.to(exact).clamp(-FINITE, FINITE), _broken(kv, compressed)
+        q, finite_sink, broken = (
+            q.to(exact) * scale,
+            sink.to(exact).clamp(-FINITE, FINITE),
+            _broken(q, kv, compressed, index),
+        )
         for sight in _sights(q, kv, compressed, window, window_start, start, end, index):
             out[:, sight.queries], lse[:, sight.queries] = _forward_block(sight, q, kv, compressed, finite_sink, broken)
         lse[lse.abs() >= FINITE] *= math.inf
     return out, lse
 
 
-def _broken(kv, compressed) -> bool:
-    """Whether any key is not finite: such keys need care, because 0 * nan is nan."""
+def _broken(q, kv, compressed, index) -> bool | None:
+    """Whether any key is not finite: such keys need care, because 0 * nan is nan. None: each block is to look itself,
+    where blocks read a few of many entries."""
+    if compressed is not None and _gathers(q, compressed, index):
+        return None
     return not all(bool(x.isfinite().all()) for x in (kv, compressed) if x is not None)
+
+
+def _gathers(q, compressed, index) -> bool:
+    """Whether blocks copy their picks, unless all of a block's happen to lie close together."""
+    return index is not None and not sharing_pays(compressed.shape[1], index.shape[2], q.shape[2])
 
 
 class _Attention(torch.autograd.Function):
@@ -96,7 +108,7 @@ class _Attention(torch.autograd.Function):
             dout = dout.to(exact)
             delta = (dout * out.to(exact)).sum(-1)  # [b, t, h]
             scaled, finite_sink = q.to(exact) * ctx.scale, sink.to(exact).clamp(-FINITE, FINITE)
-            broken = _broken(kv, compressed)
+            broken = _broken(q, kv, compressed, index)
             for sight in _sights(q, kv, compressed, ctx.window, window_start, start, end, index):
                 dq[:, sight.queries] = _backward_block(
                     sight, scaled, kv, compressed, finite_sink, dout, delta, broken, *sums
@@ -109,8 +121,10 @@ def _sights(q, kv, compressed, window, window_start, start, end, index) -> Itera
     b, t, h, _ = q.shape
     past = kv.shape[1] - t
     entries = 0 if compressed is None else compressed.shape[1]
-    gathers = index is not None and not sharing_pays(entries, index.shape[2], h)
+    gathers = compressed is not None and _gathers(q, compressed, index)
     per_query = b * h * (2 * window + (index.shape[2] if gathers else entries))
+    if gathers:  # the copies, too, are to stay in the cache
+        per_query = max(per_query, b * index.shape[2] * kv.shape[2])
     inner: dict[tuple[int, int], Tensor] = {}  # blocks that lie alike in their window share a bias
     for block in query_blocks(t, per_query, largest=max(64, 2 * window)):  # a block's window is `window` + block wide
         rows = slice(max(0, past + block.start - window + 1), past + block.stop)
@@ -177,20 +191,20 @@ def _shared_keys(sight, kv, compressed, broken) -> tuple[Tensor, Tensor | None]:
     """[b, l, d] in the accumulation dtype, the sink's zeros last; and which of them, [b, l], were not finite."""
     parts = [kv[:, sight.rows], compressed[:, sight.entries]] if compressed is not None else [kv[:, sight.rows]]
     keys = torch.cat([*parts, kv.new_zeros(kv.shape[0], 1, kv.shape[2])], 1).to(accumulation(kv))
-    if not broken:
+    if broken is False or (broken is None and bool(keys.isfinite().all())):
         return keys, None
     return keys.nan_to_num(0, 0, 0), ~keys.isfinite().all(-1)
 
 
-def _picked_keys(picks, compressed) -> tuple[Tensor, Tensor]:
-    """[b, t, k, d] copies and the flat row of each in a [b * (p + 1)] table whose last row per sequence, zero, stands
-    for -1.
-    """
-    b, p, d = compressed.shape
-    table = torch.cat([compressed, compressed.new_zeros(b, 1, d)], 1).to(accumulation(compressed)).view(-1, d)
-    first = torch.arange(0, b * (p + 1), p + 1, device=picks.device).view(b, 1, 1)
-    flat = torch.where(picks < 0, p, picks) + first
-    return table.index_select(0, flat.flatten()).view(*picks.shape, d), flat
+def _picked_keys(picks, compressed) -> Tensor:
+    """[b, t, k, d] copies of the picked entries, zero for -1."""
+    b, t, k = picks.shape
+    rows = picks.clamp_min(0).view(b, t * k)
+    picked = compressed.new_empty(b, t * k, compressed.shape[2])
+    for entries, own, out in zip(compressed, rows, picked):
+        torch.index_select(entries, 0, own, out=out)
+    picked, nothing = picked.view(b, t, k, -1).to(accumulation(compressed)), picks < 0
+    return picked.masked_fill_(nothing[..., None], 0) if bool(nothing.any()) else picked
 
 
 def _scores(sight, q, keys, picked, sink) -> Tensor:
@@ -209,7 +223,7 @@ def _forward_block(sight, q, kv, compressed, sink, broken) -> tuple[Tensor, Tens
     block = q[:, sight.queries]
     b, t, h, d = block.shape
     keys, unsound = _shared_keys(sight, kv, compressed, broken)
-    picked = None if sight.picks is None else _picked_keys(sight.picks, compressed)[0]
+    picked = None if sight.picks is None else _picked_keys(sight.picks, compressed)
     scores, l = _scores(sight, block, keys, picked, sink), keys.shape[1]
     p = scores.softmax(-1)
     out = torch.bmm(p[..., :l].reshape(b, t * h, l), keys).view(b, t, h, d)
@@ -229,7 +243,7 @@ def _backward_block(sight, q, kv, compressed, sink, dout, delta, broken, dkv, dc
     block, do, delta = q[:, sight.queries], dout[:, sight.queries], delta[:, sight.queries, :, None]
     b, t, h, d = block.shape
     keys, _ = _shared_keys(sight, kv, compressed, broken)
-    picked, flat = (None, None) if sight.picks is None else _picked_keys(sight.picks, compressed)
+    picked = None if sight.picks is None else _picked_keys(sight.picks, compressed)
     p, l = _scores(sight, block, keys, picked, sink).softmax(-1), keys.shape[1]
 
     flat_q, flat_do, p_shared = block.reshape(b, t * h, d), do.reshape(b, t * h, d), p[..., :l].reshape(b, t * h, l)
@@ -246,12 +260,15 @@ def _backward_block(sight, q, kv, compressed, sink, dout, delta, broken, dkv, dc
         ds = torch.matmul(do, picked.transpose(2, 3)).sub_(delta).mul_(p)
         dq += torch.matmul(ds, picked)
         dpicked = torch.matmul(p.transpose(2, 3), do) + torch.matmul(ds.transpose(2, 3), block)
-        _scatter_add(dcompressed, dpicked, flat)
+        _scatter_add(dcompressed, dpicked, sight.picks)
     return dq
 
 
-def _scatter_add(dcompressed, dpicked, flat) -> None:
+def _scatter_add(dcompressed, dpicked, picks) -> None:
+    """Adds the copies' gradients to their entries; those of -1 go to one row more per sequence, which is cut off."""
     b, p, d = dcompressed.shape
     table = dcompressed.new_zeros(b * (p + 1), d)
+    first = torch.arange(0, b * (p + 1), p + 1, device=picks.device).view(b, 1, 1)
+    flat = torch.where(picks < 0, p, picks) + first
     table.index_add_(0, flat.flatten(), dpicked.reshape(-1, d))
     dcompressed += table.view(b, p + 1, d)[:, :p]

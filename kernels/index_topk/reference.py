@@ -1,5 +1,8 @@
 """The specification of `index_topk` in PyTorch: scores of one block of queries at a time, then an exact stable top-k.
 
+Scores are made a tile of entries at a time, all heads together: the passes over a tile stay in the cache, and a key is
+read from memory once per block.
+
 b batch · t queries of the block · h index heads · d index head dim · p visible entries of the block · k picks
 """
 
@@ -12,32 +15,51 @@ from ..blocks import query_blocks, visible_entries
 from ..precision import accumulation, without_autocast
 from ..topk import stable_topk
 
+KEPT = 8  # a block's scores may take that many times the memory of what is to stay in the cache
+TILE = 1 << 18  # hits of one tile, all heads and queries: 1 MiB in float32
+WIDEST, NARROWEST = 1 << 14, 32  # entries of a tile
+
 
 @torch.no_grad()
 def index_topk(q: Tensor, weights: Tensor, keys: Tensor, *, k: int, start: Tensor, end: Tensor) -> Tensor:
-    b, t, h, _ = q.shape
+    b, t = q.shape[:2]
     picks = torch.full((b, t, min(k, keys.shape[1])), -1, dtype=torch.int64, device=q.device)
     if picks.numel() == 0:
         return picks
     with without_autocast(q):
-        for block in query_blocks(t, b * (h + 2) * keys.shape[1]):
+        buffer = None
+        for block in query_blocks(t, b * keys.shape[1] // KEPT):
             seen = visible_entries(start, end, block)
             first, last = start[:, block], end[:, block]
             if int((last - first).max()) <= picks.shape[2]:
                 picks[:, block] = _all_visible(first, last, picks.shape[2])
-            else:
-                picks[:, block] = _best(q[:, block], weights[:, block], keys[:, seen], seen.start, first, last, k)
+                continue
+            if buffer is None:  # no block is longer than the first
+                size = b * (block.stop - block.start) * keys.shape[1]
+                buffer = torch.empty(size, dtype=accumulation(q), device=q.device)
+            scores = buffer[: b * (block.stop - block.start) * (seen.stop - seen.start)].view(
+                b, -1, seen.stop - seen.start
+            )
+            index_scores(q[:, block], weights[:, block], keys[:, seen], scores)
+            picks[:, block] = _best(scores, seen.start, first, last, k)
     return picks
 
 
-def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """I [b, t, p] in the accumulation dtype, heads added in their order."""
+def index_scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
+    """I [b, t, p] in the accumulation dtype, heads added in their order; written to `out` if given."""
     exact = accumulation(q)
-    q, weights, keys = q.to(exact), weights.to(exact), keys.to(exact).transpose(1, 2)
-    scores = torch.bmm(q[:, :, 0], keys).relu_().mul_(weights[:, :, :1])
-    for head in range(1, q.shape[2]):
-        scores.addcmul_(torch.bmm(q[:, :, head], keys).relu_(), weights[:, :, head : head + 1])
-    return scores
+    b, t, h, d = q.shape
+    out = torch.empty(b, t, keys.shape[1], dtype=exact, device=q.device) if out is None else out
+    rows = q.to(exact).transpose(1, 2).reshape(b, h * t, d)
+    weights = weights.to(exact)
+    size = max(NARROWEST, min(WIDEST, TILE // max(b * h * t, 1)))
+    for first in range(0, keys.shape[1], size):
+        tile = slice(first, first + size)
+        hits = torch.bmm(rows, keys[:, tile].to(exact).transpose(1, 2)).relu_().view(b, h, t, -1)
+        scores = torch.mul(hits[:, 0], weights[:, :, :1], out=out[..., tile])
+        for head in range(1, h):
+            scores.addcmul_(hits[:, head], weights[:, :, head : head + 1])
+    return out
 
 
 def hidden_entries(seen_start: int, entries: int, start: Tensor, end: Tensor) -> Tensor:
@@ -61,11 +83,10 @@ def _all_visible(start: Tensor, end: Tensor, k: int) -> Tensor:
     return torch.where(entry < end[..., None], entry, -1)
 
 
-def _best(q, weights, keys, seen_start, start, end, k) -> Tensor:
-    scores = index_scores(q, weights, keys)
+def _best(scores, seen_start, start, end, k) -> Tensor:
     _hide(scores, seen_start, start, end)
     best = stable_topk(scores, k, ordered=False)
-    surplus = torch.arange(k, device=q.device) >= (end - start)[..., None]  # fewer are visible than picked
+    surplus = torch.arange(k, device=scores.device) >= (end - start)[..., None]  # fewer are visible than picked
     return _surplus_last(best + seen_start, start, end) if bool(surplus.any()) else best + seen_start
 
 
