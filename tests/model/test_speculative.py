@@ -88,16 +88,16 @@ def model():
     return agreeing()
 
 
-@pytest.mark.parametrize("prompt_length", [1, 15, 16, 40])
+@pytest.mark.parametrize("prompt_length", [1, 16, 40])
 def test_greedy_tokens_are_those_of_plain_decoding(model, prompt_length):
     prompt = draw_ids(prompt_length, seed=prompt_length)
-    plain = generate(model, prompt, max_new_tokens=36, **GREEDY)
-    run = generate(model, prompt, max_new_tokens=36, stream=True, speculative=True, chunk=7, **GREEDY)
+    plain = generate(model, prompt, max_new_tokens=30, **GREEDY)
+    run = generate(model, prompt, max_new_tokens=30, stream=True, speculative=True, chunk=7, **GREEDY)
     assert list(run) == plain
     tally = run.stats.speculation
     assert 0.1 < tally.acceptance_rate < 0.95, "both branches were to be taken often"
-    assert tally.passes < 35 and run.stats.acceptance_rate == tally.acceptance_rate
-    assert tally.passes + tally.accepted == 35
+    assert tally.passes < 29 and run.stats.acceptance_rate == tally.acceptance_rate
+    assert tally.passes + tally.accepted == 29
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
@@ -126,7 +126,7 @@ def test_perfect_drafts_are_all_accepted(model, monkeypatch):
 
 
 def test_sampling_is_reproducible_and_uses_all_filters(model):
-    settings = {"temperature": 0.7, "top_k": 2, "seed": 5, "speculative": True, "max_new_tokens": 30}
+    settings = {"temperature": 0.7, "top_k": 2, "seed": 5, "speculative": True, "max_new_tokens": 20}
     prompt = draw_ids(20)
     tokens = generate(model, prompt, **settings)
     assert tokens == generate(model, prompt, **settings) != generate(model, prompt, **{**settings, "seed": 6})
