@@ -81,6 +81,14 @@ def test_rows_draw_from_their_own_numbers(model, prompts):
     assert out[2] == recompute(model, rows[2], 8, Sampling(), seed=4, row=2)
 
 
+def test_rows_keep_their_numbers_when_others_end(model, prompts):
+    rows = [prompts[2], prompts[0], prompts[3]]
+    free = generate(model, rows, max_new_tokens=8, seed=4)
+    last = next(i for i in range(8) if free[0][i] not in free[1] + free[2] + free[0][:i])
+    want = [free[0][: last + 1], *free[1:]]
+    assert last < 7 and generate(model, rows, max_new_tokens=8, seed=4, stop=[free[0][last]]) == want
+
+
 def test_seeds(model, prompts):
     one, again, other = (generate(model, prompts[0], max_new_tokens=5, seed=seed) for seed in (1, 1, 2))
     assert one == again != other

@@ -121,7 +121,7 @@ def test_chunk_tokens():
 
 
 @pytest.mark.parametrize("call, error, message", [
-    (lambda m, c: prefill(m, draw_ids(1, 61), c), ValueError, "69 tokens.*max_length=60"),
+    (lambda m, c: prefill(m, draw_ids(1, 61), c, chunk=20), ValueError, "69 tokens.*max_length=60"),
     (lambda m, c: prefill(m, draw_ids(2, 6), c), ValueError, "batch_size=1"),
     (lambda m, c: prefill(m, torch.tensor([[3] * 9 + [260]]), c, chunk=2), IndexError, "260"),
     (lambda m, c: prefill(m, draw_ids(1, 0), c), ValueError, "at least one token"),

@@ -106,6 +106,12 @@ def test_draws_belong_to_seed_and_row():
     assert not torch.equal(Draws(None, 1).uniform([0]), Draws(None, 1).uniform([0]))
 
 
+def test_draws_leave_zero_out():
+    draws = Draws(0, 1)
+    draws.rows[0].random = lambda: 0.0
+    assert draws.uniform([0]).tolist() == [1.0]
+
+
 def test_draws_are_uniform():
     numbers = Draws(0, 1).uniform([0] * 20_000)
     assert numbers.dtype == torch.float64 and numbers.min() > 0 and numbers.max() <= 1
