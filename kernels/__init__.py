@@ -26,6 +26,7 @@ else:
     from .moe_route import Permutation, Routing, balance_loss, moe_permutation, moe_route
     from .norm_rope import rms_norm, rope, rope_frequencies, rope_rotation
     from .pool import pool
+    from .quant import dequantize, e2m1_to_e4m3, fake_quant, hadamard, quantize
     from .topk import stable_topk
 
     __all__ = [
@@ -36,10 +37,14 @@ else:
         "balance_loss",
         "compress_vocabulary",
         "cross_entropy",
+        "dequantize",
+        "e2m1_to_e4m3",
         "engram_gate",
         "engram_hash",
         "engram_multipliers",
         "engram_primes",
+        "fake_quant",
+        "hadamard",
         "hyper_coefficients",
         "hyper_collapse",
         "hyper_head_weights",
@@ -50,6 +55,7 @@ else:
         "moe_permutation",
         "moe_route",
         "pool",
+        "quantize",
         "rms_norm",
         "rope",
         "rope_frequencies",
