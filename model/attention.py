@@ -22,7 +22,7 @@ from .config import ModelConfig
 from .documents import Layout
 from .indexer import Indexer
 from .norm import RMSNorm
-from .rotary import rotation
+from .rotary import token_rotation
 
 
 class IndexSignal(NamedTuple):
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         self, x: Tensor, layout: Layout, learn: bool = False, cache: LayerCache | None = None
     ) -> tuple[Tensor, IndexSignal | None]:
         """The sublayer's output and, for a CSA layer that is asked to learn, the indexer's loss."""
-        turn = rotation(self.config, self.layer, layout.positions)
+        turn = token_rotation(self.config, self.layer, layout)
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
         q = rope(rms_norm(q, None, self.config.rms_norm_eps), turn)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,15 @@ class Tail:
         both = torch.cat([self.rows[:, self.end - old : self.end], new.to(self.rows.dtype)], 1)
         self._store(both, [old + n for n in step.new])
         return both[:, old - kept :]
+
+    def push(self, row: np.ndarray, past: int) -> np.ndarray:
+        """Appends a row to a single sequence of `past` rows; returns [kept + 1, ...], the past in need and the row."""
+        if self.end == self.rows.shape[1]:
+            self._store(self.rows, [self.end])
+        rows = self.rows.numpy()[0]
+        rows[self.end] = row
+        self.end += 1
+        return rows[self.end - 1 - min(self.keep, past) : self.end]
 
     def drop(self, counts: Sequence[int]) -> None:
         """Forgets the last counts[b] rows of each batch row."""
@@ -298,6 +308,8 @@ class Continued(Layout):
     def _work_out_entries(self, ratio: int, keep: int) -> Entries:
         """The entries that the step completes, in rows of the compressor's tail followed by the new columns."""
         step, device = self.step, self.positions.device
+        if step.even and (step.past[0] + step.columns) // ratio == step.past[0] // ratio:
+            return _no_entries(self.positions, ratio)
         past = torch.tensor(step.past, device=device)[:, None]
         done = [(p + n) // ratio - p // ratio for p, n in zip(step.past, step.new)]
         number = past // ratio + torch.arange(max(done), device=device)
@@ -312,6 +324,12 @@ class Continued(Layout):
             return None
         past = torch.tensor(self.step.past, device=self.positions.device)[:, None]
         return (self.step.kept(keep) - past).clamp_min(0).expand_as(self.positions)
+
+
+def _no_entries(positions: Tensor, ratio: int) -> Entries:
+    """Of a step that completes none in any row."""
+    none, end = positions[:, :0], (positions + 1) // ratio
+    return Entries(none, none.bool(), none, torch.zeros_like(end), end)
 
 
 def continue_layout(step: Step, device: torch.device) -> Layout:

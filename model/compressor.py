@@ -12,12 +12,12 @@ b batch · t tokens · m ratio · c head dim · p entries
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels import pool, rope
 from .cache import CompressorCache, unfinished_tokens
 from .config import ModelConfig
 from .documents import Entries, Layout
+from .exact import exact_linear
 from .norm import RMSNorm
 from .rotary import rotation
 
@@ -52,8 +52,7 @@ class Compressor(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: CompressorCache | None = None) -> Tensor:
         """The entries of the call; with a cache, all entries so far."""
         entries = self.entries(layout)
-        with torch.autocast(x.device.type, enabled=False):
-            k, z = (F.linear(x.float(), w.weight.float()) for w in (self.wkv, self.wgate))
+        k, z = exact_linear(x, self.wkv.weight), exact_linear(x, self.wgate.weight)
         if cache is None:
             return self._pool(k, z, entries, x.dtype)
         k, z = cache.tail.extend(torch.cat([k, z], -1), layout.step).chunk(2, -1)

@@ -8,6 +8,7 @@ Everything that attention, compression and n-grams need to know about that is wo
 b batch · t tokens · p compressed entries of a row, t // m at most
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,15 +39,17 @@ class Layout:
     start: Tensor | None = None  # [b, t] first row of the token's document; of padding: one past its own row
     real: Tensor | None = None  # [b, t] not padding
     step: Any = None  # the call's `cache.Step`, in `cache.Continued` only
-    _entries: dict[tuple[int, int], Entries] = field(default_factory=dict)
+    _memo: dict[Any, Any] = field(default_factory=dict)
 
     def entries(self, ratio: int, keep: int = 0) -> Entries:
-        """The entries for compression ratio m, worked out at first use; `keep` past rows are put before the call's own,
-        if there are.
-        """
-        if (ratio, keep) not in self._entries:
-            self._entries[ratio, keep] = self._work_out_entries(ratio, keep)
-        return self._entries[ratio, keep]
+        """The entries for compression ratio m; `keep` past rows are put before the call's own, if there are."""
+        return self.once(("entries", ratio, keep), lambda: self._work_out_entries(ratio, keep))
+
+    def once(self, key: Any, work_out: Callable[[], Any]) -> Any:
+        """What many layers need alike, worked out at first use."""
+        if key not in self._memo:
+            self._memo[key] = work_out()
+        return self._memo[key]
 
     def _work_out_entries(self, ratio: int, keep: int) -> Entries:
         if self.start is None or self.real is None:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels import Routing, balance_loss, moe_experts, moe_permutation, moe_route, swiglu
 from .config import ModelConfig
 from .documents import Layout
+from .exact import exact_linear
 
 
 class LoadSignal(NamedTuple):
@@ -57,8 +57,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Routing:
         """Routing of x [n, d], the tokens ids [n]."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+        logits = exact_linear(x, self.weight)
         c = self.config
         choice = {"experts": self.tid2eid[ids]} if self.is_hash else {"bias": self.bias}
         return moe_route(logits, top_k=c.num_experts_per_tok, scale=c.routed_scaling_factor, **choice)

@@ -11,11 +11,23 @@ from torch import Tensor
 
 from ..kernels import rope_frequencies, rope_rotation
 from .config import ModelConfig
+from .documents import Layout
 
 
 def rotation(config: ModelConfig, layer: int, positions: Tensor) -> Tensor:
     """exp(i t f) for positions [b|1, t]: complex [b|1, t, qk_rope_head_dim / 2]."""
-    return rope_rotation(positions, _frequencies(config, config.compress_ratio(layer) > 0).to(positions.device))
+    return rope_rotation(positions, frequencies(config, layer).to(positions.device))
+
+
+def token_rotation(config: ModelConfig, layer: int, layout: Layout) -> Tensor:
+    """The rotation of the tokens themselves; layers of one base share it."""
+    base = ("rotation", config.compress_ratio(layer) > 0)
+    return layout.once(base, lambda: rotation(config, layer, layout.positions))
+
+
+def frequencies(config: ModelConfig, layer: int) -> Tensor:
+    """f, float32 [qk_rope_head_dim / 2]."""
+    return _frequencies(config, config.compress_ratio(layer) > 0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,13 +13,14 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels import cross_entropy
 from .block import Block, Signals
 from .cache import Cache, continue_layout
 from .config import ModelConfig
+from .decode import decoder
 from .documents import Layout, make_layout
+from .exact import exact_linear
 from .hyper import HyperHead, spread
 from .mtp import MTP
 from .norm import RMSNorm
@@ -43,8 +44,7 @@ class Output:
     @cached_property
     def logits(self) -> Tensor:
         """[b, t, v] float32."""
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            return F.linear(self.hidden.float(), self.head.float())
+        return exact_linear(self.hidden, self.head)
 
 
 class Transformer(nn.Module):
@@ -163,6 +163,11 @@ class Transformer(nn.Module):
             if value is not None:
                 raise ValueError(f"{name} cannot be given together with a cache")
         step = cache.begin(self.config, ids, lengths)
+        few = decoder(self, step)
+        if few is not None:
+            with cache.appending(step):
+                hidden, streams = few(ids[0].tolist(), step.past[0], cache.layers)
+            return Output(hidden[:, -logits_to_keep:], self.head.weight, streams=streams)
         layout = continue_layout(step, ids.device)
         streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
         with cache.appending(step):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks import query_blocks, visible_entries
+from ..gradient import tracked
 from ..precision import accumulation, without_autocast
 
 NONE = -math.inf
@@ -52,8 +53,12 @@ def attention(
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     tensors = (q, kv, compressed, sink)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    if tracked(*tensors):
         return _Attention.apply(*tensors, window, scale, window_start, start, end, index)
+    if q.shape[1] == 1 and window_start is None:
+        keys = _step_keys(kv, compressed, window, start, end, index)
+        if keys is not None:
+            return _forward_step(q, keys, sink, scale)
     return _forward(*tensors, window, scale, window_start, start, end, index)
 
 
@@ -71,6 +76,37 @@ def _forward(q, kv, compressed, sink, window, scale, window_start, start, end, i
             out[:, sight.queries], lse[:, sight.queries] = _forward_block(sight, q, kv, compressed, finite_sink, broken)
         lse[lse.abs() >= FINITE] *= math.inf
     return out, lse
+
+
+def _step_keys(kv, compressed, window, start, end, index) -> list[Tensor] | None:
+    """What a single query of each row sees, [b, l, d] each; None if rows see different numbers of entries."""
+    rows = kv[:, -window:]
+    if compressed is None or compressed.shape[1] == 0:
+        return [rows]
+    if index is not None:
+        if int(index.min()) < 0:
+            return None
+        picked = [entries.index_select(0, own) for entries, own in zip(compressed, index[:, 0])]
+        return [rows, torch.stack(picked)]
+    if start.numel() > 1 or end.numel() > 1:
+        return None
+    return [rows, compressed[:, int(start) : int(end)]]
+
+
+def _forward_step(q, keys, sink, scale) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one query per row that sees all the keys given: no mask, nothing copied."""
+    exact = accumulation(q)
+    with without_autocast(q):
+        sink = sink.to(exact).clamp(-FINITE, FINITE).view(1, -1, 1).expand(len(q), -1, 1)
+        keys, scaled = [part.to(exact) for part in keys], q[:, 0].to(exact) * scale
+        scores = torch.cat([*(torch.bmm(scaled, part.mT) for part in keys), sink], -1)
+        p = scores.softmax(-1)
+        shares = p.split([*(part.shape[1] for part in keys), 1], -1)
+        out = torch.bmm(shares[0], keys[0])
+        for share, part in zip(shares[1:], keys[1:]):
+            out.baddbmm_(share, part)
+        lse = scores.amax(-1).sub_(p.amax(-1).log_())
+    return out[:, None].to(q.dtype), lse.masked_fill_(lse >= FINITE, math.inf)[:, None]
 
 
 def _broken(q, kv, compressed, index) -> bool | None:

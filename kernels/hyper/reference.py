@@ -6,20 +6,26 @@ are contiguous: batched products of other layouts run matrix by matrix.
 
 Axes: t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection.
 Coefficients are computed with the tokens last, [m, t] and [n, n, t]: every small step runs along contiguous memory.
+A few tokens without gradient, as in decoding, take a path of few calls instead: there a call costs more than its work.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from ..gradient import tracked
 from ..precision import accumulation
 from . import Coefficients
+from .step import sinkhorn_step
 
 _BLOCK_VALUES = 1 << 20  # streams are worked on in blocks of this many values, so that a cast copy stays in the cache
+_FEW = 4  # tokens up to which one after the other through Sinkhorn is faster than all at once
 _BLOCK_TOKENS = 2048  # Sinkhorn's backward holds every iterate of one block of tokens
 
 
@@ -35,6 +41,8 @@ def hyper_coefficients(
 ) -> Coefficients:
     n = streams.shape[-2]
     parts = (n, n, n * n)
+    if _is_step(streams, fn, base, scale):
+        return _step_coefficients(streams, _step_logits(streams, fn, base, scale, parts, norm_eps), iterations, eps)
     pre, post, comb = _logits(streams, fn, base, scale, parts, norm_eps).split(parts)
     comb = _Sinkhorn.apply(comb.unflatten(0, (n, n)), iterations, eps)
     return Coefficients(
@@ -47,17 +55,28 @@ def hyper_coefficients(
 def hyper_head_weights(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float = 1e-6, norm_eps: float = 1e-6
 ) -> Tensor:
+    if _is_step(streams, fn, base, scale):
+        logits = _step_logits(streams, fn, base, scale, (len(fn),), norm_eps)
+        return logits.sigmoid_().add_(eps).reshape(streams.shape[:-1])
     logits = _logits(streams, fn, base, scale, (len(fn),), norm_eps)
     return (logits.sigmoid() + eps).t().contiguous().reshape(streams.shape[:-1])
 
 
 def hyper_collapse(streams: Tensor, pre: Tensor) -> Tensor:
     n, d = streams.shape[-2:]
+    if _is_step(streams, pre):
+        out = streams.new_empty(*streams.shape[:-2], d)
+        torch.bmm(pre.view(-1, 1, n), streams.view(-1, n, d), out=out.view(-1, 1, d))
+        return out
     return _Collapse.apply(streams.reshape(-1, n, d), pre.reshape(-1, n)).reshape(*streams.shape[:-2], d)
 
 
 def hyper_recombine(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     n, d = streams.shape[-2:]
+    if _is_step(streams, output, post, comb):
+        out = post.unsqueeze(-1) * output.unsqueeze(-2)
+        out.view(-1, n, d).baddbmm_(comb.view(-1, n, n).mT, streams.view(-1, n, d))
+        return out
     mixed = _Recombine.apply(
         output.reshape(-1, d), streams.reshape(-1, n, d), post.reshape(-1, n), comb.reshape(-1, n, n)
     )
@@ -71,6 +90,42 @@ def _logits(
     mix = _Projection.apply(streams.reshape(-1, fn.shape[1]), fn, norm_eps)
     scale = torch.cat([factor.expand(size) for factor, size in zip(scale.to(mix.dtype).unbind(), parts)])
     return torch.addcmul(base.to(mix.dtype)[:, None], mix, scale[:, None])
+
+
+def _is_step(streams: Tensor, *others: Tensor) -> bool:
+    """Whether this is a few tokens without gradient: contiguous, on the CPU, all in the dtype they are computed in."""
+    return (
+        streams.shape[:-2].numel() <= _FEW
+        and not tracked(streams, *others)
+        and not torch.compiler.is_compiling()
+        and all(x.device.type == "cpu" and x.dtype == accumulation(x) and x.is_contiguous() for x in (streams, *others))
+    )
+
+
+def _step_logits(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, parts: tuple[int, ...], norm_eps: float
+) -> Tensor:
+    """`mix * scale + base`, [t, m]."""
+    u = streams.view(-1, fn.shape[1])
+    r = torch.linalg.vector_norm(u, dim=1, keepdim=True).square_().div_(u.shape[1]).add_(norm_eps).rsqrt_()
+    mix = torch.mm(u, fn.t(), out=u.new_empty(len(u), len(fn))).mul_(r)
+    return torch.addcmul(base, mix, scale.index_select(0, _part_of_row(parts)))
+
+
+@functools.cache
+def _part_of_row(parts: tuple[int, ...]) -> Tensor:
+    return torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
+
+
+def _step_coefficients(streams: Tensor, logits: Tensor, iterations: int, eps: float) -> Coefficients:
+    n, lead = streams.shape[-2], streams.shape[:-2]
+    pre, post, comb = logits.split((n, n, n * n), 1)
+    first = comb.unflatten(1, (n, n)).softmax(2).add_(eps)
+    return Coefficients(
+        pre.sigmoid().add_(eps).view(*lead, n),
+        post.sigmoid().mul_(2).view(*lead, n),
+        torch.from_numpy(np.stack([sinkhorn_step(x, iterations, eps) for x in first.numpy()])).view(*lead, n, n),
+    )
 
 
 class _Projection(Function):

@@ -23,6 +23,8 @@ WIDEST, NARROWEST = 1 << 14, 32  # entries of a tile
 @torch.no_grad()
 def index_topk(q: Tensor, weights: Tensor, keys: Tensor, *, k: int, start: Tensor, end: Tensor) -> Tensor:
     b, t = q.shape[:2]
+    if t == 1 and start.numel() == end.numel() == 1:
+        return _step(q, weights, keys, k, start, end)
     picks = torch.full((b, t, min(k, keys.shape[1])), -1, dtype=torch.int64, device=q.device)
     if picks.numel() == 0:
         return picks
@@ -43,6 +45,16 @@ def index_topk(q: Tensor, weights: Tensor, keys: Tensor, *, k: int, start: Tenso
             index_scores(q[:, block], weights[:, block], keys[:, seen], scores)
             picks[:, block] = _best(scores, seen.start, first, last, k)
     return picks
+
+
+def _step(q, weights, keys, k, start, end) -> Tensor:
+    """One query per row, all with the same range."""
+    first, last = int(start), int(end)
+    if last - first <= k:
+        return _all_visible(start, end, min(k, keys.shape[1])).expand(len(q), 1, -1)
+    with without_autocast(q):
+        scores = index_scores(q, weights, keys[:, first:last])
+    return stable_topk(scores, k, ordered=False) + first
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:

@@ -11,20 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..gradient import tracked
 from ..moe_route.reference import moe_permutation
+from ..precision import accumulation
 
 ROWS = 1024  # of a block: its activations stay in the second-level cache
+FEW = 4  # tokens up to which sorting them by expert does not pay
 
 
 def moe_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *, limit: float | None) -> Tensor:
     """See `kernels.moe_experts.moe_experts`."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, w13, w2)):
+    if tracked(x, weights, w13, w2):
         return _Experts.apply(x, experts, weights, w13, w2, limit)
+    if len(x) <= FEW:
+        return _forward_few(x, experts, weights, w13, w2, limit)
     return _forward(x, weights, w13, w2, limit, _Rows(experts, w13.shape[0]))
 
 
 def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None) -> Tensor:
     """See `kernels.moe_experts.swiglu`."""
+    if h.shape[:-1].numel() <= ROWS and not tracked(h, weight):
+        return _swiglu(h, limit, weight)
     rows = h.reshape(h.shape[:-1].numel(), h.shape[-1])
     out = _SwiGLU.apply(rows, limit, None if weight is None else weight.flatten())
     return out.view(*h.shape[:-1], h.shape[-1] // 2)
@@ -75,7 +82,7 @@ def _forward(
     x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float | None, rows: _Rows, keep: Tensor | None = None
 ) -> Tensor:
     """`out [n, d]`; `keep [r, 2 f]` receives the pre-activations."""
-    wide = _accumulator(x)
+    wide = accumulation(x)
     weight = weights.flatten()[rows.order].to(wide)
     y = x.new_empty(len(weight), x.shape[1], dtype=wide)
     for block in rows.blocks:
@@ -84,6 +91,16 @@ def _forward(
         _grouped(xs, w13.mT, block, out=h)
         _grouped(_swiglu(h, limit, weight[block.rows]), w2.mT, block, out=y[block.rows])
     return rows.combine(y).to(x.dtype)
+
+
+def _forward_few(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float | None) -> Tensor:
+    """A few tokens, one at a time: an expert's weights are read where they lie, and nothing is sorted."""
+    out = x.new_zeros(x.shape, dtype=accumulation(x))
+    for token, weight, total, chosen in zip(x.unsqueeze(1), weights, out, experts.tolist()):
+        h = torch.cat([F.linear(token, w13[e]) for e in chosen])
+        for a, e in zip(_swiglu(h, limit, weight).unsqueeze(1), chosen):
+            total += F.linear(a, w2[e])[0]
+    return out.to(x.dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -104,7 +121,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, h, weights, w13, w2 = ctx.saved_tensors
         need_x, _, need_weights, need_w13, need_w2, _ = ctx.needs_input_grad
-        rows, wide = ctx.rows, _accumulator(x)
+        rows, wide = ctx.rows, accumulation(x)
         weight = weights.flatten()[rows.order].to(wide)
         dx = x.new_empty(len(weight) if need_x else 0, x.shape[1], dtype=wide)
         dweight = torch.empty_like(weight)
@@ -150,10 +167,6 @@ def _grouped_outer(a: Tensor, b: Tensor, block: _Block, into: Tensor) -> None:
             into[e] += ae.mT @ be
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 class _SwiGLU(torch.autograd.Function):
     """Of rows `[r, 2 f]`, in blocks; keeps h and weight alone."""
 
@@ -186,7 +199,7 @@ def _slices(rows: int) -> Iterator[slice]:
 
 def _clamped(h: Tensor, limit: float | None) -> Tensor:
     """Gate and up after the clamp, in fp32; without a clamp `h` itself where it is fp32 already."""
-    h = h.to(_accumulator(h))
+    h = h.to(accumulation(h))
     if limit is None:
         return h
     out = torch.empty_like(h)
@@ -197,7 +210,9 @@ def _clamped(h: Tensor, limit: float | None) -> Tensor:
 
 
 def _swiglu(h: Tensor, limit: float | None, weight: Tensor | None) -> Tensor:
-    g, u = _clamped(h, limit).chunk(2, dim=-1)
+    g, u = h.to(accumulation(h)).chunk(2, dim=-1)
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
     a = F.silu(g).mul_(u)
     if weight is not None:
         a *= weight.unsqueeze(-1)

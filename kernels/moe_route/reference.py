@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..gradient import tracked
 from ..topk import stable_topk
 from .routing import Permutation, Routing
 
@@ -27,7 +28,11 @@ def moe_route(
 
 def sqrt_softplus(z: Tensor) -> Tensor:
     """`sqrt(log(1 + exp z))`, right in value and slope for every finite `z`."""
-    return _SqrtSoftplus.apply(z)
+    return _SqrtSoftplus.apply(z) if tracked(z) else _sqrt_softplus(z)
+
+
+def _sqrt_softplus(z: Tensor) -> Tensor:
+    return torch.where(z < ASYMPTOTE, torch.exp(z / 2), F.softplus(z, threshold=40).sqrt_())
 
 
 class _SqrtSoftplus(torch.autograd.Function):
@@ -35,7 +40,7 @@ class _SqrtSoftplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
-        s = torch.where(z < ASYMPTOTE, torch.exp(z / 2), F.softplus(z, threshold=40).sqrt())
+        s = _sqrt_softplus(z)
         ctx.save_for_backward(s)
         return s
 

@@ -10,17 +10,30 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from ..gradient import tracked
 from ..precision import accumulation
 
 _BLOCK_VALUES = 1 << 18  # rows are worked on in blocks of this many values, which stay in the cache
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if x.numel() <= _BLOCK_VALUES and not tracked(x, weight):
+        return _normed(x, weight, eps)
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).reshape(x.shape)
 
 
 def rope(x: Tensor, rotation: Tensor, *, inverse: bool = False) -> Tensor:
+    if not tracked(x):
+        return _rotated(x, rotation, inverse)
     return _Rope.apply(x, rotation, inverse)
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """One block, of which nothing is kept."""
+    wide = x.to(accumulation(x))
+    r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y = wide * r
+    return (y if weight is None else y.mul_(weight)).to(x.dtype)
 
 
 class _RMSNorm(Function):
@@ -85,10 +98,13 @@ class _Rope(Function):
 
 def _rotated(x: Tensor, rotation: Tensor, inverse: bool) -> Tensor:
     dim = 2 * rotation.shape[2]
-    dtype = accumulation(x)
-    rotation = rotation.reshape(*rotation.shape[:2], *[1] * (x.ndim - 3), dim // 2)
-    pairs = x[..., x.shape[-1] - dim :].unflatten(-1, (-1, 2)).to(dtype).contiguous()
-    turned = torch.view_as_complex(pairs) * (rotation.conj() if inverse else rotation)
+    rotation = rotation.view(*rotation.shape[:2], *[1] * (x.ndim - 3), dim // 2)
+    rotation = rotation.conj() if inverse else rotation
     result = x.clone(memory_format=torch.contiguous_format)
-    result[..., x.shape[-1] - dim :] = torch.view_as_real(turned).flatten(-2)
+    pairs = result[..., x.shape[-1] - dim :].unflatten(-1, (-1, 2))
+    if x.dtype == accumulation(x) and x.shape[-1] % 2 == 0:
+        torch.view_as_complex(pairs).mul_(rotation)
+    else:
+        turned = torch.view_as_complex(pairs.to(accumulation(x)).contiguous()) * rotation
+        pairs.copy_(torch.view_as_real(turned))
     return result

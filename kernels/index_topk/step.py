@@ -1,0 +1,24 @@
+"""The indexer's choice for one token in numpy.
+
+Axes: h index heads · d index head dim · p entries · k picks.
+"""
+
+import numpy as np
+import torch
+
+from ..topk import stable_topk
+
+TILE = 1 << 14  # entries scored at a time
+
+
+def index_topk_step(q: np.ndarray, weights: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray | None:
+    """The k best of keys [p, d], ascending, ties to the lowest; None if there are no more than k. q [h, d], weights
+    [h].
+    """
+    if len(keys) <= k:
+        return None
+    scores = np.empty(len(keys), q.dtype)
+    for first in range(0, len(keys), TILE):
+        hits = q.dot(keys[first : first + TILE].T)
+        weights.dot(np.maximum(hits, 0, out=hits), scores[first : first + TILE])
+    return stable_topk(torch.from_numpy(scores), k, ordered=False).numpy()

@@ -1,0 +1,264 @@
+"""One token of one sequence on a CPU: the layers once more, in numpy.
+
+A token is a hundred small products per layer, and what they cost is their calls: numpy's are several times cheaper than
+torch's. `Transformer` takes this path by itself where it applies (`decoder`); it computes what `Block` computes, reads
+the same parameters where they lie, and writes to the same cache.
+
+n streams · d width · h heads · c head dim · m compression ratio · g output groups · r their rank
+"""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..kernels.attention.step import attention_step
+from ..kernels.hyper.step import HyperSite, hyper_head_step, hyper_recombine_step, hyper_step
+from ..kernels.index_topk.step import index_topk_step
+from ..kernels.moe_experts.step import moe_experts_step, swiglu_step
+from ..kernels.moe_route.step import moe_route_step
+from ..kernels.norm_rope.step import head_norm_step, rms_norm_step, rope_rotation_step, rope_step
+from ..kernels.pool.step import pool_step
+from .attention import Attention
+from .block import Block
+from .cache import CompressorCache, LayerCache, Step, continue_layout
+from .compressor import Compressor
+from .engram import Engram
+from .hyper import HyperConnection, HyperHead
+from .indexer import Indexer
+from .moe import Experts, Gate, MoE, SharedExpert
+from .mtp import MTP
+from .norm import RMSNorm
+from .rotary import frequencies
+
+MOST = 2  # tokens of a call up to which one after the other is faster than torch with all at once
+PLAIN = (
+    *(Attention, Block, Compressor, Engram, HyperConnection, HyperHead, Indexer, Experts, Gate, MoE, SharedExpert, MTP),
+    *(RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList),
+)
+FORWARD = {kind: kind.forward for kind in PLAIN}
+
+
+class Turns:
+    """The rotations of one position: forth and back, of the two bases."""
+
+    def __init__(self, config: Any, position: int) -> None:
+        self.config, self.position = config, position
+        self._found: dict[tuple[bool, int], np.ndarray] = {}
+
+    def of(self, layer: int, position: int | None = None) -> np.ndarray:
+        """Of the token, or of another position, in a layer's base."""
+        position = self.position if position is None else position
+        key = self.config.compress_ratio(layer) > 0, position
+        if key not in self._found:
+            self._found[key] = rope_rotation_step(position, frequencies(self.config, layer).numpy())
+        return self._found[key]
+
+
+class CompressorStep:
+    """`Compressor` for one token: x [d] to all entries so far [p, c]."""
+
+    def __init__(self, module: Compressor) -> None:
+        self.config, self.layer, self.ratio, self.overlap = module.config, module.layer, module.ratio, module.overlap
+        self.wkv, self.wgate, self.ape = map(view, (module.wkv.weight, module.wgate.weight, module.ape))
+        self.norm, self.eps = view(module.norm.weight), module.norm.eps
+
+    def __call__(self, x: np.ndarray, turns: Turns, cache: CompressorCache) -> np.ndarray:
+        rows = cache.tail.push(np.concatenate((self.wkv.dot(x), self.wgate.dot(x))), turns.position)
+        entries, seen = cache.store.rows.numpy()[0], (turns.position + 1) // self.ratio
+        if (turns.position + 1) % self.ratio == 0:
+            half = rows.shape[1] // 2
+            entry = pool_step(rows[:, :half], rows[:, half:], self.ape, self.overlap)
+            entry = rms_norm_step(entry, self.norm, self.eps)
+            rope_step(entry, turns.of(self.layer, (seen - 1) * self.ratio))
+            entries[seen - 1] = entry
+        return entries[:seen]
+
+
+class IndexerStep:
+    """`Indexer` and `index_topk` for one token: the picks [k], None for all."""
+
+    def __init__(self, module: Indexer, picks: int) -> None:
+        self.shape, self.picks = (module.heads, module.head_dim), picks
+        self.wq_b, self.weights_proj = view(module.wq_b.weight), view(module.weights_proj.weight)
+        self.compressor = CompressorStep(module.compressor)
+
+    def __call__(self, x: np.ndarray, q_latent: np.ndarray, turns: Turns, cache: CompressorCache) -> np.ndarray | None:
+        keys = self.compressor(x, turns, cache)
+        if len(keys) <= self.picks:
+            return None
+        q = self.wq_b.dot(q_latent).reshape(self.shape)
+        rope_step(q, turns.of(self.compressor.layer))
+        weights = self.weights_proj.dot(x)
+        weights *= (self.shape[0] * self.shape[1]) ** -0.5
+        return index_topk_step(q, weights, keys, self.picks)
+
+
+class AttentionStep:
+    """`Attention` for one token, x [d] to [d]."""
+
+    def __init__(self, module: Attention) -> None:
+        c = module.config
+        self.layer, self.shape, self.eps = module.layer, (c.num_attention_heads, c.head_dim), c.rms_norm_eps
+        self.wq_a, self.wq_b, self.wkv = (view(x.weight) for x in (module.wq_a, module.wq_b, module.wkv))
+        self.q_norm, self.kv_norm = view(module.q_norm.weight), view(module.kv_norm.weight)
+        self.wo_a = view(module.wo_a.weight).reshape(c.o_groups, c.o_lora_rank, -1)
+        self.wo_b, self.sink = view(module.wo_b.weight), view(module.attn_sink)[:, None]
+        self.compressor = CompressorStep(module.compressor) if module.ratio else None
+        sparse = module.kind == "compressed_sparse_attention"
+        self.indexer = IndexerStep(module.indexer, c.index_topk) if sparse else None
+
+    def __call__(self, x: np.ndarray, turns: Turns, cache: LayerCache) -> np.ndarray:
+        turn = turns.of(self.layer)
+        q_latent = rms_norm_step(self.wq_a.dot(x), self.q_norm, self.eps)
+        q = head_norm_step(self.wq_b.dot(q_latent).reshape(self.shape), self.eps)
+        kv = rms_norm_step(self.wkv.dot(x), self.kv_norm, self.eps)
+        rope_step(q, turn)
+        rope_step(kv, turn)
+        keys = [cache.window.push(kv, turns.position)]
+        if self.compressor is not None and cache.compressor is not None:
+            entries = self.compressor(x, turns, cache.compressor)
+            if self.indexer is not None and cache.indexer is not None:
+                picks = self.indexer(x, q_latent, turns, cache.indexer)
+                entries = entries if picks is None else entries[picks]
+            keys.append(entries)
+        out = attention_step(q, keys, self.sink, self.shape[1] ** -0.5)
+        rope_step(out, turn.conj())
+        return self._project(out)
+
+    def _project(self, out: np.ndarray) -> np.ndarray:
+        z = np.empty(self.wo_a.shape[:2], out.dtype)
+        for low_rank, heads, row in zip(self.wo_a, out.reshape(len(z), -1), z):
+            low_rank.dot(heads, row)
+        return self.wo_b.dot(z.reshape(-1))
+
+
+class MoEStep:
+    """`MoE` for one token, x [d] to [d]."""
+
+    def __init__(self, module: MoE) -> None:
+        c, gate = module.gate.config, module.gate
+        self.scale, self.top_k, self.limit = c.routed_scaling_factor, c.num_experts_per_tok, c.swiglu_limit
+        self.gate = view(gate.weight)
+        self.bias = None if gate.is_hash else view(gate.bias)
+        self.table = view(gate.tid2eid) if gate.is_hash else None
+        self.w13, self.w2 = view(module.experts.w13), view(module.experts.w2)
+        self.shared13, self.shared2 = view(module.shared_experts.w13.weight), view(module.shared_experts.w2.weight)
+
+    def __call__(self, x: np.ndarray, token: int) -> np.ndarray:
+        given = None if self.table is None else self.table[token]
+        experts, weights = moe_route_step(self.gate.dot(x), self.scale, self.top_k, self.bias, given)
+        out = moe_experts_step(x, experts, weights, self.w13, self.w2, self.limit)
+        out += self.shared2.dot(swiglu_step(self.shared13.dot(x), self.limit))
+        return out
+
+
+class BlockStep:
+    """`Block` for one token, streams [n, d] to streams."""
+
+    def __init__(self, module: Block) -> None:
+        self.engram, self.eps = module.engram, module.attn_norm.eps
+        self.hc_attn, self.hc_ffn = site(module.hc_attn), site(module.hc_ffn)
+        self.attn_norm, self.ffn_norm = view(module.attn_norm.weight), view(module.ffn_norm.weight)
+        self.attn, self.ffn = AttentionStep(module.attn), MoEStep(module.ffn)
+
+    def __call__(self, streams: np.ndarray, token: int, turns: Turns, cache: LayerCache) -> np.ndarray:
+        if self.engram is not None:
+            streams = streams + memory(self.engram, streams, token, turns.position, cache)
+        u, post, comb = hyper_step(streams, self.hc_attn)
+        y = self.attn(rms_norm_step(u, self.attn_norm, self.eps), turns, cache)
+        streams = hyper_recombine_step(y, streams, post, comb)
+        u, post, comb = hyper_step(streams, self.hc_ffn)
+        y = self.ffn(rms_norm_step(u, self.ffn_norm, self.eps), token)
+        return hyper_recombine_step(y, streams, post, comb)
+
+
+class Decoder:
+    """The numpy twin of a `Transformer`'s layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config = model.config
+        self.embed = view(model.embed.weight)
+        self.layers = [BlockStep(block) for block in model.layers]
+        self.head, self.norm, self.eps = site(model.hc_head), view(model.norm.weight), model.norm.eps
+
+    def __call__(self, tokens: list[int], past: int, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Hidden states [1, t, d] and streams [1, t, n, d] of the tokens, which are appended to the caches."""
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            found = [self._token(token, past + i, caches) for i, token in enumerate(tokens)]
+        hidden, streams = (torch.from_numpy(np.stack(part)[None]) for part in zip(*found))
+        return hidden, streams
+
+    def _token(self, token: int, position: int, caches: list[LayerCache]) -> tuple[np.ndarray, np.ndarray]:
+        streams = np.tile(self.embed[token], (self.config.hc_mult, 1))
+        turns = Turns(self.config, position)
+        for layer, cache in zip(self.layers, caches):
+            streams = layer(streams, token, turns, cache)
+        return rms_norm_step(hyper_head_step(streams, self.head), self.norm, self.eps), streams
+
+
+class Made:
+    """A model's decoder and what it was made from, to tell whether it still holds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self.parts = [(m._modules, dict(m._modules)) for m in self.modules if m._modules]
+        self.holders = [tensors for m in self.modules for tensors in (m._parameters, m._buffers) if tensors]
+        self.tensors, self.memory = [*model.parameters(), *model.buffers()], self._memory()
+        self.suits = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in model.parameters())
+        self.decoder: Decoder | None = None
+
+    def holds(self) -> bool:
+        """Whether every module is still the one it was, and its tensors lie where they lay."""
+        return all(now == then for now, then in self.parts) and self._memory() == self.memory
+
+    def is_plain(self) -> bool:
+        """Whether every module computes what its class here says: no subclass, nothing patched, no hook."""
+        return (
+            self.suits
+            and not nn.modules.module._has_any_global_hook()
+            and {type(m) for m in self.modules[1:]} <= FORWARD.keys()
+            and all(kind.forward is forward for kind, forward in FORWARD.items())
+            and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules[1:])
+        )
+
+    def _memory(self) -> list[int]:
+        return [x.data_ptr() for tensors in self.holders for x in tensors.values() if x is not None]
+
+
+_made: WeakKeyDictionary[nn.Module, Made] = WeakKeyDictionary()
+
+
+def decoder(model: nn.Module, step: Step) -> Decoder | None:
+    """The decoder for a call, if it is one of few tokens of one sequence, and the model is plain float32 on a CPU."""
+    if len(step.past) > 1 or not 1 <= step.columns <= MOST or not step.even:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    made = _made.get(model)
+    if made is None or not made.holds():
+        made = _made[model] = Made(model)
+    if not made.is_plain():
+        return None
+    if made.decoder is None:
+        made.decoder = Decoder(model)
+    return made.decoder
+
+
+def view(x: Tensor) -> np.ndarray:
+    """The tensor's own memory."""
+    return x.detach().numpy()
+
+
+def site(module: HyperConnection | HyperHead) -> HyperSite:
+    rounds = module.iterations if isinstance(module, HyperConnection) else 0
+    return HyperSite(view(module.fn), view(module.base), view(module.scale), module.eps, module.norm_eps, rounds)
+
+
+def memory(engram: Engram, streams: np.ndarray, token: int, position: int, cache: LayerCache) -> np.ndarray:
+    """What Engram adds to the streams, in torch as it is."""
+    ids = torch.tensor([[token]])
+    layout = continue_layout(Step([position], [1], 1), ids.device)
+    return engram(torch.from_numpy(streams)[None, None], ids, layout, cache)[0, 0].numpy()
