@@ -200,14 +200,16 @@ class Decoder:
 
 
 class Made:
-    """A model's decoder and what it was made from, to tell whether it still holds."""
+    """A model's decoder and what it was made from, to tell whether it still holds. The model itself is not held."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self.parts = [(m._modules, dict(m._modules)) for m in self.modules if m._modules]
+        self.modules = list(model.modules())[1:]
+        self.parts = [(m._modules, dict(m._modules)) for m in (model, *self.modules) if m._modules]
         self.holders = [tensors for m in self.modules for tensors in (m._parameters, m._buffers) if tensors]
         self.tensors, self.memory = [*model.parameters(), *model.buffers()], self._memory()
-        self.suits = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in model.parameters())
+        self.suits = all(map(is_plain_tensor, model.parameters())) and not any(
+            isinstance(m, nn.Linear) and m.bias is not None for m in self.modules
+        )
         self.decoder: Decoder | None = None
 
     def holds(self) -> bool:
@@ -219,9 +221,9 @@ class Made:
         return (
             self.suits
             and not nn.modules.module._has_any_global_hook()
-            and {type(m) for m in self.modules[1:]} <= FORWARD.keys()
+            and {type(m) for m in self.modules} <= FORWARD.keys()
             and all(kind.forward is forward for kind, forward in FORWARD.items())
-            and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules[1:])
+            and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules)
         )
 
     def _memory(self) -> list[int]:
@@ -245,6 +247,10 @@ def decoder(model: nn.Module, step: Step) -> Decoder | None:
     if made.decoder is None:
         made.decoder = Decoder(model)
     return made.decoder
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def view(x: Tensor) -> np.ndarray:

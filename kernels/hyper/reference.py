@@ -95,7 +95,7 @@ def _logits(
 def _is_step(streams: Tensor, *others: Tensor) -> bool:
     """Whether this is a few tokens without gradient: contiguous, on the CPU, all in the dtype they are computed in."""
     return (
-        streams.shape[:-2].numel() <= _FEW
+        1 <= streams.shape[:-2].numel() <= _FEW
         and not tracked(streams, *others)
         and not torch.compiler.is_compiling()
         and all(x.device.type == "cpu" and x.dtype == accumulation(x) and x.is_contiguous() for x in (streams, *others))
