@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 SMALL = 1024  # values
+SPARSE = 64  # values per pick from which a single row is thinned out first
+STRIDE = 61  # every that many values are looked at for a guess
 
 
 @torch.no_grad()
@@ -33,8 +35,17 @@ def stable_topk(values: Tensor, k: int, *, ordered: bool = True) -> Tensor:
     """
     if not 1 <= k <= values.shape[-1]:
         raise ValueError(f"k={k}: allowed is 1..{values.shape[-1]}, the number of candidates")
-    if values.numel() <= SMALL and values.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values.numel() <= SMALL and _is_numpy(values):
         return _first_of_sorted(values, k, ordered)
+    if not ordered and values.numel() == values.shape[-1] >= SPARSE * k and _is_numpy(values):
+        index = _of_one_row(values.detach().flatten().numpy(), k)
+        if index is not None:
+            return torch.from_numpy(index).view(*values.shape[:-1], k)
+    return _with_ties_settled(values, k, ordered)
+
+
+def _with_ties_settled(values: Tensor, k: int, ordered: bool) -> Tensor:
+    """`torch.topk`, and a second look at the rows in which a tie matters."""
     top, index = values.topk(k, sorted=ordered)
     redo = torch.count_nonzero(values >= top.amin(-1, keepdim=True), dim=-1) != k  # also where NaN is among the top
     if ordered:
@@ -46,11 +57,35 @@ def stable_topk(values: Tensor, k: int, *, ordered: bool = True) -> Tensor:
     return index
 
 
+def _is_numpy(values: Tensor) -> bool:
+    return (
+        values.device.type == "cpu"
+        and values.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _first_of_sorted(values: Tensor, k: int, ordered: bool) -> Tensor:
     """The definition itself, in numpy, whose sort puts NaN last; for values so few that calls are what counts."""
-    index = np.argsort(-values.detach().to(torch.promote_types(values.dtype, torch.float32)).numpy(), -1, kind="stable")
-    index = index[..., :k]
+    index = np.argsort(-values.detach().numpy(), -1, kind="stable")[..., :k]
     return torch.from_numpy(index if ordered else np.sort(index, -1))
+
+
+def _of_one_row(values: np.ndarray, k: int) -> np.ndarray | None:
+    """Of many values, thinned out first by a guess of the k-th largest: the value at which a sample puts more than k
+    above. What is among the k largest, or equals the k-th, reaches a guess that k values reach; None if they do not.
+    """
+    sample = values[::STRIDE]
+    place = len(sample) - min(len(sample), 2 * k // STRIDE + 16)
+    guess = np.partition(sample, place)[place]
+    few = np.flatnonzero(values >= guess)
+    if len(few) < k or guess == -np.inf:  # NaN counts as -inf, and reaches nothing
+        return None
+    above = np.flatnonzero(values > guess)
+    if len(above) < k:  # the guess is the k-th largest
+        equal = few[values[few] == guess]
+        return np.sort(np.concatenate((above, equal[: k - len(above)])))
+    return few[_with_ties_settled(torch.from_numpy(values[few]), k, False).numpy()]
 
 
 def _lowest_of_ties(values: Tensor, k: int, ordered: bool) -> Tensor:

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..model import ModelConfig, Transformer
 from ..model import attention as attention_module
+from ..model import decode as decode_module
 from ..model.accounting import cache_bytes
-from ..model.cache import Cache
+from ..model.cache import Cache, Step
 from ..model.prefill import chunk_tokens
 from .corpus import load_corpus
 from .data import Stream
@@ -67,13 +68,6 @@ class Stopwatch:
                 delattr(owner, name)
         self._wrapped.clear()
 
-    @contextmanager
-    def lap(self) -> Iterator[dict[tuple[str, str], float]]:
-        """A dict that holds, after the block, what the block took."""
-        before, taken = dict(self.seconds), dict[tuple[str, str], float]()
-        yield taken
-        taken.update({label: total - before.get(label, 0.0) for label, total in self.seconds.items()})
-
     def _timed(self, call: Callable[..., Any], part: str, kind: str | None) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             label = kind or (self._running[-1][0] if self._running else "")
@@ -90,6 +84,33 @@ class Stopwatch:
                 self.seconds[label, part] = self.seconds.get((label, part), 0.0) + elapsed - inside[0]
 
         return timed
+
+
+STEPS = (  # of a decoded token: the owner, its callable, the part
+    (decode_module.BlockStep, "__call__", "norms"),
+    (decode_module.AttentionStep, "__call__", "projections"),
+    (decode_module.CompressorStep, "__call__", "compressor"),
+    (decode_module.IndexerStep, "__call__", "indexer"),
+    (decode_module.MoEStep, "__call__", "experts"),
+    (decode_module, "memory", "Engram"),
+    (decode_module, "hyper_step", "mHC"),
+    (decode_module, "hyper_recombine_step", "mHC"),
+    (decode_module, "attention_step", "attention"),
+    (decode_module, "index_topk_step", "index top-k"),
+)
+
+
+@contextmanager
+def watched_steps(model: Transformer) -> Iterator[Stopwatch]:
+    """A stopwatch on the parts of a decoded token, for as long as the block lasts."""
+    watch = Stopwatch()
+    watch.wrap(model, "forward", "embedding, cache, head", "model")
+    for owner, name, part in STEPS:
+        watch.wrap(owner, name, part, "every layer")
+    try:
+        yield watch
+    finally:
+        watch.unwrap()
 
 
 @contextmanager
@@ -189,15 +210,15 @@ def measure(
     cache = model.new_cache(1, t + decode, rewind=PROBE)
     prefill: list[Piece] = []
     probes: list[Piece] = []
-    with watched(model) as watch, _Bar(t, shown) as bar:
+    with _Bar(t, shown) as bar:
         for first, last in _segments(t, chunk, marks):
-            piece, logits = _read(model, cache, ids[:, first:last], chunk, watch, bar)
+            piece, logits = _read(model, cache, ids[:, first:last], chunk, bar)
             prefill.append(piece)
             if last in marks and last < t:
-                probe, _ = _write(model, cache, logits, min(PROBE, t - last), watch)
+                probe, _ = _write(model, cache, logits, min(PROBE, t - last))
                 probes.append(probe)
                 cache.truncate(last)
-        written, text = _write(model, cache, logits, decode, watch)
+        written, text = _write(model, cache, logits, decode)
     return Result(
         config=name,
         tokens=t,
@@ -309,28 +330,29 @@ def _segments(t: int, chunk: int, marks: Sequence[int]) -> list[tuple[int, int]]
     return list(zip([0, *ends[:-1]], ends))
 
 
-def _read(model, cache: Cache, ids: Tensor, chunk: int, watch: Stopwatch, bar: "_Bar") -> tuple[Piece, Tensor]:
+def _read(model, cache: Cache, ids: Tensor, chunk: int, bar: "_Bar") -> tuple[Piece, Tensor]:
     """Prefills ids [1, t] in chunks."""
     began = time.perf_counter()
-    with watch.lap() as parts:
+    with watched(model) as watch:
         for piece in ids.split(chunk, 1):
             logits = model(piece, cache=cache, logits_to_keep=1).logits
             bar.add(piece.shape[1])
     seconds = time.perf_counter() - began
-    return Piece(int(cache.lengths[0]), ids.shape[1], seconds, _named(parts)), logits
+    return Piece(int(cache.lengths[0]), ids.shape[1], seconds, _named(watch.seconds)), logits
 
 
-def _write(model, cache: Cache, logits: Tensor, count: int, watch: Stopwatch) -> tuple[Piece, list[int]]:
+def _write(model, cache: Cache, logits: Tensor, count: int) -> tuple[Piece, list[int]]:
     """Decodes `count` tokens greedily, each of them through the cache."""
     text = []
+    alone = decode_module.decoder(model, Step([1], [1], 1)) is not None
     began = time.perf_counter()
-    with watch.lap() as parts:
+    with watched_steps(model) if alone else watched(model) as watch:
         for _ in range(count):
             token = logits.argmax(-1)
             text.append(int(token))
             logits = model(token, cache=cache).logits
     seconds = time.perf_counter() - began
-    return Piece(int(cache.lengths[0]), count, seconds, _named(parts)), text
+    return Piece(int(cache.lengths[0]), count, seconds, _named(watch.seconds)), text
 
 
 def _named(parts: dict[tuple[str, str], float]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 def attention_step(q: np.ndarray, parts: list[np.ndarray], sink: np.ndarray, scale: float) -> np.ndarray:
     """One softmax over the keys of all parts [l, c] and the sink [h, 1], K = V; q [h, c] to [h, c]."""
     q = q * scale
-    scores = np.concatenate((sink, *(q.dot(keys.T) for keys in parts)), 1)
+    scores = np.concatenate((sink, *(keys.dot(q.T).T for keys in parts)), 1)
     scores -= scores.max(1, keepdims=True)
     np.exp(scores, scores)
     scores /= scores.sum(1, keepdims=True)

@@ -8,7 +8,7 @@ import torch
 
 from ..topk import stable_topk
 
-TILE = 1 << 14  # entries scored at a time
+HITS = 1 << 19  # products of heads and entries at a time
 
 
 def index_topk_step(q: np.ndarray, weights: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray | None:
@@ -18,7 +18,8 @@ def index_topk_step(q: np.ndarray, weights: np.ndarray, keys: np.ndarray, k: int
     if len(keys) <= k:
         return None
     scores = np.empty(len(keys), q.dtype)
-    for first in range(0, len(keys), TILE):
-        hits = q.dot(keys[first : first + TILE].T)
-        weights.dot(np.maximum(hits, 0, out=hits), scores[first : first + TILE])
+    size = max(1, HITS // len(q))
+    for first in range(0, len(keys), size):
+        hits = keys[first : first + size].dot(q.T)  # in this order the keys are read as they lie
+        np.maximum(hits, 0, out=hits).dot(weights, scores[first : first + size])
     return stable_topk(torch.from_numpy(scores), k, ordered=False).numpy()
