@@ -2,10 +2,10 @@
 
 Each measurement runs in a process of its own, all with the same threads and allocator settings, the sides taking turns.
 "one shot" is one call over the whole sequence, "chunked" feeds transformers 512 tokens at a time through its cache,
-which also carries
-gradients: the best way to use it. A training step is forward, loss and backward; ours is measured with the whole
-    objective
-(language model, balance, indexer), and with the language-model loss alone, which is all that transformers computes.
+which also carries gradients: the best way to use it. A training step is forward, loss and backward; ours is measured
+with the whole objective (language model, balance, indexer), and with the language-model loss alone, which is all that
+transformers computes. Decoding is measured with both models in one process, which take turns every 16 tokens: the
+median token of each, after a context of T.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 CHUNK = 512
+BURSTS, BURST = 12, 16  # turns of each side, tokens of a turn
+CONTEXTS = (1024, 32768)
 # with --keep-memory freed memory is kept instead of given back: about half of the peer's one-shot time is page faults
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 ALL = ("ours", "peer", "chunked")
@@ -90,6 +92,51 @@ def measure(side: str, task: str, t: int, folder: str, threads: int, repeats: in
     print(json.dumps({"seconds": min(times), "gib": (peak - before) / 2**30}))
 
 
+def measure_decode(t: int, folder: str, threads: int) -> None:
+    import torch
+    from transformers import DynamicCache
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    ours, peer = load("ours", folder).eval(), load("peer", folder).eval()
+    ids = torch.randint(0, 512, (1, t + BURSTS * BURST), generator=torch.Generator().manual_seed(t))
+    ours_cache = ours.new_cache(1, ids.shape[1])
+    peer_cache = DynamicCache(config=peer.config)
+    calls = {
+        "ours": lambda x: ours(x, cache=ours_cache, logits_to_keep=1).logits,
+        "peer": lambda x: peer(x, past_key_values=peer_cache, use_cache=True, logits_to_keep=1).logits,
+    }
+    for part in ids[:, :t].split(CHUNK, 1):
+        for call in calls.values():
+            call(part)
+    times: dict[str, list[float]] = {side: [] for side in calls}
+    logits: dict[str, list] = {side: [] for side in calls}
+    for burst in ids[:, t:].split(BURST, 1):
+        for side, call in calls.items():
+            for token in burst.split(1, 1):
+                started = time.perf_counter()
+                logits[side].append(call(token))
+                times[side].append(time.perf_counter() - started)
+    found = {side: {"median_ms": 1e3 * sorted(x)[len(x) // 2], "min_ms": 1e3 * min(x)} for side, x in times.items()}
+    best = [torch.cat(side).argmax(-1) for side in logits.values()]
+    print(json.dumps({**found, "same_argmax": (best[0] == best[1]).float().mean().item()}))
+
+
+def decode_row(t: int, folder: str, threads: int) -> dict:
+    found = child("both", "decode", t, folder, threads, 1)
+    if "error" in found:
+        print(f"decode   T={t:<6d} {found['error']}", flush=True)
+        return {"task": "decode", "T": t, **found}
+    ours, peer = found["ours"], found["peer"]
+    print(
+        f"decode   T={t:<6d} ours {ours['median_ms']:.1f} ms | peer {peer['median_ms']:.1f} ms a token   "
+        f"ours faster: {peer['median_ms'] / ours['median_ms']:.1f} x peer ({peer['min_ms'] / ours['min_ms']:.1f} x by "
+        f"the fastest tokens); same best token at {found['same_argmax']:.0%}",
+        flush=True,
+    )
+    return {"task": "decode", "T": t, **found}
+
+
 def child(side: str, task: str, t: int, folder: str, threads: int, repeats: int) -> dict:
     command = [sys.executable, __file__, "--child", side, task, str(t), folder, str(threads), str(repeats)]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -102,6 +149,7 @@ def child(side: str, task: str, t: int, folder: str, threads: int, repeats: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="T = 2048 and 4096 only")
+    parser.add_argument("--decode", action="store_true", help="decoding only")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, the fastest counts (default 3)")
     parser.add_argument("--keep-memory", action="store_true", help="let the allocator keep freed memory (default: off)")
@@ -115,11 +163,12 @@ def main() -> None:
         rows = []
         for task, sizes in PLAN.items():
             for t, sides in sizes.items():
-                if args.quick and t > 4096:
+                if args.decode or (args.quick and t > 4096):
                     continue
                 found = {side: child(side, task, t, folder, args.threads, args.repeats) for side in sides}
                 rows.append({"task": task, "T": t, **found})
                 print(line(task, t, found), flush=True)
+        rows += [decode_row(t, folder, args.threads) for t in CONTEXTS]
     if args.out:
         args.out.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n")
 
@@ -156,6 +205,9 @@ def provenance(args: argparse.Namespace) -> dict:
 if __name__ == "__main__":
     if "--child" in sys.argv:
         side, task, t, folder, threads, repeats = sys.argv[sys.argv.index("--child") + 1 :]
-        measure(side, task, int(t), folder, int(threads), int(repeats))
+        if task == "decode":
+            measure_decode(int(t), folder, int(threads))
+        else:
+            measure(side, task, int(t), folder, int(threads), int(repeats))
     else:
         main()
