@@ -190,6 +190,7 @@ def cache_bytes(
     bytes_per_value: int = 4,
     *,
     drafts: bool = False,
+    storage: str = "exact",
 ) -> int:
     """Bytes that `model.cache.Cache` reserves: what `cache.nbytes()` says, exactly.
 
@@ -200,13 +201,25 @@ def cache_bytes(
     Args:
         bytes_per_value: of the model's parameters.
         drafts: of the MTP block's cache instead (`Transformer.new_draft_cache`).
+        storage: "released" holds window keys, entries and index keys in the released formats, 584 and 68 bytes at the
+            released sizes, whatever `bytes_per_value` is.
+
+    Raises:
+        ValueError: an unknown storage.
     """
     from .cache import SLACK
+    from .storage import check_storage
+
+    check_storage(storage)
+    entry, index_key = config.head_dim * bytes_per_value, config.index_head_dim * bytes_per_value
+    if storage == "released":
+        entry, index_key = _released_entry(config)
 
     depth = config.num_hidden_layers
     layers = range(depth, depth + config.num_nextn_predict_layers) if drafts else range(depth)
     spare = rewind + SLACK
-    return batch_size * sum(_layer_bytes(config, layer, max_length, spare, bytes_per_value) for layer in layers)
+    row = sum(_layer_bytes(config, layer, max_length, spare, entry, index_key, bytes_per_value) for layer in layers)
+    return batch_size * row
 
 
 def v32(context: int) -> Baseline:
@@ -363,15 +376,17 @@ def _cache(c: ModelConfig, context: int, entry: int, index_key: int) -> Cache:
     return Cache(context, per_token, windows=c.num_hidden_layers * c.sliding_window * entry, state=state)
 
 
-def _layer_bytes(c: ModelConfig, layer: int, max_length: int, spare: int, value: int) -> int:
+def _layer_bytes(
+    c: ModelConfig, layer: int, max_length: int, spare: int, entry: int, index_key: int, value: int
+) -> int:
     """One row's bytes in one layer; `spare` rows of every tail are for rewinding and growth."""
     kind, ratio = c.layer_kind(layer), c.compress_ratio(layer)
-    total = (c.sliding_window - 1 + spare) * c.head_dim * value
+    total = (c.sliding_window - 1 + spare) * entry
     if kind == HEAVY:
-        total += max_length // ratio * c.head_dim * value + (ratio - 1 + spare) * 2 * c.head_dim * 4
+        total += max_length // ratio * entry + (ratio - 1 + spare) * 2 * c.head_dim * 4
     elif kind == SPARSE:
         width = c.head_dim + c.index_head_dim
-        total += max_length // ratio * width * value + (2 * ratio - 1 + spare) * 4 * width * 4
+        total += max_length // ratio * (entry + index_key) + (2 * ratio - 1 + spare) * 4 * width * 4
     if c.engram and layer in c.engram.layers:
         order, taps = c.engram.max_ngram, c.engram.kernel_size
         total += (order - 1 + spare) * 8

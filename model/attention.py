@@ -23,6 +23,7 @@ from .documents import Layout
 from .indexer import Indexer
 from .norm import RMSNorm
 from .rotary import token_rotation
+from .storage import picked, values
 
 
 class IndexSignal(NamedTuple):
@@ -85,9 +86,10 @@ class Attention(nn.Module):
         compressed = self.compressor(x, layout, cache and cache.compressor)
         seen = {"start": entries.start, "end": entries.end}
         if self.kind == "heavily_compressed_attention":
-            return attention(q, kv, compressed, self.attn_sink, **reach, **seen)[0], None
+            return attention(q, kv, values(compressed), self.attn_sink, **reach, **seen)[0], None
         inputs = self.indexer(x, q_latent, turn, layout, cache and cache.indexer)
         picks = index_topk(*inputs, k=self.config.index_topk, **seen)
+        compressed, picks = picked(compressed, picks)
         out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **reach)
         if not learn:
             return out, None

@@ -5,6 +5,9 @@ Per layer: the keys of the last `window` - 1 tokens; the compressed entries and 
 convolution. Everything but the entries is a *tail*: the last few rows of a sequence that grows. Nothing else depends on
 the number of tokens seen.
 
+Storage. Window keys, entries and index keys are held in the model's dtype ("exact"), or in the released number formats
+("released"; `storage`). Everything else is the same: rows are then bytes.
+
 Rewinding. Tails keep `rewind` rows more than the next token needs, entries past the length are simply not seen, so that
 the cache can be cut back by up to `rewind` tokens, exactly.
 
@@ -18,6 +21,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .documents import Entries, Layout
+from .storage import Coded, CodedStep, Format, formats
 
 SLACK = 32  # rows that a tail can grow before it moves to a new buffer
 
@@ -110,9 +115,51 @@ class Store:
             first, last = past // ratio, (past + new) // ratio
             self.rows[b, first:last] = entries[b, : last - first]
 
-    def seen(self, step: Step, ratio: int) -> Tensor:
-        """The entries up to the furthest row's last."""
+    def seen(self, step: Step, ratio: int) -> Any:
+        """The entries up to the furthest row's last, [b, p, d]."""
         return self.rows[:, : max(past + new for past, new in zip(step.past, step.new)) // ratio]
+
+    def put(self, number: int, entry: np.ndarray) -> None:
+        """Writes one entry of a single sequence."""
+        self.rows.numpy()[0, number] = entry
+
+    def first(self, count: int) -> Any:
+        """The first entries of a single sequence, [p, d]."""
+        return self.rows.numpy()[0, :count]
+
+
+class CodedTail(Tail):
+    """A tail of keys in a number format. New ones, too, are read back from their codes."""
+
+    def __init__(self, batch: int, keep: int, rewind: int, format: Format, like: Tensor) -> None:
+        super().__init__(batch, keep, rewind, (format.bytes,), like.new_zeros(0, dtype=torch.uint8))
+        self.format = format
+
+    def extend(self, new: Tensor, step: Step) -> Tensor:
+        return self.format.decode(super().extend(self.format.encode(new), step))
+
+    def push(self, row: np.ndarray, past: int) -> np.ndarray:
+        return self.format.decode_step(super().push(self.format.encode_step(row), past))
+
+
+class CodedStore(Store):
+    """Entries in a number format, handed out as they are: the reader decodes what it needs."""
+
+    def __init__(self, batch: int, capacity: int, format: Format, like: Tensor) -> None:
+        super().__init__(batch, capacity, format.bytes, like.new_zeros(0, dtype=torch.uint8))
+        self.format = format
+
+    def write(self, entries: Tensor, step: Step, ratio: int) -> None:
+        super().write(self.format.encode(entries), step, ratio)
+
+    def seen(self, step: Step, ratio: int) -> Coded:
+        return Coded(super().seen(step, ratio), self.format)
+
+    def put(self, number: int, entry: np.ndarray) -> None:
+        super().put(number, self.format.encode_step(entry))
+
+    def first(self, count: int) -> CodedStep:
+        return CodedStep(super().first(count), self.format)
 
 
 def unfinished_tokens(ratio: int, overlap: bool) -> int:
@@ -124,26 +171,45 @@ class CompressorCache:
     """Of one compressor: (k, z) of the tokens that later entries still need, and the entries."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, width: int, batch: int, max_length: int, rewind: int, like: Tensor
+        self,
+        config: ModelConfig,
+        layer: int,
+        width: int,
+        batch: int,
+        max_length: int,
+        rewind: int,
+        format: Format | None,
+        like: Tensor,
     ) -> None:
         ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == "compressed_sparse_attention"
         self.ratio = ratio
         channels = 2 * (2 if overlap else 1) * width
         exact = like.new_zeros(0, dtype=torch.float32)
         self.tail = Tail(batch, unfinished_tokens(ratio, overlap), rewind, (channels,), exact)
-        self.store = Store(batch, max_length // ratio, width, like)
+        capacity = max_length // ratio
+        self.store = CodedStore(batch, capacity, format, like) if format else Store(batch, capacity, width, like)
 
 
 class LayerCache:
     """Of one layer: window keys, and what its mechanisms need."""
 
-    def __init__(self, config: ModelConfig, layer: int, batch: int, max_length: int, rewind: int, like: Tensor) -> None:
-        self.window = Tail(batch, config.sliding_window - 1, rewind, (config.head_dim,), like)
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        batch: int,
+        max_length: int,
+        rewind: int,
+        storage: tuple[Format | None, Format | None],
+        like: Tensor,
+    ) -> None:
+        keep, c, (entry, key) = config.sliding_window - 1, config.head_dim, storage
+        self.window = CodedTail(batch, keep, rewind, entry, like) if entry else Tail(batch, keep, rewind, (c,), like)
         self.compressor = self.indexer = self.ids = self.conv = None
         if config.compress_ratio(layer):
-            self.compressor = CompressorCache(config, layer, config.head_dim, batch, max_length, rewind, like)
+            self.compressor = CompressorCache(config, layer, c, batch, max_length, rewind, entry, like)
         if config.layer_kind(layer) == "compressed_sparse_attention":
-            self.indexer = CompressorCache(config, layer, config.index_head_dim, batch, max_length, rewind, like)
+            self.indexer = CompressorCache(config, layer, config.index_head_dim, batch, max_length, rewind, key, like)
         memory = config.engram
         if memory and layer in memory.layers:
             self.ids = Tail(batch, memory.max_ngram - 1, rewind, (), like.new_zeros(0, dtype=torch.int64))
@@ -168,7 +234,7 @@ class Cache:
     Rows may have different lengths. After an error or an interruption the cache is as it was before the call.
 
     Raises:
-        ValueError: sizes that are not positive.
+        ValueError: sizes that are not positive, an unknown storage or one that does not fit the configuration.
     """
 
     def __init__(
@@ -179,13 +245,15 @@ class Cache:
         max_length: int,
         *,
         rewind: int = 0,
+        storage: str = "exact",
         like: Tensor,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 1), ("rewind", rewind, 0)):
             if value < least:
                 raise ValueError(f"{name}={value}: allowed are integers from {least}")
-        self.config, self.max_length, self.rewind = config, max_length, rewind
-        self.layers = [LayerCache(config, i, batch_size, max_length, rewind, like) for i in layers]
+        self.config, self.max_length, self.rewind, self.storage = config, max_length, rewind, storage
+        used = formats(storage, config, like.dtype)
+        self.layers = [LayerCache(config, i, batch_size, max_length, rewind, used, like) for i in layers]
         self._lengths = [0] * batch_size
         self._drafts = layers[0] == config.num_hidden_layers
         self._furthest = [0] * batch_size  # longest that each row has ever been: rewinding is measured from there

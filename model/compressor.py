@@ -20,6 +20,7 @@ from .documents import Entries, Layout
 from .exact import exact_linear
 from .norm import RMSNorm
 from .rotary import rotation
+from .storage import Coded
 
 
 class Compressor(nn.Module):
@@ -49,8 +50,8 @@ class Compressor(nn.Module):
         """Where the entries of this call come from, and who sees them."""
         return layout.entries(self.ratio, self.keep)
 
-    def forward(self, x: Tensor, layout: Layout, cache: CompressorCache | None = None) -> Tensor:
-        """The entries of the call; with a cache, all entries so far."""
+    def forward(self, x: Tensor, layout: Layout, cache: CompressorCache | None = None) -> Tensor | Coded:
+        """The entries of the call; with a cache, all entries so far, as it stores them."""
         entries = self.entries(layout)
         k, z = exact_linear(x, self.wkv.weight), exact_linear(x, self.wgate.weight)
         if cache is None:

@@ -32,7 +32,9 @@ from .moe import Experts, Gate, MoE, SharedExpert
 from .mtp import MTP
 from .norm import RMSNorm
 from .rotary import frequencies
+from .storage import CodedStep
 
+EVERY = slice(None)
 MOST = 2  # tokens of a call up to which one after the other is faster than torch with all at once
 PLAIN = (
     *(Attention, Block, Compressor, Engram, HyperConnection, HyperHead, Indexer, Experts, Gate, MoE, SharedExpert, MTP),
@@ -58,23 +60,23 @@ class Turns:
 
 
 class CompressorStep:
-    """`Compressor` for one token: x [d] to all entries so far [p, c]."""
+    """`Compressor` for one token: x [d] to all entries so far [p, c], coded ones as `CodedStep`."""
 
     def __init__(self, module: Compressor) -> None:
         self.config, self.layer, self.ratio, self.overlap = module.config, module.layer, module.ratio, module.overlap
         self.wkv, self.wgate, self.ape = map(view, (module.wkv.weight, module.wgate.weight, module.ape))
         self.norm, self.eps = view(module.norm.weight), module.norm.eps
 
-    def __call__(self, x: np.ndarray, turns: Turns, cache: CompressorCache) -> np.ndarray:
+    def __call__(self, x: np.ndarray, turns: Turns, cache: CompressorCache) -> Any:
         rows = cache.tail.push(np.concatenate((self.wkv.dot(x), self.wgate.dot(x))), turns.position)
-        entries, seen = cache.store.rows.numpy()[0], (turns.position + 1) // self.ratio
+        seen = (turns.position + 1) // self.ratio
         if (turns.position + 1) % self.ratio == 0:
             half = rows.shape[1] // 2
             entry = pool_step(rows[:, :half], rows[:, half:], self.ape, self.overlap)
             entry = rms_norm_step(entry, self.norm, self.eps)
             rope_step(entry, turns.of(self.layer, (seen - 1) * self.ratio))
-            entries[seen - 1] = entry
-        return entries[:seen]
+            cache.store.put(seen - 1, entry)
+        return cache.store.first(seen)
 
 
 class IndexerStep:
@@ -91,6 +93,8 @@ class IndexerStep:
             return None
         q = self.wq_b.dot(q_latent).reshape(self.shape)
         rope_step(q, turns.of(self.compressor.layer))
+        if isinstance(keys, CodedStep):
+            q = keys.format.rotate_step(q)
         weights = self.weights_proj.dot(x)
         weights *= (self.shape[0] * self.shape[1]) ** -0.5
         return index_topk_step(q, weights, keys, self.picks)
@@ -119,11 +123,10 @@ class AttentionStep:
         rope_step(kv, turn)
         keys = [cache.window.push(kv, turns.position)]
         if self.compressor is not None and cache.compressor is not None:
-            entries = self.compressor(x, turns, cache.compressor)
+            entries, picks = self.compressor(x, turns, cache.compressor), None
             if self.indexer is not None and cache.indexer is not None:
                 picks = self.indexer(x, q_latent, turns, cache.indexer)
-                entries = entries if picks is None else entries[picks]
-            keys.append(entries)
+            keys.append(entries[EVERY if picks is None else picks])
         out = attention_step(q, keys, self.sink, self.shape[1] ** -0.5)
         rope_step(out, turn.conj())
         return self._project(out)

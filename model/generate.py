@@ -18,6 +18,7 @@ from .cache import Cache
 from .prefill import prefill
 from .sampling import Draws, Sampling, pick
 from .speculative import Speculation, speculate
+from .storage import check_storage
 from .transformer import Transformer
 
 Stops = list[list[int]]
@@ -98,6 +99,7 @@ def generate(
     stream: bool = False,
     speculative: bool = False,
     chunk: int | None = None,
+    storage: str = "exact",
 ) -> Generation | list[Any]:
     """The tokens that follow the prompt: a list, or if `stream` an iterator with `stats`; for a batch a list of lists.
 
@@ -112,15 +114,18 @@ def generate(
         speculative: guess a token ahead with the MTP module, one row only. The same distribution, at temperature 0 the
             same tokens, from fewer passes; other draws for a seed.
         chunk: prompt tokens per pass; None = from a memory budget (see `prefill`).
+        storage: of the cache, "exact" or "released" (see `Transformer.new_cache`).
 
     Raises:
         ValueError: an empty prompt, a prompt that with the new tokens is longer than `max_position_embeddings`, a
-            sampling setting out of range, speculation for a batch or without an MTP module; it names the argument.
+            sampling setting or a storage that is not allowed, speculation for a batch or without an MTP module; the
+            argument is named.
         IndexError: a token id outside the vocabulary.
         TypeError: ids that are not integers.
     """
     rows, batched = _rows(model, prompt)
     sampling = Sampling(temperature, top_k, top_p, min_p)
+    check_storage(storage)
     stops = _stops(model, stop)
     _check_sizes(model, rows, max_new_tokens, chunk)
     if speculative:
@@ -129,12 +134,12 @@ def generate(
     steps: Iterator[tuple[int | None, ...]] = iter(())
     if max_new_tokens:
         room = max(map(len, rows)) + max_new_tokens
-        caches = [model.new_cache(len(rows), room, rewind=int(speculative))]
+        caches = [model.new_cache(len(rows), room, rewind=int(speculative), storage=storage)]
         draws = Draws(seed, len(rows))
         if stats.speculation is None:
             steps = _decode(model, rows, caches[0], sampling, draws, max_new_tokens, stops, chunk)
         else:
-            caches.append(model.new_draft_cache(1, room))
+            caches.append(model.new_draft_cache(1, room, storage=storage))
             tokens = speculate(
                 model, rows[0][None], (caches[0], caches[1]), sampling, draws, max_new_tokens, stats.speculation, chunk
             )

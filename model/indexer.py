@@ -4,8 +4,8 @@
     I_{t,s} = sum_h w_{t,h} ReLU(<q^I_{t,h}, k^I_s>)
 
 It has its own compressor. Its inputs are detached: the language-model loss does not reach it, it learns from
-`index_loss` alone (V3.2; spec C.4). The release's Hadamard rotation serves its FP4 quantisation only and cancels
-without it.
+`index_loss` alone (V3.2; spec C.4). The Hadamard rotation serves the FP4 keys of a cache with released storage; without
+them it cancels and is left out.
 
 b batch · t tokens · h index heads · d index head dim · p entries
 """
@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..kernels import rope
+from ..kernels import hadamard, rope
 from .cache import CompressorCache
 from .compressor import Compressor
 from .config import ModelConfig
 from .documents import Layout
+from .storage import Coded
 
 
 class IndexInputs(NamedTuple):
@@ -50,4 +51,7 @@ class Indexer(nn.Module):
         x, q_latent = x.detach(), q_latent.detach()
         q = rope(self.wq_b(q_latent).unflatten(-1, (self.heads, self.head_dim)), turn)
         weights = self.weights_proj(x).float() * (self.head_dim * self.heads) ** -0.5
-        return IndexInputs(q, weights, self.compressor(x, layout, cache))
+        keys = self.compressor(x, layout, cache)
+        if isinstance(keys, Coded):
+            q, keys = hadamard(q), keys.values()
+        return IndexInputs(q, weights, keys)

@@ -111,29 +111,37 @@ class Transformer(nn.Module):
             out.metrics["spread"] = torch.stack(spreads)
         return out
 
-    def new_cache(self, batch_size: int, max_length: int, *, rewind: int = 0) -> Cache:
+    def new_cache(self, batch_size: int, max_length: int, *, rewind: int = 0, storage: str = "exact") -> Cache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens that can be cut back by up to `rewind`
         of them.
 
+        Args:
+            storage: "exact" holds what the model computes, in its dtype. "released" rounds as the release does: window
+                keys and compressed entries to E4M3 in groups of 64, their rotary channels to bfloat16, and index keys,
+                Hadamard-rotated, to E2M1 in groups of 32. Open compression windows and Engram's state stay exact.
+
         Raises:
-            ValueError: a size that is not positive, or `max_length` above `max_position_embeddings`.
+            ValueError: a size that is not positive, `max_length` above `max_position_embeddings`, an unknown storage,
+                or "released" where index_head_dim is no power of two.
         """
         longest = self.config.max_position_embeddings
         if max_length > longest:
             raise ValueError(f"max_length={max_length}: the configuration allows max_position_embeddings={longest}")
-        layers = range(self.config.num_hidden_layers)
-        return Cache(self.config, layers, batch_size, max_length, rewind=rewind, like=self.embed.weight.detach())
+        return self._cache(range(self.config.num_hidden_layers), batch_size, max_length, rewind, storage)
 
-    def new_draft_cache(self, batch_size: int, max_length: int, *, rewind: int = 0) -> Cache:
-        """An empty cache of the MTP block, for `draft`.
+    def new_draft_cache(self, batch_size: int, max_length: int, *, rewind: int = 0, storage: str = "exact") -> Cache:
+        """An empty cache of the MTP block, for `draft`; storage as of `new_cache`.
 
         Raises:
-            ValueError: the model has no MTP module, or a size that is not positive.
+            ValueError: the model has no MTP module, a size that is not positive, or a storage that is not allowed.
         """
         if not self.mtp:
             raise ValueError("num_nextn_predict_layers=0: this model has no MTP module to draft with")
-        layers = [self.config.num_hidden_layers]
-        return Cache(self.config, layers, batch_size, max_length, rewind=rewind, like=self.embed.weight.detach())
+        return self._cache([self.config.num_hidden_layers], batch_size, max_length, rewind, storage)
+
+    def _cache(self, layers: Sequence[int], batch_size: int, max_length: int, rewind: int, storage: str) -> Cache:
+        like = self.embed.weight.detach()
+        return Cache(self.config, layers, batch_size, max_length, rewind=rewind, storage=storage, like=like)
 
     @torch.no_grad()
     def draft(

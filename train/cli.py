@@ -153,6 +153,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--top-p", float, 0.95, "keep the likeliest tokens up to this probability; 1 = all")
     _flag(parser, "--top-k", int, 0, "keep that many likeliest tokens; 0 = all")
     _flag(parser, "--seed", int, 0, "of the sampling")
+    _flag(parser, "--storage", str, "exact", "of the cache: exact, or released = FP8 entries and FP4 index keys")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -172,6 +173,7 @@ def _generate(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        storage=options.storage,
         stream=True,
     )
     print(options.prompt, end="", flush=True)
