@@ -252,6 +252,7 @@ class Cache:
             if value < least:
                 raise ValueError(f"{name}={value}: allowed are integers from {least}")
         self.config, self.max_length, self.rewind, self.storage = config, max_length, rewind, storage
+        self.dtype = like.dtype
         used = formats(storage, config, like.dtype)
         self.layers = [LayerCache(config, i, batch_size, max_length, rewind, used, like) for i in layers]
         self._lengths = [0] * batch_size

@@ -171,7 +171,7 @@ class Transformer(nn.Module):
             if value is not None:
                 raise ValueError(f"{name} cannot be given together with a cache")
         step = cache.begin(self.config, ids, lengths)
-        few = decoder(self, step)
+        few = decoder(self, step) if cache.dtype == torch.float32 else None
         if few is not None:
             with cache.appending(step):
                 hidden, streams = few(ids[0].tolist(), step.past[0], cache.layers)
