@@ -7,6 +7,7 @@ import logging
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "reference", "triton")
@@ -16,43 +17,52 @@ log = logging.getLogger("abyssal.kernels")
 def implementation(op: str, backend: str | None, tensor: Tensor) -> ModuleType:
     """The module that computes `op`: `kernels/<op>/reference.py` or `kernels/<op>/triton.py`.
 
-    `auto` takes Triton for CUDA tensors where the op has a Triton twin, the reference otherwise, and logs its choice
-    once. `None` reads the environment variable `ABYSSAL_BACKEND` (default `auto`).
+    `auto` takes Triton for CUDA tensors where the op has a Triton twin, the reference otherwise, also for float64,
+    which Triton does not compute; it logs its choice once. `None` reads the environment variable `ABYSSAL_BACKEND`
+    (default `auto`).
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
         RuntimeError: `triton` was asked for by name and cannot run here.
     """
     backend = backend or os.environ.get("ABYSSAL_BACKEND", "auto")
+    return getattr(_Found, _find(op, backend, tensor.device.type, tensor.dtype == torch.float64))
+
+
+class _Found:
+    """The modules in use, as attributes: compiled code can look them up, but not import them."""
+
+
+def _find(op: str, backend: str, device: str, is_double: bool) -> str:
+    chosen = _choose(op, backend, device, is_double)
+    name = f"{op}_{chosen}"
+    if not hasattr(_Found, name):
+        setattr(_Found, name, importlib.import_module(f".{op}.{chosen}", __package__))
+    return name
+
+
+# torch.compiler.assume_constant_result does just this, but its first use imports torch._dynamo and triton: two seconds
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _choose(op: str, backend: str, device: str, is_double: bool) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return _load(op, "reference")
-    runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "triton":
         if not _has_triton(op):
             raise RuntimeError(f"backend='triton': {op} has no Triton kernel; use 'reference' or 'auto'")
-        if not runs:
-            raise RuntimeError(f"backend='triton': {op} got a {tensor.device.type} tensor; Triton needs a CUDA device")
-        return _load(op, "triton")
-    chosen = "triton" if tensor.is_cuda and _has_triton(op) else "reference"
-    _announce(op, chosen, tensor.device.type)
-    return _load(op, chosen)
-
-
-@functools.cache
-def _load(op: str, name: str) -> ModuleType:
-    return importlib.import_module(f".{op}.{name}", __package__)
-
-
-@functools.cache
-def _has_triton(op: str) -> bool:
-    return (
-        importlib.util.find_spec(f"{__package__}.{op}.triton") is not None
-        and importlib.util.find_spec("triton") is not None
-    )
-
-
-@functools.cache
-def _announce(op: str, chosen: str, device: str) -> None:
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(f"backend='triton': {op} got a {device} tensor; Triton needs a CUDA device")
+        if is_double:
+            raise RuntimeError(f"backend='triton': {op} got a float64 tensor; use 'reference' or 'auto'")
+    if backend != "auto":
+        return backend
+    chosen = "triton" if device == "cuda" and not is_double and _has_triton(op) else "reference"
     log.info("%s: %s on %s", op, chosen, device)
+    return chosen
+
+
+def _has_triton(op: str) -> bool:
+    names = f"{__package__}.{op}.triton", "triton"
+    return all(importlib.util.find_spec(name) is not None for name in names)

@@ -87,7 +87,7 @@ class KeyFormat:
         self.dtype = dtype
         self.codes, self.scales = slice(0, width // 2), slice(width // 2, None)
         self.bytes = width // 2 + -(-width // KEY_GROUP)
-        self.matrix = hadamard(torch.eye(width)).numpy()
+        self.matrix = hadamard(torch.eye(width, device="cpu")).numpy()
 
     def rotate(self, x: Tensor) -> Tensor:
         return hadamard(x)

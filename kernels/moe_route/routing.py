@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -22,8 +23,9 @@ class Permutation(NamedTuple):
 
 
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
-    """Raise IndexError unless the ids lie in `0..limit-1`; not on CUDA, where looking would wait for the device."""
-    if ids.is_cuda or not ids.numel():
+    """Raise IndexError unless the ids lie in `0..limit-1`; not on CUDA, where looking would wait for the device,
+    nor in compiled code."""
+    if ids.is_cuda or not ids.numel() or torch.compiler.is_compiling():
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= limit:

@@ -1,0 +1,29 @@
+"""What every Triton launch needs to know: the architecture it compiles for, and the device its tensors live on."""
+
+import torch
+import triton
+from torch import Tensor
+
+
+def architecture() -> str:
+    """The family that the current device belongs to, of those that kernels keep a table of blocks for.
+
+    `sm_80` (A100), `sm_86` (consumer cards from Ampere on: 99 KiB of shared memory), `sm_90` (Hopper: wgmma, TMA),
+    `sm_100` (Blackwell: tensor memory), `hip` (AMD CDNA). The interpreter goes by the first.
+    """
+    if triton.knobs.runtime.interpret:
+        return "sm_80"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "hip"
+    return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_86")
+
+
+def on_device(x: Tensor) -> torch.cuda.device_of:
+    """A context in which kernels run on the device of `x`; nothing changes for a CPU tensor."""
+    return torch.cuda.device_of(x)
+
+
+def next_power(n: int, least: int = 1) -> int:
+    """The power of two that `n` fits in, as Triton's blocks need."""
+    return max(triton.next_power_of_2(n), least)

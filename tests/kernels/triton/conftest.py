@@ -1,0 +1,46 @@
+"""Kernels run on the GPU where there is one; else in the interpreter, with blocks so small that all loops go round."""
+
+import importlib.util
+
+import interp_shim
+import numpy as np
+import pytest
+import torch
+
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    """Triton by name, and memory that no kernel has written is NaN, or an absurd id."""
+    interp_shim.install()
+    monkeypatch.setenv("ABYSSAL_BACKEND", "triton")
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *shape, **options):
+        out = new_empty(self, *shape, **options)
+        return out.fill_(float("nan") if out.is_floating_point() else 10**6)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
+        yield
+
+
+@pytest.fixture
+def small_blocks(device, monkeypatch):
+    """Blocks so small that a few tokens need several, in the interpreter; the shipped ones on a GPU."""
+    from abyssal.kernels.moe_experts import tiles, triton_launch
+
+    def use(rows=16, columns=16, inner=32, tma=False):
+        block = tiles.Blocks(columns, inner, 4, 2)
+        table = tiles.Tiles(rows, block, block, block, block, tma=tma, group=3)
+        monkeypatch.setattr(triton_launch, "tiles_for", lambda w2: table)
+
+    if device == "cpu":
+        use()
+    return use
