@@ -1,0 +1,601 @@
+"""Decoding in numpy: the same logits as the whole sequence at once, taken where it applies, never with old weights.
+
+The oracle is the model's forward pass without a cache, or the same calls with the numpy path turned off.
+"""
+
+import contextlib
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from lively import draw_ids, lively
+from torch import nn
+
+from abyssal.model import decode
+from abyssal.model.cache import Step
+from abyssal.model.moe import Gate
+from abyssal.model.norm import RMSNorm
+
+TOLERANCE = 1e-5  # of logits, absolute, float32
+ENGRAM = {"layers": [1, 3], "head_dim": 8, "vocab_size": 500, "heads": 2, "pad_token_id": 258}
+SMALL = {"num_hidden_layers": 3, "compress_ratios": [0, 4, 16]}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The number of tokens of every call that goes through numpy."""
+    calls, original = [], decode.Decoder.__call__
+
+    def spy(self, tokens, past, caches):
+        calls.append(len(tokens))
+        return original(self, tokens, past, caches)
+
+    monkeypatch.setattr(decode.Decoder, "__call__", spy)
+    return calls
+
+
+def make(**changes):
+    """Nano without Engram; few picks, so that the indexer chooses early; memory that matters, if asked for."""
+    model = lively(**{"engram": None, "index_topk": 4, **changes})
+    for name, parameter in model.named_parameters():
+        if ".table." in name:
+            parameter.mul_(20)
+    return model
+
+
+@pytest.fixture
+def small():
+    """A layer of each kind, changed at will by its test."""
+    return make(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def remembering():
+    return make(engram=ENGRAM)
+
+
+def feed(model, cache, ids, sizes=()):
+    """Logits of ids [1, t] in pieces of the given sizes, then of one token."""
+    pieces, at = [], 0
+    for size in [*sizes, *[1] * ids.shape[1]]:
+        if at < ids.shape[1]:
+            pieces.append(model(ids[:, at : at + size], cache=cache).logits)
+            at += size
+    return torch.cat(pieces, 1)
+
+
+@contextlib.contextmanager
+def in_torch():
+    """The numpy path is off."""
+    most, decode.MOST = decode.MOST, 0
+    yield
+    decode.MOST = most
+
+
+def assert_close(got, want, what="logits"):
+    assert got.shape == want.shape and got.dtype == want.dtype, what
+    error = (got - want).abs().max().item()
+    assert error < TOLERANCE, f"{what} differ by {error:.1e}"
+
+
+# the same logits
+
+KINDS = {
+    "sliding": {"num_hidden_layers": 2, "compress_ratios": [0, 0]},
+    "csa": {"num_hidden_layers": 2, "compress_ratios": [4, 4]},
+    "hca": {"num_hidden_layers": 2, "compress_ratios": [16, 16]},
+    "ratio of one token": {"num_hidden_layers": 2, "compress_ratios": [4, 1]},
+    "all": {},
+    "one head and group": {**SMALL, "num_attention_heads": 1, "o_groups": 1},
+    "one index head": {"index_n_heads": 1},
+    "two index heads": {"index_n_heads": 2},
+    "16 index heads": {"index_n_heads": 16},
+    "one pick": {"index_topk": 1},
+    "as many picks as entries": {"index_topk": 99},
+    "hash routing": {"num_hash_layers": 5},
+    "score routing": {"num_hash_layers": 0},
+    "one expert": {"num_experts_per_tok": 1},
+    "two shared experts": {**SMALL, "n_shared_experts": 2},
+    "no yarn": {"rope_scaling": None},
+    "limit reached": {"swiglu_limit": 0.02},
+    "engram": {"engram": ENGRAM},
+    "engram without convolution": {"engram": {**ENGRAM, "kernel_size": 0}},
+    "no mtp": {"num_nextn_predict_layers": 0},
+    "one stream": {"hc_mult": 1},
+    "two streams": {"hc_mult": 2, "hc_eps": 1e-3},
+    "one sinkhorn round": {"hc_sinkhorn_iters": 1},
+    "large eps": {**SMALL, "rms_norm_eps": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_by_token(kind, taken):
+    """66 tokens: window 16, m 4 (2m 8) and 16 with their neighbours; every tail has moved to a new buffer."""
+    model, ids = make(**KINDS[kind]), draw_ids(1, 66)
+    cache = model.new_cache(1, 66)
+    tails = [(tail, tail.rows) for layer in cache.layers for tail in layer.tails()]
+    assert_close(feed(model, cache, ids), model(ids).logits)
+    assert taken == [1] * 66
+    assert all(tail.rows is not first for tail, first in tails)
+
+
+def test_the_released_window_and_ratios(taken):
+    model, ids = make(num_hidden_layers=3, compress_ratios=[0, 4, 128], sliding_window=128), draw_ids(1, 262)
+    assert_close(feed(model, model.new_cache(1, 262), ids), model(ids).logits)
+    assert taken == [1] * 262
+
+
+def test_one_or_two_tokens_go_through_numpy_and_more_do_not(nano, taken):
+    ids, sizes = draw_ids(1, 60), [2, 1, 3, 2, 2, 9, 1, 4, 2, 10, 2, 1, 1, 3, 2, 2, 2, 5]
+    assert_close(feed(nano, nano.new_cache(1, 60), ids, sizes), nano(ids).logits)
+    assert taken == [n for n in sizes if n <= 2] + [1] * 6
+
+
+@pytest.mark.parametrize("first", [1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("name", ["nano", "remembering"])
+def test_torch_and_numpy_continue_each_other(request, name, first, taken):
+    """A prompt in torch, tokens in numpy, more text, tokens."""
+    model, ids = request.getfixturevalue(name), draw_ids(1, 100, seed=first)
+    with_torch = [first, 1, 2, 1, 1, 1, 9, 1, 1, 2, 3]
+    assert_close(feed(model, model.new_cache(1, 100), ids, with_torch), model(ids).logits)
+    assert len(taken) > 10
+
+
+@pytest.mark.parametrize("name", ["nano", "remembering"])
+def test_hidden_states_streams_and_cache_are_those_of_torch(request, name, taken):
+    model, ids = request.getfixturevalue(name), draw_ids(1, 40)
+    ours, theirs = model.new_cache(1, 40), model.new_cache(1, 40)
+    for at in range(0, 40, 2):
+        with torch.enable_grad():
+            got = model(ids[:, at : at + 2], cache=ours)
+        with in_torch():
+            want = model(ids[:, at : at + 2], cache=theirs)
+        assert_close(got.hidden, want.hidden, "hidden states")
+        assert_close(got.streams, want.streams, "streams")
+        assert not got.logits.requires_grad and not got.streams.requires_grad
+    assert len(taken) == 20
+    assert ours.lengths.tolist() == [40] and ours._furthest == [40]
+    for mine, other in zip(ours.layers, theirs.layers):
+        for (a, _), (b, _) in zip(mine.tensors(), other.tensors()):
+            assert_close(needed(a), needed(b), type(a).__name__)
+
+
+def needed(holder):
+    """The rows that later tokens read."""
+    end, keep = getattr(holder, "end", None), getattr(holder, "keep", 0)
+    return holder.rows[:, (end or 0) - keep : end]
+
+
+def test_results_do_not_change_later(nano):
+    cache = nano.new_cache(1, 9)
+    first = nano(draw_ids(1, 1), cache=cache)
+    hidden, streams = first.hidden.clone(), first.streams.clone()
+    feed(nano, cache, draw_ids(1, 8, seed=1))
+    assert torch.equal(first.hidden, hidden) and torch.equal(first.streams, streams)
+
+
+def test_logits_to_keep(nano):
+    ids, cache = draw_ids(1, 12), nano.new_cache(1, 12)
+    full = nano(ids).logits
+    feed(nano, cache, ids[:, :8])
+    out = nano(ids[:, 8:10], cache=cache, logits_to_keep=1)
+    assert_close(out.logits, full[:, 9:10])
+    assert out.streams.shape[1] == 2
+    assert_close(nano(ids[:, 10:], cache=cache, logits_to_keep=2).logits, full[:, 10:])
+
+
+# what else happens to a cache
+
+
+@pytest.mark.parametrize("name", ["nano", "remembering"])
+@pytest.mark.parametrize("length", [17, 33, 50])
+def test_other_tokens_after_a_rewind(request, name, length, taken):
+    model, ids, other = request.getfixturevalue(name), draw_ids(1, 80), draw_ids(1, 80, seed=1)
+    filled = model.new_cache(1, 80, rewind=9)
+    feed(model, filled, ids[:, :length], [length - 5])
+    for back in (1, 2, 5, 9):
+        cache = filled.fork(1)
+        cache.truncate(length - back)
+        changed = torch.cat([ids[:, : length - back], other[:, :14]], 1)
+        assert_close(feed(model, cache, changed[:, length - back :]), model(changed).logits[:, length - back :])
+    assert len(taken) > 50
+
+
+def test_a_row_taken_out_of_a_batch(remembering, taken):
+    """Prompts of different length; the shorter row goes on alone, in numpy, and leaves its origin as it was."""
+    ids, more = draw_ids(2, 70), draw_ids(1, 20, seed=1)
+    cache = remembering.new_cache(2, 90)
+    remembering(ids, cache=cache, lengths=[70, 37])
+    alone = cache.fork(1)
+    alone.reorder([1])
+    whole = torch.cat([ids[1:, :37], more], 1)
+    assert_close(feed(remembering, alone, more), remembering(whole).logits[:, 37:])
+    assert taken == [1] * 20
+    assert cache.lengths.tolist() == [70, 37]
+    both = remembering(more[:, :1].expand(2, 1), cache=cache).logits
+    assert_close(both[1:], remembering(whole).logits[:, 37:38])
+
+
+def test_a_cache_is_filled_to_its_last_token_and_no_further(nano, taken):
+    ids, cache = draw_ids(1, 21), nano.new_cache(1, 20)
+    assert_close(feed(nano, cache, ids[:, :19]), nano(ids[:, :19]).logits)
+    before = state(cache)
+    with pytest.raises(ValueError, match="row 0 would have 21 tokens: the cache holds max_length=20"):
+        nano(ids[:, 19:], cache=cache)
+    assert state(cache) == before and len(taken) == 19
+    assert_close(nano(ids[:, 19:20], cache=cache).logits, nano(ids[:, :20]).logits[:, 19:])
+    with pytest.raises(ValueError, match="21 tokens"):
+        nano(ids[:, 20:], cache=cache)
+
+
+def state(cache):
+    """Lengths, and where every holder's rows lie and end."""
+    holders = [
+        (rows.data_ptr(), getattr(holder, "end", 0)) for layer in cache.layers for holder, rows in layer.tensors()
+    ]
+    return cache.lengths.tolist(), cache._furthest, holders
+
+
+CALLS = {
+    "hyper_step": 13,
+    "head_norm_step": 7,
+    "pool_step": 3,
+    "index_topk_step": 3,
+    "attention_step": 8,
+    "moe_route_step": 9,
+    "memory": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(remembering):
+    """A text token by token: its logits, and the cache where two tokens complete an entry of 4; at 30 and 46 also one
+    of 16; at 38 and 46 tails move to new buffers.
+    """
+    ids, cache, logits, stops = draw_ids(1, 80), remembering.new_cache(1, 80), [], {}
+    for at in range(80):
+        if at in (22, 30, 38, 46, 78):
+            stops[at] = cache.fork(1)
+        logits.append(remembering(ids[:, at : at + 1], cache=cache).logits)
+    return ids, torch.cat(logits, 1), stops
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("step", CALLS)
+def test_an_interrupted_call_leaves_no_trace(remembering, undisturbed, step, error, monkeypatch):
+    """In the second token of two."""
+    ids, logits, stops = undisturbed
+    for at, stop in stops.items():
+        cache = stop.fork(1)
+        before = state(cache)
+        with monkeypatch.context() as patch, pytest.raises(error, match="stopped"):
+            patch.setattr(decode, step, stopping(getattr(decode, step), CALLS[step], error))
+            remembering(draw_ids(1, 2, seed=1), cache=cache)
+        assert state(cache) == before
+        assert torch.equal(feed(remembering, cache, ids[:, at : at + 2]), logits[:, at : at + 2])
+
+
+def stopping(original, calls, error):
+    """The function, which raises after a number of calls."""
+    left = iter(range(calls))
+
+    def stop(*arguments):
+        if next(left, None) is None:
+            raise error("stopped")
+        return original(*arguments)
+
+    return stop
+
+
+# models that are not plain
+
+
+class Louder(RMSNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another, as quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        args = [x.inner if isinstance(x, Wrapped) else x for x in args]
+        out = op(*args, **(kwargs or {}))
+        return Wrapped(out) if op is torch.ops.aten.detach.default else out
+
+
+def twice(*arguments):
+    return 2 * arguments[-1]
+
+
+def hook(model, stack):
+    stack.callback(model.layers[1].attn.indexer.compressor.wkv.register_forward_hook(twice).remove)
+
+
+def pre_hook(model, stack):
+    stack.callback(model.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,)).remove)
+
+
+def global_hook(model, stack):
+    change = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: 2 * out if isinstance(module, RMSNorm) else None
+    )
+    stack.callback(change.remove)
+
+
+def global_pre_hook(model, stack):
+    change = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, x: (x[0] + 1,) if isinstance(module, RMSNorm) else None
+    )
+    stack.callback(change.remove)
+
+
+def subclass(model, stack):
+    model.layers[2].attn.kv_norm = Louder(model.config.head_dim, 1e-6)
+
+
+def patched_instance(model, stack):
+    module = model.layers[0].ffn.shared_experts
+    original = module.forward
+    module.forward = lambda x: 2 * original(x)
+
+
+def patched_class(model, stack):
+    original = Gate.forward
+    stack.callback(setattr, Gate, "forward", original)
+    Gate.forward = lambda self, x, ids: original(self, 2 * x, ids)
+
+
+def patched_linear(model, stack):
+    original = nn.Linear.forward
+    stack.callback(setattr, nn.Linear, "forward", original)
+    nn.Linear.forward = lambda self, x: 1.5 * original(self, x)
+
+
+def other_linear(model, stack):
+    old = model.layers[1].attn.wq_a
+    model.layers[1].attn.wq_a = nn.Linear(old.in_features, old.out_features)
+
+
+def added_bias(model, stack):
+    model.layers[0].attn.wo_b.bias = nn.Parameter(torch.ones(model.config.hidden_size))
+
+
+def wrapped_weight(model, stack):
+    linear = model.layers[0].attn.wq_b
+    linear.weight = nn.Parameter(Wrapped(linear.weight.detach().clone()))
+
+
+def float64(model, stack):
+    model.double()
+
+
+def one_float64(model, stack):
+    model.layers[0].attn.attn_sink.data = model.layers[0].attn.attn_sink.double()
+
+
+NOT_PLAIN = (hook, pre_hook, global_hook, global_pre_hook, subclass, patched_instance, patched_class, patched_linear)
+NOT_PLAIN += (other_linear, added_bias, wrapped_weight, float64, one_float64)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("change", NOT_PLAIN)
+def test_what_is_not_plain_runs_in_torch(small, change, used_before, taken):
+    ids = draw_ids(1, 24)
+    if used_before:
+        feed(small, small.new_cache(1, 24), ids)
+        taken.clear()
+    with contextlib.ExitStack() as stack:
+        change(small, stack)
+        assert_close(feed(small, small.new_cache(1, 24), ids), small(ids).logits)
+    assert not taken
+
+
+def test_a_hook_anywhere_is_seen_and_its_end_too(remembering):
+    """A hook that changes nothing but could."""
+    step = Step([5], [1], 1)
+    for module in list(remembering.modules())[1:]:
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = register(lambda *_: None)
+            assert decode.decoder(remembering, step) is None
+            handle.remove()
+            assert decode.decoder(remembering, step) is not None
+        module.forward = module.forward
+        assert decode.decoder(remembering, step) is None
+        del module.forward
+    assert decode.decoder(remembering, step) is not None
+
+
+def test_hooks_of_the_whole_model_are_called_around_numpy(small, taken):
+    """They belong to the call, not to its inside."""
+    seen, cache = [], small.new_cache(1, 5)
+    handle = small.register_forward_hook(lambda _, __, out: seen.append(out))
+    out = small(draw_ids(1, 1), cache=cache)
+    handle.remove()
+    assert seen == [out] and taken == [1]
+
+
+def test_bfloat16_runs_in_torch(small, taken):
+    ids = draw_ids(1, 24)
+    model = small.bfloat16()
+    got = feed(model, model.new_cache(1, 24), ids)
+    with in_torch():
+        assert torch.equal(feed(model, model.new_cache(1, 24), ids), got)
+    assert not taken and (got - model(ids).logits).abs().max() < 0.1 * got.abs().max()
+
+
+def test_a_cache_of_another_dtype_runs_in_torch(small, taken):
+    """A model that was cast between its calls."""
+    ids = draw_ids(1, 24)
+    cache = small.bfloat16().new_cache(1, 24)
+    small(ids[:, :20], cache=cache)
+    got = feed(small.float(), cache, ids[:, 20:])
+    assert not taken and (got - small(ids).logits[:, 20:]).abs().max() < 0.1 * got.abs().max()
+
+
+def test_autocast_runs_in_torch(small, taken):
+    ids = draw_ids(1, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = feed(small, small.new_cache(1, 24), ids)
+    assert not taken
+    with in_torch(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(feed(small, small.new_cache(1, 24), ids), got)
+
+
+def test_compiling_runs_in_torch(small, monkeypatch):
+    assert decode.decoder(small, Step([5], [1], 1)) is not None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert decode.decoder(small, Step([5], [1], 1)) is None
+
+
+def test_batches_and_padding_run_in_torch(nano, taken):
+    ids, cache = draw_ids(2, 20), nano.new_cache(2, 20)
+    full = nano(ids).logits
+    assert_close(torch.cat([nano(ids[:, t : t + 1], cache=cache).logits for t in range(20)], 1), full)
+    cache = nano.new_cache(1, 20)
+    for t in range(20):
+        logits = nano(ids[:1, t : t + 1].expand(1, 2), cache=cache, lengths=[1]).logits
+        assert_close(logits[:, :1], full[:1, t : t + 1])
+        nano(ids[:1, :1], cache=cache, lengths=[0])
+    assert not taken and cache.lengths.tolist() == [20]
+    cache.truncate(20)
+    cache = nano.new_cache(1, 20)
+    assert_close(nano(ids[:1, :2], cache=cache, lengths=[2]).logits, full[:1, :2])
+    assert taken == [2]
+
+
+# weights that change
+
+
+def optimizer_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with torch.enable_grad():
+        model(draw_ids(2, 20), targets=draw_ids(2, 20, seed=1)).loss.backward()
+    optimizer.step()
+
+
+def router_bias(model):
+    with torch.enable_grad():
+        model.train()(draw_ids(2, 20), targets=draw_ids(2, 20, seed=1))
+    model.eval().update_router_bias(0.3)
+
+
+def load_assigned(model):
+    model.load_state_dict(make(seed=1, **SMALL).state_dict(), assign=True)
+
+
+def load_copied(model):
+    model.load_state_dict(make(seed=1, **SMALL).state_dict())
+
+
+def other_layer(model):
+    model.layers[1] = make(seed=1, **SMALL).layers[1]
+
+
+def other_leaf(model):
+    model.layers[2].attn.compressor.wgate = make(seed=1, **SMALL).layers[2].attn.compressor.wgate
+
+
+def other_norm(model):
+    model.norm = make(seed=1, **SMALL).norm
+
+
+def there_and_back(model):
+    model.double()
+    model.layers[0].attn.wo_b.weight.mul_(1.5)
+    model.float()
+
+
+def functional(model):
+    """Without a word to any module."""
+    for parameter in model.parameters():
+        parameter.data = 1.1 * parameter.data
+
+
+CHANGES = (optimizer_step, router_bias, load_assigned, load_copied, other_layer, other_leaf, other_norm)
+CHANGES += (there_and_back, functional)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_weights_in_use_are_those_of_now(small, change, taken):
+    ids = draw_ids(1, 24)
+    before = feed(small, small.new_cache(1, 24), ids)
+    for _ in range(2):
+        change(small)
+        taken.clear()
+        got = feed(small, small.new_cache(1, 24), ids)
+        assert_close(got, small(ids).logits)
+        assert len(taken) == 24
+    assert (got - before).abs().max() > 1e-3
+
+
+def test_every_tensor_put_in_anew_is_used():
+    """A token after each change, in numpy and in torch, each with its own cache."""
+    model = make(**{**SMALL, "engram": {**ENGRAM, "layers": [1]}})
+    names = [name for name in model.state_dict() if not name.startswith("mtp")]
+    ids = draw_ids(1, 30 + len(names))
+    ours, theirs = (model.new_cache(1, ids.shape[1]) for _ in range(2))
+    model(ids[:, :30], cache=ours), model(ids[:, :30], cache=theirs)
+    for name, token in zip(names, ids[:, 30:].split(1, 1)):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = getattr(module, leaf)
+        changed = 1.3 * tensor if tensor.is_floating_point() else tensor.roll(1, 0)
+        setattr(module, leaf, nn.Parameter(changed) if leaf in module._parameters else changed)
+        got = model(token, cache=ours).logits
+        with in_torch():
+            assert_close(got, model(token, cache=theirs).logits, name)
+
+
+def test_a_copy_has_its_own_weights(small, taken):
+    ids = draw_ids(1, 24)
+    feed(small, small.new_cache(1, 24), ids)
+    other = copy.deepcopy(small)
+    for parameter in small.parameters():
+        parameter.mul_(1.2)
+    for model in (other, small, other):
+        taken.clear()
+        assert_close(feed(model, model.new_cache(1, 24), ids), model(ids).logits)
+        assert len(taken) == 24
+
+
+def test_a_decoder_is_made_once_while_nothing_changes(small):
+    step = Step([5], [1], 1)
+    first = decode.decoder(small, step)
+    feed(small, small.new_cache(1, 5), draw_ids(1, 5))
+    small(draw_ids(1, 5))
+    assert decode.decoder(small, step) is first
+    load_copied(small)
+    assert decode.decoder(small, step) is first
+
+
+def test_a_model_that_has_decoded_can_be_freed():
+    model = make(engram=ENGRAM)
+    feed(model, model.new_cache(1, 3), draw_ids(1, 3))
+    weight, model = weakref.ref(model.embed.weight), weakref.ref(model)
+    gc.collect()
+    assert model() is None and weight() is None
