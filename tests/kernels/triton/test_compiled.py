@@ -1,7 +1,7 @@
 """Every shipped kernel compiles for every architecture: no spilled registers, within shared memory, wgmma on Hopper.
 
-In processes of their own, as the interpreter's functions cannot be compiled; the first time takes about a minute in all,
-later ones come from triton's cache.
+In processes of their own, as the interpreter's functions cannot be compiled; the first time takes about a minute, later
+ones come from triton's cache.
 """
 
 import json

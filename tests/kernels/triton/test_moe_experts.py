@@ -91,6 +91,14 @@ def test_swiglu_at_and_around_the_limit(device, dtype, limit):
         assert limit is None or torch.equal(h.grad == 0, h64.grad == 0), "zero exactly where torch.clamp's slope is"
 
 
+def test_swiglu_keeps_nan(device):
+    h = torch.tensor([[math.nan, 1.0], [1.0, math.nan], [1.0, 1.0]], device=device).requires_grad_()
+    out = swiglu(h, 2.0)
+    out.sum().backward()
+    assert out[:, 0].isnan().tolist() == [True, True, False]
+    assert h.grad.isnan().any(1).tolist() == [True, True, False]
+
+
 def test_swiglu_of_any_leading_shape(device):
     h = torch.randn(10, 2, 5, device=device).permute(1, 2, 0).requires_grad_()
     weight = torch.rand(2, 5, device=device, requires_grad=True)
@@ -148,6 +156,17 @@ def test_a_nan_token_stays_alone(small_blocks, device):
     elsewhere = [e for e in range(8) if e not in experts[7]]
     assert torch.equal(dirty[3][elsewhere], clean[3][elsewhere])
     assert torch.equal(dirty[4][elsewhere], clean[4][elsewhere])
+
+
+def test_nan_weights_of_other_experts_stay_out(small_blocks, device):
+    """The widths fit no block: what lies behind an expert's last row must not be read as its own."""
+    x, experts, weights, w13, w2 = make(9, 2, 5, d=18, f=7, device=device)
+    experts = experts // 2 * 2  # 0, 2, 4
+    dout = torch.ones(9, 18, device=device)
+    clean = results(moe_experts, (x, experts, weights, w13, w2), 1.0, dout)
+    w13[1::2], w2[1::2] = math.nan, math.nan
+    for name, a, b in zip(NAMES, results(moe_experts, (x, experts, weights, w13, w2), 1.0, dout), clean):
+        assert torch.equal(a, b), name
 
 
 def test_an_unknown_expert_gives_nan(small_blocks, device):
