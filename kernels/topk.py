@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SMALL = 1024  # values
-SPARSE = 64  # values per pick from which a single row is thinned out first
+MANY, SPARSE = 1 << 13, 16  # values of a row, and values per pick, from which rows are thinned out first
 STRIDE = 61  # every that many values are looked at for a guess
 
 
@@ -37,10 +37,9 @@ def stable_topk(values: Tensor, k: int, *, ordered: bool = True) -> Tensor:
         raise ValueError(f"k={k}: allowed is 1..{values.shape[-1]}, the number of candidates")
     if values.numel() <= SMALL and _is_numpy(values):
         return _first_of_sorted(values, k, ordered)
-    if not ordered and values.numel() == values.shape[-1] >= SPARSE * k and _is_numpy(values):
-        index = _of_one_row(values.detach().flatten().numpy(), k)
-        if index is not None:
-            return torch.from_numpy(index).view(*values.shape[:-1], k)
+    if not ordered and values.shape[-1] >= max(MANY, SPARSE * k) and _is_numpy(values):
+        rows = values.detach().reshape(-1, values.shape[-1])
+        return torch.stack([_of_one_row(row, k) for row in rows]).view(*values.shape[:-1], k)
     return _with_ties_settled(values, k, ordered)
 
 
@@ -72,21 +71,22 @@ def _first_of_sorted(values: Tensor, k: int, ordered: bool) -> Tensor:
     return torch.from_numpy(index if ordered else np.sort(index, -1))
 
 
-def _of_one_row(values: np.ndarray, k: int) -> np.ndarray | None:
-    """Of many values, thinned out first by a guess of the k-th largest: the value at which a sample puts more than k
-    above. What is among the k largest, or equals the k-th, reaches a guess that k values reach; None if they do not.
+def _of_one_row(row: Tensor, k: int) -> Tensor:
+    """Of many values: thinned out first by a guess of the k-th largest, a value of a sample that more than k values
+    should reach. All of the k largest, and all that equal the k-th, reach a guess which k values reach.
     """
+    values = row.numpy()
     sample = values[::STRIDE]
     place = len(sample) - min(len(sample), 2 * k // STRIDE + 16)
     guess = np.partition(sample, place)[place]
-    few = np.flatnonzero(values >= guess)
-    if len(few) < k or guess == -np.inf:  # NaN counts as -inf, and reaches nothing
-        return None
-    above = np.flatnonzero(values > guess)
-    if len(above) < k:  # the guess is the k-th largest
-        equal = few[values[few] == guess]
-        return np.sort(np.concatenate((above, equal[: k - len(above)])))
-    return few[_with_ties_settled(torch.from_numpy(values[few]), k, False).numpy()]
+    index = np.flatnonzero(values >= guess)
+    if len(index) < k or guess == -np.inf:  # NaN counts as -inf, and reaches nothing
+        return _with_ties_settled(row, k, False)
+    few = values[index]
+    cut = guess if np.count_nonzero(few > guess) < k else np.partition(few, len(few) - k)[len(few) - k]
+    equal = few == cut
+    equal &= equal.cumsum() <= k - np.count_nonzero(few > cut)
+    return torch.from_numpy(index[(few > cut) | equal])
 
 
 def _lowest_of_ties(values: Tensor, k: int, ordered: bool) -> Tensor:
