@@ -1,4 +1,4 @@
-"""The command line: `abyssal train | generate | eval | eval needle | plot | info`; also `python -m abyssal.train`."""
+"""The command line: `abyssal train | generate | eval | plot | info | ...`; also `python -m abyssal.train`."""
 
 import argparse
 import sys
@@ -13,8 +13,11 @@ EXAMPLES = {
     "generate": "abyssal generate runs/toy-20260101-120000 --prompt 'import ' --max-new-tokens 200",
     "eval": "abyssal eval runs/toy-20260101-120000 --rows 0",
     "eval needle": "abyssal eval needle runs/toy-20260101-120000 --lengths 256,1024,4096 --trials 16",
+    "eval speculative": "abyssal eval speculative runs/toy-20260101-120000 --prompts 16 --tokens 125",
     "plot": "abyssal plot runs/toy-20260101-120000",
     "info": "abyssal info v4-flash --context 1048576",
+    "bench": "abyssal bench moe",
+    "bench moe": "abyssal bench moe --shape peer,wide --tokens 1024,4096 --out runs/bench",
 }
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
@@ -152,7 +155,12 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--temperature", float, 0.8, "divides the logits; 0 = always the likeliest")
     _flag(parser, "--top-p", float, 0.95, "keep the likeliest tokens up to this probability; 1 = all")
     _flag(parser, "--top-k", int, 0, "keep that many likeliest tokens; 0 = all")
+    _flag(parser, "--min-p", float, 0.0, "drop tokens below this share of the likeliest one's probability; 0 = none")
     _flag(parser, "--seed", int, 0, "of the sampling")
+    text = "end once this text is written; repeatable (str; default: the end of the document)"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
+    text = "guess a token ahead with the MTP module: the same distribution (default: off)"
+    parser.add_argument("--speculative", action="store_true", help=text)
     _flag(parser, "--storage", str, "exact", "of the cache: exact, or released = FP8 entries and FP4 index keys")
 
 
@@ -163,7 +171,10 @@ def _generate(options: argparse.Namespace) -> None:
     from .loop import load_trained
     from .tokens import decode_stream, encode
 
+    if "" in options.stop:
+        raise ValueError("stop='': at least one character is needed")
     model, _ = load_trained(options.checkpoint)
+    end = [] if model.config.eos_token_id is None else [model.config.eos_token_id]
     ids = torch.tensor([encode(options.prompt)], device=next(model.parameters()).device)
     tokens = generate(
         model,
@@ -172,7 +183,10 @@ def _generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
+        min_p=options.min_p,
         seed=options.seed,
+        stop=[*end, *(list(text.encode()) for text in options.stop)],
+        speculative=options.speculative,
         storage=options.storage,
         stream=True,
     )
@@ -180,6 +194,7 @@ def _generate(options: argparse.Namespace) -> None:
     for text in decode_stream(map(int, tokens)):
         print(text, end="", flush=True)
     print()
+    print(tokens.stats, file=sys.stderr)
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +242,22 @@ def _needle(options: argparse.Namespace) -> None:
     run(options.checkpoint, **chosen)
 
 
+def _speculative_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_argument(parser)
+    _flag(parser, "--prompts", int, 16, "held-out documents to go on from")
+    _flag(parser, "--tokens", int, 125, "tokens to write after each")
+    _flag(parser, "--prompt-bytes", int, 200, "bytes of a document to read first")
+
+
+def _speculative(options: argparse.Namespace) -> None:
+    from .speculation import run
+
+    compared = run(options.checkpoint, options.prompts, options.tokens, options.prompt_bytes)
+    print(compared)
+    if compared.differs is not None:
+        raise FloatingPointError("speculative decoding wrote other tokens than plain decoding")
+
+
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of a run, with its metrics.jsonl (path)")
     _flag(parser, "--out", Path, None, "picture to write", "DIR/curves.png")
@@ -251,6 +282,40 @@ def _info(options: argparse.Namespace) -> None:
     print(account(ModelConfig.load(options.name), options.context).table())
 
 
+def _bench_list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="?", metavar="OP", help="what to measure (str; default: list what there is)")
+
+
+def _bench_list(options: argparse.Namespace) -> None:
+    from .bench import OPS
+    from .bench.run import load
+
+    for op in [options.op] if options.op else OPS:
+        shapes = load(op).shapes
+        print(
+            f"abyssal bench {op}   {OPS[op]}",
+            *(f"  --shape {name:<10} {sizes}" for name, sizes in shapes.items()),
+            sep="\n",
+        )
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "--shape", str, None, "names or sizes of shapes, with commas", "the op's for the device")
+    _flag(parser, "--tokens", str, None, "numbers of tokens, with commas", "the shape's")
+    _flag(parser, "--dtype", str, None, "bfloat16, float16 or float32", "bfloat16 on a GPU, float32 on a CPU")
+    _flag(parser, "--device", str, None, "cpu, cuda, cuda:1, ...", "a GPU if there is one")
+    _flag(parser, "--repeats", int, None, "turns of each contender", "30 on a GPU, 7 on a CPU")
+    _flag(parser, "--data", str, None, "how inputs are drawn: uniform or zipf", "uniform")
+    _flag(parser, "--out", Path, None, "folder for OP-DEVICE.json and .png", "runs/bench-OP-DATE-TIME")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench.run import run
+
+    chosen = {name: getattr(options, name) for name in ("shape", "tokens", "dtype", "device", "repeats", "data", "out")}
+    run(options.command.removeprefix("bench "), **chosen)
+
+
 def _recipe_keys() -> str:
     """Every recipe key that --set takes, with its type, default and meaning."""
     from .recipe import TABLES
@@ -273,6 +338,13 @@ COMMANDS = {
         _needle_arguments,
         "Facts hidden in long text: what a trained model finds, and how far back",
     ),
+    "eval speculative": (
+        _speculative,
+        _speculative_arguments,
+        "Speculative against plain decoding: the same tokens, drafts accepted, speed",
+    ),
     "plot": (_plot, _plot_arguments, "Draw a run's curves from its metrics.jsonl"),
     "info": (_info, _info_arguments, "Parameters, FLOPs per token and cache bytes of a configuration"),
+    "bench": (_bench_list, _bench_list_arguments, "What can be measured"),
+    "bench moe": (_bench, _bench_arguments, "Time and memory of the routed experts, against torch's and transformers'"),
 }

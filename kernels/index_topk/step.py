@@ -8,7 +8,7 @@ import torch
 
 from ..topk import stable_topk
 
-HITS = 1 << 19  # products of heads and entries at a time
+HITS = 1 << 16  # products of heads and entries at a time
 
 
 def index_topk_step(q: np.ndarray, weights: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray | None:

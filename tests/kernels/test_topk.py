@@ -1,4 +1,4 @@
-"""`stable_topk` is the first k of a stable descending sort, by whichever way it goes: sorting, thinning, `torch.topk`."""
+"""`stable_topk` is the first k of a stable descending sort, whichever way it goes: sorting, thinning, torch's own."""
 
 import pytest
 import torch

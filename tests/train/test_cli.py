@@ -55,7 +55,7 @@ def test_only_commands_that_work_are_listed(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for command in ("chat", "ablate", "bench", "profile", "convert"):
+    for command in ("chat", "ablate", "profile", "convert"):
         assert f"\n    {command} " not in text
     assert all(re.search(rf"\n    {command}\s", text) for command in COMMANDS)
 
@@ -100,6 +100,29 @@ def test_generate_writes_the_prompt_and_is_seeded(run, capsys):
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("def ")
     assert main([*command, "--temperature", "0"]) == 0
+    assert re.search(r"6 new tokens, .* s after the first .*cache [\d.]+ MiB", capsys.readouterr().err)
+
+
+def test_generate_stops_at_a_text_and_speculates(run, capsys):
+    command = ["generate", str(run), "--prompt", "def ", "--max-new-tokens", "9", "--temperature", "0"]
+    texts = []
+    for more in ([], ["--speculative"]):
+        assert main([*command, *more]) == 0
+        captured = capsys.readouterr()
+        texts.append(captured.out)
+    assert texts[0] == texts[1] and "drafts accepted" in captured.err
+    written = texts[0][4:-1]
+    assert main([*command, "--stop", written[2], "--stop", "never written"]) == 0
+    assert capsys.readouterr().out == "def " + written[: written.index(written[2]) + 1] + "\n"
+    assert main([*command, "--stop", ""]) == 2
+
+
+def test_speculation_is_compared(run, capsys):
+    assert main(["eval", "speculative", str(run), "--prompts", "1", "--tokens", "10", "--prompt-bytes", "20"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"tokens +10 of each, the same\naccepted +[\d.]+% of the drafts\nplain", text)
+    assert main(["eval", "speculative", str(run), "--prompts", "0"]) == 2
+    assert "prompts=0" in capsys.readouterr().err
 
 
 def test_eval_repeats_the_training_number(run, capsys):
