@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 EXAMPLES = {
     "train": "abyssal train toy --set optim.lr=1e-3 --set train.steps=200",
@@ -168,6 +168,7 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
 
     from ..model import generate
+    from ..model.generate import Generation
     from .loop import load_trained
     from .tokens import decode_stream, encode
 
@@ -176,19 +177,22 @@ def _generate(options: argparse.Namespace) -> None:
     model, _ = load_trained(options.checkpoint)
     end = [] if model.config.eos_token_id is None else [model.config.eos_token_id]
     ids = torch.tensor([encode(options.prompt)], device=next(model.parameters()).device)
-    tokens = generate(
-        model,
-        ids,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        seed=options.seed,
-        stop=[*end, *(list(text.encode()) for text in options.stop)],
-        speculative=options.speculative,
-        storage=options.storage,
-        stream=True,
+    tokens = cast(
+        Generation,
+        generate(
+            model,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            seed=options.seed,
+            stop=[*end, *(list(text.encode()) for text in options.stop)],
+            speculative=options.speculative,
+            storage=options.storage,
+            stream=True,
+        ),
     )
     print(options.prompt, end="", flush=True)
     for text in decode_stream(map(int, tokens)):

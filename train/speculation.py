@@ -7,10 +7,10 @@ much as one over one token, so that speculation has little to win there; on a GP
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..model import Transformer, generate
-from ..model.generate import GenerationStats
+from ..model.generate import Generation, GenerationStats
 from .corpus import load_corpus
 from .tokens import BOS
 
@@ -56,7 +56,7 @@ def compare(model: Transformer, prompts: Sequence[Sequence[int]], tokens: int) -
     differs, count = None, 0
     plain, speculative = [], []
     for number, prompt in enumerate(prompts):
-        streams = [generate(model, prompt, speculative=guess, **options) for guess in (False, True)]
+        streams = [cast(Generation, generate(model, prompt, speculative=s, **options)) for s in (False, True)]
         one, other = (list(stream) for stream in streams)
         if differs is None and one != other:
             shorter = min(len(one), len(other))
