@@ -1,0 +1,172 @@
+"""One benchmark from its options to its files: OP-DEVICE.json with every number, and OP-DEVICE.png drawn from it."""
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import provenance
+from ..roofline import DTYPES, Peak, datasheet
+from . import OPS, measure, peers
+from .report import columns, table
+from .task import Op, Setting
+
+
+def run(
+    op: str,
+    *,
+    shape: str | None = None,
+    tokens: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    repeats: int | None = None,
+    data: str | None = None,
+    out: Path | None = None,
+) -> Path:
+    """Measures, prints tables as they come, writes the files; returns the JSON's path. None: the op's own choice.
+
+    Raises:
+        ValueError: an option names something that is not there.
+    """
+    module, on = load(op), _device(device)
+    kind = _choose("dtype", dtype or ("bfloat16" if on.type == "cuda" else "float32"), DTYPES)
+    data = _choose("data", data or next(iter(module.data)), module.data)
+    shapes = {name: _shape(module, name) for name in (shape or module.defaults[on.type]).split(",")}
+    lengths = _lengths(tokens) if tokens else None
+    repeats = (30 if on.type == "cuda" else 7) if repeats is None else repeats
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least 1")
+    result = describe(op, kind, on, data, repeats)
+    measured, told = Peak(**result["peaks"]["measured"]), result["peaks"]["datasheet"]
+    peak = Peak(**told) if told else measured
+    print(_heading(result), flush=True)
+    for name, sizes in shapes.items():
+        result["shapes"][name] = asdict(sizes)
+        for n in lengths or sizes.tokens:
+            setting = Setting(sizes, n, getattr(torch, kind), on, data)
+            for task in module.tasks(setting):
+                with _Progress(f"{name} {task.name} T={n:,}") as progress:
+                    rows = measure.measure(task, setting.dtype, repeats, progress.say)
+                where = {"shape": name, "task": task.name, "tokens": n}
+                rows = [where | row | columns(task, row, peak, measured) for row in rows]
+                result["rows"] += rows
+                print("\n" + table(rows), flush=True)
+    folder = out or Path("runs") / f"bench-{op}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{op}-{_slug(result['provenance']['machine']['name'] if on.type == 'cuda' else 'cpu')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nnumbers  {path}\npicture  {_try_draw(path)}")
+    return path
+
+
+def load(op: str) -> Op:
+    """The op of that name. Raises ValueError, with the names there are."""
+    return importlib.import_module(f".{_choose('op', op, OPS)}", __package__).OP
+
+
+def describe(op: str, dtype: str, device: torch.device, data: str, repeats: int) -> dict[str, Any]:
+    """The JSON document without its rows: what was asked for, where and when, and what the machine reaches."""
+    machine = provenance.machine(device)
+    told = datasheet(machine["name"], dtype)
+    return {
+        "op": op,
+        "dtype": dtype,
+        "data": data,
+        "repeats": repeats,
+        "provenance": {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "source": provenance.source(),
+            "versions": provenance.versions() | peers.versions(),
+            "machine": machine,
+        },
+        "peaks": {
+            "datasheet": told and told._asdict(),
+            "measured": measure.measured_peak(device, getattr(torch, dtype))._asdict(),
+        },
+        "shapes": {},
+        "rows": [],
+    }
+
+
+def _heading(result: dict[str, Any]) -> str:
+    machine, versions = (result["provenance"][key] for key in ("machine", "versions"))
+    source = result["provenance"]["source"]
+    commit = (source["commit"] or "no commit")[:8] + (" with changes" if source["uncommitted_changes"] else "")
+    lines = [
+        f"{machine['name']}, {machine['threads']} threads, {result['dtype']}, data: {result['data']}",
+        f"commit {commit}, " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+    ]
+    for name, peak in result["peaks"].items():
+        if peak:
+            reached = f"{peak['flops'] / 1e12:.3g} TFLOP/s, {peak['bytes'] / 1e9:,.0f} GB/s"
+            lines.append(f"peak, {'measured' if name == 'measured' else name}: {reached}")
+    return "\n".join(lines)
+
+
+def _choose(what: str, name: str, allowed: Any) -> str:
+    if name not in allowed:
+        raise ValueError(f"{what} {name!r}: allowed are {', '.join(allowed)}")
+    return name
+
+
+def _shape(op: Op, name: str) -> Any:
+    shape = op.shapes.get(name) or (op.parse and op.parse(name))
+    if not shape:
+        allowed = ", ".join(op.shapes) + (f", or {op.format}" if op.format else "")
+        raise ValueError(f"shape {name!r}: allowed are {allowed}")
+    return shape
+
+
+def _lengths(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ValueError(f"tokens={text!r}: expected numbers with commas, as in 1024,4096")
+    return [int(n) for n in text.split(",")]
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: allowed are cpu, cuda, cuda:0, ...")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch finds no CUDA device; allowed here is cpu")
+    return torch.device(name)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _try_draw(path: Path) -> str:
+    from .draw import draw
+
+    try:
+        return str(draw(path))
+    except ModuleNotFoundError as error:
+        return f"not drawn: {error.name} is not installed (pip install matplotlib)"
+
+
+class _Progress:
+    """What is going on: one line that changes on a terminal, a line for each task elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.live = title, sys.stderr.isatty()
+
+    def __enter__(self) -> "_Progress":
+        if not self.live:
+            print(f"{self.title} ...", file=sys.stderr, flush=True)
+        return self
+
+    def say(self, text: str) -> None:
+        if self.live:
+            print(f"\r\033[K{self.title}: {text}", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
