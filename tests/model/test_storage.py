@@ -373,18 +373,15 @@ def test_generation(single):
 
 
 def test_the_command_passes_it_on(single, monkeypatch, capsys):
-    from abyssal import model
     from abyssal.train import cli, loop
 
-    seen = []
+    made, original = [], Transformer.new_cache
     monkeypatch.setattr(loop, "load_trained", lambda _: (single, None))
-    monkeypatch.setattr(model, "generate", lambda *_, **options: seen.append(options["storage"]) or iter(()))
+    monkeypatch.setattr(Transformer, "new_cache", lambda *args, **kw: made.append(original(*args, **kw)) or made[-1])
     for words in ([], ["--storage", "released"]):
-        assert cli.main(["generate", "run", *words]) == 0
-    assert seen == ["exact", "released"]
-    monkeypatch.undo()
-    monkeypatch.setattr(loop, "load_trained", lambda _: (single, None))
-    assert cli.main(["generate", "run", "--storage", "fp8", "--prompt", "a"]) == 2
+        assert cli.main(["generate", "run", "--prompt", "a", "--max-new-tokens", "2", *words]) == 0
+    assert [cache.storage for cache in made] == ["exact", "released"]
+    assert cli.main(["generate", "run", "--prompt", "a", "--storage", "fp8"]) == 2
     assert "storage='fp8': allowed are 'exact' and 'released'" in capsys.readouterr().err
 
 
