@@ -310,7 +310,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--device", str, None, "cpu, cuda, cuda:1, ...", "a GPU if there is one")
     _flag(parser, "--repeats", int, None, "turns of each contender", "30 on a GPU, 7 on a CPU")
     _flag(parser, "--data", str, None, "how inputs are drawn: uniform or zipf", "uniform")
-    _flag(parser, "--out", Path, None, "folder for OP-DEVICE.json and .png", "runs/bench-OP-DATE-TIME")
+    _flag(parser, "--out", Path, None, "folder for the JSON and the PNG", "runs/bench-OP-DATE-TIME")
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ _DATASHEETS = {
     "NVIDIA H100 PCIe": (756, 756, 51.2, 2039),
     "NVIDIA H100 80GB HBM3": (989, 989, 66.9, 3350),
     "NVIDIA H200": (989, 989, 66.9, 4800),
-    "NVIDIA B200": (2250, 2250, 75, 8000),
+    "NVIDIA B200": (2250, 2250, 75, 7700),
 }
 DTYPES = ("bfloat16", "float16", "float32")
 # a large bf16 product and a copy, measured on an H100 SXM: what implementations are usually compared with

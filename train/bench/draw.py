@@ -15,6 +15,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        ValueError: nothing was measured.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -24,6 +25,8 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     for row in result["rows"]:
         if "milliseconds" in row:
             groups.setdefault((row["shape"], row["task"]), []).append(row)
+    if not groups:
+        raise ValueError("nothing was measured")
     names = list(dict.fromkeys(row["contender"] for rows in groups.values() for row in rows))
     colour = dict(zip(names, COLOURS * len(names)))
     figure = Figure(figsize=(14, 1.4 + 3.1 * len(groups)), layout="constrained")
@@ -54,7 +57,9 @@ def _title(result: dict[str, Any]) -> str:
         (
             f"abyssal bench {result['op']}",
             machine["name"],
-            f"{machine['threads']} threads" if machine["device"] == "cpu" else f"CUDA, torch {versions['torch']}",
+            f"{machine['threads']} threads"
+            if machine["device"] == "cpu"
+            else f"torch {versions['torch']}, triton {versions['triton']}",
             result["dtype"],
             "median of turns; dashes: roofline limit",
             result["provenance"]["time"][:10],
@@ -85,7 +90,7 @@ def _memory(axis: Any, rows: list[dict[str, Any]], colour: dict[str, str]) -> No
         kept, peak = (row["memory"][key] / 2**20 for key in ("kept", "peak"))
         axis.bar(x, peak, 0.9 * width, color=colour[row["contender"]], alpha=0.4)
         axis.bar(x, kept, 0.9 * width, color=colour[row["contender"]])
-        axis.text(x, peak, f"{peak:.3g}", ha="center", va="bottom", fontsize=7)
+        axis.text(x, peak, f"{peak:.3g}" if peak < 1000 else f"{peak:,.0f}", ha="center", va="bottom", fontsize=7)
     axis.set_yscale("log")
 
 

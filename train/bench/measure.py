@@ -44,37 +44,25 @@ class Error(NamedTuple):
 
 
 def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> list[dict[str, Any]]:
-    """A row for each contender: `status` is "ok", "wrong", "failed" or "not run", with a `note` that says why."""
-    rows: list[dict[str, Any]] = [{"contender": c.name, "status": "ok", "note": ""} for c in task.contenders]
-    runs: dict[int, Run] = {}
+    """A row for each contender: `status` is "ok", "wrong", "failed" or "not run", with a `note` that says why.
+
+    Raises whatever the reference raises.
+    """
+    rows: list[dict[str, Any]] = []
     first: dict[int, list[float]] = {}
+    wanted: dict[str, Tensor] = {}
     dout = _dout(task)
-    wanted = None
-    for i, (contender, row) in enumerate(zip(task.contenders, rows)):
+    for i, contender in enumerate(task.contenders):
         say(f"checking {contender.name}")
-        note = _cannot(contender, task)
-        if note or contender.run is None:
-            row |= {"status": "not run", "note": note}
-            continue
         try:
-            first[i], outputs, gradients = _turn(contender.run, task, dout)
+            row, first[i] = _check(contender, task, dtype, dout, wanted)
         except Exception as error:  # a foreign library's: a row of the table, not the end of the run
             if i == 0:
                 raise
-            row |= {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
-            continue
-        got = dict(zip([*task.outputs, *(f"d{name}" for name in task.learned)], [*outputs, *gradients]))
-        wanted = wanted or got
-        errors = [_error(name, got[name], wanted[name], dtype, name in task.outputs) for name in wanted]
-        worst = max(errors, key=lambda e: (not e.right, e.relative / e.allowed))
-        row["error"] = worst._asdict() | {"largest": max(e.largest for e in errors)}
-        if worst.right:
-            runs[i] = contender.run
-        else:
-            off = f"{worst.tensor} is off by {worst.relative:.1e}, allowed is {worst.allowed:.0e}"
-            row |= {"status": "wrong", "note": off}
-        del got, outputs, gradients
-    del wanted
+            row = {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+        rows.append({"contender": contender.name} | row)
+    wanted.clear()
+    runs: dict[int, Any] = {i: task.contenders[i].run for i, row in enumerate(rows) if row["status"] == "ok"}
     for i, times in _turns(runs, first, task, dout, repeats, say).items():
         rows[i]["turns"] = len(times)
         rows[i]["milliseconds"] = {
@@ -83,6 +71,25 @@ def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> l
         say(f"memory of {task.contenders[i].name}")
         rows[i]["memory"] = _memory(runs[i], task, dout)
     return rows
+
+
+def _check(
+    contender: Contender, task: Task, dtype: torch.dtype, dout: Tensor, wanted: dict[str, Tensor]
+) -> tuple[dict[str, Any], list[float]]:
+    """The row's status, and the times of this first turn; an empty `wanted` is filled with the results."""
+    note = _cannot(contender, task)
+    if note or contender.run is None:
+        return {"status": "not run", "note": note}, []
+    times, outputs, gradients = _turn(contender.run, task, dout)
+    got = dict(zip([*task.outputs, *(f"d{name}" for name in task.learned)], [*outputs, *gradients]))
+    wanted |= {} if wanted else got
+    errors = [_error(name, got[name], wanted[name], dtype, name in task.outputs) for name in wanted]
+    worst = max(errors, key=lambda e: (not e.right, e.relative / e.allowed))
+    row = {"status": "ok", "note": "", "error": worst._asdict() | {"largest": max(e.largest for e in errors)}}
+    if not worst.right:
+        off = f"{worst.tensor} is off by {worst.relative:.1e}, allowed is {worst.allowed:.0e}"
+        row |= {"status": "wrong", "note": off}
+    return row, times
 
 
 def _cannot(contender: Contender, task: Task) -> str:
@@ -95,6 +102,7 @@ def _cannot(contender: Contender, task: Task) -> str:
 
 def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -136,7 +144,7 @@ def _error(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, is_output: 
 
 
 def _turns(
-    runs: dict[int, Run], first: dict[int, list[float]], task: Task, dout: Tensor, repeats: int, say: Say
+    runs: dict[int, Any], first: dict[int, list[float]], task: Task, dout: Tensor, repeats: int, say: Say
 ) -> dict[int, list[list[float]]]:
     """Milliseconds of `STAGES` for each turn of each contender; each turn another one begins.
 

@@ -1,4 +1,7 @@
-"""One benchmark from its options to its files: OP-DEVICE.json with every number, and OP-DEVICE.png drawn from it."""
+"""One benchmark from its options to its files: a JSON with every number, and a PNG drawn from it.
+
+They are named OP-DEVICE, or OP-SHAPES-DEVICE where shapes were asked for.
+"""
 
 import importlib
 import importlib.util
@@ -52,15 +55,20 @@ def run(
         for n in lengths or sizes.tokens:
             setting = Setting(sizes, n, getattr(torch, kind), on, data)
             for task in module.tasks(setting):
-                with _Progress(f"{name} {task.name} T={n:,}") as progress:
-                    rows = measure.measure(task, setting.dtype, repeats, progress.say)
-                where = {"shape": name, "task": task.name, "tokens": n}
-                rows = [where | row | columns(task, row, peak, measured) for row in rows]
+                try:
+                    with _Progress(f"{name} {task.name} T={n:,}") as progress:
+                        rows = measure.measure(task, setting.dtype, repeats, progress.say)
+                except torch.OutOfMemoryError:
+                    note = {"status": "not run", "note": "the reference runs out of memory"}
+                    rows = [{"contender": c.name} | note for c in task.contenders]
+                at = {"shape": name, "task": task.name, "tokens": n}
+                rows = [at | row | columns(task, row, peak, measured) for row in rows]
                 result["rows"] += rows
                 print("\n" + table(rows), flush=True)
     folder = out or Path("runs") / f"bench-{op}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{op}-{_slug(result['provenance']['machine']['name'] if on.type == 'cuda' else 'cpu')}.json"
+    where = result["provenance"]["machine"]["name"] if on.type == "cuda" else "cpu"
+    path = folder / f"{_slug('-'.join([op, *(shapes if shape else ()), where]))}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nnumbers  {path}\npicture  {_try_draw(path)}")
     return path
@@ -150,6 +158,8 @@ def _try_draw(path: Path) -> str:
         return str(draw(path))
     except ModuleNotFoundError as error:
         return f"not drawn: {error.name} is not installed (pip install matplotlib)"
+    except ValueError as error:
+        return f"not drawn: {error}"
 
 
 class _Progress:
