@@ -1,19 +1,22 @@
 """Benchmarks: contenders that agree are timed, others not; what the files hold; errors that name what is allowed."""
 
+import importlib.util
 import json
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from abyssal.train.bench import OPS, measure, moe
+import abyssal
+from abyssal.train.bench import OPS, measure, moe, run
 from abyssal.train.bench.draw import draw
-from abyssal.train.bench.run import load
 from abyssal.train.bench.task import Contender, Setting
 from abyssal.train.cli import COMMANDS, main
+from abyssal.train.roofline import Peak
 
 TINY = moe.Shape(width=32, expert_width=16, experts=6, slots=3, tokens=(40,))
 
@@ -89,6 +92,20 @@ def test_what_fails_or_does_not_fit_is_said():
     assert rows["absent"]["note"] == "no luck"
 
 
+def test_without_memory_for_the_reference_nothing_is_timed(monkeypatch, tmp_path, capsys):
+    def large(*arguments):
+        raise torch.OutOfMemoryError("not enough")
+
+    monkeypatch.setattr(measure, "measure", large)
+    monkeypatch.setattr(measure, "measured_peak", lambda *arguments: Peak(1e11, 1e10, "invented"))
+    run.run("moe", shape="8x8x4x2", tokens="5", device="cpu", out=tmp_path)
+    found = json.loads((tmp_path / "moe-8x8x4x2-cpu.json").read_text())["rows"]
+    assert {row["note"] for row in found} == {"the reference runs out of memory"}
+    text = capsys.readouterr().out
+    assert "triton                     not run: the reference runs out of memory" in text
+    assert "not drawn: nothing was measured" in text
+
+
 def test_contenders_take_turns_until_their_time_is_up(monkeypatch):
     task, called = tasks()[0], []
     reference = task.contenders[0].run
@@ -140,7 +157,7 @@ def result(tmp_path_factory):
         assert main(["bench", "moe", *given, "--out", str(out)]) == 0
     (out / "printed").write_text(printed.getvalue())
     (out / "progress").write_text(progress.getvalue())
-    return out / "moe-cpu.json"
+    return out / "moe-32x16x6x3-cpu.json"
 
 
 def test_the_json_holds_all_numbers_and_where_they_come_from(result):
@@ -208,9 +225,18 @@ def test_the_list_of_benchmarks(capsys):
     assert main(["bench"]) == 0
     text = capsys.readouterr().out
     assert all(f"abyssal bench {op} " in text and f"bench {op}" in COMMANDS for op in OPS)
-    assert all(f"--shape {name}" in text for op in OPS for name in load(op).shapes)
+    assert all(f"--shape {name}" in text for op in OPS for name in run.load(op).shapes)
     assert main(["bench", "sorting"]) == 2
     assert "op 'sorting': allowed are moe" in capsys.readouterr().err
+
+
+def test_the_page_holds_the_numbers_of_the_files():
+    path = Path(abyssal.__file__).parents[1] / "tests/benchmark_page.py"
+    spec = importlib.util.spec_from_file_location("benchmark_page", path)
+    benchmark_page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark_page)
+    text = benchmark_page.PAGE.read_text()
+    assert benchmark_page.page(text) == text, "run python tests/benchmark_page.py"
 
 
 @pytest.mark.gpu

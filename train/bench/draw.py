@@ -86,12 +86,17 @@ def _rates(axis: Any, rows: list[dict[str, Any]], stage: str, colour: dict[str, 
 
 
 def _memory(axis: Any, rows: list[dict[str, Any]], colour: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for row, x, width in _places(axis, rows):
         kept, peak = (row["memory"][key] / 2**20 for key in ("kept", "peak"))
         axis.bar(x, peak, 0.9 * width, color=colour[row["contender"]], alpha=0.4)
         axis.bar(x, kept, 0.9 * width, color=colour[row["contender"]])
         axis.text(x, peak, f"{peak:.3g}" if peak < 1000 else f"{peak:,.0f}", ha="center", va="bottom", fontsize=7)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if len(axis.get_yticks()) < 6 else (1,)))
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _places(axis: Any, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], float, float]]:
@@ -110,7 +115,7 @@ def _places(axis: Any, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any],
 def _tidy(axis: Any) -> None:
     axis.title.set_fontsize(10)
     axis.tick_params(labelsize=8)
-    axis.margins(y=0.12)
+    axis.margins(x=0.06, y=0.12)
     axis.grid(axis="y", alpha=0.25, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
