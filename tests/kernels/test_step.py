@@ -162,6 +162,13 @@ def test_attention(window, entries, sink, dtype):
     check("out", got, torch.from_numpy(want))
 
 
+def test_attention_of_scores_beyond_exp():
+    """A head that sees one key alone, and one whose scores are all far below the other's, and equal."""
+    q, keys = np.array([[2000, 0, 0], [-2000, -2000, -2000]], np.float32), np.eye(3, dtype=np.float32)
+    out = attention_step(q, [keys[:1], keys[1:]], np.full((2, 1), -1e4, np.float32), 1.0)
+    assert np.allclose(out, [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=0, atol=1e-6)
+
+
 # the indexer
 
 

@@ -204,6 +204,12 @@ def test_slots_are_summed_in_order(device):
     assert launch._combine(rows, inverse)[:, 0].tolist() == [0.0, 1.0, 1.0]
 
 
+def test_slots_are_summed_in_float32(device):
+    """1 and eight times 2^-9: each alone is lost in bfloat16, their sum is not."""
+    rows = torch.tensor([1.0, *[2**-9] * 8], device=device).bfloat16()[:, None].expand(9, 8).contiguous()
+    assert launch._combine(rows, torch.arange(9, device=device)[None])[0, 0] == 1 + 2**-6
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (18, 7)], ids=["aligned", "not-aligned"])
 def test_descriptors_change_nothing(small_blocks, device, shape):
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -260,8 +266,18 @@ def test_backward_keeps_inputs_pre_activations_and_routing(small_blocks, device)
         moe_experts(*leaves, limit=1.0)
     routing = [(64,), (8,), (16, 4)]  # order, counts, inverse
     assert sorted(kept) == sorted([*(t.shape for t in leaves if t.requires_grad), (64, 16), *routing])
+
+
+def test_without_gradients_no_pre_activations(small_blocks, device, monkeypatch):
+    kept, forward = [], launch.forward
+    monkeypatch.setattr(launch, "forward", lambda *a: kept.append(a[-1]) or forward(*a))
+    arguments = make(5, 2, 4, d=16, f=8, device=device)
+    moe_experts(*arguments, limit=1.0)
+    arguments[0].requires_grad_()
     with torch.no_grad():
-        assert moe_experts(*arguments, limit=1.0).shape == (16, 16)
+        moe_experts(*arguments, limit=1.0)
+    moe_experts(*arguments, limit=1.0)
+    assert kept == [False, False, True]
 
 
 def test_the_oracle_is_the_reference():
