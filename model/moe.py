@@ -85,8 +85,9 @@ class Experts(nn.Module):
         nn.init.normal_(self.w13, std=self.std)
         nn.init.normal_(self.w2, std=self.std)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        return moe_experts(x, routing.experts, routing.weights, self.w13, self.w2, limit=self.limit)
+    def forward(self, x: Tensor, routing: Routing, shared: Tensor) -> Tensor:
+        """What the chosen experts make of x [n, d], and the shared one's output, which is added."""
+        return moe_experts(x, routing.experts, routing.weights, self.w13, self.w2, limit=self.limit, shared=shared)
 
 
 class SharedExpert(nn.Module):
@@ -123,7 +124,7 @@ class MoE(nn.Module):
         """The sublayer's output and, if asked to learn, the router's balance over the `real` tokens [b, t]."""
         flat = x.flatten(0, 1)
         routing = self.gate(flat, ids.flatten())
-        out = (self.experts(flat, routing) + self.shared_experts(flat)).view(x.shape)
+        out = self.experts(flat, routing, self.shared_experts(flat)).view(x.shape)
         return out, self._balance(routing, x.shape[:2], layout.real if real is None else real) if learn else None
 
     def _balance(self, routing: Routing, shape: torch.Size, real: Tensor | None) -> LoadSignal:

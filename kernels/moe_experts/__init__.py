@@ -25,6 +25,7 @@ def moe_experts(
     w2: Tensor,
     *,
     limit: float | None,
+    shared: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Send each token through its experts and add up what they return.
@@ -41,6 +42,7 @@ def moe_experts(
         w13: `[e, 2 f, d]`, the rows of w1 (gate), then those of w3 (up).
         w2: `[e, d, f]`.
         limit: the SwiGLU clamp (10 in V4); None for no clamp.
+        shared: `[n, d]`, what the shared expert made of each token; added after the slots, before rounding.
 
     Returns:
         `[n, d]` in the dtype of x (of autocast, where that is on).
@@ -50,13 +52,16 @@ def moe_experts(
         IndexError: an expert id is outside `0..e-1` (checked for CPU tensors).
     """
     _check_shapes(x, experts, weights, w13, w2)
+    if shared is not None and shared.shape != x.shape:
+        raise ValueError(f"shared has shape {tuple(shared.shape)}: expected {tuple(x.shape)}, that of x")
     check_ids("experts", experts, w13.shape[0])
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w13, w2 = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, w13, w2))
     if not x.dtype == w13.dtype == w2.dtype:
         raise ValueError(f"x is {x.dtype}, w13 {w13.dtype}, w2 {w2.dtype}: they must agree (or use autocast)")
-    return implementation("moe_experts", backend, x).moe_experts(x, experts, weights, w13, w2, limit=limit)
+    run = implementation("moe_experts", backend, x).moe_experts
+    return run(x, experts, weights, w13, w2, limit=limit, shared=shared)
 
 
 def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None, *, backend: str | None = None) -> Tensor:

@@ -19,13 +19,22 @@ ROWS = 1024  # of a block: its activations stay in the second-level cache
 FEW = 4  # tokens up to which sorting them by expert does not pay
 
 
-def moe_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *, limit: float | None) -> Tensor:
+def moe_experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    *,
+    limit: float | None,
+    shared: Tensor | None = None,
+) -> Tensor:
     """See `kernels.moe_experts.moe_experts`."""
-    if tracked(x, weights, w13, w2):
-        return _Experts.apply(x, experts, weights, w13, w2, limit)
+    if tracked(x, weights, w13, w2, shared):
+        return _Experts.apply(x, experts, weights, w13, w2, limit, shared)
     if len(x) <= FEW:
-        return _forward_few(x, experts, weights, w13, w2, limit)
-    return _forward(x, weights, w13, w2, limit, _Rows(experts, w13.shape[0]))
+        return _forward_few(x, experts, weights, w13, w2, limit, shared)
+    return _forward(x, weights, w13, w2, limit, shared, _Rows(experts, w13.shape[0]))
 
 
 def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None) -> Tensor:
@@ -79,7 +88,14 @@ class _Rows:
 
 
 def _forward(
-    x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float | None, rows: _Rows, keep: Tensor | None = None
+    x: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float | None,
+    shared: Tensor | None,
+    rows: _Rows,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """`out [n, d]`; `keep [r, 2 f]` receives the pre-activations."""
     wide = accumulation(x)
@@ -90,17 +106,26 @@ def _forward(
         h = xs.new_empty(len(xs), w13.shape[1]) if keep is None else keep[block.rows]
         _grouped(xs, w13.mT, block, out=h)
         _grouped(_swiglu(h, limit, weight[block.rows]), w2.mT, block, out=y[block.rows])
-    return rows.combine(y).to(x.dtype)
+    out = rows.combine(y)
+    return (out if shared is None else out.add_(shared)).to(x.dtype)
 
 
-def _forward_few(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float | None) -> Tensor:
+def _forward_few(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    limit: float | None,
+    shared: Tensor | None,
+) -> Tensor:
     """A few tokens, one at a time: an expert's weights are read where they lie, and nothing is sorted."""
     out = x.new_zeros(x.shape, dtype=accumulation(x))
     for token, weight, total, chosen in zip(x.unsqueeze(1), weights, out, experts.tolist()):
         h = torch.cat([F.linear(token, w13[e]) for e in chosen])
         for a, e in zip(_swiglu(h, limit, weight).unsqueeze(1), chosen):
             total += F.linear(a, w2[e])[0]
-    return out.to(x.dtype)
+    return (out if shared is None else out.add_(shared)).to(x.dtype)
 
 
 class _Experts(torch.autograd.Function):
@@ -108,11 +133,18 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, limit: float | None
+        ctx: Any,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        limit: float | None,
+        shared: Tensor | None,
     ) -> Tensor:
-        ctx.rows, ctx.limit = _Rows(experts, w13.shape[0]), limit
+        ctx.rows, ctx.limit, ctx.shared = _Rows(experts, w13.shape[0]), limit, None if shared is None else shared.dtype
         h = x.new_empty(experts.numel(), w13.shape[1])
-        out = _forward(x, weights, w13, w2, limit, ctx.rows, keep=h)
+        out = _forward(x, weights, w13, w2, limit, shared, ctx.rows, keep=h)
         ctx.save_for_backward(x, h, weights, w13, w2)
         return out
 
@@ -120,7 +152,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, h, weights, w13, w2 = ctx.saved_tensors
-        need_x, _, need_weights, need_w13, need_w2, _ = ctx.needs_input_grad
+        need_x, _, need_weights, need_w13, need_w2, _, need_shared = ctx.needs_input_grad
         rows, wide = ctx.rows, accumulation(x)
         weight = weights.flatten()[rows.order].to(wide)
         dx = x.new_empty(len(weight) if need_x else 0, x.shape[1], dtype=wide)
@@ -146,6 +178,7 @@ class _Experts(torch.autograd.Function):
             None if dw13 is None else dw13.to(w13.dtype),
             None if dw2 is None else dw2.to(w2.dtype),
             None,
+            dout.to(ctx.shared) if need_shared else None,
         )
 
 

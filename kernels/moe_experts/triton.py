@@ -17,11 +17,14 @@ from . import triton_launch as launch
 __all__ = ["moe_experts", "swiglu"]
 
 
-def moe_experts(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *, limit: float | None) -> Tensor:
+def moe_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor,
+    *, limit: float | None, shared: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `kernels.moe_experts.moe_experts`."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, w13, w2))
     rows = moe_permutation(experts, w13.shape[0])
-    return _experts(x, weights, w13, w2, *rows, limit, keep)[0]
+    return _experts(x, weights, w13, w2, *rows, limit, keep, shared)[0]
 
 
 def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None) -> Tensor:
@@ -37,15 +40,15 @@ def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None) -> Tens
 @torch.library.custom_op("abyssal::moe_experts", mutates_args=())
 def _experts(
     x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, order: Tensor, counts: Tensor, inverse: Tensor,
-    limit: float | None, keep: bool,
+    limit: float | None, keep: bool, shared: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch.forward(x, weights, w13, w2, launch.Rows(order, counts, inverse), limit, keep)
+    return launch.forward(x, weights, w13, w2, launch.Rows(order, counts, inverse), limit, keep, shared)
 
 
 @_experts.register_fake
 def _(
     x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, order: Tensor, counts: Tensor, inverse: Tensor,
-    limit: float | None, keep: bool,
+    limit: float | None, keep: bool, shared: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), x.new_empty(len(order) if keep else 0, w13.shape[1])
 
@@ -79,17 +82,21 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, w13, w2, order, counts, inverse, ctx.limit, _ = inputs
+    x, weights, w13, w2, order, counts, inverse, ctx.limit, _, shared = inputs
+    ctx.shared = None if shared is None else shared.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], weights, w13, w2, order, counts, inverse)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
+        return (None,) * 10
     needs = ctx.needs_input_grad
-    grads = _experts_backward(dout, *ctx.saved_tensors, ctx.limit, needs[0], needs[2], needs[3])
-    return *(g if need else None for g, need in zip(grads, needs)), None, None, None, None, None
+    grads: tuple[Tensor | None, ...] = (None,) * 4
+    if any(needs[:4]):  # else h was not kept: the shared expert alone learns
+        grads = _experts_backward(dout, *ctx.saved_tensors, ctx.limit, needs[0], needs[2], needs[3])
+    dshared = dout.to(ctx.shared) if needs[9] else None
+    return *(g if need else None for g, need in zip(grads, needs)), None, None, None, None, None, dshared
 
 
 _experts.register_autograd(_gradients, setup_context=_keep)

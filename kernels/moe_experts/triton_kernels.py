@@ -260,8 +260,11 @@ def grouped_outer(
 
 
 @triton.jit
-def combine(rows, inverse, out, n, k, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[token] = sum over slots of rows[inverse[token, slot]], in slot order; an unknown expert (-1) gives NaN."""
+def combine(
+    rows, inverse, shared, out, n, k, d, SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """out[token] = sum over slots of rows[inverse[token, slot]], in slot order, then shared[token]; an unknown expert
+    (-1) gives NaN."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (token < n) & (column < d)
@@ -269,6 +272,8 @@ def combine(rows, inverse, out, n, k, d, ROWS: tl.constexpr, COLUMNS: tl.constex
     for slot in range(k):
         row = tl.load(inverse + token * k + slot, mask=token < n, other=-1)
         total += tl.load(rows + row * d + column, mask=inside & (row >= 0), other=float("nan")).to(tl.float32)
+    if SHARED:
+        total += tl.load(shared + token * d + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * d + column, total, mask=inside)
 
 

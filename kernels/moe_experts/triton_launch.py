@@ -51,9 +51,10 @@ def tiles_for(w2: Tensor) -> Tiles:
 
 
 def forward(
-    x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, rows: Rows, limit: float | None, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """`out [n, d]` and the pre-activations `h [r, 2 f]` (`[0, 2 f]` unless they are kept)."""
+    x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, rows: Rows, limit: float | None, keep: bool,
+    shared: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`out [n, d]`, with `shared [n, d]` added, and the pre-activations `h [r, 2 f]` (`[0, 2 f]` unless kept)."""
     x, weights, w13, w2 = (t.contiguous() for t in (x, weights, w13, w2))
     r, d, f = rows.order.numel(), w2.shape[1], w2.shape[2]
     h, a = x.new_empty(r if keep else 0, 2 * f), x.new_empty(r, f)
@@ -66,7 +67,7 @@ def forward(
             x, w, weights, rows.order, s.tiles, s.offsets, h, a, s.total, rows.inverse.shape[1], d, f, _bound(limit),
             KEEP=keep, TMA=tma, **_options(b, t),
         )  # fmt: skip
-        return _combine(_product(a, w2, s, t, transposed=True), rows.inverse), h
+        return _combine(_product(a, w2, s, t, transposed=True), rows.inverse, shared), h
 
 
 def backward(
@@ -131,13 +132,14 @@ def _outer(
     return out
 
 
-def _combine(rows: Tensor, inverse: Tensor) -> Tensor:
-    """Each token's sum over its slots, in slot order: rows `[r, d]` to `[n, d]`."""
+def _combine(rows: Tensor, inverse: Tensor, shared: Tensor | None = None) -> Tensor:
+    """Each token's sum over its slots, in slot order, then of `shared [n, d]`: rows `[r, d]` to `[n, d]`."""
     (n, k), d = inverse.shape, rows.shape[1]
-    out = rows.new_empty(n, d)
+    out, shared = rows.new_empty(n, d), None if shared is None else shared.contiguous()
     step, columns = _panel(d)
     grid = triton.cdiv(n, step), triton.cdiv(d, columns)
-    kernels.combine[grid](rows, inverse, out, n, k, d, ROWS=step, COLUMNS=columns)
+    flag = shared is not None
+    kernels.combine[grid](rows, inverse, shared, out, n, k, d, SHARED=flag, ROWS=step, COLUMNS=columns)
     return out
 
 

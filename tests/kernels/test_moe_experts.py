@@ -62,6 +62,39 @@ def check(args, limit, tolerance=2e-6):
     return got
 
 
+@pytest.mark.parametrize("n", [1, 3, 40])
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shared_expert_is_added_before_rounding(n, learns, dtype):
+    x, experts, weights, w13, w2 = (
+        t.requires_grad_(learns and t.is_floating_point()) for t in case(n, 2, 5, dtype=dtype)
+    )
+    shared = torch.randn(x.shape).to(dtype).requires_grad_(learns)
+    out = moe_experts(x, experts, weights, w13, w2, limit=10.0, shared=shared)
+    alone = moe_experts(x.float(), experts, weights, w13.float(), w2.float(), limit=10.0)
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    relative_rms("out", out.detach(), alone.detach() + shared.detach().float(), tolerance)
+    if learns:
+        cotangent = torch.randn(x.shape).to(dtype)
+        (dshared,) = torch.autograd.grad(out, shared, cotangent)
+        assert torch.equal(dshared, cotangent)
+
+
+def test_the_sum_with_the_shared_expert_is_rounded_once():
+    """2^-8 + 2^-17 is more than half of bfloat16's step at 1; rounded on its own, it would be half, and lost."""
+    x, w13 = torch.ones(5, 1).bfloat16(), torch.tensor([[20.0], [1.0]]).bfloat16().expand(2, 2, 1)
+    weights, w2 = torch.tensor([2**-8, 2**-17]).expand(5, 2) / 20, torch.ones(2, 1, 1).bfloat16()
+    for n in (1, 5):
+        ids = torch.tensor([[0, 1]]).expand(n, 2)
+        out = moe_experts(x[:n], ids, weights[:n], w13, w2, limit=None, shared=torch.ones(n, 1).bfloat16())
+        assert (out == 1 + 2**-7).all()
+
+
+def test_a_shared_output_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"shared has shape \(3, 20\): expected \(4, 20\)"):
+        moe_experts(*case(4, 2, 5), limit=10.0, shared=torch.zeros(3, 20))
+
+
 @pytest.mark.parametrize(("n", "k", "e"), [(1, 1, 1), (1, 4, 16), (7, 2, 5), (33, 6, 160), (13, 5, 5), (300, 3, 7)])
 @pytest.mark.parametrize("limit", [10.0, None])
 def test_output_and_gradients(n, k, e, limit):

@@ -210,6 +210,19 @@ def test_slots_are_summed_in_float32(device):
     assert launch._combine(rows, torch.arange(9, device=device)[None])[0, 0] == 1 + 2**-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shared_expert_is_added_before_rounding(small_blocks, device, dtype):
+    arguments = make(9, 2, 3, d=20, f=8, dtype=dtype, device=device)
+    shared = torch.randn(20, 9, generator=torch.Generator().manual_seed(2)).T.to(device, dtype).requires_grad_()
+    got, want = (moe_experts(*arguments, limit=1.0, shared=shared, backend=b) for b in ("triton", "reference"))
+    assert error(got, want) < (1e-6 if dtype == torch.float32 else 4e-3)
+    grad = torch.randn(9, 20, device=device).to(dtype)
+    assert torch.equal(torch.autograd.grad(got, shared, grad)[0], grad)
+    rows = torch.tensor([[2**-8], [2**-17]], device=device).bfloat16().repeat(1, 8)
+    one = torch.ones(1, 8, device=device).bfloat16()
+    assert (launch._combine(rows, torch.tensor([[0, 1]], device=device), one) == 1 + 2**-7).all()
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (18, 7)], ids=["aligned", "not-aligned"])
 def test_descriptors_change_nothing(small_blocks, device, shape):
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -270,7 +283,7 @@ def test_backward_keeps_inputs_pre_activations_and_routing(small_blocks, device)
 
 def test_without_gradients_no_pre_activations(small_blocks, device, monkeypatch):
     kept, forward = [], launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *a: kept.append(a[-1]) or forward(*a))
+    monkeypatch.setattr(launch, "forward", lambda *a: kept.append(a[6]) or forward(*a))
     arguments = make(5, 2, 4, d=16, f=8, device=device)
     moe_experts(*arguments, limit=1.0)
     arguments[0].requires_grad_()

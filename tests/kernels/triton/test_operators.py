@@ -12,7 +12,7 @@ from abyssal.kernels.moe_route import triton as router
 
 def layer(x, logits, w13, w2, table=None):
     routing = moe_route(logits * 1.1, top_k=2, scale=1.5, experts=table)
-    out = moe_experts(x.sin(), routing.experts, routing.weights, w13, w2, limit=1.0)
+    out = moe_experts(x.sin(), routing.experts, routing.weights, w13, w2, limit=1.0, shared=x.cos())
     counts = moe_permutation(routing.experts, len(w13)).counts
     return out.cos().sum() + (routing.scores * counts).sum() + swiglu(out, 1.0).sum()
 
@@ -43,7 +43,9 @@ def test_opcheck(real_memory, inputs, device, op):
     elif op == "permutation":
         torch.library.opcheck(router._permutation, (ids, 4, torch.arange(9, device=device) > 3))
     elif op == "experts":
-        torch.library.opcheck(experts._experts, (x, weights, w13, w2, *moe_permutation(ids, 4), 1.0, True))
+        torch.library.opcheck(experts._experts, (x, weights, w13, w2, *moe_permutation(ids, 4), 1.0, True, None))
+        shared = torch.randn(9, 16, device=device, requires_grad=True)
+        torch.library.opcheck(experts._experts, (x, weights, w13, w2, *moe_permutation(ids, 4), None, True, shared))
     else:
         torch.library.opcheck(experts._swiglu, (torch.randn(6, 8, device=device, requires_grad=True), None, None))
 
