@@ -33,7 +33,7 @@ def experts(widths: str, dtype: torch.dtype) -> None:
     x, weights = torch.empty(n, d, dtype=dtype), torch.empty(n, k)
     w13, w2 = torch.empty(e, 2 * f, d, dtype=dtype), torch.empty(e, d, f, dtype=dtype)
     rows = launch.Rows(*(torch.empty(shape, dtype=torch.int64) for shape in (n * k, e, (n, k))))
-    out, h = launch.forward(x, weights, w13, w2, rows, 10.0, keep=True)
+    out, h = launch.forward(x, weights, w13, w2, rows, 10.0, keep=True, shared=x)
     launch.backward(out, x, h, weights, w13, w2, rows, 10.0)
     launch.swiglu_backward(launch.swiglu(h, None, 10.0), h, None, 10.0)
 
