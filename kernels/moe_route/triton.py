@@ -49,8 +49,8 @@ def _sqrt_softplus(z):
 
 @triton.jit
 def _descending_key(value, index):
-    """int64 that sorts like value, then like -index; NaN as -inf, -0.0 as 0.0."""
-    value = tl.where(value == value, value, float("-inf")) + 0.0
+    """int64 that sorts like value, then like -index; NaN as -inf. A score plus a bias is never -0.0."""
+    value = tl.where(value == value, value, float("-inf"))
     bits = value.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
