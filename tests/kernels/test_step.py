@@ -308,8 +308,8 @@ def test_both_ways_to_the_top_k_are_one(k, ordered, dtype, monkeypatch):
 
 
 def long_rows():
-    """4,000 values, of which a guess from every 61st is good, or misleads."""
-    normal, every = np.random.default_rng(0).standard_normal(4000), np.arange(4000) % 61 == 0
+    """9,000 values, of which a guess from every 61st is good, or misleads."""
+    normal, every = np.random.default_rng(0).standard_normal(9000), np.arange(9000) % 61 == 0
     return {
         "normal": normal,
         "rising": np.sort(normal),
@@ -317,7 +317,7 @@ def long_rows():
         "sample far too low": np.where(every, -9 + normal, normal),
         "equal": 0 * normal,
         "whole numbers": normal.round(),
-        "zero but for the last": np.where(np.arange(4000) > 3997, 1, 0 * normal),
+        "zero but for the last": np.where(np.arange(9000) > 8997, 1, 0 * normal),
         "a few above many equal ones": np.where(normal > 2.5, normal, 1),
         "hidden but for a few": np.where(normal > 2.5, normal, -math.inf),
         "infinite": np.where(normal > 1, math.inf, normal),
@@ -329,11 +329,20 @@ def long_rows():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", long_rows())
-def test_top_k_of_one_long_row(name, dtype):
-    """Thinned out by a guess, where it holds."""
-    values = torch.from_numpy(long_rows()[name]).to(dtype).view(1, 1, -1)
-    for k in (1, 2, 17, 62):
+def test_top_k_of_long_rows(name, dtype):
+    """Thinned out by a guess, where it holds; the other row is an easy one."""
+    values = torch.from_numpy(np.stack((long_rows()[name], long_rows()["normal"][::-1]))).to(dtype)[:, None]
+    for k in (1, 2, 17, 500):
         assert torch.equal(topk.stable_topk(values, k, ordered=False), first_of_sorted(values, k).sort(-1).values), k
+
+
+def test_long_rows_are_thinned_out(monkeypatch):
+    """Guards the test above: it takes that way, and few of its rows are settled without a guess."""
+    settled, original = [], topk._with_ties_settled
+    monkeypatch.setattr(topk, "_with_ties_settled", lambda *arguments: settled.append(1) or original(*arguments))
+    for row in long_rows().values():
+        topk.stable_topk(torch.from_numpy(row), 17, ordered=False)
+    assert 1 <= len(settled) <= 6
 
 
 # the references without gradient
