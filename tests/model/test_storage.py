@@ -124,7 +124,8 @@ def test_one_token_gives_the_same_bytes():
     for width, rotary in ((512, 64), (21, 6), (150, 22)):
         form = entry_format(width, rotary)
         x = spread_out(300, width) * 2.0 ** torch.arange(-150.0, 150)[:, None]
-        x[:5] = 0
+        x[:7] = 0
+        x[5, 0], x[6, 1] = 448, -224  # the largest value that a scale fits
         x[7:9, 0], x[9:11, 1], x[11, width - 1] = math.nan, -math.inf, math.inf
         stepped = np.stack([form.encode_step(row) for row in x.numpy()])
         expected = form.encode(x)
