@@ -245,7 +245,7 @@ class Cache:
         max_length: int,
         *,
         rewind: int = 0,
-        storage: str = "exact",
+        storage: str,
         like: Tensor,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 1), ("rewind", rewind, 0)):
