@@ -1,0 +1,58 @@
+"""What of the experts and the router is compiled ahead of time: see aot.py."""
+
+from typing import Any
+
+import torch
+
+PRODUCTS = {"grouped_swiglu", "grouped_swiglu_backward", "grouped", "grouped_outer"}
+# experts, width, expert width, slots, tokens; the numbers of tokens and experts do not change what is compiled, so
+# the largest are taken where a table of experts is compiled with them, and few for the rest, to spare memory
+WIDTHS = {"main": (2048, 768, 8), "flash": (4096, 2048, 6), "toy": (128, 64, 4), "odd": (52, 20, 3)}
+
+
+def experts(widths: str, dtype: torch.dtype) -> None:
+    """Forward and backward of the experts, and SwiGLU alone."""
+    from abyssal.kernels.moe_experts import triton_launch as launch
+
+    d, f, k = WIDTHS[widths]
+    n, e = 64, 8
+    x, weights = torch.empty(n, d, dtype=dtype), torch.empty(n, k)
+    w13, w2 = torch.empty(e, 2 * f, d, dtype=dtype), torch.empty(e, d, f, dtype=dtype)
+    rows = launch.Rows(*(torch.empty(shape, dtype=torch.int64) for shape in (n * k, e, (n, k))))
+    out, h = launch.forward(x, weights, w13, w2, rows, 10.0, keep=True, shared=x)
+    launch.backward(out, x, h, weights, w13, w2, rows, 10.0)
+    launch.swiglu_backward(launch.swiglu(h, None, 10.0), h, None, 10.0)
+
+
+def route(e: int, k: int) -> None:
+    """Router forward and backward, expert order, and the tiles of that many experts."""
+    from abyssal.kernels.moe_experts import triton_launch as launch
+    from abyssal.kernels.moe_route import triton as router
+
+    logits = torch.empty(4096, e)
+    scores, ids, weights = router._route(logits, torch.empty(e), None, k, 1.5)
+    router._route_gradient(scores, weights, scores, ids, 1.5, torch.float32)
+    order, counts, _ = router._permutation(ids, e, None)
+    launch._schedule(counts, len(order), 128)
+
+
+MAIN = ["sm_80", "sm_90", "sm_100"]
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+CASES = {
+    "experts, bf16, d=2048 n=768 K=8": ([*MAIN, "sm_86", "gfx942"], lambda: experts("main", bf16)),
+    "experts, bf16, d=4096 n=2048 K=6": (MAIN, lambda: experts("flash", bf16)),
+    "experts, bf16, d=128 n=64 K=4": (MAIN, lambda: experts("toy", bf16)),
+    "experts, fp16, d=2048 n=768 K=8": (["sm_90"], lambda: experts("main", fp16)),
+    "experts, fp32, d=2048 n=768 K=8": (MAIN, lambda: experts("main", fp32)),
+    "experts, bf16, d=52 n=20 K=3": (["sm_90"], lambda: experts("odd", bf16)),
+    "route, E=128 K=8": (MAIN, lambda: route(128, 8)),
+    "route, E=256 K=6": (MAIN, lambda: route(256, 6)),
+    "route, E=384 K=6": (["sm_90"], lambda: route(384, 6)),
+}
+
+
+def check_hopper(row: dict[str, Any]) -> None:
+    """Of a half-precision product on sm_90."""
+    assert row["hgmma"] > 0, row
+    aligned = "d=52" not in row["case"]
+    assert (row["tma"] > 0) == (aligned and row["kernel"] != "grouped_outer"), row
