@@ -1,0 +1,56 @@
+"""The language model's head with its loss, and the orthogonalisation of Muon's updates.
+
+t tokens · d width · v vocabulary · a x b a matrix, a <= b · s bytes of an element
+"""
+
+from dataclasses import dataclass
+
+from .device import Work
+
+
+@dataclass(frozen=True)
+class Head:
+    """Linear layer and softmax cross-entropy. The logits are counted as never reaching memory."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+    itemsize: int = 2
+
+    @property
+    def _inputs(self) -> int:
+        return self.itemsize * (self.tokens + self.vocabulary) * self.width
+
+    @property
+    def forward(self) -> Work:
+        """Reads x, the weight and the targets; writes a number."""
+        return Work(2 * self.tokens * self.width * self.vocabulary, self._inputs + 8 * self.tokens)
+
+    @property
+    def backward(self) -> Work:
+        """Both products of the logits' gradient: reads x and the weight, writes their gradients."""
+        return Work(4 * self.tokens * self.width * self.vocabulary, 2 * self._inputs)
+
+    @property
+    def kept(self) -> int:
+        """Bytes between forward and backward besides the inputs: both gradients, which the forward pass makes."""
+        return self._inputs
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """`steps` rounds of X <- a X + (b A + c A^2) X with A = X X^T, on `count` matrices."""
+
+    count: int
+    rows: int
+    columns: int
+    steps: int
+    itemsize: int = 2
+
+    @property
+    def forward(self) -> Work:
+        """Three products a round, each reading its factors and writing its result once."""
+        a, b = sorted((self.rows, self.columns))
+        flops = 4 * a * a * b + 2 * a**3
+        moved = self.itemsize * (3 * a * b + 3 * a * a)
+        return Work(self.count * self.steps * flops, self.count * self.steps * moved)
