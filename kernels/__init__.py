@@ -18,12 +18,20 @@ if __name__ == "kernels":
 else:
     from .attention import attention
     from .cross_entropy import cross_entropy
-    from .engram import compress_vocabulary, engram_gate, engram_hash, engram_multipliers, engram_primes
+    from .engram import (
+        compress_vocabulary,
+        engram_gate,
+        engram_gather,
+        engram_hash,
+        engram_multipliers,
+        engram_primes,
+    )
     from .hyper import Coefficients, hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_recombine
     from .index_loss import index_loss
     from .index_topk import index_topk
     from .moe_experts import moe_experts, swiglu
     from .moe_route import Permutation, Routing, balance_loss, moe_permutation, moe_route
+    from .newton_schulz import newton_schulz, newton_schulz_many
     from .norm_rope import rms_norm, rope, rope_frequencies, rope_rotation
     from .pool import pool
     from .quant import dequantize, e2m1_to_e4m3, fake_quant, hadamard, quantize
@@ -40,6 +48,7 @@ else:
         "dequantize",
         "e2m1_to_e4m3",
         "engram_gate",
+        "engram_gather",
         "engram_hash",
         "engram_multipliers",
         "engram_primes",
@@ -54,6 +63,8 @@ else:
         "moe_experts",
         "moe_permutation",
         "moe_route",
+        "newton_schulz",
+        "newton_schulz_many",
         "pool",
         "quantize",
         "rms_norm",
