@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import engram_gate, engram_hash, engram_multipliers, engram_primes, rms_norm
+from ..kernels import engram_gate, engram_gather, engram_hash, engram_multipliers, engram_primes, rms_norm
 from .cache import LayerCache
 from .config import EngramConfig, ModelConfig
 from .documents import Layout
@@ -65,7 +65,7 @@ class Engram(nn.Module):
         self.canonical.copy_(lookup)
 
     def forward(self, streams: Tensor, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        embedded = self.table(self.rows(ids, layout, cache)).flatten(2)  # [b, t, m]
+        embedded = engram_gather(self.table.weight, self.rows(ids, layout, cache))  # [b, t, m]
         keys = self.wkv(embedded).unflatten(-1, (self.streams + 1, -1))
         value = keys[:, :, self.streams]
         gated = engram_gate(streams, keys[:, :, : self.streams], value, self.h_norm, self.k_norm, eps=self.eps)

@@ -2,12 +2,13 @@
 
     mix_n = x'_t m_0  xor  x'_{t-1} m_1  xor ... xor  x'_{t-n+1} m_{n-1}        n = 2..N, x' canonical token ids
     row   = mix_n mod p[n, k] + offset[n, k]                                    k heads per order, all primes distinct
+    e     = concat of the table's rows, order-major, then head
     s     = <RMSNorm(h), RMSNorm(key)> / sqrt(d),   gate = sigmoid(sign(s) sqrt(max(|s|, 1e-6)))
 
 The rows depend on token ids alone, so they can be fetched ahead of the step. `layout` holds the pure functions that fix
 tables, primes and multipliers, `vocabulary` the map from token ids to canonical ids. (Engram, arXiv 2601.07372.)
 
-b batch · t tokens · n streams · d width · o orders (N - 1) · k heads per order
+b batch · t tokens · n streams · d width · o orders (N - 1) · k heads per order · r table rows · w their width
 """
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "EngramLayout",
     "compress_vocabulary",
     "engram_gate",
+    "engram_gather",
     "engram_hash",
     "engram_layout",
     "engram_multipliers",
@@ -67,6 +69,29 @@ def engram_hash(
         raise ValueError(f"history has shape {tuple(history.shape)}: expected [{b}, {orders}]")
     run = implementation("engram", backend, ids).engram_hash
     return run(ids, multipliers, moduli, offsets, pad=pad, start=start, history=history)
+
+
+def engram_gather(table: Tensor, rows: Tensor, *, backend: str | None = None) -> Tensor:
+    """The embeddings of each token, `concat_h table[rows[b, t, h]]`. (Engram 2.2.)
+
+    The gradient of a row is the sum over its look-ups, collisions included, in the order of the tokens.
+
+    Args:
+        table: `[r, w]`.
+        rows: int64 `[b, t, h]`, from 0 to r - 1.
+
+    Returns:
+        `[b, t, h w]` in the dtype of table.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        IndexError: a row outside the table, in the reference on a CPU; the kernels, which cannot tell, give NaN.
+    """
+    if table.ndim != 2:
+        raise ValueError(f"table has shape {tuple(table.shape)}: expected [rows, width]")
+    if rows.ndim != 3 or rows.dtype != torch.int64:
+        raise ValueError(f"rows has shape {tuple(rows.shape)} and dtype {rows.dtype}: expected int64 [b, t, heads]")
+    return implementation("engram", backend, table).engram_gather(table, rows)
 
 
 def engram_gate(

@@ -1,4 +1,4 @@
-"""Hash and gate in plain PyTorch; see the package for the equations and the axis letters."""
+"""Hash, gather and gate in plain PyTorch; see the package for the equations and the axis letters."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 CLAMP = 1e-6  # of |s| before the root, whose slope would be infinite at 0
 VALUES = 2**18  # of a block of streams: 1 MiB of fp32
@@ -35,6 +36,11 @@ def engram_hash(
         mix = mix ^ (previous * multipliers[back])
         rows.append(mix.unsqueeze(-1) % moduli[back - 1])
     return torch.cat(rows, dim=-1) + offsets
+
+
+def engram_gather(table: Tensor, rows: Tensor) -> Tensor:
+    """See `kernels.engram.engram_gather`."""
+    return F.embedding(rows, table).flatten(2)
 
 
 def engram_gate(
