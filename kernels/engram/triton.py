@@ -13,13 +13,14 @@ import triton
 from torch import Tensor
 
 from ..triton_launch import next_power, on_device
+from ..triton_scatter import entry_lists, scatter_sum
 from . import triton_kernels as kernels
 
 __all__ = ["engram_gate", "engram_gather", "engram_hash"]
 
 ELEMENTS = 2048  # of a block of streams by columns
 STRIP, STRIPS = 64, 256  # tokens of a strip at least, strips at most
-LOOKUPS, SHARES = 32, 16  # summed at once
+SHARES = 16  # of strips, summed at once
 
 
 def engram_hash(
@@ -105,14 +106,9 @@ def _(table: Tensor, rows: Tensor) -> Tensor:
 @torch.library.custom_op("abyssal::engram_gather_backward", mutates_args=())
 def _sum_lookups(grad: Tensor, rows: Tensor, r: int) -> Tensor:
     """`[r, w]`: each row's sum of grad `[q, w]` over the look-ups of it, in their order."""
-    grad, w = grad.contiguous(), grad.shape[1]
-    out = grad.new_empty(r, w)
-    columns = min(next_power(w), 64)
-    with on_device(grad):
-        ordered, order = rows.sort(stable=True)
-        ends = torch.searchsorted(ordered, torch.arange(r + 1, device=rows.device))
-        kernels.sum_lookups[r, triton.cdiv(w, columns)](grad, order, ends, out, w, LOOKUPS=LOOKUPS, COLUMNS=columns)
-    return out
+    q, w = grad.shape
+    sums = scatter_sum(grad.reshape(1, q, 1, w), entry_lists(rows.view(1, q, 1), r))
+    return sums.view(r, w).to(grad.dtype)
 
 
 @_sum_lookups.register_fake

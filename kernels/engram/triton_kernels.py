@@ -60,20 +60,6 @@ def gather_rows(table, rows, out, r, q, w, LOOKUPS: tl.constexpr, COLUMNS: tl.co
     tl.store(out + lookup * w + column, value, mask=(lookup < q) & (column < w))
 
 
-@triton.jit
-def sum_lookups(grad, order, ends, out, w, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out [r, w]: each row's sum of grad [q, w] over its look-ups `order[ends[row - 1] : ends[row]]`, in that order."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    start, end = tl.load(ends + row), tl.load(ends + row + 1)
-    total = tl.zeros((LOOKUPS, COLUMNS), tl.float32)
-    for i in range(start, end, LOOKUPS):
-        at = i + tl.arange(0, LOOKUPS)[:, None]
-        lookup = tl.load(order + at, mask=at < end, other=0)
-        total += tl.load(grad + lookup * w + column, mask=(at < end) & (column < w), other=0.0).to(tl.float32)
-    tl.store(out + row * w + column, tl.sum(total, axis=0)[None, :], mask=column < w)
-
-
 # gate ----------------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from abyssal.kernels import engram_gate, engram_gather, engram_hash
+from abyssal.kernels import engram_gate, engram_gather, engram_hash, triton_scatter
 from abyssal.kernels.engram import engram_layout, reference
 from abyssal.kernels.engram import triton as kernels
 
@@ -25,8 +25,9 @@ GRADIENTS = ("dstreams", "dkey", "dvalue", "dweight_h", "dweight_k")
 def small_blocks(device, monkeypatch):
     """In the interpreter a few tokens fill several blocks, strips and rounds of a loop."""
     if device == "cpu":
-        for name, value in {"ELEMENTS": 64, "STRIP": 3, "STRIPS": 3, "LOOKUPS": 2, "SHARES": 2}.items():
+        for name, value in {"ELEMENTS": 64, "STRIP": 3, "STRIPS": 3, "SHARES": 2}.items():
             monkeypatch.setattr(kernels, name, value)
+        monkeypatch.setattr(triton_scatter, "ROWS", 2)
 
 
 def addresses(device, vocab_size=1000, heads=3, max_ngram=4):
