@@ -2,7 +2,16 @@
 
 from .config import EngramConfig, ModelConfig
 from .generate import generate
-from .huggingface import load_pretrained, save_pretrained
+from .interchange import convert_pretrained, load_pretrained, save_pretrained
 from .transformer import Output, Transformer
 
-__all__ = ["EngramConfig", "ModelConfig", "Output", "Transformer", "generate", "load_pretrained", "save_pretrained"]
+__all__ = [
+    "EngramConfig",
+    "ModelConfig",
+    "Output",
+    "Transformer",
+    "convert_pretrained",
+    "generate",
+    "load_pretrained",
+    "save_pretrained",
+]

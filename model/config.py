@@ -212,7 +212,7 @@ class ModelConfig:
             ValueError: an unknown key (names the nearest known one), a missing key, or a value that V4 does not vary.
         """
         if any(key in data for key in ("compress_rates", "mlp_layer_types", "rope_parameters")):
-            from .huggingface import config_from_huggingface
+            from .interchange.configuration import config_from_huggingface
 
             data = config_from_huggingface(data)
         values = {key: value for key, value in data.items() if key not in IGNORED}

@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 from peer import make_peer, peer_config
 
 from abyssal.model import ModelConfig, Transformer
-from abyssal.model.huggingface import sources
+from abyssal.model.interchange.names import sources
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 48, "moe_intermediate_size": 24, "head_dim": 24, "qk_rope_head_dim": 8,

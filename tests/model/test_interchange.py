@@ -10,9 +10,12 @@ from model_tensors import model_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from abyssal.model import huggingface
+from abyssal.model import interchange
 from abyssal.model.config import HEAVY, SLIDING, SPARSE, EngramConfig, ModelConfig, RopeScaling
-from abyssal.model.huggingface import config_from_huggingface, config_to_huggingface, sources
+from abyssal.model.interchange import Stored, convert_pretrained, files, load_pretrained, save_pretrained
+from abyssal.model.interchange.configuration import config_from_huggingface, config_to_huggingface
+from abyssal.model.interchange.names import sources
+from abyssal.model.transformer import Transformer
 
 LAYOUTS = ("official", "huggingface")
 
@@ -41,13 +44,16 @@ def made_up(config: ModelConfig, rows: dict[int, int] | None = None) -> dict[str
 
 
 def write(folder, config, layout, state=None, limit=10**9):
-    huggingface._write(made_up(config) if state is None else state, config, folder, layout, limit)
+    state = made_up(config) if state is None else state
+    kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    interchange._save(folder, config, kinds, lambda name, index: state[name][index], (layout, "exact", limit))
     return folder
 
 
 def read(folder, config, dtype=None):
-    shapes = {name: tensor.shape for name, tensor in made_up(config).items()}
-    return huggingface._read(huggingface._headers(folder), shapes, config, torch.device("cpu"), dtype)
+    stored = Stored(folder)
+    assert replace(stored.config, torch_dtype=config.torch_dtype) == config
+    return {name: stored.tensor(name, dtype) for name in stored.shapes}
 
 
 def assert_equal(got, want):
@@ -74,11 +80,8 @@ def test_official_layout_holds_any_configuration(tmp_path, changes):
 
 def test_official_layout_holds_engram(tmp_path):
     config = replace(tiny(), engram=EngramConfig(layers=(1,), head_dim=4, vocab_size=11, heads=2))
-    state = made_up(config, {1: 50})
-    folder = write(tmp_path / "x", config, "official", state)
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    got = huggingface._read(huggingface._headers(folder), shapes, config, torch.device("cpu"), None)
-    assert_equal(got, state)
+    state = made_up(config, {1: len(Transformer(config).layers[1].engram.table.weight)})
+    assert_equal(read(write(tmp_path / "x", config, "official", state), config), state)
     with pytest.raises(ValueError, match="no Engram: save with layout='official'"):
         write(tmp_path / "y", config, "huggingface", state)
     assert not (tmp_path / "y").exists()
@@ -190,32 +193,238 @@ def test_a_wrong_shape_is_named_with_both_shapes(tmp_path, layout, name, want):
         read(folder, tiny())
 
 
-def test_quantised_tensors_are_refused(tmp_path):
-    def change(tensors):
-        tensors["layers.0.attn.wq_a.weight"] = tensors["layers.0.attn.wq_a.weight"].to(torch.float8_e4m3fn)
-        tensors["layers.0.attn.wq_a.scale"] = torch.ones(1, 1)
-
-    sizes = {"head_dim": 68, "index_head_dim": 32, "hidden_size": 32, "moe_intermediate_size": 32}
-    config = tiny(**sizes, quantization_config={"quant_method": "fp8"}, expert_dtype="fp4")
-    folder = edit(write(tmp_path / "x", config, "official"), change)
-    words = r"quantised \(fp8, experts fp4\): layers.0.attn.wq_a.weight are F8_E4M3.*not read yet"
-    with pytest.raises(ValueError, match=words):
-        read(folder, config)
-
-
 def test_folders_without_what_is_needed(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
+        load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
     with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
-        huggingface._headers(tmp_path)
+        load_pretrained(tmp_path)
+    save_file({"wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"none of lm_head.weight, .*embed.weight: it has wte.weight"):
+        load_pretrained(tmp_path)
     folder = write(tmp_path / "x", tiny(), "official", limit=4096)
     lost = sorted(folder.glob("model-*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(lost.name)):
-        huggingface._headers(folder)
-    with pytest.raises(FileNotFoundError, match=r"has no config.json"):
-        huggingface.load_pretrained(tmp_path)
-    save_file({"wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"none of lm_head.weight, .*embed.weight: it has wte.weight"):
-        read(tmp_path, tiny())
+        load_pretrained(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"has model-00001-of.* and \d+ more, but no model.safetensors.index.json"
+    ):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "state.pkl"])
+def test_pickles_are_refused_and_not_opened(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
+    torch.save({"embed.weight": torch.zeros(2)}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: pickled weights are refused"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1, -1000])
+def test_a_cut_off_shard_is_named(tmp_path, size):
+    folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:size])
+    with pytest.raises(ValueError, match=f"{shard.name} is broken or cut off"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("where", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path, where):
+    folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
+    save_file({"embed.weight": torch.zeros(53, 24)}, tmp_path / "other.safetensors")
+    edit_index(folder, lambda places: places.update({"embed.weight": where}))
+    with pytest.raises(ValueError, match="names of files beside it"):
+        load_pretrained(folder)
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_an_index_that_is_wrong(tmp_path):
+    folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
+    path = folder / "model.safetensors.index.json"
+    good = path.read_text()
+    files = sorted(set(json.loads(good)["weight_map"].values()))
+    edit_index(folder, lambda places: places.update({"embed.weight": files[-1], "more": files[0]}))
+    with pytest.raises(ValueError, match=r"promises tensors that their files do not hold: embed\.weight, more"):
+        load_pretrained(folder)
+    for broken in ("{{", "[]", "{}", '{"weight_map": 3}'):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="is no index of shards"):
+            load_pretrained(folder)
+    path.write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="lists no tensor"):
+        load_pretrained(folder)
+    path.write_text(good)
+    edit(folder, lambda t: t.update({"layers.3.attn_norm.weight": torch.zeros(24)}), files[0])
+    with pytest.raises(ValueError, match=rf"layers.3.attn_norm.weight is in {files[0]} and in model-0"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("embed.weight", torch.int64, "embed.weight is I64: allowed are F64"),
+        ("layers.0.ffn.gate.tid2eid", torch.float32, "tid2eid is F32: allowed are I64, I32"),
+        ("norm.weight", torch.float8_e4m3fn, r"1 missing: norm.scale"),
+        ("layers.1.attn.attn_sink", torch.float8_e4m3fn, "attn_sink is F8_E4M3: allowed"),
+    ],
+)
+def test_a_flipped_dtype_is_named(tmp_path, name, kind, says):
+    folder = write(tmp_path / "x", tiny(), "official")
+    edit(folder, lambda t: t.update({name: t[name].to(kind)}))
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(folder)
+
+
+def test_a_model_does_not_depend_on_its_files(tmp_path):
+    folder = write(tmp_path / "x", tiny(), "official")
+    model = load_pretrained(folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(b"\0" * file.stat().st_size)  # the same file: memory that is mapped would change
+    assert_equal(dict(model.state_dict()), made_up(tiny()))
+
+
+# number formats ------------------------------------------------------------------------------------------------------
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def released(**changes) -> ModelConfig:
+    """Sizes that the released formats take, with matrices that are no whole number of blocks."""
+    sizes = {"head_dim": 68, "index_head_dim": 32, "hidden_size": 160, "moe_intermediate_size": 96, "q_lora_rank": 140}
+    return tiny(**sizes, **changes)
+
+
+def dequantised(codes, scales):
+    """By the tables of the formats, a value at a time of each block."""
+    exponents = scales.view(torch.uint8).double() - 127
+    if codes.dtype == torch.int8:
+        nibbles = torch.stack([codes.view(torch.uint8) & 15, codes.view(torch.uint8) >> 4], -1).flatten(1)
+        return (E2M1[nibbles.long()].double() * (2.0**exponents).repeat_interleave(32, 1)).float()
+    wide = (2.0**exponents).repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return (codes.double() * wide[: codes.shape[0], : codes.shape[1]]).float()
+
+
+@pytest.mark.parametrize("weights", ["fp8", "fp4"])
+def test_released_formats(tmp_path, weights):
+    torch.manual_seed(0)
+    config = released()
+    model = Transformer(config)
+    save_pretrained(model, tmp_path / "x", "official", weights=weights, max_shard_size=200_000)
+    data = json.loads((tmp_path / "x/config.json").read_text())
+    assert data["expert_dtype"] == weights and data["quantization_config"]["weight_block_size"] == [128, 128]
+    tensors = {}
+    for file in (tmp_path / "x").glob("model-*.safetensors"):
+        tensors |= load_file(file)
+    kinds = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+    for prefix in ("layers.1.", "mtp.0."):
+        assert kinds[prefix + "attn.wq_a.weight"] == kinds[prefix + "ffn.shared_experts.w3.weight"] == "float8_e4m3fn"
+        expert = prefix + "ffn.experts.4.w2"
+        assert kinds[expert + ".weight"] == ("int8" if weights == "fp4" else "float8_e4m3fn")
+        assert tensors[expert + ".scale"].shape == ((160, 3) if weights == "fp4" else (2, 1))
+    plain = ("embed.weight", "head.weight", "layers.1.ffn.gate.weight", "layers.1.attn.compressor.wkv.weight")
+    plain += ("layers.1.attn.indexer.weights_proj.weight", "layers.1.attn.indexer.compressor.wgate.weight")
+    assert {kinds[name] for name in plain} == {"float32"} and kinds["mtp.0.e_proj.weight"] == "float8_e4m3fn"
+    assert kinds["layers.1.attn.indexer.wq_b.weight"] == "float8_e4m3fn" and "embed.scale" not in kinds
+
+    loaded = load_pretrained(tmp_path / "x")
+    state, before = loaded.state_dict(), model.state_dict()
+    assert state["layers.1.attn.wq_a.weight"].dtype == torch.bfloat16
+    changed = 0
+    for name in state:
+        for part, place in sources(name, config, "official").items():
+            want = before[name][place]
+            if part.removesuffix("weight") + "scale" in tensors and part.endswith(".weight"):
+                changed += 1
+                want = dequantised(tensors[part], tensors[part.removesuffix("weight") + "scale"])
+                apart = (want - before[name][place]).norm() / before[name][place].norm()
+                assert 0.005 < apart < (0.04 if kinds[part] == "float8_e4m3fn" else 0.2), part
+            assert torch.equal(state[name][place].to(want), want), part
+    assert changed == (4 + 1) * 8 + 2 * 1 + 5 * 15 + 2
+
+    save_pretrained(loaded, tmp_path / "again", "official", weights=weights, max_shard_size=200_000)
+    assert_equal(load_pretrained(tmp_path / "again").state_dict(), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scale": None}, r"1 missing: layers.1.attn.wq_b.scale"),
+        ({"other": lambda t: t["scale"].clone()}, r"1 unexpected: layers.1.attn.wq_b.other"),
+        ({"scale": lambda t: t["scale"][:1].clone()}, r"wq_b.scale has shape \(1, 2\): .* needs \(3, 2\)"),
+        ({"scale": lambda t: t["scale"].float()}, r"wq_b.scale is F32: allowed is F8_E8M0"),
+        ({"weight": lambda t: t["weight"][:, 1:].contiguous()}, r"wq_b.weight has shape \(272, 139\)"),
+        ({"weight": lambda t: t["weight"].view(torch.int8)}, r"wq_b.weight has shape .* in e2m1 needs \(272, 70\)"),
+    ],
+)  # fmt: skip
+def test_broken_quantised_tensors_are_named(tmp_path, change, says):
+    save_pretrained(Transformer(released()), tmp_path / "x", "official", weights="fp8")
+
+    def apply(tensors):
+        own = {key: tensors.pop(f"layers.1.attn.wq_b.{key}") for key in ("weight", "scale")}
+        new = own | {key: make and make(own) for key, make in change.items()}
+        tensors.update({f"layers.1.attn.wq_b.{key}": t for key, t in new.items() if t is not None})
+
+    folder = edit(tmp_path / "x", apply)
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(folder)
+
+
+def test_formats_that_do_not_go(tmp_path):
+    model = Transformer(released())
+    with pytest.raises(ValueError, match="huggingface layout holds exact weights only"):
+        save_pretrained(model, tmp_path / "x", weights="fp8")
+    with pytest.raises(ValueError, match="weights='fp6': allowed are 'exact', 'fp8', 'fp4'"):
+        save_pretrained(model, tmp_path / "x", "official", weights="fp6")
+    with pytest.raises(ValueError, match="multiple of 32, because expert_dtype is 'fp4'"):
+        save_pretrained(Transformer(tiny(head_dim=68, index_head_dim=32)), tmp_path / "x", "official", weights="fp4")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start", ["official", "huggingface", "fp4"])
+@pytest.mark.parametrize("target", ["official", "huggingface", "fp8", "fp4"])
+def test_converting_is_loading_and_saving(tmp_path, start, target):
+    def how(kind):
+        return {"layout": kind} if kind in LAYOUTS else {"layout": "official", "weights": kind}
+
+    torch.manual_seed(0)
+    save_pretrained(Transformer(released()), tmp_path / "start", max_shard_size=100_000, **how(start))
+    convert_pretrained(
+        tmp_path / "start", tmp_path / "converted", max_shard_size=300_000, dtype=torch.float32, **how(target)
+    )
+    loaded = load_pretrained(tmp_path / "start", dtype=torch.float32)
+    save_pretrained(loaded, tmp_path / "saved", max_shard_size=300_000, **how(target))
+    names = sorted(file.name for file in (tmp_path / "saved").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "converted").iterdir()) and len(names) > 3
+    for name in names:
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "converted" / name).read_bytes(), name
+
+
+def test_converting_keeps_dtypes_and_refuses_its_source(tmp_path):
+    folder = write(
+        tmp_path / "x",
+        tiny(),
+        "official",
+        {n: t.bfloat16() if t.is_floating_point() else t for n, t in made_up(tiny()).items()},
+    )
+    convert_pretrained(folder, tmp_path / "y")
+    assert load_pretrained(tmp_path / "y").embed.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="must not be written over"):
+        convert_pretrained(folder, tmp_path / "z" / ".." / "x")
+    edit(
+        folder, lambda t: t.update({"layers.0.ffn.experts.0.w1.weight": t["layers.0.ffn.experts.0.w1.weight"].float()})
+    )
+    with pytest.raises(ValueError, match=r"the parts of layers.0.ffn.experts.w13 are torch.bfloat16, torch.float32"):
+        convert_pretrained(folder, tmp_path / "y")
 
 
 def test_saving_again_replaces_weights_and_keeps_other_files(tmp_path):
@@ -243,7 +452,7 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
             raise OSError("disk full")
         return save_file(*args, **kwargs)
 
-    monkeypatch.setattr(huggingface, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         write(folder, config, "huggingface", limit=4096)
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
@@ -356,8 +565,7 @@ def peer():
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_reads_what_transformers_writes(tmp_path, peer, original, layout, shard):
     peer.save_pretrained(tmp_path, save_original_format=original, max_shard_size=shard)
-    stored = huggingface._headers(tmp_path)
-    assert huggingface._layout_of(stored) == layout
+    assert Stored(tmp_path).layout == layout
     config = ModelConfig.load(tmp_path / "config.json")
     assert config == tiny()
     config = replace(config, num_nextn_predict_layers=0)
@@ -383,18 +591,16 @@ def test_transformers_reads_what_is_written_here(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_survives_saving_and_loading(tmp_path, layout):
-    from abyssal.model.transformer import Transformer
-
     torch.manual_seed(0)
     model = Transformer(replace(tiny(), torch_dtype="bfloat16"))
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == model_tensors(tiny())
-    huggingface.save_pretrained(model, tmp_path / "x", layout=layout)
-    loaded = huggingface.load_pretrained(tmp_path / "x")
+    save_pretrained(model, tmp_path / "x", layout=layout)
+    loaded = load_pretrained(tmp_path / "x")
     assert loaded.config == tiny()  # torch_dtype says what was written
     assert_equal(loaded.state_dict(), model.state_dict())
     assert all(p.requires_grad for p in loaded.parameters()) and not any(p.is_meta for p in loaded.parameters())
-    half = huggingface.load_pretrained(tmp_path / "x", dtype=torch.bfloat16)
-    huggingface.save_pretrained(loaded.double(), tmp_path / "double", layout=layout)
+    half = load_pretrained(tmp_path / "x", dtype=torch.bfloat16)
+    save_pretrained(loaded.double(), tmp_path / "double", layout=layout)
     assert ModelConfig.load(tmp_path / "double" / "config.json").torch_dtype == "float64"
     kinds = {name: p.dtype for name, p in half.named_parameters()}
     assert kinds["embed.weight"] == torch.bfloat16 and kinds["layers.0.hc_attn.fn"] == torch.float32
@@ -402,5 +608,5 @@ def test_a_model_survives_saving_and_loading(tmp_path, layout):
 
 def test_a_checkpoint_without_mtp_loads_as_a_model_without_it(tmp_path, peer):
     peer.save_pretrained(tmp_path)
-    model = huggingface.load_pretrained(tmp_path)
+    model = load_pretrained(tmp_path)
     assert model.config == replace(tiny(), num_nextn_predict_layers=0) and len(model.mtp) == 0

@@ -1,0 +1,274 @@
+"""Checkpoint interchange: folders of config.json and safetensors, as transformers and DeepSeek write them.
+
+names           under which names a layout stores our tensors
+configuration   transformers' configuration keys
+formats         the released number formats of weights
+files           safe reading and all-or-nothing writing of a folder
+
+Reading and writing go tensor by tensor: memory holds the model and one shard.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from . import formats
+from .configuration import config_to_huggingface
+from .files import CONFIG, Folder, Header, write
+from .names import LAYOUTS, Index, is_float32, is_shared_copy, layout_of, listed, sources
+
+if TYPE_CHECKING:
+    from ..transformer import Transformer
+
+__all__ = ["Stored", "convert_pretrained", "load_pretrained", "save_pretrained"]
+
+SHARD = 5 * 10**9
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = ("I64", "I32")
+
+
+def load_pretrained(
+    folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> "Transformer":
+    """The model in a folder with config.json and safetensors shards, in any layout, quantised as released or not.
+
+    Tensors go one by one to `device` (default: the CPU). `dtype` None keeps the file's types, with bfloat16 for
+    quantised tensors, which holds them exactly; otherwise floating tensors are cast, but norms, mHC, sinks, slot biases
+    and gate biases to float32 at least. Without MTP tensors the model has no MTP block.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json or no safetensors weights, or a shard is missing.
+        ValueError: names of no known layout; missing or unexpected tensors (up to ten of each are named); a tensor of
+            another shape or dtype; a broken file or index; pickled weights; a configuration that is refused.
+    """
+    from ..transformer import Transformer  # here, so that reading a configuration does not import the model
+
+    stored = Stored(folder)
+    with torch.device("meta"):
+        model = Transformer(stored.config)
+    state = {name: stored.tensor(name, dtype, torch.device(device or "cpu")) for name in stored.in_file_order()}
+    stored.folder.close()
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save_pretrained(
+    model: "Transformer",
+    folder: str | Path,
+    layout: str = "huggingface",
+    max_shard_size: int = SHARD,
+    *,
+    weights: str = "exact",
+) -> None:
+    """Writes config.json and safetensors shards of about `max_shard_size` bytes at most (one tensor at least).
+
+    "huggingface" can be read by transformers' `DeepseekV4ForCausalLM.from_pretrained`, "official" has DeepSeek's names.
+    The folder is replaced as a whole, once all is on the disk; other files in it stay.
+
+    Args:
+        weights: "exact"; or quantised as released, in the official layout only: "fp8" (base models) or "fp4" (FP4
+            experts, all else FP8). See `formats`.
+
+    Raises:
+        ValueError: an unknown layout or number format, or a model that the layout or the format cannot hold.
+    """
+    state = model.state_dict()
+    _save(
+        Path(folder),
+        model.config,
+        {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()},
+        lambda name, index: state[name][index].detach().cpu(),
+        (layout, weights, max_shard_size),
+    )
+
+
+def convert_pretrained(
+    source: str | Path,
+    target: str | Path,
+    layout: str = "huggingface",
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = SHARD,
+    *,
+    weights: str = "exact",
+) -> None:
+    """Writes the checkpoint in folder `source` anew to `target`, without a model: memory holds one shard.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pretrained` and `save_pretrained`; or both folders are the same.
+    """
+    if Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"target={str(target)!r}: the checkpoint that is read must not be written over")
+    stored = Stored(source)
+    kinds = {name: (shape, stored.dtype(name, dtype)) for name, shape in stored.shapes.items()}
+    get = lambda name, index: stored.tensor(name, dtype, index=index)  # noqa: E731
+    _save(Path(target), stored.config, kinds, get, (layout, weights, max_shard_size))
+
+
+class Stored:
+    """A checkpoint as tensors of our model, which are put together when they are asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pretrained`.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Folder(folder)
+        config = ModelConfig.load(self.folder.path / CONFIG)
+        headers = self.folder.headers
+        self.layout = layout_of(headers)
+        has_mtp = any(name.startswith("mtp.") for name in headers)
+        self.config = config if has_mtp else replace(config, num_nextn_predict_layers=0)
+        self.shapes, self._is_float = _shapes(self.config)
+        self.scales = {
+            name: formats.scale_name(name)
+            for name, header in headers.items()
+            if header.dtype in formats.DTYPES and name.endswith(".weight")
+        }
+        self.parts = {name: sources(name, self.config, self.layout) for name in self.shapes}
+        self._check({name: h for name, h in headers.items() if not is_shared_copy(name)})
+
+    def dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
+        """That of one of our tensors when it is read as `dtype`."""
+        if not self._is_float[name]:
+            return torch.int64
+        if dtype is not None:
+            return torch.promote_types(dtype, torch.float32) if is_float32(name) else dtype
+        kinds = {_FLOATS.get(self.folder.headers[part].dtype, torch.bfloat16) for part in self.parts[name]}
+        if len(kinds) > 1:
+            raise ValueError(f"the parts of {name} are {', '.join(sorted(map(str, kinds)))}: say which dtype to read")
+        return kinds.pop()
+
+    def tensor(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        index: Index = (),
+    ) -> Tensor:
+        """One of our tensors, or a part of it that some layout stores."""
+        kind, parts = self.dtype(name, dtype), self.parts[name]
+        same = next((part for part, place in parts.items() if place == index), None)
+        if same is not None:
+            return self._part(same, (), kind, device)
+        whole = next((part for part, place in parts.items() if place == ()), None)
+        if whole is not None:
+            return self._part(whole, index, kind, device)
+        out = torch.empty(self.shapes[name], dtype=kind, device=device)
+        for part, place in parts.items():
+            out[place] = self._part(part, (), kind, device)
+        return out[index]
+
+    def in_file_order(self) -> list[str]:
+        """Our names in the order in which files hold them, so that each is opened once or twice."""
+        headers = self.folder.headers
+        return sorted(self.shapes, key=lambda name: min(str(headers[part].file) for part in self.parts[name]))
+
+    def _part(self, source: str, index: Index, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """A copy, which needs the file no more."""
+        codes = self.folder.read(source, index, device)
+        if source not in self.scales:
+            return codes.to(dtype, copy=codes.device.type == "cpu")
+        return formats.decode(codes, self.folder.read(self.scales[source], device=device), dtype)
+
+    def _check(self, headers: Mapping[str, Header]) -> None:
+        """Every stored tensor is wanted, every wanted one is stored, in the right shape and kind."""
+        wanted = {part: (name, place) for name, parts in self.parts.items() for part, place in parts.items()}
+        needed = [*wanted, *(scale for part, scale in self.scales.items() if part in wanted)]
+        found = {
+            "missing": [name for name in needed if name not in headers],
+            "unexpected": [name for name in headers if name not in set(needed)],
+        }
+        if any(found.values()):
+            said = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names)
+            raise ValueError(f"the checkpoint's tensors are not the configuration's: {said}")
+        for part, (name, place) in wanted.items():
+            shape = shape_of(self.shapes[name], place)
+            header = headers[part]
+            if part in self.scales:
+                self._check_quantised(part, shape, header, headers[self.scales[part]])
+                continue
+            allowed = tuple(_FLOATS) if self._is_float[name] else _INTEGERS
+            if header.dtype not in allowed:
+                raise ValueError(f"{part} is {header.dtype}: allowed are {', '.join(allowed)} ({name})")
+            if header.shape != shape:
+                raise ValueError(f"{part} has shape {header.shape}: the configuration needs {shape} ({name})")
+
+    def _check_quantised(self, part: str, shape: tuple[int, ...], codes: Header, scales: Header) -> None:
+        format = formats.DTYPES[codes.dtype]
+        if len(shape) != 2:
+            raise ValueError(f"{part} is {codes.dtype}: only matrices are quantised, this has shape {shape}")
+        for header, want, name in zip((codes, scales), formats.stored_shapes(shape, format), (part, self.scales[part])):
+            if header.shape != want:
+                raise ValueError(f"{name} has shape {header.shape}: a matrix {shape} in {format} needs {want}")
+        if scales.dtype != formats.SCALES:
+            raise ValueError(f"{self.scales[part]} is {scales.dtype}: allowed is {formats.SCALES}")
+
+
+def _shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, bool]]:
+    """Our tensors' shapes, and which of them hold floats."""
+    from ..transformer import Transformer
+
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return shapes, {name: tensor.is_floating_point() for name, tensor in state.items()}
+
+
+def _save(
+    folder: Path,
+    config: ModelConfig,
+    kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    get: Callable[[str, Index], Tensor],
+    how: tuple[str, str, int],
+) -> None:
+    """Writes our tensors, of these shapes and dtypes, in the layout, number format and shard size that `how` says."""
+    layout, weights, limit = how
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: allowed are {', '.join(map(repr, LAYOUTS))}")
+    if weights not in formats.WEIGHTS:
+        raise ValueError(f"weights={weights!r}: allowed are {', '.join(map(repr, formats.WEIGHTS))}")
+    if weights != "exact" and layout != "official":
+        raise ValueError(f"weights={weights!r}: the {layout} layout holds exact weights only; use layout='official'")
+    dtype = str(kinds["embed.weight"][1]).removeprefix("torch.")
+    config = replace(config, torch_dtype=dtype, **formats.described(weights))
+    written: dict[str, Any] = config_to_huggingface(config) if layout == "huggingface" else config.to_dict()
+    places = {part: (name, place) for name in kinds for part, place in sources(name, config, layout).items()}
+
+    def make(part: str) -> dict[str, Tensor]:
+        tensor, format = get(*places[part]), formats.format_of(part, weights)
+        return formats.encode(part, tensor, format) if format else {part: tensor.contiguous()}
+
+    shards: list[list[str]] = [[]]
+    held = 0
+    for part, (name, place) in places.items():
+        planned = plan(part, shape_of(kinds[name][0], place), kinds[name][1], weights)
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in planned.values())
+        if shards[-1] and held + size > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(part)
+        held += size
+    write(folder.resolve(), written, shards, make)
+
+
+def plan(
+    part: str, shape: tuple[int, ...], dtype: torch.dtype, weights: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What is stored for a tensor: itself, or codes and scales. Names to shapes and dtypes."""
+    format = formats.format_of(part, weights)
+    if not format:
+        return {part: (shape, dtype)}
+    codes, scales = formats.stored_shapes(shape, format)
+    kind = torch.int8 if format == "e2m1" else torch.float8_e4m3fn
+    return {part: (codes, kind), formats.scale_name(part): (scales, torch.float8_e8m0fnu)}
+
+
+def shape_of(shape: tuple[int, ...], place: Index) -> tuple[int, ...]:
+    """Of that part of a tensor."""
+    return tuple(torch.empty(shape, device="meta")[place].shape)
