@@ -16,6 +16,7 @@ EXAMPLES = {
     "eval speculative": "abyssal eval speculative runs/toy-20260101-120000 --prompts 16 --tokens 125",
     "plot": "abyssal plot runs/toy-20260101-120000",
     "info": "abyssal info v4-flash --context 1048576",
+    "profile": "abyssal profile toy --decode-length 4096 --out runs/profile-toy",
     "bench": "abyssal bench moe",
     "bench moe": "abyssal bench moe --shape peer,wide --tokens 1024,4096 --out runs/bench",
 }
@@ -320,6 +321,31 @@ def _bench(options: argparse.Namespace) -> None:
     run(options.command.removeprefix("bench "), **chosen)
 
 
+def _profile_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "shipped recipe or released configuration, or a .toml or .json file (str)"
+    parser.add_argument("preset", metavar="PRESET", help=text)
+    _flag(parser, "--tokens", int, None, "tokens of a row of the training step", "the recipe's; else 4096")
+    _flag(parser, "--batch", int, None, "rows of the training step", "the recipe's; else 1")
+    _flag(parser, "--device", str, None, "cpu, cuda, cuda:1, ...", "a GPU if there is one")
+    _flag(parser, "--dtype", str, None, "bfloat16, float16 or float32", "the recipe's; else bfloat16 on a GPU")
+    _flag(parser, "--decode-length", int, None, "tokens behind which one is decoded", "1024")
+    _flag(parser, "--decode-batch", int, 1, "sequences that are decoded together")
+    _flag(parser, "--repeats", int, None, "turns of each step, with and without instruments", "20 on a GPU, 7 on a CPU")
+    _flag(parser, "--layers", int, None, "cut the configuration down to its first layers", "all")
+    _flag(parser, "--experts", int, None, "cut the configuration down to that many routed experts", "all")
+    text = "a recipe key as TABLE.KEY=VALUE, TOML value; repeatable (str; default: as in the preset)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    _flag(parser, "--out", Path, None, "folder for the JSON, the PNG and the traces", "runs/profile-PRESET-DATE-TIME")
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from .profile.run import run
+
+    names = ("tokens", "batch", "dtype", "decode_length", "decode_batch", "layers", "experts")
+    chosen = {name: getattr(options, name) for name in ("device", "repeats", "out", *names)}
+    run(options.preset, overrides=options.set, **chosen)
+
+
 def _recipe_keys() -> str:
     """Every recipe key that --set takes, with its type, default and meaning."""
     from .recipe import TABLES
@@ -349,6 +375,11 @@ COMMANDS = {
     ),
     "plot": (_plot, _plot_arguments, "Draw a run's curves from its metrics.jsonl"),
     "info": (_info, _info_arguments, "Parameters, FLOPs per token and cache bytes of a configuration"),
+    "profile": (
+        _profile,
+        _profile_arguments,
+        "Time and memory of a training step and a decode step by mechanism, beside their limits",
+    ),
     "bench": (_bench_list, _bench_list_arguments, "What can be measured"),
     "bench moe": (_bench, _bench_arguments, "Time and memory of the routed experts, against torch's and transformers'"),
 }

@@ -55,7 +55,7 @@ def test_only_commands_that_work_are_listed(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for command in ("chat", "ablate", "profile", "convert"):
+    for command in ("chat", "ablate", "convert"):
         assert f"\n    {command} " not in text
     assert all(re.search(rf"\n    {command}\s", text) for command in COMMANDS)
 
