@@ -26,13 +26,20 @@ else:
         engram_multipliers,
         engram_primes,
     )
-    from .hyper import Coefficients, hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_recombine
+    from .hyper import (
+        Coefficients,
+        hyper_coefficients,
+        hyper_collapse,
+        hyper_head_weights,
+        hyper_read,
+        hyper_recombine,
+    )
     from .index_loss import index_loss
     from .index_topk import index_topk
     from .moe_experts import moe_experts, swiglu
     from .moe_route import Permutation, Routing, balance_loss, moe_permutation, moe_route
     from .newton_schulz import newton_schulz, newton_schulz_many
-    from .norm_rope import rms_norm, rope, rope_frequencies, rope_rotation
+    from .norm_rope import norm_rope, rms_norm, rope, rope_frequencies, rope_rotation
     from .pool import pool
     from .quant import dequantize, e2m1_to_e4m3, fake_quant, hadamard, quantize
     from .topk import stable_topk
@@ -57,6 +64,7 @@ else:
         "hyper_coefficients",
         "hyper_collapse",
         "hyper_head_weights",
+        "hyper_read",
         "hyper_recombine",
         "index_loss",
         "index_topk",
@@ -65,6 +73,7 @@ else:
         "moe_route",
         "newton_schulz",
         "newton_schulz_many",
+        "norm_rope",
         "pool",
         "quantize",
         "rms_norm",

@@ -17,7 +17,7 @@ b batch · t tokens · n streams · d width
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Coefficients, hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_recombine
+from ..kernels import Coefficients, hyper_collapse, hyper_head_weights, hyper_read, hyper_recombine
 from .config import ModelConfig
 
 SCALE = 0.01  # mHC paper, table 5
@@ -49,10 +49,9 @@ class HyperConnection(nn.Module):
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Coefficients]:
         """The sublayer's input [b, t, d] and the coefficients that `recombine` needs."""
-        coefficients = hyper_coefficients(
+        return hyper_read(
             streams, self.fn, self.base, self.scale, iterations=self.iterations, eps=self.eps, norm_eps=self.norm_eps
         )
-        return hyper_collapse(streams, coefficients.pre), coefficients
 
     def recombine(self, output: Tensor, streams: Tensor, coefficients: Coefficients) -> Tensor:
         """The streams after the sublayer, [b, t, n, d]."""

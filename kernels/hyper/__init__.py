@@ -64,16 +64,40 @@ def hyper_coefficients(
 
     Source: V4 eqs. 1-8, with the epsilons of the released code; arXiv 2512.24880.
     """
-    n, d = _streams_shape(streams)
-    _check("fn", fn, ((n + 2) * n, n * d))
-    _check("base", base, ((n + 2) * n,))
-    _check("scale", scale, (3,))
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations}: Sinkhorn needs at least one round")
-    if not eps > 0:
-        raise ValueError(f"eps={eps}: must be positive")
+    _check_site(streams, fn, base, scale, iterations, eps)
     module = implementation("hyper", backend, streams)
     return module.hyper_coefficients(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+
+
+def hyper_read(
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Coefficients]:
+    """What the sublayer reads and the coefficients of its way back: `hyper_coefficients`, then `hyper_collapse`.
+
+    One operator, so that the gradient to the streams, which both of them have, is written once.
+
+    Args:
+        As of `hyper_coefficients`.
+
+    Returns:
+        `sum_j pre_j X_j`, [..., d] in the dtype of `streams`, and the coefficients.
+
+    Raises:
+        ValueError: as `hyper_coefficients`.
+
+    Source: V4 eqs. 1-8.
+    """
+    _check_site(streams, fn, base, scale, iterations, eps)
+    module = implementation("hyper", backend, streams)
+    return module.hyper_read(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
 
 
 def hyper_collapse(streams: Tensor, pre: Tensor, *, backend: str | None = None) -> Tensor:
@@ -162,6 +186,17 @@ def hyper_head_weights(
     _check("scale", scale, (1,))
     module = implementation("hyper", backend, streams)
     return module.hyper_head_weights(streams, fn, base, scale, eps=eps, norm_eps=norm_eps)
+
+
+def _check_site(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float) -> None:
+    n, d = _streams_shape(streams)
+    _check("fn", fn, ((n + 2) * n, n * d))
+    _check("base", base, ((n + 2) * n,))
+    _check("scale", scale, (3,))
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: Sinkhorn needs at least one round")
+    if not eps > 0:
+        raise ValueError(f"eps={eps}: must be positive")
 
 
 def _streams_shape(streams: Tensor) -> tuple[int, int]:

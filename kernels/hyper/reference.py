@@ -52,6 +52,20 @@ def hyper_coefficients(
     )
 
 
+def hyper_read(
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Coefficients]:
+    found = hyper_coefficients(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    return hyper_collapse(streams, found.pre), found
+
+
 def hyper_head_weights(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float = 1e-6, norm_eps: float = 1e-6
 ) -> Tensor:
