@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import engram_gate, engram_gather, engram_hash, engram_multipliers, engram_primes, rms_norm
+from ..kernels import engram_gate, engram_hash, engram_multipliers, engram_primes, rms_norm
 from .cache import LayerCache
 from .config import EngramConfig, ModelConfig
-from .documents import Layout
+from .documents import Layout, make_layout
+from .tables import make_table
 
 
 class Engram(nn.Module):
@@ -35,7 +36,7 @@ class Engram(nn.Module):
         self.classes = memory.canonical_vocab_size or config.vocab_size
         rows = sum(sum(order) for order in _primes(memory)[memory.layers.index(layer)])
         self.register_buffer("canonical", torch.arange(config.vocab_size) % self.classes)
-        self.table = nn.Embedding(rows, memory.head_dim)
+        self.table = make_table(rows, memory.head_dim)
         self.wkv = nn.Linear(width, (n + 1) * d, bias=False)
         self.h_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
         self.k_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
@@ -65,7 +66,7 @@ class Engram(nn.Module):
         self.canonical.copy_(lookup)
 
     def forward(self, streams: Tensor, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
-        embedded = engram_gather(self.table.weight, self.rows(ids, layout, cache))  # [b, t, m]
+        embedded = self.table(self.rows(ids, layout, cache))  # [b, t, m]
         keys = self.wkv(embedded).unflatten(-1, (self.streams + 1, -1))
         value = keys[:, :, self.streams]
         gated = engram_gate(streams, keys[:, :, : self.streams], value, self.h_norm, self.k_norm, eps=self.eps)
@@ -75,10 +76,17 @@ class Engram(nn.Module):
         past = normed if cache is None or cache.conv is None else cache.conv.extend(normed, layout.step)
         return gated + F.silu(self._convolve(past, layout.positions))
 
+    def look_ups(self, ids: Tensor, documents: Tensor | None, canonical: Tensor) -> Tensor:
+        """Table rows of ids [b, t] ahead of the pass, worked out where `canonical`, a copy of our buffer, is."""
+        return self._hash(ids, canonical, make_layout(ids, documents), None)
+
     def rows(self, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         """Table rows [b, t, orders * heads] of each token's n-grams."""
+        return self._hash(ids, self.canonical, layout, cache)
+
+    def _hash(self, ids: Tensor, canonical: Tensor, layout: Layout, cache: LayerCache | None) -> Tensor:
         memory, t = self.memory, ids.shape[1]
-        ids = self.canonical[ids]
+        ids = canonical[ids]
         if cache is not None and cache.ids is not None:
             ids = cache.ids.extend(ids, layout.step)
         start = layout.first_rows(memory.max_ngram - 1)
@@ -88,7 +96,7 @@ class Engram(nn.Module):
         offsets = moduli.flatten().cumsum(0) - moduli.flatten()
         multipliers = engram_multipliers(self.classes, memory.max_ngram, self.layer, memory.seed)
         multipliers = torch.as_tensor(multipliers, device=ids.device)
-        pad = int(self.canonical[memory.pad_token_id])
+        pad = int(canonical[memory.pad_token_id])
         return engram_hash(ids, multipliers, moduli, offsets, pad=pad, start=start)[:, -t:]
 
     def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:

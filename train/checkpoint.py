@@ -1,12 +1,15 @@
 """Checkpoints: safetensors and JSON, no pickle; complete or not there at all.
 
     DIR/checkpoints/step-000200/model.safetensors       the model's state_dict
-                                optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq, NAME.step of every parameter
+                                optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq, NAME.step of every parameter;
+                                                        NAME.updates for step where rows have their own (`RowAdam`)
                                 random.safetensors      states of the random generators
                                 checkpoint.json         step, recipe, tokens and seconds so far
 
 A checkpoint is written to a hidden folder, flushed to the disk, and renamed: a run that is killed at any moment leaves
-whole checkpoints only, and what was left half-written is swept up by the next save.
+whole checkpoints only, and what was left half-written is swept up by the next save. Tables that are kept apart from the
+weights are in it like any other tensor, whole, wherever the run had them: nothing is ever written into a checkpoint's
+files again, and a run that resumes makes its own copy of them.
 """
 
 import json
@@ -21,7 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..model.tables import RowTable
+from .optim import Optimizers
 from .recipe import Recipe
+from .tables import named_tables
 
 FOLDER = "checkpoints"
 STATE = "checkpoint.json"
@@ -37,7 +43,12 @@ class Progress:
 
 
 def save(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, progress: Progress, keep: int
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Optimizers,
+    recipe: Recipe,
+    progress: Progress,
+    keep: int,
 ) -> Path:
     """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`."""
     parent = run / FOLDER
@@ -90,13 +101,21 @@ def load_model(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts model, optimizer and random generators back to where they were. Raises RuntimeError if they do not fit."""
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> None:
+    """Puts model, optimizer and random generators back to where they were.
+
+    Raises:
+        RuntimeError: they do not fit.
+        ValueError: the Engram tables were updated by another `optim.engram_rows`.
+    """
     load_model(folder, model)
     tensors = load_file(folder / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
+    parameters, tables = dict(model.named_parameters()), named_tables(model)
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")
+        if name in tables or moment == "updates":
+            _restore_column(folder, name, moment, tensor, tables)
+            continue
         if name not in parameters:
             raise RuntimeError(f"{folder / 'optimizer.safetensors'}: {key!r} belongs to no parameter of the model")
         parameter = parameters[name]
@@ -108,12 +127,23 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> dict[str, Tensor]:
+    tensors = {
         f"{name}.{moment}": tensor.contiguous()
         for name, parameter in model.named_parameters()
         for moment, tensor in optimizer.state.get(parameter, {}).items()
     }
+    for name, table in named_tables(model).items():
+        table.wait()
+        tensors |= {f"{name}.{column}": tensor for column, tensor in table.store.items() if column != "weight"}
+    return tensors
+
+
+def _restore_column(folder: Path, name: str, column: str, tensor: Tensor, tables: Mapping[str, RowTable]) -> None:
+    if name not in tables or column not in tables[name].store:
+        rule = "touched" if column == "updates" else "all"
+        raise ValueError(f"{str(folder)!r}: {name} was trained with optim.engram_rows={rule!r}: go on with that")
+    tables[name].store[column].copy_(tensor)
 
 
 def _random_states() -> dict[str, Tensor]:

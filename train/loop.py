@@ -20,11 +20,12 @@ from ..model import Transformer, generate
 from . import checkpoint, metrics, provenance
 from .checkpoint import Progress
 from .corpus import load_corpus
-from .data import IGNORED, held_out, train_batch
+from .data import IGNORED, Batch, held_out, train_batch
 from .evaluate import bits_per_byte, trigram_bits_per_byte
 from .optim import build_optimizer, learning_rate, set_learning_rate
 from .progress import ProgressLine
 from .recipe import Recipe, differences
+from .tables import Tables, places
 from .tokens import decode, encode
 
 SAMPLE = "sample.txt"
@@ -82,8 +83,10 @@ class Run:
         self.held_out = held_out(self.corpus, recipe.data.sequence_length, recipe.data.held_out_rows)
         self.trigram = trigram_bits_per_byte(self.corpus, self.held_out)
         torch.manual_seed(recipe.train.seed)
-        self.model = Transformer(recipe.model).to(self.device)
+        with places(recipe, out):
+            self.model = Transformer(recipe.model).to(self.device)
         self.optimizer = build_optimizer(self.model, recipe.optim)
+        self.tables = Tables(self.model)
         self.progress = Progress()
         if resumed:
             self.progress = checkpoint.read_state(resumed)[1]
@@ -91,7 +94,7 @@ class Run:
         self._open(resumed, shown)
 
     def _open(self, resumed: Path | None, shown: bool) -> None:
-        step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters())
+        step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
         self.out.mkdir(parents=True, exist_ok=True)
         self.metrics = metrics.MetricsFile(self.out, step, resumed.parents[1] if resumed else None)
         provenance.write(self.out, self.recipe, self.corpus, self.device, parameters, step)
@@ -127,8 +130,9 @@ class Run:
     def step(self) -> dict[str, Any]:
         """One optimizer step and its record."""
         began, number = time.perf_counter(), self.progress.step
-        data, optim, train = self.recipe.data, self.recipe.optim, self.recipe.train
-        batch = train_batch(self.corpus, data.sequence_length, data.batch_size, train.seed, number).to(self.device)
+        optim, train = self.recipe.optim, self.recipe.train
+        batch = self.batch(number).to(self.device)
+        self.tables.begin(number, self.batch)
         lr = learning_rate(number, train.steps, optim)
         set_learning_rate(self.optimizer, lr)
         self.model.train()
@@ -139,11 +143,17 @@ class Run:
         norm = clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
         self._check_finite(number + 1, {**losses, "grad_norm": norm})
         self.optimizer.step()
+        self.tables.end()
         self.optimizer.zero_grad()
         self.model.update_router_bias(self.recipe.model.router_bias_update_speed)
         tokens = int((batch.targets != IGNORED).sum())
         self.progress = Progress(number + 1, self.progress.tokens + tokens, self.seconds())
         return self._record(losses, norm, lr, tokens / (time.perf_counter() - began), out.metrics)
+
+    def batch(self, number: int) -> Batch:
+        """The batch of step `number` (from 0), on the host."""
+        data, seed = self.recipe.data, self.recipe.train.seed
+        return train_batch(self.corpus, data.sequence_length, data.batch_size, seed, number)
 
     def _record(
         self, losses: dict[str, float], norm: float, lr: float, speed: float, measured: dict[str, Tensor]
@@ -217,7 +227,8 @@ def load_trained(path: Path | str, device: str = "auto") -> tuple[Transformer, R
     """The model of a checkpoint (or of a run's newest), ready for inference, and its recipe."""
     folder = checkpoint.find(path)
     recipe = checkpoint.read_state(folder)[0]
-    model = Transformer(recipe.model).to(choose_device(device))
+    with places(recipe, None):
+        model = Transformer(recipe.model).to(choose_device(device))
     checkpoint.load_model(folder, model)
     return model.eval(), recipe
 

@@ -77,6 +77,13 @@ class OptimConfig(Table):
     eps: float = _positive(1e-20, "added to the root of the second moment")
     weight_decay: float = _not_negative(0.1, "decoupled weight decay of matrices (not of embeddings, norms, biases)")
     engram_lr_scale: float = _positive(5.0, "learning rate of the Engram tables, as a multiple of the others'")
+    engram_rows: str = key(
+        "all",
+        "rows of the Engram tables that a step updates: all (AdamW), or those looked up (touched: Adam by row, whose"
+        " updates do not go on after a look-up; wants an engram_lr_scale about four times as large)",
+        "all or touched",
+        lambda value: value in ("all", "touched"),
+    )
     grad_clip: float = _not_negative(1.0, "largest norm of the whole gradient; 0 = no limit")
 
 
@@ -95,6 +102,13 @@ class TrainConfig(Table):
         lambda value: value in ("float32", "bfloat16"),
     )
     device: str = key("auto", "auto (cuda if there is one), cpu, cuda, cuda:1, ...")
+    engram_tables: str = key(
+        "resident",
+        "where the Engram tables are: resident (with the weights), host (in the host's memory) or mapped (in a file of"
+        " the run's folder); the last two read a step's rows ahead of it, and need optim.engram_rows=touched",
+        "resident, host or mapped",
+        lambda value: value in ("resident", "host", "mapped"),
+    )
     log_every: int = _positive(10, "steps between two lines on the screen, where no progress bar is shown")
     eval_every: int = _not_negative(100, "steps between two evaluations on held-out text; 0 = at the end only")
     checkpoint_every: int = _not_negative(200, "steps between two checkpoints; 0 = at the end only")
@@ -120,6 +134,9 @@ class Recipe:
             raise ValueError(f"model.vocab_size={self.model.vocab_size}: allowed is {allowed}")
         if self.model.bos_token_id != BOS:
             raise ValueError(f"model.bos_token_id={self.model.bos_token_id}: allowed is {BOS}: training reads bytes")
+        if self.train.engram_tables != "resident" and self.optim.engram_rows != "touched":
+            where = f"train.engram_tables={self.train.engram_tables!r}"
+            raise ValueError(f"{where}: allowed with optim.engram_rows='touched' only: other updates read every row")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `Recipe.from_dict` of it is equal."""

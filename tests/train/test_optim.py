@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from abyssal.model import ModelConfig, Transformer
-from abyssal.train.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from abyssal.model.tables import RowTable, row_tables
+from abyssal.train.optim import RowAdam, build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from abyssal.train.recipe import OptimConfig
 
 CONFIG = OptimConfig(lr=1.0, final_lr_share=0.1, warmup_steps=10, decay_share=0.4)
@@ -98,3 +99,59 @@ def test_a_parameter_without_gradient_stays_where_it_is():
     optimizer.step()
     assert torch.equal(model.norm, before)
     assert torch.isfinite(model.matrix).all()
+
+
+def look_ups(steps):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 6, (1, 4, 1), generator=g) for _ in range(steps)]
+
+
+def test_touched_rows_follow_adam_by_row_and_others_stand_still():
+    torch.manual_seed(0)
+    table = RowTable(6, 2)
+    weight = table.weight.clone().double()
+    optimizer = RowAdam([table], lr=1.0, betas=(0.8, 0.9), eps=1e-3, lr_scale=3.0)
+    m, v, n = torch.zeros(6, 2).double(), torch.zeros(6, 2).double(), [0] * 6
+    for step, rows in enumerate(look_ups(7)):
+        table.prefetch(lambda rows=rows: rows)
+        table.begin()
+        grad = torch.randn(1, 4, 2, generator=torch.Generator().manual_seed(step))
+        table(rows).backward(grad)
+        set_learning_rate(optimizer, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert table.rows.grad is None
+        table.end()
+        for i in set(rows.flatten().tolist()):
+            g = grad[0][rows.flatten() == i].double().sum(0)
+            n[i] += 1
+            m[i], v[i] = 0.8 * m[i] + 0.2 * g, 0.9 * v[i] + 0.1 * g * g
+            weight[i] -= 0.3 * m[i] / (1 - 0.8 ** n[i]) / ((v[i] / (1 - 0.9 ** n[i])).sqrt() + 1e-3)
+        torch.testing.assert_close(table.weight.double(), weight, rtol=1e-5, atol=1e-6)
+    assert table.store["updates"].flatten().tolist() == n and len(set(n)) > 2
+
+
+def test_rows_that_learned_nothing_change_nothing():
+    table = RowTable(6, 2)
+    before, optimizer = table.weight.clone(), RowAdam([table], lr=1.0, betas=(0.8, 0.9), eps=1e-20)
+    table.prefetch(lambda: torch.tensor([1, 2]))
+    table.begin()
+    optimizer.step()
+    table.end()
+    assert torch.equal(table.weight, before) and not table.store["updates"].any()
+
+
+def test_row_tables_have_their_own_optimizer():
+    with row_tables():
+        model = Transformer(ModelConfig.load("nano"))
+    assert not parameter_groups(model)["tables"]
+    optimizer = build_optimizer(model, OptimConfig(lr=0.5))
+    set_learning_rate(optimizer, 0.1)
+    groups = optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.1, 0.5])
+    learning = {p for group in groups for p in group["params"]}
+    assert learning == set(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())

@@ -206,6 +206,14 @@ def test_gate_at_and_below_the_clamp(device):
     assert inputs[2].grad[0, :3, 0].tolist() == pytest.approx([up, up, down], abs=1e-7)
 
 
+def test_a_logit_that_underflows_keeps_its_sign(device):
+    streams, key = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
+    streams[..., 0], key[0, :, 0, 0] = 1e-22, torch.tensor([1e-23, -1e-23])  # halved, their product is 0 and -0
+    inputs = [x.to(device) for x in (streams, key, torch.ones(1, 2, 4), *torch.ones(2, 1, 4))]
+    got, want = (engram_gate(*inputs, eps=1.0, backend=backend) for backend in ("triton", "reference"))
+    assert torch.equal(got, want) and (got[0, 0] > 0.5).all() and (got[0, 1] < 0.5).all()
+
+
 def test_gate_of_extreme_vectors(device):
     """Logits up to +-1e4, and vectors so small that eps is all of their norm."""
     inputs = case(device, t=3, d=8)
