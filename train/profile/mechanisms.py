@@ -90,10 +90,10 @@ def attached(model: Transformer, observer: Observer) -> Iterator[None]:
             if isinstance(module, HyperConnection):
                 _replace(undo, module, "recombine", observer, "mHC")
         _replace(undo, model, "_mtp_loss", observer, "MTP")
+        _replace(undo, model, "_cross_entropy", observer, "loss and head")
         _replace(undo, attention_module, "attention", observer, lambda: kind)
         _replace(undo, attention_module, "index_topk", observer, "indexer")
         _replace(undo, attention_module, "index_loss", observer, "index loss")
-        _replace(undo, transformer_module, "cross_entropy", observer, "loss and head")
         _replace(undo, transformer_module, "exact_linear", observer, "loss and head")
         yield
 

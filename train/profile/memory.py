@@ -53,7 +53,7 @@ class Memory(Observer):
         if key in self.size and key not in self.saved:
             self.saved.add(key)
             self.holder[key] = self.current
-        return tensor
+        return tensor.detach()  # an operator's own output would otherwise hold the operator that holds it
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
