@@ -4,26 +4,26 @@ names           under which names a layout stores our tensors
 configuration   transformers' configuration keys
 formats         the released number formats of weights
 files           safe reading and all-or-nothing writing of a folder
+families        what differs between V4 and its lineage
 
 Reading and writing go tensor by tensor: memory holds the model and one shard.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
 from . import formats
-from .configuration import config_to_huggingface
+from .families import Config, Family, family_of, family_of_model
 from .files import CONFIG, Folder, Header, write
-from .names import LAYOUTS, Index, is_float32, is_shared_copy, layout_of, listed, sources
+from .names import LAYOUTS, Index, is_float32, listed
 
 if TYPE_CHECKING:
+    from ..lineage import LineageTransformer
     from ..transformer import Transformer
 
 __all__ = ["Stored", "convert_pretrained", "load_pretrained", "save_pretrained"]
@@ -35,8 +35,10 @@ _INTEGERS = ("I64", "I32")
 
 def load_pretrained(
     folder: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> "Transformer":
+) -> "Transformer | LineageTransformer":
     """The model in a folder with config.json and safetensors shards, in any layout, quantised as released or not.
+
+    Which generation it is, V4, V3.2 or V3, says `model_type` in config.json.
 
     Tensors go one by one to `device` (default: the CPU). `dtype` None keeps the file's types, with bfloat16 for
     quantised tensors, which holds them exactly; otherwise floating tensors are cast, but norms, mHC, sinks, slot biases
@@ -47,11 +49,9 @@ def load_pretrained(
         ValueError: names of no known layout; missing or unexpected tensors (up to ten of each are named); a tensor of
             another shape or dtype; a broken file or index; pickled weights; a configuration that is refused.
     """
-    from ..transformer import Transformer  # here, so that reading a configuration does not import the model
-
     stored = Stored(folder)
     with torch.device("meta"):
-        model = Transformer(stored.config)
+        model = stored.family.model(stored.config)
     state = {name: stored.tensor(name, dtype, torch.device(device or "cpu")) for name in stored.in_file_order()}
     stored.folder.close()
     model.load_state_dict(state, assign=True)
@@ -59,7 +59,7 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: "Transformer",
+    model: "Transformer | LineageTransformer",
     folder: str | Path,
     layout: str = "huggingface",
     max_shard_size: int = SHARD,
@@ -81,6 +81,7 @@ def save_pretrained(
     state = model.state_dict()
     _save(
         Path(folder),
+        family_of_model(model),
         model.config,
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()},
         lambda name, index: state[name][index].detach().cpu(),
@@ -107,7 +108,7 @@ def convert_pretrained(
     stored = Stored(source)
     kinds = {name: (shape, stored.dtype(name, dtype)) for name, shape in stored.shapes.items()}
     get = lambda name, index: stored.tensor(name, dtype, index=index)  # noqa: E731
-    _save(Path(target), stored.config, kinds, get, (layout, weights, max_shard_size))
+    _save(Path(target), stored.family, stored.config, kinds, get, (layout, weights, max_shard_size))
 
 
 class Stored:
@@ -119,19 +120,18 @@ class Stored:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Folder(folder)
-        config = ModelConfig.load(self.folder.path / CONFIG)
         headers = self.folder.headers
-        self.layout = layout_of(headers)
-        has_mtp = any(name.startswith("mtp.") for name in headers)
-        self.config = config if has_mtp else replace(config, num_nextn_predict_layers=0)
-        self.shapes, self._is_float = _shapes(self.config)
+        self.family = family_of(self.folder.path / CONFIG)
+        self.layout = self.family.layout_of(headers)
+        self.config = self.family.load(self.folder.path / CONFIG, headers)
+        self.shapes, self._is_float = _shapes(self.family, self.config)
         self.scales = {
-            name: formats.scale_name(name)
+            name: self.family.scale_name(name)
             for name, header in headers.items()
             if header.dtype in formats.DTYPES and name.endswith(".weight")
         }
-        self.parts = {name: sources(name, self.config, self.layout) for name in self.shapes}
-        self._check({name: h for name, h in headers.items() if not is_shared_copy(name)})
+        self.parts = {name: self.family.sources(name, self.config, self.layout) for name in self.shapes}
+        self._check({name: h for name, h in headers.items() if not self.family.is_left_out(name, self.config)})
 
     def dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         """That of one of our tensors when it is read as `dtype`."""
@@ -206,23 +206,22 @@ class Stored:
         for header, want, name in zip((codes, scales), formats.stored_shapes(shape, format), (part, self.scales[part])):
             if header.shape != want:
                 raise ValueError(f"{name} has shape {header.shape}: a matrix {shape} in {format} needs {want}")
-        if scales.dtype != formats.SCALES:
-            raise ValueError(f"{self.scales[part]} is {scales.dtype}: allowed is {formats.SCALES}")
+        if scales.dtype != self.family.scales:
+            raise ValueError(f"{self.scales[part]} is {scales.dtype}: allowed is {self.family.scales}")
 
 
-def _shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, bool]]:
+def _shapes(family: Family, config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, bool]]:
     """Our tensors' shapes, and which of them hold floats."""
-    from ..transformer import Transformer
-
     with torch.device("meta"):
-        state = Transformer(config).state_dict()
+        state = family.model(config).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return shapes, {name: tensor.is_floating_point() for name, tensor in state.items()}
 
 
 def _save(
     folder: Path,
-    config: ModelConfig,
+    family: Family,
+    config: Config,
     kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     get: Callable[[str, Index], Tensor],
     how: tuple[str, str, int],
@@ -235,10 +234,8 @@ def _save(
         raise ValueError(f"weights={weights!r}: allowed are {', '.join(map(repr, formats.WEIGHTS))}")
     if weights != "exact" and layout != "official":
         raise ValueError(f"weights={weights!r}: the {layout} layout holds exact weights only; use layout='official'")
-    dtype = str(kinds["embed.weight"][1]).removeprefix("torch.")
-    config = replace(config, torch_dtype=dtype, **formats.described(weights))
-    written: dict[str, Any] = config_to_huggingface(config) if layout == "huggingface" else config.to_dict()
-    places = {part: (name, place) for name in kinds for part, place in sources(name, config, layout).items()}
+    written = family.written(config, layout, weights, str(kinds["embed.weight"][1]).removeprefix("torch."))
+    places = {part: (name, place) for name in kinds for part, place in family.sources(name, config, layout).items()}
 
     def make(part: str) -> dict[str, Tensor]:
         tensor, format = get(*places[part]), formats.format_of(part, weights)

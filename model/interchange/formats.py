@@ -63,7 +63,11 @@ def encode(source: str, x: Tensor, format: str) -> dict[str, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix of codes and scales, exactly, rounded once to `dtype`."""
+    """The matrix of codes and scales, exactly, rounded once to `dtype`. Scales of V3 are any float32 numbers."""
+    if scales.dtype == torch.float32:
+        rows, columns = codes.shape
+        wide = scales.repeat_interleave(BLOCK[0], 0)[:rows].repeat_interleave(BLOCK[1], 1)[:, :columns]
+        return (codes.to(torch.float32) * wide).to(dtype)
     return dequantize(codes, scales, block=BLOCK if codes.dtype == torch.float8_e4m3fn else GROUP, dtype=dtype)
 
 

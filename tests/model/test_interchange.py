@@ -46,7 +46,9 @@ def made_up(config: ModelConfig, rows: dict[int, int] | None = None) -> dict[str
 def write(folder, config, layout, state=None, limit=10**9):
     state = made_up(config) if state is None else state
     kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    interchange._save(folder, config, kinds, lambda name, index: state[name][index], (layout, "exact", limit))
+    interchange._save(
+        folder, interchange.families.V4, config, kinds, lambda name, index: state[name][index], (layout, "exact", limit)
+    )
     return folder
 
 

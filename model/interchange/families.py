@@ -1,0 +1,76 @@
+"""What differs between the generations: configuration, model, names, and how a quantised matrix's scales are stored."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import ModelConfig
+from ..lineage import LineageConfig, LineageTransformer
+from ..lineage import names as lineage_names
+from ..lineage.config import KINDS
+from ..transformer import Transformer
+from . import formats, names
+from .configuration import config_to_huggingface
+
+Config = Any  # ModelConfig or LineageConfig
+
+
+class Family(NamedTuple):
+    """One generation's side of reading and writing."""
+
+    load: Callable[[Path, Iterable[str]], Config]  # config.json, and the tensors that are stored
+    model: Callable[[Config], Any]
+    written: Callable[
+        [Config, str, str, str], dict[str, Any]
+    ]  # config.json in a layout, with these weights, this dtype
+    sources: Callable[[str, Config, str], dict[str, names.Index]]
+    layout_of: Callable[[Iterable[str]], str]
+    is_left_out: Callable[[str, Config], bool]
+    scale_name: Callable[[str], str]
+    scales: str  # safetensors' dtype
+
+
+def family_of(path: Path) -> Family:
+    """That of a config.json. Raises ValueError where it is no JSON object."""
+    try:
+        kind = json.loads(path.read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from None
+    return LINEAGE if kind in KINDS else V4
+
+
+def family_of_model(model: Any) -> Family:
+    return LINEAGE if isinstance(model.config, LineageConfig) else V4
+
+
+def _load_v4(path: Path, stored: Iterable[str]) -> ModelConfig:
+    """Without MTP tensors the model has no MTP block."""
+    config = ModelConfig.load(path)
+    return config if any(name.startswith("mtp.") for name in stored) else replace(config, num_nextn_predict_layers=0)
+
+
+def _written_v4(config: ModelConfig, layout: str, weights: str, dtype: str) -> dict[str, Any]:
+    config = replace(config, torch_dtype=dtype, **formats.described(weights))
+    return config_to_huggingface(config) if layout == "huggingface" else config.to_dict()
+
+
+def _load_lineage(path: Path, stored: Iterable[str]) -> LineageConfig:
+    return LineageConfig.load(path)
+
+
+def _written_lineage(config: LineageConfig, layout: str, weights: str, dtype: str) -> dict[str, Any]:
+    if weights != "exact":
+        raise ValueError(f"weights={weights!r}: {config.model_type} is written with exact weights only")
+    return replace(config, torch_dtype=dtype).to_dict()
+
+
+V4 = Family(
+    _load_v4, Transformer, _written_v4, names.sources, names.layout_of,
+    lambda name, config: names.is_shared_copy(name), formats.scale_name, formats.SCALES,
+)  # fmt: skip
+LINEAGE = Family(
+    _load_lineage, LineageTransformer, _written_lineage, lineage_names.sources, lineage_names.layout_of,
+    lineage_names.is_left_out, lambda name: name + "_scale_inv", "F32",
+)  # fmt: skip

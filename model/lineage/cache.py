@@ -1,0 +1,83 @@
+"""What V3 and V3.2 remember: for each token one latent, its rotated key, and in V3.2 an index key.
+
+    bytes = layers batch max_length (kv_lora_rank + qk_rope_head_dim + index_head_dim) bytes of a value
+
+b batch rows · t new tokens · s rows of the cache · w channels
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .config import LineageConfig
+
+
+class LatentCache:
+    """Latents and index keys of `batch_size` sequences of up to `max_length` tokens.
+
+    Rows may differ in length. Nothing that a length counts is written over, so that a call that fails changes nothing.
+    """
+
+    def __init__(self, config: LineageConfig, batch_size: int, max_length: int, like: Tensor) -> None:
+        for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+            if size < 1:
+                raise ValueError(f"{name}={size}: at least 1")
+        self.max_length = max_length
+        self.past = [0] * batch_size
+        widths = [config.kv_lora_rank + config.qk_rope_head_dim, config.index_head_dim or 0]
+        self.rows = [
+            tuple(like.new_zeros(batch_size, max_length, width) for width in widths)
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [b], on the CPU."""
+        return torch.tensor(self.past)
+
+    def nbytes(self) -> int:
+        return sum(part.nbytes for layer in self.rows for part in layer)
+
+    def truncate(self, lengths: Tensor | Sequence[int]) -> None:
+        """Cuts each row back to a length. Raises ValueError where it is longer than the row."""
+        wanted = [int(n) for n in lengths]
+        if len(wanted) != len(self.past) or any(not 0 <= n <= past for n, past in zip(wanted, self.past)):
+            raise ValueError(f"lengths={wanted}: allowed are up to {self.past}")
+        self.past = wanted
+
+    def reorder(self, rows: Tensor | Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was. Raises IndexError for a row that is not there."""
+        order = [int(row) for row in rows]
+        if any(not 0 <= row < len(self.past) for row in order):
+            raise IndexError(f"rows={order}: allowed are 0 to {len(self.past) - 1}")
+        self.rows = [tuple(part[order] for part in layer) for layer in self.rows]
+        self.past = [self.past[row] for row in order]
+
+    def begin(self, ids: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, list[int]]:
+        """Positions int64 [b, t] of the new tokens, and the lengths after them.
+
+        Raises:
+            ValueError: another batch size, lengths out of range, or more tokens than the cache has room for.
+        """
+        b, t = ids.shape
+        if b != len(self.past):
+            raise ValueError(f"ids has {b} rows: the cache has {len(self.past)}")
+        new = [t] * b if lengths is None else [int(n) for n in lengths]
+        if len(new) != b or any(not 0 <= n <= t for n in new):
+            raise ValueError(f"lengths={new}: allowed are {b} numbers from 0 to {t}")
+        after = [past + n for past, n in zip(self.past, new)]
+        if max(after) > self.max_length:
+            raise ValueError(f"{max(after)} tokens: the cache was made for max_length={self.max_length}")
+        past = torch.tensor(self.past, device=ids.device)[:, None]
+        return past + torch.arange(t, device=ids.device), after
+
+    def append(self, layer: int, positions: Tensor, *new: Tensor) -> tuple[Tensor, ...]:
+        """Writes [b, t, w] at the positions; returns all rows up to the last, [b, s, w]."""
+        held = self.rows[layer]
+        inside = positions < self.max_length  # columns past a row's length may lie outside: they are padding
+        batch = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+        for part, rows in zip(held, new):
+            part[batch[inside], positions[inside]] = rows[inside].to(part.dtype)
+        last = min(int(positions.max()) + 1, self.max_length)
+        return tuple(part[:, :last] for part in held)

@@ -1,0 +1,159 @@
+"""V3 and V3.2 whole: plain residuals, latent attention, dense layers first, then mixtures of experts.
+
+    x = Embed(ids);  x += Attention(norm(x)), x += FFN(norm(x)) for each layer;  logits = W_head norm(x) in float32
+
+Training objective:  lm + balance_loss_weight balance + index_loss_weight index. The MTP module of the releases is not
+part of it: checkpoints' tensors of it are left out.
+
+b batch · t tokens · d width · v vocabulary · l layers
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import cross_entropy, rope_frequencies, rope_rotation
+from ..documents import make_layout
+from ..norm import RMSNorm
+from ..transformer import IGNORED, Output
+from .attention import IndexSignal, LatentAttention, Reach
+from .cache import LatentCache
+from .config import LineageConfig
+from .moe import Dense, GroupMoE, LoadSignal
+
+
+class LineageBlock(nn.Module):
+    """One layer; the first `first_k_dense_replace` have a dense feed-forward."""
+
+    def __init__(self, config: LineageConfig, layer: int) -> None:
+        super().__init__()
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.attn_norm = RMSNorm(d, eps)
+        self.attn = LatentAttention(config)
+        self.ffn_norm = RMSNorm(d, eps)
+        self.ffn = Dense(d, config.intermediate_size) if config.is_dense(layer) else GroupMoE(config)
+
+    def forward(self, x: Tensor, real: Tensor | None, learn: bool, *where) -> tuple[Tensor, tuple]:
+        y, index = self.attn(self.attn_norm(x), *where, learn)
+        x = x + y
+        if isinstance(self.ffn, Dense):
+            return x + self.ffn(self.ffn_norm(x)), (index, None)
+        y, load = self.ffn(self.ffn_norm(x), real, learn)
+        return x + y, (index, load)
+
+
+class LineageTransformer(nn.Module):
+    """DeepSeek-V3 or V3.2; the interface of `Transformer`."""
+
+    def __init__(self, config: LineageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LineageBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        logits_to_keep: int = 0,
+        cache: LatentCache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Output:
+        """Logits of the next token at each position, and the training losses if targets are given.
+
+        Arguments as those of `Transformer.forward`.
+
+        Raises:
+            ValueError, IndexError: as `Transformer.forward`.
+        """
+        self._check(ids, targets, documents, logits_to_keep, cache, lengths)
+        if cache is not None:
+            return self._append(ids, cache, lengths, logits_to_keep)
+        layout = make_layout(ids, documents)
+        rows = torch.arange(ids.shape[1], device=ids.device)[None]
+        start = torch.zeros_like(rows) if layout.start is None else layout.start.minimum(rows)  # padding sees itself
+        reach = self._reach(layout.positions, start, rows + 1, layout.start is None)
+        x, signals = self._layers(self.embed(ids), layout.real, targets is not None, reach, None, rows)
+        out = Output(x[:, -logits_to_keep:] if logits_to_keep else x, self.head.weight)
+        if targets is not None:
+            self._learn(out, x, targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED), signals)
+        return out
+
+    def new_cache(self, batch_size: int, max_length: int) -> LatentCache:
+        """An empty cache. Raises ValueError for a size below 1 or above max_position_embeddings."""
+        longest = self.config.max_position_embeddings
+        if max_length > longest:
+            raise ValueError(f"max_length={max_length}: the configuration allows max_position_embeddings={longest}")
+        return LatentCache(self.config, batch_size, max_length, self.embed.weight.detach())
+
+    @torch.no_grad()
+    def update_router_bias(self, speed: float | None = None) -> None:
+        """Moves each router's bias against the load of the training passes since the last call (V3 2.1.2)."""
+        for block in self.layers:
+            if isinstance(block.ffn, GroupMoE):
+                block.ffn.gate.update_bias(self.config.router_bias_update_speed if speed is None else speed)
+
+    @torch.no_grad()
+    def _append(self, ids, cache: LatentCache, lengths, logits_to_keep) -> Output:
+        positions, after = cache.begin(ids, lengths)
+        reach = self._reach(positions, torch.zeros_like(positions), positions + 1, False)
+        x, _ = self._layers(self.embed(ids), None, False, reach, cache, positions)
+        cache.past = after
+        return Output(x[:, -logits_to_keep:], self.head.weight)  # -0 keeps all
+
+    def _layers(self, x, real, learn, reach: Reach, cache, rows) -> tuple[Tensor, list[tuple]]:
+        signals = []
+        for layer, block in enumerate(self.layers):
+            x, signal = block(x, real, learn, reach, layer, cache, rows)
+            signals.append(signal)
+        return self.norm(x), signals
+
+    def _reach(self, positions, start, end, causal: bool) -> Reach:
+        c, yarn = self.config, dict(self.config.rope_scaling or {})
+        scaling = {
+            "factor": yarn.get("factor", 1.0),
+            "original": yarn.get("original_max_position_embeddings", 0),
+            "beta_fast": yarn.get("beta_fast", 32),
+            "beta_slow": yarn.get("beta_slow", 1),
+        }
+        frequencies = rope_frequencies(c.qk_rope_head_dim, c.rope_theta, **scaling).to(positions.device)
+        return Reach(positions, start, end, causal, rope_rotation(positions, frequencies))
+
+    def _learn(self, out: Output, x, targets, signals: list[tuple[IndexSignal | None, LoadSignal | None]]) -> None:
+        c = self.config
+        lm = cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=IGNORED)
+        index, loads = ([s[i] for s in signals if s[i] is not None] for i in (0, 1))
+        out.losses = {"lm": lm}
+        if loads:
+            out.losses["balance"] = torch.stack([s.balance for s in loads]).sum()  # type: ignore[union-attr]
+            out.metrics["load"] = torch.stack([s.load for s in loads])  # type: ignore[union-attr]
+        if index:
+            out.losses["index"] = torch.stack([s.loss for s in index]).sum()  # type: ignore[union-attr]
+            out.metrics["captured"] = torch.stack([s.captured for s in index])  # type: ignore[union-attr]
+        weights = {"lm": 1.0, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
+        out.loss = sum(weights[name] * part for name, part in out.losses.items())  # type: ignore[assignment]
+
+    def _check(self, ids, targets, documents, logits_to_keep: int, cache, lengths) -> None:
+        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+            raise ValueError(f"ids is {ids.dtype} {tuple(ids.shape)}: it must be int64 [batch, tokens], not empty")
+        if not 0 <= logits_to_keep <= ids.shape[1]:
+            raise ValueError(f"logits_to_keep={logits_to_keep}: allowed are 0 (all) to {ids.shape[1]}")
+        if targets is not None and (targets.shape != ids.shape or targets.dtype != torch.int64):
+            raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)}: it must be int64 {list(ids.shape)}")
+        if cache is not None and (targets is not None or documents is not None):
+            raise ValueError("targets and documents cannot be given together with a cache")
+        if cache is None and lengths is not None:
+            raise ValueError("lengths needs a cache; without one, mark padding by documents = -1")
+        last = self.config.vocab_size - 1
+        for name, tokens in (("ids", ids), ("targets", None if targets is None else targets[targets != IGNORED])):
+            if tokens is not None and tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) > last):
+                bad = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
+                raise IndexError(f"{name} holds token id {bad}: allowed are 0 to {last}")
