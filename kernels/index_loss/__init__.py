@@ -28,8 +28,8 @@ def index_loss(
     """The KL that teaches the indexer which entries the attention reads, and the share of its reading that was picked.
 
     The teacher is a constant: gradients reach index_q, index_weights and index_keys only. A query that sees no entry
-    adds nothing. The share (sum of p over the picks / sum of p over the visible entries) is measured on one query of
-    each block.
+    adds nothing. The share (sum of p over the picks / sum of p over the visible entries) is measured on up to 32
+    queries of each sequence, evenly spaced.
 
     Args:
         index_q, index_weights, index_keys: [b, t, i, e], [b, t, i], [b, p, e] as given to `index_topk`.

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-PRODUCTS = {"index_scores"}
+PRODUCTS = {"index_scores", "sum_heads", "query_gradient", "key_gradient"}
 
 
 def topk(dtype: torch.dtype, h: int, d: int, k: int, p: int) -> None:
@@ -16,6 +16,17 @@ def topk(dtype: torch.dtype, h: int, d: int, k: int, p: int) -> None:
     launch.index_topk(q, weights, keys, k, seen, seen)
 
 
+def loss(dtype: torch.dtype, i: int, e: int, h: int, d: int, k: int, p: int) -> None:
+    """Loss, share and gradients of a few queries, over picks and over all entries."""
+    from abyssal.kernels.index_loss import triton_launch as launch
+
+    q, weights, keys = torch.empty(1, 64, i, e, dtype=dtype), torch.empty(1, 64, i), torch.empty(1, p, e, dtype=dtype)
+    teacher = torch.empty(1, 64, h, d, dtype=dtype), torch.empty(1, p, d, dtype=dtype), torch.empty(1, 64, h)
+    seen = torch.zeros(1, 64, dtype=torch.int64)
+    for index in (torch.zeros(1, 64, k, dtype=torch.int64), None):
+        launch.index_loss(q, weights, keys, *teacher, 0.04, seen, seen, index, True)
+
+
 MAIN = ["sm_80", "sm_90", "sm_100"]
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
@@ -25,6 +36,14 @@ CASES = {
     "top-k, bf16, h=2 d=32 k=16 p=100": (MAIN, lambda: topk(bf16, 2, 32, 16, 100)),
     "top-k, bf16, h=4 d=256 k=16 p=1000": (["sm_90"], lambda: topk(bf16, 4, 256, 16, 1000)),
     "top-k, fp32, h=64 d=128 k=512 p=4096": (MAIN, lambda: topk(fp32, 64, 128, 512, 4096)),
+    "loss, bf16, i=64 e=128 k=512 h=64 d=512": (
+        [*MAIN, "sm_86", "gfx942"],
+        lambda: loss(bf16, 64, 128, 64, 512, 512, 4096),
+    ),
+    "loss, bf16, i=64 e=128 k=1024 h=128 d=512": (MAIN, lambda: loss(bf16, 64, 128, 128, 512, 1024, 4096)),
+    "loss, bf16, i=4 e=32 k=32 h=4 d=64": (["sm_80", "sm_90"], lambda: loss(bf16, 4, 32, 4, 64, 32, 64)),
+    "loss, fp32, i=4 e=32 k=32 h=4 d=64": (MAIN, lambda: loss(fp32, 4, 32, 4, 64, 32, 64)),
+    "loss, fp32, i=64 e=128 k=512 h=64 d=512": (["sm_90"], lambda: loss(fp32, 64, 128, 64, 512, 512, 4096)),
 }
 
 
