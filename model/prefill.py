@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .config import SLIDING, SPARSE, ModelConfig
+from .lineage.config import LineageConfig
 from .transformer import Output, Transformer
 
 BUDGET = 512 * 2**20
@@ -59,13 +60,15 @@ def prefill(
     return Output(hidden, model.head.weight, streams=streams)
 
 
-def chunk_tokens(config: ModelConfig, value_bytes: int, rows: int, budget: int = BUDGET) -> int:
+def chunk_tokens(config: ModelConfig | LineageConfig, value_bytes: int, rows: int, budget: int = BUDGET) -> int:
     """Tokens of each row that a pass may take: at least one, at most `LARGEST` of all rows together."""
     return max(1, min(LARGEST, budget // bytes_per_token(config, value_bytes)) // rows)
 
 
-def bytes_per_token(config: ModelConfig, value_bytes: int) -> int:
+def bytes_per_token(config: ModelConfig | LineageConfig, value_bytes: int) -> int:
     """What one token's temporaries take at most in a pass with a cache, for activations of `value_bytes`."""
+    if isinstance(config, LineageConfig):
+        return _lineage_bytes(config, value_bytes)
     streams = config.hc_mult * config.hidden_size
     layers = range(config.num_hidden_layers)
     sublayer = max(_attention_bytes(config, layer, value_bytes) for layer in layers)
@@ -88,11 +91,20 @@ def _attention_bytes(c: ModelConfig, layer: int, value: int) -> int:
     return total
 
 
-def _expert_bytes(c: ModelConfig, value: int) -> int:
+def _expert_bytes(c: ModelConfig | LineageConfig, value: int) -> int:
     """Each slot's float32 output and the routing, beside the shared expert's rows."""
     shared = 3 * c.n_shared_experts * c.moe_intermediate_size
     slots = c.num_experts_per_tok * (4 * c.hidden_size + 6 * 8)
     return slots + 3 * 4 * c.n_routed_experts + value * (shared + 4 * c.hidden_size)
+
+
+def _lineage_bytes(c: LineageConfig, value: int) -> int:
+    """Streams, and of the sublayers the larger: queries, absorbed ones and outputs, or experts and dense layers."""
+    heads, query = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
+    wide = heads * (3 * query + 3 * (c.kv_lora_rank + c.qk_rope_head_dim) + c.v_head_dim)
+    index = 3 * (c.index_n_heads or 0) * (c.index_head_dim or 0) * value + 8 * (c.index_topk or 0)
+    experts = max(_expert_bytes(c, value), 3 * c.intermediate_size * value)
+    return 2 * c.hidden_size * value + max(value * (wide + 2 * c.q_lora_rank) + index, experts)
 
 
 def _memory_bytes(c: ModelConfig, value: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..cache import Step
 from .config import LineageConfig
 
 
@@ -23,7 +24,7 @@ class LatentCache:
         for name, size in (("batch_size", batch_size), ("max_length", max_length)):
             if size < 1:
                 raise ValueError(f"{name}={size}: at least 1")
-        self.max_length = max_length
+        self.config, self.max_length = config, max_length
         self.past = [0] * batch_size
         widths = [config.kv_lora_rank + config.qk_rope_head_dim, config.index_head_dim or 0]
         self.rows = [
@@ -54,23 +55,24 @@ class LatentCache:
         self.rows = [tuple(part[order] for part in layer) for layer in self.rows]
         self.past = [self.past[row] for row in order]
 
-    def begin(self, ids: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, list[int]]:
-        """Positions int64 [b, t] of the new tokens, and the lengths after them.
+    def begin(self, config: LineageConfig, ids: Tensor, lengths: Tensor | Sequence[int] | None) -> Step:
+        """What a call with the new tokens ids [b, t] would append, `lengths` of them in each row.
 
         Raises:
-            ValueError: another batch size, lengths out of range, or more tokens than the cache has room for.
+            ValueError: another configuration or batch size, lengths out of range, or more tokens than fit.
         """
         b, t = ids.shape
+        if config != self.config:
+            raise ValueError("cache: it was made for a model of another configuration")
         if b != len(self.past):
             raise ValueError(f"ids has {b} rows: the cache has {len(self.past)}")
         new = [t] * b if lengths is None else [int(n) for n in lengths]
         if len(new) != b or any(not 0 <= n <= t for n in new):
             raise ValueError(f"lengths={new}: allowed are {b} numbers from 0 to {t}")
-        after = [past + n for past, n in zip(self.past, new)]
-        if max(after) > self.max_length:
-            raise ValueError(f"{max(after)} tokens: the cache was made for max_length={self.max_length}")
-        past = torch.tensor(self.past, device=ids.device)[:, None]
-        return past + torch.arange(t, device=ids.device), after
+        longest = max(past + n for past, n in zip(self.past, new))
+        if longest > self.max_length:
+            raise ValueError(f"{longest} tokens: the cache was made for max_length={self.max_length}")
+        return Step(list(self.past), new, t)
 
     def append(self, layer: int, positions: Tensor, *new: Tensor) -> tuple[Tensor, ...]:
         """Writes [b, t, w] at the positions; returns all rows up to the last, [b, s, w]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...kernels import cross_entropy, rope_frequencies, rope_rotation
 from ..documents import make_layout
 from ..norm import RMSNorm
-from ..transformer import IGNORED, Output
+from ..transformer import IGNORED, Output, Transformer
 from .attention import IndexSignal, LatentAttention, Reach
 from .cache import LatentCache
 from .config import LineageConfig
@@ -46,6 +46,9 @@ class LineageBlock(nn.Module):
 class LineageTransformer(nn.Module):
     """DeepSeek-V3 or V3.2; the interface of `Transformer`."""
 
+    mtp = ()  # nothing to draft with
+    _check, _check_range = Transformer._check, Transformer._check_range
+
     def __init__(self, config: LineageConfig) -> None:
         super().__init__()
         self.config = config
@@ -74,7 +77,11 @@ class LineageTransformer(nn.Module):
         Raises:
             ValueError, IndexError: as `Transformer.forward`.
         """
-        self._check(ids, targets, documents, logits_to_keep, cache, lengths)
+        self._check(ids, targets, logits_to_keep)
+        if cache is not None and (targets is not None or documents is not None):
+            raise ValueError("targets and documents cannot be given together with a cache")
+        if cache is None and lengths is not None:
+            raise ValueError("lengths needs a cache; without one, mark padding by documents = -1")
         if cache is not None:
             return self._append(ids, cache, lengths, logits_to_keep)
         layout = make_layout(ids, documents)
@@ -87,8 +94,14 @@ class LineageTransformer(nn.Module):
             self._learn(out, x, targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED), signals)
         return out
 
-    def new_cache(self, batch_size: int, max_length: int) -> LatentCache:
-        """An empty cache. Raises ValueError for a size below 1 or above max_position_embeddings."""
+    def new_cache(self, batch_size: int, max_length: int, *, rewind: int = 0, storage: str = "exact") -> LatentCache:
+        """An empty cache. It can be cut back by any number of tokens, whatever `rewind` is.
+
+        Raises:
+            ValueError: a size below 1 or above max_position_embeddings, or another storage than "exact".
+        """
+        if storage != "exact":
+            raise ValueError(f"storage={storage!r}: {self.config.model_type} has 'exact' only")
         longest = self.config.max_position_embeddings
         if max_length > longest:
             raise ValueError(f"max_length={max_length}: the configuration allows max_position_embeddings={longest}")
@@ -103,10 +116,12 @@ class LineageTransformer(nn.Module):
 
     @torch.no_grad()
     def _append(self, ids, cache: LatentCache, lengths, logits_to_keep) -> Output:
-        positions, after = cache.begin(ids, lengths)
+        step = cache.begin(self.config, ids, lengths)
+        past = torch.tensor(step.past, device=ids.device)[:, None]
+        positions = past + torch.arange(ids.shape[1], device=ids.device)
         reach = self._reach(positions, torch.zeros_like(positions), positions + 1, False)
         x, _ = self._layers(self.embed(ids), None, False, reach, cache, positions)
-        cache.past = after
+        cache.past = [past + new for past, new in zip(step.past, step.new)]
         return Output(x[:, -logits_to_keep:], self.head.weight)  # -0 keeps all
 
     def _layers(self, x, real, learn, reach: Reach, cache, rows) -> tuple[Tensor, list[tuple]]:
@@ -140,20 +155,3 @@ class LineageTransformer(nn.Module):
             out.metrics["captured"] = torch.stack([s.captured for s in index])  # type: ignore[union-attr]
         weights = {"lm": 1.0, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
         out.loss = sum(weights[name] * part for name, part in out.losses.items())  # type: ignore[assignment]
-
-    def _check(self, ids, targets, documents, logits_to_keep: int, cache, lengths) -> None:
-        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
-            raise ValueError(f"ids is {ids.dtype} {tuple(ids.shape)}: it must be int64 [batch, tokens], not empty")
-        if not 0 <= logits_to_keep <= ids.shape[1]:
-            raise ValueError(f"logits_to_keep={logits_to_keep}: allowed are 0 (all) to {ids.shape[1]}")
-        if targets is not None and (targets.shape != ids.shape or targets.dtype != torch.int64):
-            raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)}: it must be int64 {list(ids.shape)}")
-        if cache is not None and (targets is not None or documents is not None):
-            raise ValueError("targets and documents cannot be given together with a cache")
-        if cache is None and lengths is not None:
-            raise ValueError("lengths needs a cache; without one, mark padding by documents = -1")
-        last = self.config.vocab_size - 1
-        for name, tokens in (("ids", ids), ("targets", None if targets is None else targets[targets != IGNORED])):
-            if tokens is not None and tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) > last):
-                bad = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
-                raise IndexError(f"{name} holds token id {bad}: allowed are 0 to {last}")

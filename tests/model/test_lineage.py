@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abyssal.model import load_pretrained, save_pretrained
+from abyssal.model import generate, load_pretrained, save_pretrained
 from abyssal.model.lineage import LineageConfig, LineageTransformer
 from abyssal.model.lineage.moe import GroupGate
 from abyssal.model.lineage.names import sources
@@ -109,6 +109,21 @@ def test_transformers_decodes_the_same_tokens(pair):
         token = ours(token, cache=cache, logits_to_keep=1).logits.argmax(-1)
         got.append(int(token))
     assert got == want.tolist()
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_generates(pair, chunk):
+    ours, _ = pair
+    prompts = [draw(20).tolist(), draw(9, seed=1).tolist()]
+    together = generate(ours, prompts, max_new_tokens=6, temperature=0, chunk=chunk)
+    assert together == [generate(ours, p, max_new_tokens=6, temperature=0) for p in prompts]
+    for prompt, written in zip(prompts, together):
+        ids = torch.tensor([prompt + written])
+        assert ours(ids).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == written
+    with pytest.raises(ValueError, match="no MTP module"):
+        generate(ours, prompts[0], max_new_tokens=1, speculative=True)
+    with pytest.raises(ValueError, match="has 'exact' only"):
+        generate(ours, prompts[0], max_new_tokens=1, storage="released")
 
 
 @pytest.mark.parametrize("few", [0.0, 1e9], ids=["expanded", "absorbed"])
