@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels import attention, index_loss, index_topk, rms_norm, rope
+from ..kernels import attention, index_loss, index_topk, norm_rope, rope
 from .cache import LayerCache
 from .compressor import Compressor
 from .config import ModelConfig
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         turn = token_rotation(self.config, self.layer, layout)
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
-        q = rope(rms_norm(q, None, self.config.rms_norm_eps), turn)
+        q = norm_rope(q, None, self.config.rms_norm_eps, turn)
         kv = rope(self.kv_norm(self.wkv(x)), turn)
         if cache is not None:
             kv = cache.window.extend(kv, layout.step)

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary position embedding (RoPE), with the YaRN frequencies of the compressed layers.
+"""RMSNorm and rotary position embedding (RoPE), alone and in one pass, with the YaRN frequencies of compressed layers.
 
     rms_norm(x) = weight x / sqrt(mean(x^2) + eps)
     rope(x)     = e^{i t f_j} (x_{2j} + i x_{2j+1})        for the last channels, taken as adjacent pairs
@@ -34,12 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str | Non
 
     Source: arXiv 1910.07467; V4 uses it with a weight on hidden states and latents, without one on query heads.
     """
-    if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] == 0:
-        raise ValueError(f"x: got {x.dtype} {list(x.shape)}, allowed is a float tensor [..., d] with d >= 1")
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: shape {list(weight.shape)}, allowed is {list(x.shape[-1:])} or None")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}: must not be negative")
+    _check_norm(x, weight, eps)
     return implementation("norm_rope", backend, x).rms_norm(x, weight, eps)
 
 
@@ -141,10 +136,48 @@ def rope(x: Tensor, rotation: Tensor, *, inverse: bool = False, backend: str | N
 
     Source: arXiv 2104.09864; V4 2.3, partial RoPE.
     """
+    _check_rotation(x, rotation)
+    return implementation("norm_rope", backend, x).rope(x, rotation, inverse=inverse)
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, rotation: Tensor, *, backend: str | None = None) -> Tensor:
+    """`rope(rms_norm(x, weight, eps), rotation)`: what queries, keys and entries go through, one after the other.
+
+    The reference is that composition, rounding in between as the release does; Triton reads `x` once and rounds once.
+
+    Args:
+        x: [B, T, ..., D], as for `rope`.
+        weight: [D], or None for the plain norm.
+        eps: added to the mean square.
+        rotation: complex [B, T, dim / 2] or [1, T, dim / 2], from `rope_rotation`. It gets no gradient.
+        backend: `auto`, `reference` or `triton`.
+
+    Returns:
+        A new tensor with the shape and dtype of `x`.
+
+    Raises:
+        ValueError: as `rms_norm` and `rope`.
+
+    Source: V4 2.3 (queries without a weight, keys and entries with one); its released code.
+    """
+    _check_norm(x, weight, eps)
+    _check_rotation(x, rotation)
+    return implementation("norm_rope", backend, x).norm_rope(x, weight, eps, rotation)
+
+
+def _check_norm(x: Tensor, weight: Tensor | None, eps: float) -> None:
+    if x.ndim < 1 or not x.is_floating_point() or x.shape[-1] == 0:
+        raise ValueError(f"x: got {x.dtype} {list(x.shape)}, allowed is a float tensor [..., d] with d >= 1")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: shape {list(weight.shape)}, allowed is {list(x.shape[-1:])} or None")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: must not be negative")
+
+
+def _check_rotation(x: Tensor, rotation: Tensor) -> None:
     if x.ndim < 3 or not x.is_floating_point():
         raise ValueError(f"x: got {x.dtype} {list(x.shape)}, allowed is a float tensor [B, T, ..., D]")
     fits = rotation.ndim == 3 and rotation.is_complex() and 2 * rotation.shape[2] <= x.shape[-1]
     if not fits or rotation.shape[1] != x.shape[1] or rotation.shape[0] not in (1, x.shape[0]):
         allowed = f"complex [{x.shape[0]} or 1, {x.shape[1]}, at most {x.shape[-1] // 2}]"
         raise ValueError(f"rotation: got {rotation.dtype} {list(rotation.shape)}, allowed is {allowed}")
-    return implementation("norm_rope", backend, x).rope(x, rotation, inverse=inverse)

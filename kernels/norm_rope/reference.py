@@ -28,6 +28,10 @@ def rope(x: Tensor, rotation: Tensor, *, inverse: bool = False) -> Tensor:
     return _Rope.apply(x, rotation, inverse)
 
 
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, rotation: Tensor) -> Tensor:
+    return rope(rms_norm(x, weight, eps), rotation)
+
+
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """One block, of which nothing is kept."""
     wide = x.to(accumulation(x))

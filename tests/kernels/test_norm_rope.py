@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.kernels.norm_rope import reference, rms_norm, rope, rope_frequencies, rope_rotation
+from abyssal.kernels.norm_rope import norm_rope, reference, rms_norm, rope, rope_frequencies, rope_rotation
 
 
 def check(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -282,13 +282,32 @@ def test_errors_name_the_argument() -> None:
         "rotation": lambda: rope(x, rotation[:, :3]),
         "rotation: got torch.float32": lambda: rope(x, rotation.real),
         "rotation: got torch.complex64": lambda: rope(x[..., :3], rotation),
+        "x: got torch.int64": lambda: norm_rope(x.long(), None, 1e-6, rotation),
+        "weight: shape": lambda: norm_rope(x, torch.ones(7), 1e-6, rotation),
+        "rotation: got": lambda: norm_rope(x, None, 1e-6, rotation[:, :3]),
     }
     for name, call in wrong.items():
         with pytest.raises(ValueError, match=f"^{name}"):
             call()
 
 
-@pytest.mark.parametrize("function", [rms_norm, rope])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_norm_and_rotation_in_one_are_the_two_in_turn(weighted: bool, dtype: torch.dtype) -> None:
+    x, positions, frequencies = rope_inputs((3,), 8, 4)
+    rotation, weight = rope_rotation(positions, frequencies), torch.randn(8, dtype=torch.float64)
+    arguments = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()][: 2 if weighted else 1]
+
+    def composed(x: Tensor, w: Tensor | None = None) -> Tensor:
+        return rope(rms_norm(x, w, 0.3), rotation)
+
+    got, want = norm_rope(arguments[0], *(arguments[1:] or [None]), 0.3, rotation), composed(*arguments)
+    assert torch.equal(got, want) and got.dtype == dtype
+    for mine, theirs in zip(norm_gradients(got, arguments), norm_gradients(want, arguments)):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("function", [rms_norm, rope, norm_rope])
 def test_the_reference_has_the_public_signature(function) -> None:
     public = dict(inspect.signature(function).parameters)
     public.pop("backend")

@@ -24,6 +24,18 @@ def pooling(ratio: int, d: int, overlap: bool, dtype: torch.dtype = fp32) -> Non
         launch.backward(launch.forward(kv, gate, bias.float(), windows), kv, gate, bias.float(), windows)
 
 
+def norms(d: int, dim: int, dtype: torch.dtype) -> None:
+    """The norm with and without weight and rotation, the rotation alone, each with its backward pass."""
+    from abyssal.kernels.norm_rope import triton as ops
+
+    x, weight, angles = torch.empty(2, 9, 3, d, dtype=dtype), torch.empty(d), torch.empty(1, 9, dim // 2, 2)
+    for w, a in ((weight, None), (None, angles), (weight, angles)) if dim else ((weight, None), (None, None)):
+        y, scales = ops._forward(x, w, a, 1e-6, norm=True)
+        ops._backward(y, x, w, a, scales)
+    if dim:
+        ops._forward(x, None, angles, 0.0, norm=False)
+
+
 CASES = {
     "pool, m=4 D=512 overlap": (ALL, lambda: pooling(4, 512, True)),
     "pool, m=4 D=128 overlap": (ALL, lambda: pooling(4, 128, True)),
@@ -31,6 +43,14 @@ CASES = {
     "pool, m=4 D=512 overlap, bf16": (MAIN, lambda: pooling(4, 512, True, bf16)),
     "pool, m=32 D=64": (["sm_90"], lambda: pooling(32, 64, False)),
     "pool, m=3 D=20 overlap": (["sm_90"], lambda: pooling(3, 20, True)),
+    "norm and rope, d=512 of 64, bf16": (ALL, lambda: norms(512, 64, bf16)),
+    "norm and rope, d=128 of 64, bf16": (MAIN, lambda: norms(128, 64, bf16)),
+    "norm and rope, d=512 of 64, fp32": (MAIN, lambda: norms(512, 64, fp32)),
+    "norm, d=4096, bf16": (MAIN, lambda: norms(4096, 0, bf16)),
+    "norm, d=7168, bf16": (ALL, lambda: norms(7168, 0, bf16)),
+    "norm, d=7168, fp32": (MAIN, lambda: norms(7168, 0, fp32)),
+    "norm, d=1536, bf16": (["sm_90"], lambda: norms(1536, 0, bf16)),
+    "norm and rope, d=21 of 6, fp32": (["sm_90"], lambda: norms(21, 6, fp32)),
 }
 
 
