@@ -13,6 +13,7 @@ a row (the optimizer's moments); it comes and goes with them.
 b batch · t tokens · h heads of all orders · r rows · w their width · u distinct look-ups of a step
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,11 +77,16 @@ class RowTable(nn.Module):
         return self.store["weight"]
 
     def add_column(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Zeros for each row, in the place of the table."""
-        size = (self.size[0], *shape)
+        """Zeros for each row, in the place of the table.
+
+        Raises:
+            OSError: the disk of a mapped table has not enough room.
+        """
+        size = torch.Size((self.size[0], *shape))
         if self.place == "mapped":
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{name}-") as file:
-                column = torch.from_file(file.name, shared=True, size=torch.Size(size).numel(), dtype=dtype).view(size)
+                os.posix_fallocate(file.fileno(), 0, size.numel() * dtype.itemsize)  # a full disk would kill us later
+                column = torch.from_file(file.name, shared=True, size=size.numel(), dtype=dtype).view(size)
         elif self.place == "file":
             column = torch.empty(size, dtype=dtype, device="meta")
         else:

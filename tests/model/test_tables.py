@@ -153,6 +153,27 @@ def test_a_mapped_table_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir()) and not rows.store["moment"].any()
 
 
+def test_a_full_disk_is_noticed_at_the_start(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        table("mapped", tmp_path)
+
+
+def test_a_step_compiles_without_a_graph_break(tmp_path):
+    rows, look_ups = table("host", tmp_path), draw_look_ups(3)
+    compiled = torch.compile(lambda at: rows(at).sin().sum(), fullgraph=True, backend="aot_eager")
+    for look_up in look_ups:
+        rows.prefetch(lambda look_up=look_up: look_up)
+        rows.begin()
+        (want,) = torch.autograd.grad(rows(look_up).sin().sum(), rows.rows)
+        compiled(look_up).backward()
+        assert torch.equal(rows.rows.grad, want)
+        rows.end()
+
+
 # in a model ----------------------------------------------------------------------------------------------------------
 
 NAME = "layers.1.engram.table"
@@ -274,3 +295,29 @@ def test_a_resident_store_moves_with_the_weights():
     rows.add_column("updates", (1,), torch.int32)
     rows.double()
     assert rows.weight.dtype == rows.rows.dtype == torch.float64 and rows.store["updates"].dtype == torch.int32
+
+
+@pytest.mark.gpu
+def test_on_a_device_the_bits_are_the_same_wherever_the_rows_live(tmp_path):
+    ends = [trained_on_a_device(place, tmp_path) for place in PLACES]
+    assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(ends[0], end))
+
+
+def trained_on_a_device(place, tmp_path):
+    """Eight steps of a model; its table and its logits."""
+    ids, targets = [draw(2, 300, seed=i) for i in range(9)], draw(2, 300, seed=9).cuda()
+    model = build(place, tmp_path).cuda()
+    engram = model.layers[1].engram
+    held, canonical = engram.table, engram.canonical.cpu()
+    held.prefetch(lambda: engram.look_ups(ids[0], None, canonical))
+    for step in range(8):
+        held.begin()
+        held.prefetch(lambda step=step: engram.look_ups(ids[step + 1], None, canonical))
+        model(ids[step].cuda(), targets=targets).loss.backward()
+        with torch.no_grad():
+            held.rows.sub_(held.rows.grad.sign(), alpha=1e-2)
+        held.end()
+        model.zero_grad()
+    held.wait()
+    assert (place == "resident") == held.weight.is_cuda and held.rows.is_cuda
+    return held.weight.cpu(), model.eval()(ids[0].cuda()).logits.cpu()
