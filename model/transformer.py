@@ -7,9 +7,10 @@ Training objective:  lm + mtp_loss_weight mtp + balance_loss_weight balance + in
 b batch · t tokens · n streams · d width · v vocabulary · l layers · E experts
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from .exact import exact_linear
 from .hyper import HyperHead, spread
 from .mtp import MTP
 from .norm import RMSNorm
+from .recompute import recomputed
 
 IGNORED = -100
 
@@ -48,11 +50,15 @@ class Output:
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V4 with optional Engram layers; builds under `torch.device("meta")` for the full-size configurations."""
+    """DeepSeek-V4 with optional Engram layers; builds under `torch.device("meta")` for the full-size configurations.
+
+    `recompute` layers at a time are worked out again in the backward pass, to save memory (`recompute.py`); 0 = none.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = 0
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.hc_head = HyperHead(config)
@@ -98,18 +104,28 @@ class Transformer(nn.Module):
         layout = make_layout(ids, documents)
         learn = targets is not None
         streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
-        signals, spreads = [], []
-        for block in self.layers:
-            streams, signal = block(streams, ids, layout, learn=learn)
-            signals.append(signal)
-            if learn:
-                spreads.append(spread(streams))
+        signals: list[Signals] = []
+        spreads: list[Tensor] = []
+        for group in self._groups():
+            streams, found, measured = self._run(group, _through, group, streams, ids, layout, learn)
+            signals += found
+            spreads += measured
         hidden = self.norm(self.hc_head(streams))
         out = Output(hidden[:, -logits_to_keep:] if logits_to_keep else hidden, self.head.weight)
         if learn:
             self._learn(out, hidden, streams, ids, targets, layout, signals)
             out.metrics["spread"] = torch.stack(spreads)
         return out
+
+    def _groups(self) -> list[Sequence[Block]]:
+        """The layers in groups of `recompute`, or all in one."""
+        size = self.recompute or len(self.layers)
+        return [self.layers[start : start + size] for start in range(0, len(self.layers), size)]
+
+    def _run(self, blocks: Sequence[Block], run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if not self.recompute:
+            return run(*arguments, **options)
+        return recomputed(blocks, run, *arguments, **options)
 
     def new_cache(self, batch_size: int, max_length: int, *, rewind: int = 0, storage: str = "exact") -> Cache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens that can be cut back by up to `rewind`
@@ -220,7 +236,9 @@ class Transformer(nn.Module):
         follows[:, -1] = False
         if layout.start is not None:
             follows &= layout.real & (layout.start == layout.start.roll(-1, 1))
-        hidden, signals = mtp.predict(streams, self.embed(next_ids), next_ids, layout, learn=True, real=follows)
+        hidden, signals = self._run(
+            [mtp], mtp.predict, streams, self.embed(next_ids), next_ids, layout, learn=True, real=follows
+        )
         return self._cross_entropy(hidden, next_targets.masked_fill(~follows, IGNORED)), signals
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -253,3 +271,16 @@ class Transformer(nn.Module):
             bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
             also = " (and -100 = ignored)" if name == "targets" else ""
             raise IndexError(f"{name} holds token id {bad}: allowed are 0 to {last}{also}")
+
+
+def _through(
+    blocks: Sequence[Block], streams: Tensor, ids: Tensor, layout: Layout, learn: bool
+) -> tuple[Tensor, list[Signals], list[Tensor]]:
+    """The streams after some layers, what each tells the objective, and how far the streams are apart after each."""
+    signals, spreads = [], []
+    for block in blocks:
+        streams, signal = block(streams, ids, layout, learn=learn)
+        signals.append(signal)
+        if learn:
+            spreads.append(spread(streams))
+    return streams, signals, spreads

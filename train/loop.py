@@ -85,6 +85,7 @@ class Run:
         torch.manual_seed(recipe.train.seed)
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)
+        self.model.recompute = recipe.train.recompute
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.tables = Tables(self.model)
         self.progress = Progress()

@@ -109,6 +109,9 @@ class TrainConfig(Table):
         "resident, host or mapped",
         lambda value: value in ("resident", "host", "mapped"),
     )
+    recompute: int = _not_negative(
+        0, "layers of a group that is worked out again in the backward pass, which saves memory; 0 = none"
+    )
     log_every: int = _positive(10, "steps between two lines on the screen, where no progress bar is shown")
     eval_every: int = _not_negative(100, "steps between two evaluations on held-out text; 0 = at the end only")
     checkpoint_every: int = _not_negative(200, "steps between two checkpoints; 0 = at the end only")
