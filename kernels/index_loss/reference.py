@@ -70,13 +70,13 @@ class _IndexLoss(torch.autograd.Function):
                 if index is not None:
                     unpicked = _not_picked(index[:, block], seen)
                     few = [n - block.start for n in range(t)[measured_queries(t)] if block.start <= n < block.stop]
-                    mass = _attention_mass(q[:, block][:, few], compressed[:, seen], lse[:, block][:, few], scale)
-                    mass = mass.masked_fill_(hidden[:, few], 0)
-                    seeing = mass.sum(-1) > FLOOR
-                    share += (
-                        mass.masked_fill(unpicked[:, few], 0).sum(-1) / mass.sum(-1).clamp_min(FLOOR) * seeing
-                    ).sum()
-                    measured += seeing.sum()
+                    if few:
+                        mass = _attention_mass(q[:, block][:, few], compressed[:, seen], lse[:, block][:, few], scale)
+                        mass = mass.masked_fill_(hidden[:, few], 0)
+                        seeing = mass.sum(-1) > FLOOR
+                        picked = mass.masked_fill(unpicked[:, few], 0).sum(-1)
+                        share += (picked / mass.sum(-1).clamp_min(FLOOR) * seeing).sum()
+                        measured += seeing.sum()
                     hidden = hidden | unpicked
                 keys, c, flat = index_keys[:, seen], compressed[:, seen], None
                 if not shared:

@@ -83,7 +83,7 @@ def _cut_streamed(scores, low, high, k, N: tl.constexpr):
         for j in range(low // N * N, high, N):
             rank = _ranks(scores, j + tl.arange(0, N), low, high)
             alike = ((rank ^ cut) >> shift) >> 8 == 0  # in the bits found so far
-            counts += tl.histogram(((rank >> shift) & 255).to(tl.int32), 256, mask=alike & (rank > 0))
+            counts += tl.histogram(((rank >> shift) & 255).to(tl.int32), 256, mask=alike)
         above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
         mine = (above < room) & (above + counts >= room)
         cut = cut | (tl.sum(tl.where(mine, tl.arange(0, 256), 0), 0) << shift).to(tl.uint32)

@@ -7,7 +7,7 @@ import torch
 from oracle import assert_same
 
 from abyssal.kernels.attention import attention
-from abyssal.kernels.index_loss import index_loss
+from abyssal.kernels.index_loss import index_loss, reference
 from abyssal.kernels.index_topk import index_topk
 
 WINDOW, SCALE = 6, 0.4
@@ -94,6 +94,21 @@ def test_share_is_one_when_everything_is_picked_and_smaller_otherwise():
         student, teacher, seen, index = make(1, 40, 2, 8, 2, 4, 10, k)
         q, _, c, _, lse = teacher
         assert low < float(index_loss(*student, q, c, lse, scale=SCALE, index=index, **seen)[1]) < high
+
+
+def test_the_share_of_blocks_without_a_measured_query(monkeypatch):
+    """Blocks of 16 queries, measured on the last of 600 alone, and on all."""
+    student, teacher, seen, index = make(1, 600, 8, 4, 8, 4, 300, 20)
+    q, _, c, _, lse = teacher
+    shares = []
+    for most in (1, 600):
+        monkeypatch.setattr(reference, "MEASURED", most)
+        shares.append(index_loss(*student, q, c, lse, scale=SCALE, index=index, **seen)[1])
+    mass = torch.exp(SCALE * torch.einsum("bthd,bpd->bthp", q, c) - lse[..., None]).sum(2)
+    mass = mass.masked_fill(torch.arange(300) >= seen["end"][..., None], 0)
+    picked = torch.where(index < 0, 0, mass.gather(2, index.clamp_min(0))).sum(-1) / mass.sum(-1)
+    assert_same("share of the last", shares[0], picked[0, -1], 1e-10)
+    assert_same("share of all", shares[1], picked[mass.sum(-1) > 0].mean(), 1e-10)
 
 
 def test_no_visible_entry_gives_zero_and_finite_gradients():
