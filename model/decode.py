@@ -33,12 +33,13 @@ from .mtp import MTP
 from .norm import RMSNorm
 from .rotary import frequencies
 from .storage import CodedStep
+from .tables import RowTable, Table
 
 EVERY = slice(None)
 MOST = 2  # tokens of a call up to which one after the other is faster than torch with all at once
 PLAIN = (
     *(Attention, Block, Compressor, Engram, HyperConnection, HyperHead, Indexer, Experts, Gate, MoE, SharedExpert, MTP),
-    *(RMSNorm, nn.Linear, nn.Embedding, nn.ModuleList),
+    *(RMSNorm, RowTable, Table, nn.Linear, nn.Embedding, nn.ModuleList),
 )
 FORWARD = {kind: kind.forward for kind in PLAIN}
 
