@@ -25,12 +25,12 @@ from ...model.indexer import Indexer
 from ...model.moe import Experts, Gate, MoE, SharedExpert
 from ...model.norm import RMSNorm
 from ...model.transformer import Transformer
-from .observe import OPEN, OPTIMIZER, REST, Observer
+from .observe import MTP, OPEN, OPTIMIZER, REST, Observer
 
 ATTENTIONS = {SLIDING: "sliding attention", SPARSE: "CSA attention", HEAVY: "HCA attention"}
 MECHANISMS = (
     *("embedding", "Engram", "mHC", "norms", "projections", *ATTENTIONS.values(), "compressor", "indexer"),
-    *("index loss", "router", "experts", "shared expert", "loss and head", "MTP", OPTIMIZER, REST),
+    *("index loss", "router", "experts", "shared expert", "loss and head", MTP, OPTIMIZER, REST),
 )
 
 _MODULES: dict[type, str] = {
@@ -65,7 +65,7 @@ def _mechanism(model: Transformer, path: str) -> str | None:
     module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     if isinstance(module, RMSNorm) and isinstance(parent, Block | Transformer):
         return "norms"
-    return {"embed": "embedding", "head": "loss and head", "mtp": "MTP"}.get(path) or _MODULES.get(type(module))
+    return {"embed": "embedding", "head": "loss and head", "mtp": MTP}.get(path) or _MODULES.get(type(module))
 
 
 @contextmanager
@@ -78,18 +78,18 @@ def attached(model: Transformer, observer: Observer) -> Iterator[None]:
         kind = ATTENTIONS[module.kind]
 
     with ExitStack() as undo:
-        observer.attach(owners(model))
+        observer.attach(lambda: owners(model))
         undo.callback(observer.detach)
         for path, module in model.named_modules():
             mechanism = _mechanism(model, path) if path else None
             if mechanism and not isinstance(module, nn.ModuleList):
                 undo.callback(module.register_forward_pre_hook(_entering(observer, mechanism)).remove)
-                undo.callback(module.register_forward_hook(_leaving(observer)).remove)
+                undo.callback(module.register_forward_hook(_leaving(observer), always_call=True).remove)
             if isinstance(module, Attention):
                 undo.callback(module.register_forward_pre_hook(enters_attention).remove)
             if isinstance(module, HyperConnection):
                 _replace(undo, module, "recombine", observer, "mHC")
-        _replace(undo, model, "_mtp_loss", observer, "MTP")
+        _replace(undo, model, "_mtp_loss", observer, MTP)
         _replace(undo, model, "_cross_entropy", observer, "loss and head")
         _replace(undo, attention_module, "attention", observer, lambda: kind)
         _replace(undo, attention_module, "index_topk", observer, "indexer")
@@ -109,7 +109,7 @@ def attached_to_numpy(observer: Observer) -> Iterator[None]:
         kind = "CSA attention" if step.indexer else kind
 
     with ExitStack() as undo:
-        observer.attach({})
+        observer.attach(dict)
         undo.callback(observer.detach)
         _replace(undo, decode.CompressorStep, "__call__", observer, "compressor")
         _replace(undo, decode.IndexerStep, "__call__", observer, "indexer")

@@ -5,13 +5,14 @@ backward pass, which mechanism a node belongs to; a node that accumulates a grad
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-REST, OPTIMIZER = "rest", "optimizer"
+REST, OPTIMIZER, MTP = "rest", "optimizer", "MTP"
 OPEN = ("projections", "router", REST)  # contain parts of other mechanisms
 
 
@@ -24,7 +25,8 @@ class Observer:
     def __init__(self) -> None:
         self.at: str | None = None  # the phase; None: what happens now does not count
         self.stack = [REST]
-        self.owners: dict[Tensor, str] | None = None
+        self.owners_now: Callable[[], dict[Tensor, str]] | None = None
+        self.owners: dict[Tensor, str] = {}
         self.borders: list[int] = []
         self.beyond: list[str] = []
 
@@ -32,11 +34,12 @@ class Observer:
     def current(self) -> str:
         return self.stack[-1]
 
-    def attach(self, owners: dict[Tensor, str]) -> None:
-        self.owners = owners
+    def attach(self, owners_now: Callable[[], dict[Tensor, str]]) -> None:
+        """owners_now: gives the mechanism of every parameter that there is when it is called."""
+        self.owners_now = owners_now
 
     def detach(self) -> None:
-        self.owners = None
+        self.owners_now = None
 
     def phase(self, name: str | None) -> None:
         """A new phase begins; None ends the last."""
@@ -46,8 +49,10 @@ class Observer:
         self.changed()
 
     def enter(self, mechanism: str) -> None:
+        """In the backward pass this is a part that is worked out again, whatever node asked for it."""
         before = self.current
-        self.stack.append(mechanism if before in OPEN else before)
+        again = self.at == "backward" and len(self.stack) == 1 and before != MTP
+        self.stack.append(mechanism if before in OPEN or again else before)
         self._moved(before)
 
     def leave(self, then: str = "") -> None:
@@ -67,8 +72,9 @@ class Observer:
 
     def follow(self, loss: Tensor) -> None:
         """Watches the nodes that the backward pass of `loss` will run."""
-        if self.owners is None:
+        if self.owners_now is None:
             return
+        self.owners = self.owners_now()
         seen, waiting = {loss.grad_fn}, [loss.grad_fn]
         while waiting:
             node: Any = waiting.pop()
@@ -79,7 +85,7 @@ class Observer:
 
     def _mechanism(self, node: Any) -> str:
         if hasattr(node, "variable"):
-            return (self.owners or {}).get(node.variable, REST)
+            return self.owners.get(node.variable, REST)
         return self.beyond[bisect_right(self.borders, node._sequence_nr()) - 1]
 
     def watch(self, node: Any, mechanism: str) -> None:

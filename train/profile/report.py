@@ -24,8 +24,8 @@ def mechanism_rows(step: str, times: Times, works: Works, peak: Peak) -> dict[st
         total = {key: sum(found[key] for found in phases.values()) for key in ("ms", "flops", "bytes", "limit_ms")}
         if total["ms"] or total["limit_ms"]:
             known = total["limit_ms"] and total["ms"]
-            share = {"share": total["ms"] / whole, "share_of_limit": total["limit_ms"] / total["ms"] if known else None}
-            rows[mechanism] = {"phases": phases} | total | share
+            share = total["limit_ms"] / total["ms"] if known else None
+            rows[mechanism] = {"phases": phases, **total, "share": total["ms"] / whole, "share_of_limit": share}
     return rows
 
 

@@ -1,7 +1,7 @@
 """A profile from its options to its files: profile.json with every number, profile.png drawn from it, trace.json.
 
 Turns without and with instrumentation alternate, so that what slows the machine down for a while slows both down. A
-number is the mean over the middle half of the turns.
+number is the mean over the faster half of the turns.
 """
 
 import gc
@@ -94,7 +94,7 @@ def profile_training(
     """One training step: its part of the JSON document, and its trace's path."""
     say = _Progress("training step")
     say("model and batch")
-    step = TrainingStep(preset, device)
+    step = TrainingStep(preset, device, folder)
     plain, parts = _turns(step.run, lambda clock: attached(step.model, clock), 1, repeats, device, say)
     say("memory")
     memory = _memory(step, device)

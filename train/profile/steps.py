@@ -1,7 +1,8 @@
 """The two steps that are profiled, as training and generation run them; observers are told where their phases begin."""
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ...model.prefill import prefill
 from ..corpus import load_corpus
 from ..data import Batch, train_batch
 from ..optim import build_optimizer, learning_rate, set_learning_rate
+from ..recipe import Recipe
+from ..tables import Tables, named_tables, places
 from .observe import OPTIMIZER, Observer
 from .preset import Preset
 
@@ -21,19 +24,26 @@ from .preset import Preset
 class TrainingStep:
     """Forward, backward, clipping, AdamW and the router's bias, again and again on one batch, from new weights."""
 
-    def __init__(self, preset: Preset, device: torch.device) -> None:
-        self.preset, self.device = preset, device
+    def __init__(self, preset: Preset, device: torch.device, folder: Path) -> None:
+        """folder: of Engram tables that are mapped to a file."""
+        self.preset, self.device, self.number = preset, device, 0
         self.dtype = getattr(torch, preset.dtype)
-        self.batch = make_batch(preset).to(device)
+        self.host_batch = make_batch(preset)
+        self.batch = self.host_batch.to(device)
         torch.manual_seed(preset.train.seed)
-        self.model = Transformer(preset.model).to(device)
+        with places(cast(Recipe, preset), folder):
+            self.model = Transformer(preset.model).to(device)
         self.optimizer = build_optimizer(self.model, preset.optim)
+        self.tables = Tables(self.model)
         set_learning_rate(self.optimizer, learning_rate(0, preset.train.steps, preset.optim))
 
     def run(self, observer: Observer) -> dict[str, float]:
         """One step; returns its losses. The weights move: in time and memory a step is like the one before."""
         batch, model = self.batch, self.model.train()
         observer.phase("forward")
+        observer.enter("Engram")
+        self.tables.begin(self.number, lambda _: self.host_batch)
+        observer.leave()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = model(batch.ids, targets=batch.targets, documents=batch.documents)
         losses = {"loss": out.loss.item(), **{name: part.item() for name, part in out.losses.items()}}
@@ -44,20 +54,28 @@ class TrainingStep:
         observer.phase(OPTIMIZER)
         clip_grad_norm_(model.parameters(), self.preset.optim.grad_clip or math.inf).item()
         self.optimizer.step()
+        self.tables.end()
         self.optimizer.zero_grad()
         model.update_router_bias(self.preset.model.router_bias_update_speed)
         observer.phase(None)
+        self.number += 1
         return losses
 
     def bytes_by_owner(self, owner: dict[Tensor, str]) -> dict[str, dict[str, int]]:
-        """Bytes of parameters, gradients and optimizer states by mechanism; gradients are of the parameters' size."""
+        """Bytes of parameters, gradients and optimizer states by mechanism; gradients are of the parameters' size.
+
+        Tables whose rows are kept apart count with all rows, wherever they lie; they have no gradient between steps.
+        """
         found: dict[str, dict[str, int]] = {}
         for parameter, mechanism in owner.items():
             row = found.setdefault(mechanism, {"parameters": 0, "gradients": 0, "optimizer": 0})
-            states = [x for x in self.optimizer.state[parameter].values() if isinstance(x, Tensor)]
+            states = self.optimizer.state.get(parameter, {}).values()
             row["parameters"] += parameter.nbytes
             row["gradients"] += parameter.nbytes
-            row["optimizer"] += sum(x.nbytes for x in states)
+            row["optimizer"] += sum(x.nbytes for x in states if isinstance(x, Tensor))
+        for table in named_tables(self.model).values():
+            found["Engram"]["parameters"] += table.weight.nbytes
+            found["Engram"]["optimizer"] += sum(x.nbytes for name, x in table.store.items() if name != "weight")
         return found
 
 
