@@ -199,6 +199,25 @@ def test_nodes_belong_to_what_made_them(step):
     assert len(leaves) == len(owner) and all(owner[parameter] == mechanism for parameter, mechanism in leaves)
 
 
+def test_what_is_worked_out_again_counts_for_its_mechanism(given):
+    """In the backward pass, in which a whole group is run again for its first node."""
+    found = []
+    for layers in (0, 5):
+        overrides = [*given, "data.sequence_length=192", f"train.recompute={layers}"]
+        step = TrainingStep(load_preset("nano", CPU, overrides=overrides), CPU, Path())
+        step.run(Observer())
+        clock, memory = Stopwatch(), kept_of(step)
+        run_attached(step, clock)
+        times = clock.times()
+        assert sum(times.values()) == pytest.approx(clock.whole, rel=0.02)
+        found.append((times, sum(memory.kept.values())))
+    (plain, kept), (again, kept_then) = found
+    assert kept_then < 0.5 * kept
+    assert again["backward", "indexer"] > plain["backward", "indexer"] + 0.3 * plain["forward", "indexer"]
+    assert again["backward", "index loss"] > 0.3 * plain["forward", "index loss"]
+    assert again.keys() == plain.keys()
+
+
 @pytest.mark.parametrize("ratio, kind", [(0, "sliding attention"), (4, "CSA attention"), (16, "HCA attention")])
 def test_attention_is_of_the_layers_kind(ratio, kind, given):
     one = ["model.num_hidden_layers=1", f"model.compress_ratios=[{ratio}]", "model.engram.layers=[0]"]

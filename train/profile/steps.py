@@ -33,6 +33,7 @@ class TrainingStep:
         torch.manual_seed(preset.train.seed)
         with places(cast(Recipe, preset), folder):
             self.model = Transformer(preset.model).to(device)
+        self.model.recompute = preset.train.recompute
         self.optimizer = build_optimizer(self.model, preset.optim)
         self.tables = Tables(self.model)
         set_learning_rate(self.optimizer, learning_rate(0, preset.train.steps, preset.optim))
