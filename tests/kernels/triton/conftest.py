@@ -24,7 +24,7 @@ def backend(monkeypatch):
 
     def poisoned(self, *shape, **options):
         out = new_empty(self, *shape, **options)
-        return out.fill_(float("nan") if out.is_floating_point() else 10**6)
+        return out.fill_(float("nan") if out.is_floating_point() else 10**6 if out.itemsize > 1 else 0xA5)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
