@@ -5,6 +5,7 @@ On a GPU the changes are events in its stream, so that a mechanism's time is the
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -21,14 +22,13 @@ class Clock(Observer):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
+        self._now: Callable[[], Any] = self._event if device.type == "cuda" else time.perf_counter
         self.marks: list[tuple[tuple[str, str] | None, Any]] = []
 
     def changed(self) -> None:
         self.marks.append(((self.at, self.current) if self.at else None, self._now()))
 
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
+    def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event

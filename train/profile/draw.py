@@ -51,11 +51,12 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3, width_ratios=(3, 1.15, 2))
     _steps(axes[0], training, ("forward", "backward", "optimizer"))
-    axes[0].set_title(f"Training step: {training['rows']} x {training['tokens']:,} tokens, {_ms(training)} ms")
+    axes[0].set_title(f"Training step of {training['rows']} x {training['tokens']:,} tokens\n{_milliseconds(training)}")
     _steps(axes[1], decode, ("decode",))
-    axes[1].set_title(f"Token behind {decode['length']:,}: {_ms(decode)} ms\n({decode['path'].partition(' ')[0]})")
+    way = decode["path"].partition(" ")[0]
+    axes[1].set_title(f"Token behind {decode['length']:,}, by {way}\n{_milliseconds(decode)}")
     _memory(axes[2], training)
-    axes[2].set_title(f"Memory of the training step: peak {training['memory']['peak'] / 2**20:,.0f} MiB")
+    axes[2].set_title(f"Memory of the training step\npeak {training['memory']['peak'] / 2**20:,.0f} MiB")
     for axis, unit in zip(axes, ("ms", "ms", "MiB")):
         _tidy(axis, unit)
     shown = [name for name in COLOURS if name in training["mechanisms"] or name in decode["mechanisms"]]
@@ -69,22 +70,26 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
 
 def _title(result: dict[str, Any]) -> str:
     preset, machine, versions = result["preset"], result["provenance"]["machine"], result["provenance"]["versions"]
-    threads = "" if machine["device"].startswith("cuda") else f", {machine['threads']} thread(s)"
+    threads = "" if machine["device"].startswith("cuda") else f", {machine['threads']} threads"
     return "   ·   ".join(
         (
             f"abyssal profile {preset['name']}",
             f"{preset['parameters'] / 1e6:.1f} M parameters",
             f"{machine['name']}{threads}",
             f"torch {versions['torch']}, {preset['dtype']}",
-            f"limits from: {result['peak']['source']}",
+            f"limits: {result['peak']['source']}",
             result["provenance"]["time"][:10],
         )
     )
 
 
-def _ms(step: dict[str, Any]) -> str:
-    ms = step["plain_ms"]["total"]
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+def _milliseconds(step: dict[str, Any]) -> str:
+    plain, parts = (step[kind]["total"] for kind in ("plain_ms", "parts_ms"))
+    return f"{_number(plain)} ms, with instruments {_number(parts)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _steps(axis: Any, step: dict[str, Any], phases: tuple[str, ...]) -> None:
@@ -113,8 +118,7 @@ def _stack(axis: Any, bars: list[tuple[str, dict[str, float]]]) -> None:
                 ink = "white" if _is_dark(colour) else "black"
                 axis.text(x, bottom + value / 2, _words(name), ha="center", va="center", fontsize=7.5, color=ink)
             bottom += value
-        total = f"{bottom:,.0f}" if bottom >= 100 else f"{bottom:.3g}"
-        axis.text(x, bottom + 0.008 * highest, total, ha="center", va="bottom", fontsize=9)
+        axis.text(x, bottom + 0.008 * highest, _number(bottom), ha="center", va="bottom", fontsize=9)
     axis.set_xticks(range(len(bars)), [label for label, _ in bars])
     axis.set_ylim(0, 1.05 * highest)
 

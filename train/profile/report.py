@@ -62,7 +62,7 @@ def heading(result: dict[str, Any]) -> str:
         (
             f"{preset['name']}: {preset['parameters']:,} parameters, {preset['dtype']}, on {machine['name']}{threads}",
             f"commit {commit}, torch {versions['torch']}, triton {versions['triton']}",
-            f"peak, {peak['source']}: {peak['flops'] / 1e12:.3g} TFLOP/s, {peak['bytes'] / 1e9:,.0f} GB/s",
+            f"peak {peak['flops'] / 1e12:.3g} TFLOP/s, {peak['bytes'] / 1e9:,.0f} GB/s ({peak['source']})",
         )
     )
 

@@ -42,9 +42,10 @@ class TrainingStep:
         """One step; returns its losses. The weights move: in time and memory a step is like the one before."""
         batch, model = self.batch, self.model.train()
         observer.phase("forward")
-        observer.enter("Engram")
-        self.tables.begin(self.number, lambda _: self.host_batch)
-        observer.leave()
+        if self.tables.tables:
+            observer.enter("Engram")
+            self.tables.begin(self.number, lambda _: self.host_batch)
+            observer.leave()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = model(batch.ids, targets=batch.targets, documents=batch.documents)
         losses = {"loss": out.loss.item(), **{name: part.item() for name, part in out.losses.items()}}
