@@ -5,10 +5,10 @@
     forward    out = w[position of each look-up among ids]          gradients reach w alone: one per row, touched or not
     end        store[ids] = w, updated by the optimizer; written in the background
 
-Look-ups depend on tokens alone, so they are known a step ahead (Engram 2.4). One thread does the reading and the
-writing, in the order of the calls: rows for step s + 1 are read before step s is written, so `begin` takes over those
-that both look up, and every later reading finds them written. A store holds, beside the rows, whatever else belongs to
-a row (the optimizer's moments); it comes and goes with them.
+Look-ups depend on tokens alone, so they are known a step ahead (Engram, 2601.07372). One thread does the reading and
+the writing, in the order of the calls: rows for step s + 1 are read before step s is written, so `begin` takes over
+those that both look up, and every later reading finds them written. A store holds, beside the rows, whatever else
+belongs to a row (the optimizer's moments); it comes and goes with them.
 
 b batch · t tokens · h heads of all orders · r rows · w their width · u distinct look-ups of a step
 """

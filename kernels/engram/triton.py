@@ -136,12 +136,11 @@ def _gated(
     h: Tensor, key: Tensor, value: Tensor, weight_h: Tensor, weight_k: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, key, value = (_rows_apart(x) for x in (h, key, value))
-    weight_h, weight_k = weight_h.contiguous(), weight_k.contiguous()
     tokens, n, d = h.shape
     out, dots, h_rms, k_rms = outputs = _gate_outputs(h, key, value, weight_h, weight_k, eps)
     with on_device(h):
         kernels.gate_forward[tokens,](
-            h, key, value, weight_h, weight_k, dots, h_rms, k_rms, out, n, d,
+            h, key, value, _product(weight_h, weight_k), dots, h_rms, k_rms, out, n, d,
             h.stride(0), key.stride(0), value.stride(0), eps, d**-0.5, **_block(n, d),
         )  # fmt: skip
     return outputs
@@ -174,7 +173,7 @@ def _gate_gradients(
             grad, value, dots, h_rms, k_rms, dvalue, ddots, n, d, grad.stride(0), value.stride(0), d**-0.5, **block
         )
         kernels.gate_backward[strips, triton.cdiv(d, block["COLUMNS"])](
-            h, key, weight_h, weight_k, dots, h_rms, k_rms, ddots, dh, dkey, shares,
+            h, key, _product(weight_h, weight_k), dots, h_rms, k_rms, ddots, dh, dkey, shares,
             tokens, strip, n, d, h.stride(0), key.stride(0), **block,
         )  # fmt: skip
         kernels.sum_shares[triton.cdiv(n * d, 128),](
@@ -213,6 +212,10 @@ _gated.register_autograd(_gradients, setup_context=_keep)
 def _rows_apart(x: Tensor) -> Tensor:
     """x where a token's values lie side by side, whatever lies between two tokens; else a copy of it."""
     return x if x.stride()[1:] == x.new_empty(0, *x.shape[1:]).stride()[1:] else x.contiguous()
+
+
+def _product(weight_h: Tensor, weight_k: Tensor) -> Tensor:
+    return (weight_h.float() * weight_k.float()).contiguous()
 
 
 def _block(n: int, d: int) -> dict[str, int]:

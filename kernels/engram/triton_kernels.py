@@ -25,7 +25,6 @@ def hash_rows(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head, inside = tl.arange(0, HEADS)[None, :], token < tokens
     row, column = token // t, token % t
-    first = tl.full((TOKENS,), -ORDERS, tl.int64)
     if STARTED:
         first = tl.load(start + row * start_stride + column, mask=inside, other=0)
     mix = tl.load(ids + token, mask=inside, other=0) * tl.load(multipliers)
@@ -75,10 +74,13 @@ def _gate(dot, h_rms, k_rms, scale):
 
 @triton.jit
 def gate_forward(
-    h, key, value, weight_h, weight_k, dots, h_rms, k_rms, out, n, d, h_stride, k_stride, v_stride, eps, scale,
+    h, key, value, weight, dots, h_rms, k_rms, out, n, d, h_stride, k_stride, v_stride, eps, scale,
     N: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """One token: the product and both norms in a pass over h and key, the gated value in one over value."""
+    """One token: the product and both norms in a pass over h and key, the gated value in one over value.
+
+    `weight [n, d]`, fp32, is that of both norms, which enter as a product.
+    """
     token, stream = tl.program_id(0).to(tl.int64), tl.arange(0, N)[:, None]
     hh = tl.zeros((N, COLUMNS), tl.float32)
     kk = tl.zeros((N, COLUMNS), tl.float32)
@@ -88,11 +90,9 @@ def gate_forward(
         at, inside = stream * d + column, (stream < n) & (column < d)
         x = tl.load(h + token * h_stride + at, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(key + token * k_stride + at, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(weight_h + at, mask=inside, other=0.0).to(tl.float32)
-        w *= tl.load(weight_k + at, mask=inside, other=0.0).to(tl.float32)
         hh += x * x
         kk += y * y
-        hk += x * y * w
+        hk += x * y * tl.load(weight + at, mask=inside, other=0.0)
     dot = tl.sum(hk, axis=1)[:, None]
     rx = 1 / tl.sqrt(tl.sum(hh, axis=1)[:, None] / d + eps)
     ry = 1 / tl.sqrt(tl.sum(kk, axis=1)[:, None] / d + eps)
@@ -133,7 +133,7 @@ def gate_slopes(
 
 @triton.jit
 def gate_backward(
-    h, key, weight_h, weight_k, dots, h_rms, k_rms, ddots, dh, dkey, shares, tokens, strip, n, d, h_stride, k_stride,
+    h, key, weight, dots, h_rms, k_rms, ddots, dh, dkey, shares, tokens, strip, n, d, h_stride, k_stride,
     N: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """A strip of tokens, a block of columns: dh = ddot (w key - h dot / (d mean h^2)), dkey alike, and the strip's
@@ -142,8 +142,7 @@ def gate_backward(
     block, stream = tl.program_id(0).to(tl.int64), tl.arange(0, N)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     at, inside = stream * d + column, (stream < n) & (column < d)
-    w = tl.load(weight_h + at, mask=inside, other=0.0).to(tl.float32)
-    w *= tl.load(weight_k + at, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + at, mask=inside, other=0.0)
     dw = tl.zeros((N, COLUMNS), tl.float32)
     for token in range(block * strip, tl.minimum((block + 1) * strip, tokens)):
         x = tl.load(h + token * h_stride + at, mask=inside, other=0.0).to(tl.float32)
