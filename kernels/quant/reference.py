@@ -114,7 +114,7 @@ def _nearest(x: Tensor, rule: _Format) -> Tensor:
 def _pack(values: Tensor) -> Tensor:
     """E2M1 values [..., D] as bytes [..., D / 2], the even channel in the low half; NaN, told by the scale, as 0."""
     magnitude = torch.bucketize(values.abs().nan_to_num(0.0), values.new_tensor(_E2M1))
-    code = (magnitude + 8 * values.signbit()).to(torch.uint8)
+    code = (magnitude + 8 * (values.signbit() & ~values.isnan())).to(torch.uint8)
     return code[..., 0::2] | code[..., 1::2] << 4
 
 

@@ -242,7 +242,7 @@ def test_subnormal_values_and_the_floor() -> None:
     follows_the_oracle(half.mT.contiguous(), "e4m3", 1)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("format", ["e4m3", "e2m1"])
 @pytest.mark.parametrize("block", [4, (2, 4)])

@@ -36,6 +36,25 @@ def norms(d: int, dim: int, dtype: torch.dtype) -> None:
         ops._forward(x, None, angles, 0.0, norm=False)
 
 
+def formats(shape: tuple[int, int], block: int | tuple[int, int], format: str, dtype: torch.dtype) -> None:
+    """Codes and scales, values, and both in one; four-bit weights to eight bits where they are given."""
+    from abyssal.kernels.quant import triton as ops
+
+    x = torch.empty(shape, dtype=dtype)
+    where = (format == "e4m3", *ops._rows_columns(block), isinstance(block, int))
+    codes, scales = ops._quantize._init_fn(x, *where)
+    ops._dequantize._init_fn(codes, scales, *where, dtype)
+    ops._fake_quant._init_fn(x, *where)
+    if format == "e2m1":
+        ops._fold._init_fn(codes, scales, 32, 128, 128)
+
+
+def rotations(d: int, dtype: torch.dtype) -> None:
+    from abyssal.kernels.quant import triton as ops
+
+    ops._hadamard._init_fn(torch.empty(3, d, dtype=dtype))
+
+
 CASES = {
     "pool, m=4 D=512 overlap": (ALL, lambda: pooling(4, 512, True)),
     "pool, m=4 D=128 overlap": (ALL, lambda: pooling(4, 128, True)),
@@ -51,6 +70,15 @@ CASES = {
     "norm, d=7168, fp32": (MAIN, lambda: norms(7168, 0, fp32)),
     "norm, d=1536, bf16": (["sm_90"], lambda: norms(1536, 0, bf16)),
     "norm and rope, d=21 of 6, fp32": (["sm_90"], lambda: norms(21, 6, fp32)),
+    "e4m3, 1 by 128, bf16": (ALL, lambda: formats((9, 4096), 128, "e4m3", bf16)),
+    "e4m3, 1 by 64 of 448, bf16": (MAIN, lambda: formats((9, 448), (1, 64), "e4m3", bf16)),
+    "e4m3, 128 by 128, fp32": (ALL, lambda: formats((300, 520), (128, 128), "e4m3", fp32)),
+    "e4m3, 128 by 128, bf16": (MAIN, lambda: formats((300, 520), (128, 128), "e4m3", bf16)),
+    "e2m1, 1 by 32, bf16": (ALL, lambda: formats((9, 2048), 32, "e2m1", bf16)),
+    "e2m1, 1 by 32, fp32": (MAIN, lambda: formats((9, 2048), 32, "e2m1", fp32)),
+    "e4m3, 256 by 256, fp32": (["sm_90"], lambda: formats((300, 520), (256, 256), "e4m3", fp32)),
+    "hadamard, d=128, bf16": (ALL, lambda: rotations(128, bf16)),
+    "hadamard, d=128, fp32": (MAIN, lambda: rotations(128, fp32)),
 }
 
 
