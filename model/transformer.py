@@ -119,6 +119,8 @@ class Transformer(nn.Module):
 
     def _groups(self) -> list[Sequence[Block]]:
         """The layers in groups of `recompute`, or all in one."""
+        if self.recompute < 0:
+            raise ValueError(f"recompute={self.recompute}: allowed are 0 (none) and numbers of layers")
         size = self.recompute or len(self.layers)
         return [self.layers[start : start + size] for start in range(0, len(self.layers), size)]
 

@@ -5,7 +5,7 @@ Matrix products go into existing tensors (`out=` or in place), which autocast le
 are contiguous: batched products of other layouts run matrix by matrix.
 
 Axes: t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection.
-Coefficients are computed with the tokens last, [m, t] and [n, n, t]: every small step runs along contiguous memory.
+Sinkhorn runs with the tokens last, [n, n, t]: every small step runs along contiguous memory.
 A few tokens without gradient, as in decoding, take a path of few calls instead: there a call costs more than its work.
 """
 
@@ -39,17 +39,10 @@ def hyper_coefficients(
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
 ) -> Coefficients:
-    n = streams.shape[-2]
-    parts = (n, n, n * n)
     if _is_step(streams, fn, base, scale):
-        return _step_coefficients(streams, _step_logits(streams, fn, base, scale, parts, norm_eps), iterations, eps)
-    pre, post, comb = _logits(streams, fn, base, scale, parts, norm_eps).split(parts)
-    comb = _Sinkhorn.apply(comb.unflatten(0, (n, n)), iterations, eps)
-    return Coefficients(
-        (pre.sigmoid() + eps).t().contiguous().reshape(streams.shape[:-1]),
-        (2 * post.sigmoid()).t().contiguous().reshape(streams.shape[:-1]),
-        comb.permute(2, 0, 1).contiguous().reshape(*streams.shape[:-1], n),
-    )
+        return _step_coefficients(streams, fn, base, scale, iterations, eps, norm_eps)
+    _, *found = _Read.apply(_flat(streams), fn, base, scale, iterations, eps, norm_eps, False)
+    return Coefficients(*(x.view(*streams.shape[:-1], *x.shape[2:]) for x in found))
 
 
 def hyper_read(
@@ -62,8 +55,12 @@ def hyper_read(
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Coefficients]:
-    found = hyper_coefficients(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
-    return hyper_collapse(streams, found.pre), found
+    if _is_step(streams, fn, base, scale):
+        few = _step_coefficients(streams, fn, base, scale, iterations, eps, norm_eps)
+        return hyper_collapse(streams, few.pre), few
+    u, *found = _Read.apply(_flat(streams), fn, base, scale, iterations, eps, norm_eps, True)
+    coefficients = Coefficients(*(x.view(*streams.shape[:-1], *x.shape[2:]) for x in found))
+    return u.view(*streams.shape[:-2], streams.shape[-1]), coefficients
 
 
 def hyper_head_weights(
@@ -72,8 +69,7 @@ def hyper_head_weights(
     if _is_step(streams, fn, base, scale):
         logits = _step_logits(streams, fn, base, scale, (len(fn),), norm_eps)
         return logits.sigmoid_().add_(eps).reshape(streams.shape[:-1])
-    logits = _logits(streams, fn, base, scale, (len(fn),), norm_eps)
-    return (logits.sigmoid() + eps).t().contiguous().reshape(streams.shape[:-1])
+    return _Read.apply(_flat(streams), fn, base, scale, 0, eps, norm_eps, False)[1].view(streams.shape[:-1])
 
 
 def hyper_collapse(streams: Tensor, pre: Tensor) -> Tensor:
@@ -82,7 +78,7 @@ def hyper_collapse(streams: Tensor, pre: Tensor) -> Tensor:
         out = streams.new_empty(*streams.shape[:-2], d)
         torch.bmm(pre.view(-1, 1, n), streams.view(-1, n, d), out=out.view(-1, 1, d))
         return out
-    return _Collapse.apply(streams.reshape(-1, n, d), pre.reshape(-1, n)).reshape(*streams.shape[:-2], d)
+    return _Collapse.apply(_flat(streams), pre.reshape(-1, n)).reshape(*streams.shape[:-2], d)
 
 
 def hyper_recombine(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -91,19 +87,12 @@ def hyper_recombine(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor)
         out = post.unsqueeze(-1) * output.unsqueeze(-2)
         out.view(-1, n, d).baddbmm_(comb.view(-1, n, n).mT, streams.view(-1, n, d))
         return out
-    mixed = _Recombine.apply(
-        output.reshape(-1, d), streams.reshape(-1, n, d), post.reshape(-1, n), comb.reshape(-1, n, n)
-    )
+    mixed = _Recombine.apply(output.reshape(-1, d), _flat(streams), post.reshape(-1, n), comb.reshape(-1, n, n))
     return mixed.reshape(streams.shape)
 
 
-def _logits(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, parts: tuple[int, ...], norm_eps: float
-) -> Tensor:
-    """`mix * scale + base`, [m, t]; `parts` are the numbers of rows that share one entry of `scale`."""
-    mix = _Projection.apply(streams.reshape(-1, fn.shape[1]), fn, norm_eps)
-    scale = torch.cat([factor.expand(size) for factor, size in zip(scale.to(mix.dtype).unbind(), parts)])
-    return torch.addcmul(base.to(mix.dtype)[:, None], mix, scale[:, None])
+def _flat(streams: Tensor) -> Tensor:
+    return streams.reshape(-1, *streams.shape[-2:])
 
 
 def _is_step(streams: Tensor, *others: Tensor) -> bool:
@@ -131,9 +120,12 @@ def _part_of_row(parts: tuple[int, ...]) -> Tensor:
     return torch.arange(len(parts)).repeat_interleave(torch.tensor(parts))
 
 
-def _step_coefficients(streams: Tensor, logits: Tensor, iterations: int, eps: float) -> Coefficients:
+def _step_coefficients(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
+) -> Coefficients:
     n, lead = streams.shape[-2], streams.shape[:-2]
-    pre, post, comb = logits.split((n, n, n * n), 1)
+    logits = _step_logits(streams, fn, base, scale, _parts(n), norm_eps)
+    pre, post, comb = logits.split(_parts(n), 1)
     first = comb.unflatten(1, (n, n)).softmax(2).add_(eps)
     return Coefficients(
         pre.sigmoid().add_(eps).view(*lead, n),
@@ -142,65 +134,100 @@ def _step_coefficients(streams: Tensor, logits: Tensor, iterations: int, eps: fl
     )
 
 
-class _Projection(Function):
-    """`mix = r fn u` with `r = 1 / sqrt(mean(u^2) + norm_eps)`, [m, t]. Saves u, mix and r.
+class _Read(Function):
+    """u = sum_j pre_j X_j if `collapsed`, pre, post and comb of streams [t, n, d]; without `iterations` pre alone.
 
-    du  = r (dmix fn) - r^2 (sum(mix dmix) / w) u
-    dfn = (r dmix) u
+    Saves the streams, mix, r and pre. x is the streams side by side; dz is the gradient of the logits, dmix = dz scale.
+
+    mix = r fn x,  r = 1 / sqrt(mean(x^2) + norm_eps),  logits = mix scale + base
+    dfn = (r dmix) x,  dx = (r dmix) fn - r^2 (sum(mix dmix) / w) x,  and to each X_j pre_j du
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-        dtype = accumulation(u)
-        weight = fn.to(dtype)
-        product = u.new_empty(len(u), len(fn), dtype=dtype)
-        r = u.new_empty(len(u), dtype=dtype)
-        for rows in _blocks(u):
-            block = u[rows].to(dtype)
-            torch.mm(block, weight.t(), out=product[rows])
-            torch.linalg.vector_norm(block, dim=1, out=r[rows])
-        r.square_().div_(u.shape[1]).add_(norm_eps).rsqrt_()
-        mix = torch.mul(product.t(), r, out=product.new_empty(len(fn), len(u)))
-        ctx.save_for_backward(u, fn, mix, r)
-        return mix
+    def forward(
+        ctx: Any, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
+        iterations: int, eps: float, norm_eps: float, collapsed: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        (t, n, d), dtype = streams.shape, accumulation(streams)
+        mix, logits = (streams.new_empty(t, len(fn), dtype=dtype) for _ in range(2))
+        r, pre, u = mix.new_empty(t), mix.new_empty(t, n), streams.new_empty(t if collapsed else 0, d)
+        weight, factors, constants = fn.to(dtype), _factors(scale, n, dtype), base.to(dtype)
+        for rows in _blocks(streams):
+            block = streams[rows].to(dtype)
+            x = block.reshape(-1, n * d)
+            root = torch.linalg.vector_norm(x, dim=1, out=r[rows]).square_().div_(n * d).add_(norm_eps).rsqrt_()
+            torch.mm(x, weight.t(), out=mix[rows]).mul_(root[:, None])
+            torch.addcmul(constants, mix[rows], factors, out=logits[rows])
+            torch.sigmoid(logits[rows, :n], out=pre[rows]).add_(eps)
+            if collapsed:
+                with _written(u[:, None], rows, dtype) as target:
+                    torch.bmm(pre[rows, None], block, out=target)
+        ctx.save_for_backward(streams, fn, base, scale, mix, r, pre)
+        ctx.iterations, ctx.eps, ctx.collapsed = iterations, eps, collapsed
+        ctx.set_materialize_grads(False)
+        if not iterations:
+            return u, pre, mix.new_empty(0), mix.new_empty(0)
+        comb = sinkhorn(_tokens_last(logits[:, 2 * n :].unflatten(1, (n, n))), iterations, eps)
+        return u, pre, logits[:, n : 2 * n].sigmoid().mul_(2), comb.permute(2, 0, 1).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dmix: Tensor) -> tuple[Tensor | None, ...]:
-        u, fn, mix, r = ctx.saved_tensors
-        weight = fn.to(mix.dtype)
-        scaled = dmix * r
-        shrink = (mix * dmix).sum(0).mul_(r).mul_(r).div_(-u.shape[1])
-        du = u.new_empty(u.shape) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        streams, fn, base, scale, mix, r, pre = ctx.saved_tensors
+        n, w, dtype = streams.shape[1], fn.shape[1], mix.dtype
+        du = grads[0] if ctx.collapsed else None
+        dread = None if du is None else _collapse_backward(du, streams, pre, False, True)[1]
+        factors = _factors(scale, n, dtype)
+        logits = torch.addcmul(base.to(dtype), mix, factors)
+        dz = _logit_gradients(logits, (grads[1], dread, *grads[2:]), n, ctx.iterations, ctx.eps)
+        dmix = dz * factors
+        shrink = (mix * dmix).sum(1).mul_(r).mul_(r).div_(-w)
+        scaled, weight = dmix.mul_(r[:, None]), fn.to(dtype)
+        dstreams = streams.new_empty(streams.shape) if ctx.needs_input_grad[0] else None
         dfn = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows in _blocks(u):
-            block = u[rows].to(mix.dtype)
+        for rows in _blocks(streams):
+            block = streams[rows].to(dtype)
+            x = block.reshape(-1, w)
             if dfn is not None:
-                dfn.addmm_(scaled[:, rows], block)
-            if du is not None:
-                with _written(du, rows, mix.dtype) as target:
-                    torch.mul(block, shrink[rows, None], out=target).addmm_(scaled[:, rows].t(), weight)
-        return du, None if dfn is None else dfn.to(fn.dtype), None
+                dfn.addmm_(scaled[rows].t(), x)
+            if dstreams is not None:
+                with _written(dstreams, rows, dtype) as target:
+                    torch.mul(x, shrink[rows, None], out=target.view(-1, w)).addmm_(scaled[rows], weight)
+                    if du is not None:
+                        target.addcmul_(pre[rows, :, None], du[rows, None].to(dtype))
+        dscale = torch.stack([part.sum() for part in dz.mul(mix).sum(0).split(_parts(n)[: len(scale)])])
+        dfn = None if dfn is None else dfn.to(fn.dtype)
+        return dstreams, dfn, dz.sum(0).to(base.dtype), dscale.to(scale.dtype), None, None, None, None
 
 
-class _Sinkhorn(Function):
-    """The almost doubly stochastic matrix of logits [n, n, t]; saves the logits only."""
+def _parts(n: int) -> tuple[int, int, int]:
+    """Rows of the projection for pre, post and comb; the head has the first."""
+    return n, n, n * n
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, iterations: int, eps: float) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.iterations, ctx.eps = iterations, eps
-        return sinkhorn(logits, iterations, eps)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (logits,) = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        for start in range(0, logits.shape[2], _BLOCK_TOKENS):
-            block = slice(start, start + _BLOCK_TOKENS)
-            result[..., block] = sinkhorn_backward(logits[..., block], grad[..., block], ctx.iterations, ctx.eps)
-        return result, None, None
+def _factors(scale: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """The entry of `scale` that each row of the projection is multiplied by."""
+    return torch.cat([factor.expand(size) for factor, size in zip(scale.to(dtype).unbind(), _parts(n))])
+
+
+def _logit_gradients(logits: Tensor, grads: tuple[Tensor | None, ...], n: int, iterations: int, eps: float) -> Tensor:
+    """The gradient to logits [t, m] from those of pre (two of them, to be added), post and comb."""
+    dpre, dread, dpost, dcomb = grads
+    result = torch.zeros_like(logits)
+    for columns, factor, grad in ((slice(n), 1, dpre), (slice(n), 1, dread), (slice(n, 2 * n), 2, dpost)):
+        if grad is not None:
+            gate = logits[:, columns].sigmoid()
+            result[:, columns] += factor * gate * (1 - gate) * grad
+    if dcomb is not None:
+        for start in range(0, len(logits), _BLOCK_TOKENS):
+            rows = slice(start, start + _BLOCK_TOKENS)
+            last = _tokens_last(logits[rows, 2 * n :].unflatten(1, (n, n))), _tokens_last(dcomb[rows])
+            result[rows, 2 * n :] = sinkhorn_backward(*last, iterations, eps).permute(2, 0, 1).flatten(1)
+    return result
+
+
+def _tokens_last(x: Tensor) -> Tensor:
+    return x.permute(1, 2, 0).contiguous()
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -269,19 +296,24 @@ class _Collapse(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
-        streams, pre = ctx.saved_tensors
-        dtype = accumulation(streams)
-        dstreams = streams.new_empty(streams.shape) if ctx.needs_input_grad[0] else None
-        dpre = pre.new_empty(pre.shape) if ctx.needs_input_grad[1] else None
-        for rows in _blocks(streams):
-            grad = du[rows, None].to(dtype).contiguous()
-            if dstreams is not None:
-                with _written(dstreams, rows, dtype) as target:
-                    torch.mul(pre[rows, :, None].to(dtype), grad, out=target)
-            if dpre is not None:
-                with _written(dpre[:, None], rows, dtype) as target:
-                    torch.bmm(grad, streams[rows].to(dtype).mT, out=target)
-        return dstreams, dpre
+        return _collapse_backward(du, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+def _collapse_backward(
+    du: Tensor, streams: Tensor, pre: Tensor, need_streams: bool, need_pre: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dtype = accumulation(streams)
+    dstreams = streams.new_empty(streams.shape) if need_streams else None
+    dpre = pre.new_empty(pre.shape) if need_pre else None
+    for rows in _blocks(streams):
+        grad = du[rows, None].to(dtype).contiguous()
+        if dstreams is not None:
+            with _written(dstreams, rows, dtype) as target:
+                torch.mul(pre[rows, :, None].to(dtype), grad, out=target)
+        if dpre is not None:
+            with _written(dpre[:, None], rows, dtype) as target:
+                torch.bmm(grad, streams[rows].to(dtype).mT, out=target)
+    return dstreams, dpre
 
 
 class _Recombine(Function):
