@@ -119,7 +119,7 @@ def divergence(
         seen = _entries(index, token, slot, k, count, low, PICKED) >= 0
         p = tl.load(mass + slot, mask=seen, other=0.0) / total
         log_student = tl.load(scores + slot, mask=seen, other=0.0) - log_norm
-        loss += tl.sum(tl.where((p == 0) | ~seen, 0.0, p * (tl.log(p) - log_student)), 0)
+        loss += tl.sum(tl.where(p == 0, 0.0, p * (tl.log(p) - log_student)), 0)
         tl.store(scores + slot, tl.where(total > floor, tl.exp(log_student) - p, 0.0), mask=seen)
     tl.store(losses + token, tl.where(total > floor, loss, 0.0))
 

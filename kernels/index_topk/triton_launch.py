@@ -33,6 +33,7 @@ HALF = {  # bf16 and fp16, d <= 128
     "sm_100": Blocks(128, 128, 8, 3),
     "hip": Blocks(64, 64, 8, 2),
 }
+FEW = 64  # queries for which a tile of so many will do; Hopper's tensor cores take no fewer and sum them alike
 WIDE = Blocks(32, 32, 4, 2)  # heads of more channels
 PLAIN = Blocks(32, 32, 4, 2)  # float32, whose products take no tensor cores
 
@@ -41,7 +42,10 @@ def blocks_for(q: Tensor) -> Blocks:
     """The tile for queries of this dtype and width on the current device."""
     if q.itemsize != 2:
         return PLAIN
-    return HALF[architecture()] if q.shape[-1] <= 128 else WIDE
+    if q.shape[-1] > 128:
+        return WIDE
+    blocks = HALF[architecture()]
+    return blocks._replace(queries=FEW) if q.shape[1] <= FEW else blocks
 
 
 def index_topk(q: Tensor, weights: Tensor, keys: Tensor, k: int, start: Tensor, end: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ import torch
 PRODUCTS = {"index_scores", "sum_heads", "query_gradient", "key_gradient"}
 
 
-def topk(dtype: torch.dtype, h: int, d: int, k: int, p: int) -> None:
-    """Scores and top-k of a few queries."""
+def topk(dtype: torch.dtype, h: int, d: int, k: int, p: int, t: int = 256) -> None:
+    """Scores and top-k of t queries."""
     from abyssal.kernels.index_topk import triton_launch as launch
 
-    q, weights, keys = torch.empty(1, 256, h, d, dtype=dtype), torch.empty(1, 256, h), torch.empty(1, p, d, dtype=dtype)
-    seen = torch.empty(1, 256, dtype=torch.int64)
+    q, weights, keys = torch.empty(1, t, h, d, dtype=dtype), torch.empty(1, t, h), torch.empty(1, p, d, dtype=dtype)
+    seen = torch.empty(1, t, dtype=torch.int64)
     launch.index_topk(q, weights, keys, k, seen, seen)
 
 
@@ -33,6 +33,7 @@ CASES = {
     "top-k, bf16, h=64 d=128 k=512 p=16384": ([*MAIN, "sm_86", "gfx942"], lambda: topk(bf16, 64, 128, 512, 16384)),
     "top-k, bf16, h=64 d=128 k=1024 p=262144": (MAIN, lambda: topk(bf16, 64, 128, 1024, 262144)),
     "top-k, bf16, h=64 d=128 k=512 p=8192": (["sm_90"], lambda: topk(bf16, 64, 128, 512, 8192)),
+    "top-k, bf16, h=64 d=128 k=512 p=8192, one query": (MAIN, lambda: topk(bf16, 64, 128, 512, 8192, 1)),
     "top-k, bf16, h=2 d=32 k=16 p=100": (MAIN, lambda: topk(bf16, 2, 32, 16, 100)),
     "top-k, bf16, h=4 d=256 k=16 p=1000": (["sm_90"], lambda: topk(bf16, 4, 256, 16, 1000)),
     "top-k, fp32, h=64 d=128 k=512 p=4096": (MAIN, lambda: topk(fp32, 64, 128, 512, 4096)),

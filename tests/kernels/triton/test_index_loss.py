@@ -183,8 +183,14 @@ def test_empty(device, b, t, p, k):
 @pytest.mark.parametrize("k", [5, 0], ids=["picks", "all"])
 def test_scores_and_logits_that_are_large(device, k):
     (iq, iw, ik), (q, c, _), seen = make(1, 6, 2, 4, 2, 4, 9, k, device=device)
-    q, iw = 60 * q, 300 * iw
+    q, iw, c[0, 4] = 60 * q.abs(), 300 * iw, -5.0  # the mass of entry 4 is 0
     check((iq, iw, ik), (q, c, visible_lse(q, c, seen["start"], seen["end"])), seen, floor=1e-5)
+
+
+def test_the_first_picks_may_be_none(device):
+    student, teacher, seen = make(1, 6, 2, 4, 2, 4, 20, 11, device=device)
+    seen["index"][..., :8] = -1  # a whole block of a row
+    check(student, teacher, seen)
 
 
 def test_a_shut_relu_passes_nothing(device):

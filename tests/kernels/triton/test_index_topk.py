@@ -15,7 +15,7 @@ from abyssal.kernels.index_topk import triton_launch as launch
 def blocks(device, monkeypatch):
     """Blocks so small that all loops go round; the shipped ones on a GPU."""
     if device == "cpu":
-        monkeypatch.setattr(launch, "blocks_for", lambda q: launch.Blocks(8, 16, 4, 2))
+        monkeypatch.setattr(launch, "blocks_for", lambda q: launch.Blocks(8, 32, 4, 2))
         monkeypatch.setattr(launch, "STREAMED", 32)
     monkeypatch.setattr(launch, "SCRATCH", 4 * 3 * 8 * 48)  # a few tiles
 
