@@ -484,7 +484,7 @@ def annotation(name, begin, end, thread=1):
 
 
 def test_kernels_belong_to_the_innermost_range_of_their_launch():
-    launched_at = {1: 12, 2: 22, 3: 31, 4: 41, 5: 5, 6: 62, 7: 75, 8: 95}
+    launched_at = {1: 12, 2: 22, 3: 31, 4: 41, 5: 5, 6: 62, 7: 75, 8: 95, 9: 60}
     events = [
         annotation("phase: forward", 10, 50),
         annotation("projections", 11, 40),
@@ -502,6 +502,7 @@ def test_kernels_belong_to_the_innermost_range_of_their_launch():
         ("forward", "projections"): 1 + 3 + 4,  # before, after and past the last range
         ("forward", "compressor"): 2,
         ("backward", "experts"): 6 + 7,  # in the node, and between nodes
+        ("backward", "rest"): 9,  # before the phase's first
     }
 
 

@@ -29,6 +29,7 @@ from .preset import Preset, check_fits, load_preset
 from .steps import DecodeStep, TrainingStep, cycle, memory_of
 
 WARM = 2  # turns of either kind before one counts
+DECODED = 32  # tokens for each turn asked for, if a cycle is not longer
 BYTES = ("parameters", "gradients", "optimizer", "kept")
 
 
@@ -130,10 +131,11 @@ def profile_decode(
     say = _Progress("decode step")
     say(f"reading {preset.decode_length:,} tokens")
     tokens = cycle(preset.model)
-    step = DecodeStep(preset, device, tokens * (2 * repeats + 2 * WARM) + 1)
+    turns = max(2, repeats * DECODED // tokens)
+    step = DecodeStep(preset, device, tokens * (2 * turns + 2 * WARM) + 1)
     path = step.path
     watch = attached_to_numpy if path == "numpy" else lambda observer: attached(step.model, observer)
-    plain, parts = _turns(step.run, watch, tokens, repeats, device, say)
+    plain, parts = _turns(step.run, watch, tokens, turns, device, say)
     say("trace")
     trace_path = folder / "trace-decode.json"
     ranges = trace.Ranges()

@@ -75,26 +75,31 @@ class _Range(NamedTuple):
 
 
 def kernel_times(events: list[dict[str, Any]]) -> Times:
-    """Milliseconds of the GPU's work by the phase and mechanism that launched it, from a chrome trace's events."""
-    ranges: dict[Any, list[_Range]] = {}
-    phases, launches, found = [], {}, Counter[tuple[str, str]]()
+    """Milliseconds of the GPU's work by the phase and mechanism that launched it, from a chrome trace's events.
+
+    Autograd launches from a thread of its own, while the one that waits for it launches nothing.
+    """
+    phases: list[_Range] = []
+    ranges: list[_Range] = []
+    launched: dict[Any, float] = {}
+    found = Counter[tuple[str, str]]()
     for e in events:
-        kind, arguments = e.get("cat"), e.get("args", {})
+        kind, correlation = e.get("cat"), e.get("args", {}).get("correlation")
         if kind == "user_annotation":
             span = _Range(e["ts"], e["ts"] + e["dur"], e["name"])
-            phases.append(span) if span.name.startswith(PHASE) else ranges.setdefault(e["tid"], []).append(span)
-        elif kind in ("cuda_runtime", "cuda_driver") and "correlation" in arguments:
-            launches[arguments["correlation"]] = e
-    flat = {thread: _flatten(sorted(spans, key=lambda r: (r.begin, -r.end))) for thread, spans in ranges.items()}
+            (phases if span.name.startswith(PHASE) else ranges).append(span)
+        elif kind in ("cuda_runtime", "cuda_driver") and correlation is not None:
+            launched[correlation] = e["ts"]
+    starts, names = _flatten(sorted(ranges, key=lambda r: (r.begin, -r.end)))
     for e in events:
-        launch = launches.get(e.get("args", {}).get("correlation"))
-        if e.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset") or launch is None:
+        at = launched.get(e.get("args", {}).get("correlation"))
+        if e.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset") or at is None:
             continue
-        phase = next((p.name[len(PHASE) :] for p in phases if p.begin <= launch["ts"] <= p.end), "")
+        phase = next((p for p in phases if p.begin <= at <= p.end), None)
         if phase:
-            starts, names = flat.get(launch["tid"], ([], []))
-            at = bisect_right(starts, launch["ts"]) - 1
-            found[phase, names[at] if at >= 0 else REST] += e["dur"] / 1e3
+            place = bisect_right(starts, at) - 1
+            mechanism = names[place] if place >= 0 and starts[place] >= phase.begin else REST
+            found[phase.name.removeprefix(PHASE), mechanism] += e["dur"] / 1e3
     return dict(found)
 
 
