@@ -128,6 +128,46 @@ def test_what_the_background_raises_is_raised_here(tmp_path, monkeypatch):
         rows.wait()
 
 
+@pytest.fixture
+def being_written(tmp_path, monkeypatch):
+    """A table whose last step has set rows 1 and 2 to 7, which takes a while to be written."""
+    write = RowTable._write
+    monkeypatch.setattr(RowTable, "_write", lambda *arguments: time.sleep(0.2) or write(*arguments))
+    rows = table("host", tmp_path)
+    rows.prefetch(lambda: torch.tensor([1, 2]))
+    rows.begin()
+    with torch.no_grad():
+        rows.rows.fill_(7.0)
+    rows.end()
+    return rows
+
+
+def test_outside_of_a_step_all_is_written(being_written):
+    assert (being_written.eval()(torch.tensor([[[1, 2]]])) == 7).all()
+
+
+def test_a_state_is_what_the_last_step_left(being_written):
+    assert (being_written.state_dict()["weight"][1:3] == 7).all()
+
+
+def test_a_state_that_is_loaded_stays(being_written):
+    being_written.load_state_dict({"weight": torch.zeros(ROWS, WIDTH)})
+    being_written.wait()
+    assert not being_written.weight.any()
+
+
+def test_a_failed_write_ends_the_next_step(tmp_path, monkeypatch):
+    rows = table("host", tmp_path)
+    monkeypatch.setattr(RowTable, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    for step in range(2):
+        rows.prefetch(lambda: torch.tensor([1]))
+        rows.begin()
+        if step == 0:
+            rows.end()
+    with pytest.raises(OSError, match="disk full"):
+        rows.end()
+
+
 def test_misuse_is_named(tmp_path):
     rows = table("host", tmp_path)
     with pytest.raises(RuntimeError, match="without prefetch"):
