@@ -445,6 +445,25 @@ def test_products_are_those_of_the_model(step):
     assert formula["forward", "Engram"] == observer.flops["forward", "Engram"]
 
 
+def test_bytes_by_hand():
+    """toy: 128 wide, expert width 64, 16 experts, 2 slots, 5 layers, 260 tokens; 100 tokens of 2 bytes."""
+    found = limits.training_limits(ModelConfig.load("toy"), [60, 40], 2)
+    forward, backward = (found[phase, "shared expert"] for phase in ("forward", "backward"))
+    weights, row = 3 * 128 * 64, 100 * 128
+    assert [work.bytes for work in forward] == 5 * [2 * (2 * row + weights)]
+    assert [work.bytes for work in backward] == 5 * [2 * (3 * row + 2 * weights)]
+    keys = found["backward", "indexer"][0]  # its queries, of a detached input: 64 wide, 4 heads of 32
+    assert keys == Work(2 * 100 * 64 * 128, 2 * (100 * (64 + 128) + 64 * 128))
+    assert [work.bytes for work in found["forward", "embedding"]] == [4 * row]
+    assert [work.bytes for work in found["backward", "norms"]] == 11 * [6 * row]
+    decoded = limits.decode_limits(ModelConfig.load("toy"), 3, 1000, 4)
+    assert [work.bytes for work in decoded["decode", "experts"]] == 5 * [4 * 6 * weights]
+    assert [work.bytes for work in decoded["decode", "HCA attention"]] == 2 * [4 * 3 * ((32 + 31) * 32 + 2 * 128)]
+    assert [work.bytes for work in decoded["decode", "CSA attention"]] == 2 * [4 * 3 * ((32 + 32) * 32 + 2 * 128)]
+    assert len(limits.decode_limits(ModelConfig.load("toy"), 9, 10, 4)["decode", "experts"]) == 5
+    assert limits.decode_limits(ModelConfig.load("toy"), 9, 10, 4)["decode", "experts"][0].bytes == 4 * 16 * weights
+
+
 def test_every_mechanism_has_a_limit(step):
     works = limits.training_limits(step.preset.model, [96], 4)
     named = {mechanism for _, mechanism in works}
