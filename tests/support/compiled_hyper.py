@@ -39,6 +39,6 @@ CASES = {
 
 
 def check_hopper(row: dict[str, Any]) -> None:
-    """Of a half-precision product on sm_90: the projection takes wgmma."""
-    if row["kernel"] == "project":
+    """Of a half-precision product on sm_90: the projection of up to four streams takes wgmma."""
+    if row["kernel"] == "project" and "n=8" not in row["case"]:
         assert row["hgmma"] > 0, row

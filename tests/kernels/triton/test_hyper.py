@@ -223,6 +223,13 @@ def test_the_same_bits_on_each_run_and_in_any_batch(make):
         assert all(torch.equal(a[rows], b) for a, b in zip(everything, run(rows)))
 
 
+@pytest.mark.parametrize("count", [1, 16, 37])
+def test_partial_sums_are_added_up(device, count):
+    parts = torch.randn(count, 3, 50, generator=torch.Generator().manual_seed(0)).to(device)
+    check("sum", triton_launch._sum_parts(parts), parts.double().sum(0), 1e-6)
+    assert triton_launch._sum_parts(parts, torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_three_products_of_tf32_keep_the_accuracy_of_float32():
     """What `precision` of the tables rests on; the interpreter multiplies in float32."""
 
