@@ -66,10 +66,11 @@ def _total(
     """The loss summed over `rows`; its gradients are written to dx and added to dw where given."""
     wide = _wide(x, weight)
     w = weight.to(wide)
+    place = x.new_empty(min(chunk, len(rows)), len(weight), dtype=wide)  # of every chunk's logits in turn
     total = x.new_zeros((), dtype=torch.float64)
     for part in rows.split(chunk):
         xs, target = x.index_select(0, part).to(wide), targets[part].unsqueeze(1)
-        logits = xs @ w.T  # [c, v]; becomes the exponentials, then the gradient
+        logits = torch.mm(xs, w.T, out=place[: len(part)])  # [c, v]; becomes the exponentials, then the gradient
         top = logits.amax(-1, keepdim=True)
         picked = logits.sub_(top).gather(1, target)
         mass = logits.exp_().sum(-1, keepdim=True)

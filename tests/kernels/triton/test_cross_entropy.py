@@ -83,6 +83,15 @@ def test_half_precisions(device, dtype, v):
     assert loss.dtype == torch.float32 and dweight.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ignored_row_is_zero_whatever_its_logits(device, dtype):
+    logits = torch.full((3, 150), math.nan, device=device)
+    logits[1] = 0
+    losses, grads = rows_of(logits, torch.tensor([-100, 149, -100], device=device), dtype)
+    assert losses[[0, 2]].tolist() == [0, 0] and not grads[[0, 2]].any()
+    assert abs(losses[1] - math.log(150)) < 1e-6 and grads[1, 149] < -0.9
+
+
 def test_where_the_gradient_lies(device, monkeypatch):
     logits, targets = torch.randn(3, 150, device=device), torch.tensor([1, 2, 149], device=device)
     for architecture, dtype, same in (
