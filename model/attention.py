@@ -23,6 +23,7 @@ from .documents import Layout
 from .indexer import Indexer
 from .norm import RMSNorm
 from .rotary import token_rotation
+from .rounding import linear, rounded_input, rounded_weight, rounding
 from .storage import picked, values
 
 
@@ -44,13 +45,13 @@ class Attention(nn.Module):
         self.kind, self.ratio = config.layer_kind(layer), config.compress_ratio(layer)
         d, h, c = config.hidden_size, config.num_attention_heads, config.head_dim
         g, r = config.o_groups, config.o_lora_rank
-        self.wq_a = nn.Linear(d, config.q_lora_rank, bias=False)
+        self.wq_a = linear(config, d, config.q_lora_rank)
         self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.wq_b = nn.Linear(config.q_lora_rank, h * c, bias=False)
-        self.wkv = nn.Linear(d, c, bias=False)
+        self.wq_b = linear(config, config.q_lora_rank, h * c)
+        self.wkv = linear(config, d, c)
         self.kv_norm = RMSNorm(c, config.rms_norm_eps)
-        self.wo_a = nn.Linear(h // g * c, g * r, bias=False)
-        self.wo_b = nn.Linear(g * r, d, bias=False)
+        self.wo_a = linear(config, h // g * c, g * r)
+        self.wo_b = linear(config, g * r, d)
         self.attn_sink = nn.Parameter(torch.empty(h, dtype=torch.float32))
         if self.ratio:
             self.compressor = Compressor(config, layer, c)
@@ -59,8 +60,8 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for linear in (self.wq_a, self.wq_b, self.wkv, self.wo_a, self.wo_b):
-            nn.init.normal_(linear.weight, std=self.config.initializer_range)
+        for module in (self.wq_a, self.wq_b, self.wkv, self.wo_a, self.wo_b):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.attn_sink)
 
     def forward(
@@ -101,5 +102,8 @@ class Attention(nn.Module):
         between.
         """
         grouped = rearrange(out, "b t (g h) c -> b t g (h c)", g=self.config.o_groups)
-        wo_a = rearrange(self.wo_a.weight, "(g r) i -> g r i", g=self.config.o_groups)
+        weight, format = self.wo_a.weight, rounding(self.config, "linears")
+        if format is not None:
+            grouped, weight = rounded_input(grouped), rounded_weight(weight, format)
+        wo_a = rearrange(weight, "(g r) i -> g r i", g=self.config.o_groups)
         return self.wo_b(torch.einsum("btgi,gri->btgr", grouped, wo_a).flatten(2))

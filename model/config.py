@@ -109,13 +109,37 @@ class EngramConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizationAware:
+    """Quantisation-aware training: families of tensors that the model rounds to a released format wherever it computes.
+
+    `experts` ('fp4' or 'fp8') are the routed experts' weights, `linears` ('fp8') the weights and inputs of the other
+    projections that the release stores in FP8, `index` ('fp4') the index queries and keys. None, the default, leaves a
+    family exact. Gradients are straight-through. `model/rounding.py` has the blocks.
+
+    Raises:
+        TypeError, ValueError: a field of another type, or a format that its family does not have.
+    """
+
+    experts: str | None = None
+    linears: str | None = None
+    index: str | None = None
+
+    def __post_init__(self) -> None:
+        _normalise(self, "quantization_aware.")
+        for name, formats in {"experts": ("fp4", "fp8"), "linears": ("fp8",), "index": ("fp4",)}.items():
+            value, allowed = getattr(self, name), " or ".join(map(repr, formats))
+            _require(value is None or value in formats, f"quantization_aware.{name}", value, f"{allowed}, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A model's shape and constants; sizes that differ between released models have no default.
 
     `compress_ratios` and `layer_types` hold one value per layer and are stored with the MTP block's (0 and sliding) at
     the end; both may be given with or without it. `layer_types` may be left out: ratio 0 is sliding, 4 is CSA, any
-    other HCA. `quantization_config` and `expert_dtype` describe a released checkpoint's storage. The last four fields
-    are weights of the training objective.
+    other HCA. `quantization_config` and `expert_dtype` describe a released checkpoint's storage,
+    `quantization_aware` what the model itself rounds (nothing by default). The last four fields are weights of the
+    training objective.
 
     Raises:
         TypeError, ValueError: a field of another type, out of range, or in conflict with another; the message names it.
@@ -166,6 +190,7 @@ class ModelConfig:
     quantization_config: dict | None = field(default=None, hash=False)
 
     engram: EngramConfig | None = None
+    quantization_aware: QuantizationAware | None = None
     mtp_loss_weight: float = 0.3
     balance_loss_weight: float = 1e-4
     index_loss_weight: float = 1e-2
@@ -219,7 +244,8 @@ class ModelConfig:
         for key, allowed in FIXED.items():
             if key in values:
                 _require(values[key] == allowed, key, values.pop(key), repr(allowed))
-        for key, kind in (("rope_scaling", RopeScaling), ("engram", EngramConfig)):
+        parts = {"rope_scaling": RopeScaling, "engram": EngramConfig, "quantization_aware": QuantizationAware}
+        for key, kind in parts.items():
             if isinstance(values.get(key), Mapping):
                 values[key] = _build(kind, values[key], f"{key}.")
         return _build(cls, values, "", also=(*FIXED, *IGNORED))
@@ -366,14 +392,27 @@ def _check_storage(c: ModelConfig) -> None:
     dtypes = ("float64", "float32", "bfloat16", "float16")
     _require(c.torch_dtype in dtypes, "torch_dtype", c.torch_dtype, ", ".join(dtypes))
     _require(c.expert_dtype in (None, "fp4", "fp8"), "expert_dtype", c.expert_dtype, "'fp4', 'fp8' or none")
+    if c.quantization_aware is not None:
+        if c.quantization_aware.experts == "fp4":
+            _check_fp4_experts(c, "quantization_aware.experts")
+        if c.quantization_aware.index is not None:
+            _check_fp4_index(c, "quantization_aware.index")
     if c.quantization_config is None:
         return
-    plain, width = c.head_dim - c.qk_rope_head_dim, c.index_head_dim
+    plain = c.head_dim - c.qk_rope_head_dim
     allowed = f"qk_rope_head_dim={c.qk_rope_head_dim} plus a multiple of 64, because quantization_config is given"
     _require(plain % 64 == 0, "head_dim", c.head_dim, allowed)
-    allowed = "a power of two and a multiple of 32, because quantization_config is given"
-    _require(width % 32 == 0 and width & (width - 1) == 0, "index_head_dim", width, allowed)
+    _check_fp4_index(c, "quantization_config")
     if c.expert_dtype == "fp4":
-        for name in ("hidden_size", "moe_intermediate_size"):
-            size = getattr(c, name)
-            _require(size % 32 == 0, name, size, "a multiple of 32, because expert_dtype is 'fp4'")
+        _check_fp4_experts(c, "expert_dtype")
+
+
+def _check_fp4_index(c: ModelConfig, because: str) -> None:
+    width, allowed = c.index_head_dim, f"a power of two and a multiple of 32, because {because} is given"
+    _require(width % 32 == 0 and width & (width - 1) == 0, "index_head_dim", width, allowed)
+
+
+def _check_fp4_experts(c: ModelConfig, because: str) -> None:
+    for name in ("hidden_size", "moe_intermediate_size"):
+        size = getattr(c, name)
+        _require(size % 32 == 0, name, size, f"a multiple of 32, because {because} is 'fp4'")

@@ -211,8 +211,10 @@ class Made:
         self.parts = [(m._modules, dict(m._modules)) for m in (model, *self.modules) if m._modules]
         self.holders = [tensors for m in self.modules for tensors in (m._parameters, m._buffers) if tensors]
         self.tensors, self.memory = [*model.parameters(), *model.buffers()], self._memory()
-        self.suits = all(map(is_plain_tensor, model.parameters())) and not any(
-            isinstance(m, nn.Linear) and m.bias is not None for m in self.modules
+        self.suits = (
+            model.config.quantization_aware is None
+            and all(map(is_plain_tensor, model.parameters()))
+            and not any(isinstance(m, nn.Linear) and m.bias is not None for m in self.modules)
         )
         self.decoder: Decoder | None = None
 
@@ -238,7 +240,9 @@ _made: WeakKeyDictionary[nn.Module, Made] = WeakKeyDictionary()
 
 
 def decoder(model: nn.Module, step: Step) -> Decoder | None:
-    """The decoder for a call, if it is one of few tokens of one sequence, and the model is plain float32 on a CPU."""
+    """The decoder for a call, if it is one of few tokens of one sequence, and the model is plain float32 on a CPU that
+    rounds nothing (`quantization_aware`).
+    """
     if len(step.past) > 1 or not 1 <= step.columns <= MOST or not step.even:
         return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():

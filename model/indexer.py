@@ -4,8 +4,8 @@
     I_{t,s} = sum_h w_{t,h} ReLU(<q^I_{t,h}, k^I_s>)
 
 It has its own compressor. Its inputs are detached: the language-model loss does not reach it, it learns from
-`index_loss` alone (V3.2; spec C.4). The Hadamard rotation serves the FP4 keys of a cache with released storage; without
-them it cancels and is left out.
+`index_loss` alone (V3.2; spec C.4). The Hadamard rotation serves FP4 queries and keys: those that the model rounds
+(`quantization_aware.index`), and the keys of a cache with released storage. Without them it cancels and is left out.
 
 b batch · t tokens · h index heads · d index head dim · p entries
 """
@@ -19,6 +19,7 @@ from .cache import CompressorCache
 from .compressor import Compressor
 from .config import ModelConfig
 from .documents import Layout
+from .rounding import linear, rounded_index, rounding
 from .storage import Coded
 
 
@@ -36,7 +37,8 @@ class Indexer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.heads, self.head_dim, self.std = config.index_n_heads, config.index_head_dim, config.initializer_range
-        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.head_dim, bias=False)
+        self.rounded = rounding(config, "index") is not None
+        self.wq_b = linear(config, config.q_lora_rank, self.heads * self.head_dim)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.compressor = Compressor(config, layer, self.head_dim)
         self.reset_parameters()
@@ -53,5 +55,7 @@ class Indexer(nn.Module):
         weights = self.weights_proj(x).float() * (self.head_dim * self.heads) ** -0.5
         keys = self.compressor(x, layout, cache)
         if isinstance(keys, Coded):
-            q, keys = hadamard(q), keys.values()
+            q, keys = rounded_index(q) if self.rounded else hadamard(q), keys.values()
+        elif self.rounded:
+            q, keys = rounded_index(q), rounded_index(keys)
         return IndexInputs(q, weights, keys)

@@ -18,6 +18,7 @@ from ..kernels import Routing, balance_loss, moe_experts, moe_permutation, moe_r
 from .config import ModelConfig
 from .documents import Layout
 from .exact import exact_linear
+from .rounding import linear, rounded_weight, rounding
 
 
 class LoadSignal(NamedTuple):
@@ -77,6 +78,7 @@ class Experts(nn.Module):
         super().__init__()
         e, n, d = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.limit, self.std = config.swiglu_limit, config.initializer_range
+        self.format = rounding(config, "experts")
         self.w13 = nn.Parameter(torch.empty(e, 2 * n, d))
         self.w2 = nn.Parameter(torch.empty(e, d, n))
         self.reset_parameters()
@@ -87,7 +89,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing, shared: Tensor) -> Tensor:
         """What the chosen experts make of x [n, d], and the shared one's output, which is added."""
-        return moe_experts(x, routing.experts, routing.weights, self.w13, self.w2, limit=self.limit, shared=shared)
+        w13, w2 = rounded_weight(self.w13, self.format, parts=2), rounded_weight(self.w2, self.format)
+        return moe_experts(x, routing.experts, routing.weights, w13, w2, limit=self.limit, shared=shared)
 
 
 class SharedExpert(nn.Module):
@@ -97,8 +100,8 @@ class SharedExpert(nn.Module):
         super().__init__()
         n, d = config.moe_intermediate_size * config.n_shared_experts, config.hidden_size
         self.limit, self.std = config.swiglu_limit, config.initializer_range
-        self.w13 = nn.Linear(d, 2 * n, bias=False)
-        self.w2 = nn.Linear(n, d, bias=False)
+        self.w13 = linear(config, d, 2 * n, parts=2)
+        self.w2 = linear(config, n, d)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -19,6 +19,7 @@ from .config import ModelConfig
 from .documents import Layout
 from .hyper import HyperHead
 from .norm import RMSNorm
+from .rounding import linear
 
 
 class MTP(Block):
@@ -28,11 +29,10 @@ class MTP(Block):
         super().__init__(config, config.num_hidden_layers)
         d, eps = config.hidden_size, config.rms_norm_eps
         self.enorm, self.hnorm, self.norm = RMSNorm(d, eps), RMSNorm(d, eps), RMSNorm(d, eps)
-        self.e_proj = nn.Linear(d, d, bias=False)
-        self.h_proj = nn.Linear(d, d, bias=False)
+        self.e_proj, self.h_proj = linear(config, d, d), linear(config, d, d)
         self.hc_head = HyperHead(config)
-        for linear in (self.e_proj, self.h_proj):
-            nn.init.normal_(linear.weight, std=config.initializer_range)
+        for module in (self.e_proj, self.h_proj):
+            nn.init.normal_(module.weight, std=config.initializer_range)
 
     def predict(
         self, streams: Tensor, next_embedding: Tensor, next_ids: Tensor, layout: Layout, **options: Any

@@ -42,17 +42,17 @@ def formats(shape: tuple[int, int], block: int | tuple[int, int], format: str, d
 
     x = torch.empty(shape, dtype=dtype)
     where = (format == "e4m3", *ops._rows_columns(block), isinstance(block, int))
-    codes, scales = ops._quantize._init_fn(x, *where)
-    ops._dequantize._init_fn(codes, scales, *where, dtype)
-    ops._fake_quant._init_fn(x, *where)
+    codes, scales = ops._quantize(x, *where)
+    ops._dequantize(codes, scales, *where, dtype)
+    ops._fake_quant(x, *where)
     if format == "e2m1":
-        ops._fold._init_fn(codes, scales, 32, 128, 128)
+        ops._fold(codes, scales, 32, 128, 128)
 
 
 def rotations(d: int, dtype: torch.dtype) -> None:
     from abyssal.kernels.quant import triton as ops
 
-    ops._hadamard._init_fn(torch.empty(3, d, dtype=dtype))
+    ops._hadamard(torch.empty(3, d, dtype=dtype))
 
 
 CASES = {
