@@ -52,14 +52,15 @@ def test_as_near_to_float64_as_the_reference(shape, compute):
     assert error(got, want) <= 2 * error(plain, want) + 1e-6
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if max(s[1:]) >= 2 * min(s[1:])], ids=str)
 def test_v4s_schedule_in_bfloat16_orthogonalises(shape):
+    """Of random matrices twice as long as wide, no singular value is small."""
     x = torch.randn(shape, device="cuda").bfloat16()
-    got = newton_schulz(x).double()
-    assert newton_schulz(x).dtype == torch.bfloat16
-    gram = got @ got.mT if shape[1] <= shape[2] else got.mT @ got
-    away = gram - torch.eye(gram.shape[-1], device="cuda", dtype=torch.float64)
-    assert float(away.flatten(1).norm(dim=1).max()) / gram.shape[-1] ** 0.5 < 0.02 or min(shape[1:]) > 900
+    got = newton_schulz(x)
+    assert got.dtype == torch.bfloat16
+    wide = got.double() if shape[1] <= shape[2] else got.double().mT
+    away = wide @ wide.mT - torch.eye(min(shape[1:]), device="cuda", dtype=torch.float64)
+    assert float(away.flatten(1).norm(dim=1).max()) / min(shape[1:]) ** 0.5 < 0.02
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
