@@ -6,9 +6,13 @@ A stable sort of the picks gives each entry the list of its pairs; then every en
 list is summed in tiles of ROWS pairs, each tile as a tree, the tiles in order: what is added to what depends on places
 in the list alone. Queries may come in chunks: each has lists of its own, and its sums are added to those before.
 
+Float atomics, which add in any order and so change the last bits from run to run, replace it where the environment
+variable ABYSSAL_ATOMICS is 1: faster with long lists of picks, and without memory for a row per pick.
+
 b batch · t queries · k slots · p entries · d channels · r = b t k pairs
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -29,6 +33,18 @@ class Lists(NamedTuple):
 
     pairs: Tensor
     offsets: Tensor
+
+
+def atomics() -> bool:
+    """Whether ABYSSAL_ATOMICS asks for float atomics; they are off unless it is 1.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get("ABYSSAL_ATOMICS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"ABYSSAL_ATOMICS={value!r}: allowed are 0 (the same bits on each run) and 1 (float atomics)")
+    return value == "1"
 
 
 def entry_lists(picks: Tensor, entries: int) -> Lists:

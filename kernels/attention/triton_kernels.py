@@ -1,0 +1,275 @@
+"""The kernels of attention: one query and a group of its heads to a program, forward and for dq; one tile of keys to a
+program for dkv. No atomics but where they are asked for; sums in one fixed order.
+
+    p_k = exp(s_k - lse),   ds_k = scale p_k (<do, kv_k> - <do, o>)
+    dq = sum over keys of ds_k kv_k,   dkv_k = sum over queries and heads of p_k do + ds_k q
+
+What a query sees besides its window is named by ENTRIES: "none", "range" [start, end), "list" (index) or, backward,
+"counts": a range with the number of times that each of its entries was picked. Exponents are to base 2.
+
+b batch · t queries · n queries of a chunk · s window rows · p entries · k picks · h heads · d head dim
+D power of two that holds d · BH heads of a program · TK keys of a step · KEYS, ROWS, COLUMNS of the product for dkv
+"""
+
+import triton
+import triton.language as tl
+
+FINITE = tl.constexpr(1e30)  # stands for an infinite sink
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# what a query sees ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load(at, real, d: tl.constexpr, D: tl.constexpr):
+    """Rows of d channels at these addresses as [rows, D], zero where not real: what is not seen is not read either."""
+    column = tl.arange(0, D)[None, :]
+    real = real[:, None] if d == D else real[:, None] & (column < d)
+    return tl.load(at[:, None] + column, mask=real, other=0.0)
+
+
+@triton.jit
+def _window(window_start, query, row, window, DOCUMENTS: tl.constexpr):
+    """First row that a query sees."""
+    first = tl.maximum(row - window + 1, 0)
+    if DOCUMENTS:
+        first = tl.maximum(first, tl.load(window_start + query).to(tl.int32))
+    return first
+
+
+@triton.jit
+def _entries(start, end, index, query, p, k, ENTRIES: tl.constexpr, K: tl.constexpr):
+    """The entries that a query sees, from and to; of a list the slots, up to the last that holds a pick."""
+    first, last = 0, 0
+    if ENTRIES == "list":
+        slot = tl.arange(0, K)
+        entry = tl.load(index + query.to(tl.int64) * k + slot, mask=slot < k, other=-1)
+        last = tl.max(tl.where(entry >= 0, slot + 1, 0), axis=0)
+    elif ENTRIES != "none":
+        first = tl.maximum(tl.load(start + query), 0).to(tl.int32)
+        last = tl.minimum(tl.load(end + query), p).to(tl.int32)
+    return first, last
+
+
+@triton.jit
+def _steps(first, last, TK: tl.constexpr):
+    """How many steps of TK keys it takes from first to before last."""
+    return tl.cdiv(tl.maximum(last - first, 0), TK)
+
+
+@triton.jit
+def _keys(
+    kv, compressed, index, query, own, key, entry, first, row, low, high, p, k,
+    d: tl.constexpr, ENTRIES: tl.constexpr
+):  # fmt: skip
+    """Addresses of the keys of a step, which of them are seen, and their entries: rows of kv if `own`, else entries."""
+    at, seen = kv + key.to(tl.int64) * d, (key >= first) & (key <= row)
+    if ENTRIES == "list":
+        inside = (entry < high) & (not own)
+        entry = tl.load(index + query.to(tl.int64) * k + entry, mask=inside, other=-1).to(tl.int32)
+        low, high = 0, p
+    if ENTRIES != "none":
+        at = tl.where(own, at, compressed + entry.to(tl.int64) * d)
+        seen = tl.where(own, seen, (entry >= low) & (entry < high))
+    return at, seen, entry
+
+
+# forward -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attention_forward(
+    q, kv, compressed, sink, window_start, start, end, index, out, lse, t, s, p, k, h, window, scale,
+    d: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
+):  # fmt: skip
+    """out and lse of one query for BH heads: the softmax starts from the sink, so that it is never empty."""
+    groups = tl.cdiv(h, BH)
+    query, head = tl.program_id(0) // groups, tl.program_id(0) % groups * BH + tl.arange(0, BH)
+    batch, row = (query // t).to(tl.int64), s - t + query % t
+    real, place = head < h, query.to(tl.int64) * h
+    first = _window(window_start, query, row, window, DOCUMENTS)
+    low, high = _entries(start, end, index, query, p, k, ENTRIES, K)
+    qs = _load(q + place * d + head * d, real, d, D)
+    rest = tl.load(sink + head, mask=real, other=0.0).to(tl.float32)
+    rest = tl.minimum(tl.maximum(rest, -FINITE), FINITE)
+    top, total, o = rest * LOG2E, tl.full((BH,), 1.0, tl.float32), tl.zeros((BH, D), tl.float32)
+    kv += batch * s * d
+    if ENTRIES != "none":
+        compressed += batch * p * d
+    steps = _steps(first, row + 1, TK)
+    for i in range(0, steps + _steps(low, high, TK)):
+        key, entry = first + i * TK + tl.arange(0, TK), low + (i - steps) * TK + tl.arange(0, TK)
+        at, seen, _ = _keys(
+            kv, compressed, index, query, i < steps, key, entry, first, row, low, high, p, k, d, ENTRIES
+        )
+        keys = _load(at, seen, d, D)
+        logits = tl.dot(qs, keys.T, input_precision="ieee") * (scale * LOG2E)
+        logits = tl.where(logits == float("-inf"), float("nan"), logits)  # an infinite key spoils all that see it
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, axis=1))
+        ps, fade = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
+        o = tl.dot(ps.to(keys.dtype), keys, o * fade[:, None], input_precision="ieee")
+        top, total = higher, total * fade + tl.sum(ps, axis=1)
+    column = tl.arange(0, D)[None, :]
+    o = o / total[:, None]
+    tl.store(out + place * d + head[:, None] * d + column, o, mask=real[:, None] & (column < d))
+    alone = (total == 1) & (top == rest * LOG2E)
+    value = tl.where(alone, rest, (top + tl.log2(total)) / LOG2E)
+    tl.store(lse + place + head, tl.where(tl.abs(value) >= FINITE, value * float("inf"), value), mask=real)
+
+
+# gradient of queries -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attention_backward(
+    q, kv, compressed, window_start, start, end, index, counts, out, lse, dout, dq, delta, pairs,
+    chunk, n, t, s, p, k, h, window, scale,
+    d: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr, NEED_Q: tl.constexpr, NEED_KEYS: tl.constexpr,
+    WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, PART: tl.constexpr, K: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
+):  # fmt: skip
+    """delta = <do, o> and dq of one query of the chunk for BH heads; pairs [b n, 2, h, SLOTS]: its p and its ds."""
+    groups = tl.cdiv(h, BH)
+    i_query, head = tl.program_id(0) // groups, tl.program_id(0) % groups * BH + tl.arange(0, BH)
+    batch, query = (i_query // n).to(tl.int64), i_query // n * t + chunk + i_query % n
+    row, real, place = s - t + chunk + i_query % n, head < h, query.to(tl.int64) * h
+    d_o = tl.zeros((BH,), tl.float32)
+    for first_column in range(0, d, PART):
+        at = place * d + head[:, None] * d + first_column + tl.arange(0, PART)[None, :]
+        inside = real[:, None] & (first_column + tl.arange(0, PART) < d)[None, :]
+        do_part, o_part = tl.load(dout + at, mask=inside, other=0.0), tl.load(out + at, mask=inside, other=0.0)
+        d_o += tl.sum(do_part.to(tl.float32) * o_part.to(tl.float32), axis=1)
+    tl.store(delta + place + head, d_o, mask=real)
+    if NEED_Q or NEED_KEYS:
+        first = _window(window_start, query, row, window, DOCUMENTS)
+        low, high = _entries(start, end, index, query, p, k, ENTRIES, K)
+        qs, do = _load(q + place * d + head * d, real, d, D), _load(dout + place * d + head * d, real, d, D)
+        dqs = tl.zeros((BH, D), tl.float32)
+        norm = tl.load(lse + place + head, mask=real, other=0.0) * LOG2E
+        kv += batch * s * d
+        if ENTRIES != "none":
+            compressed += batch * p * d
+        if NEED_KEYS:
+            pairs += 2 * i_query.to(tl.int64) * h * SLOTS
+        if ENTRIES == "counts":
+            counts += i_query.to(tl.int64) * p
+        origin, low_origin, base = first // TK * TK, low // TK * TK, _first_slot(row, window, KEYS)
+        steps = _steps(origin, row + 1, TK)
+        for i in range(0, steps + _steps(low_origin, high, TK)):
+            key, slot = origin + i * TK + tl.arange(0, TK), low_origin + (i - steps) * TK + tl.arange(0, TK)
+            at, seen, entry = _keys(
+                kv, compressed, index, query, i < steps, key, slot, first, row, low, high, p, k, d, ENTRIES
+            )
+            if ENTRIES == "counts":
+                times = tl.load(counts + entry, mask=seen & (i >= steps), other=1)
+                seen = seen & (times > 0)
+            keys = _load(at, seen, d, D)
+            logits, dp = tl.dot(qs, keys.T, input_precision="ieee"), tl.dot(do, keys.T, input_precision="ieee")
+            ps = tl.where(seen[None, :], tl.exp2(logits * (scale * LOG2E) - norm[:, None]), 0.0)
+            if ENTRIES == "counts":
+                ps *= times.to(tl.float32)[None, :]
+            ds = tl.where(seen[None, :], ps * (dp - d_o[:, None]) * scale, 0.0).to(keys.dtype)
+            if NEED_KEYS:
+                to = pairs + head[:, None] * SLOTS + tl.where(i < steps, key - base, WINDOW_SLOTS + slot)[None, :]
+                tl.store(to, ps, mask=real[:, None])
+                tl.store(to + h * SLOTS, ds, mask=real[:, None])
+            if NEED_Q:
+                dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
+        if NEED_Q:
+            column = tl.arange(0, D)[None, :]
+            tl.store(dq + place * d + head[:, None] * d + column, dqs, mask=real[:, None] & (column < d))
+
+
+@triton.jit
+def count_picks(index, counts, chunk, n, t, p, k, K: tl.constexpr):
+    """counts [b n, p] += how often a query of the chunk picked each entry: whole numbers, the same in any order."""
+    i, slot = tl.program_id(0), tl.arange(0, K)
+    query = (i // n * t + chunk + i % n).to(tl.int64)
+    entry = tl.load(index + query * k + slot, mask=slot < k, other=-1)
+    tl.atomic_add(counts + i.to(tl.int64) * p + entry, 1, mask=(entry >= 0) & (entry < p))
+
+
+# gradient of keys ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_slot(row, window, KEYS: tl.constexpr):
+    """The kv row that lies in slot 0 of a query's p and ds: tiles of KEYS rows lie alike for all queries."""
+    return tl.maximum(row - window + 1, 0) // KEYS * KEYS
+
+
+@triton.jit
+def _who_sees(start, end, queries, begin, stop, key, KEYS: tl.constexpr, STEP: tl.constexpr):
+    """Of the queries from begin to stop, the first and the last + 1 whose range meets the tile of keys."""
+    first, last = stop, begin
+    for at in range(begin, stop, STEP):
+        query = at + tl.arange(0, STEP)
+        low = tl.load(start + queries + query, mask=query < stop, other=0)
+        high = tl.load(end + queries + query, mask=query < stop, other=0)
+        sees = (high > key) & (low < key + KEYS)
+        first = tl.minimum(first, tl.min(tl.where(sees, query, stop), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(sees, query + 1, begin), axis=0))
+    return first, last
+
+
+@triton.jit
+def keys_backward(
+    q, dout, pairs, start, end, index, out, first_tile, tiles, splits, span, chunk, n, t, past, p, k, h, window,
+    d: tl.constexpr, KIND: tl.constexpr, ATOMIC: tl.constexpr, WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """sum over (query, head) rows of p^T do + ds^T q, as one product, for a tile of keys and COLUMNS channels.
+
+    KIND "window" and "range": queries of one split, ascending; out [splits, b, tiles KEYS, d]. "list": the picks of one
+    query; out [b n, k, d], or added to the entries out [b, p, d] in any order.
+    """
+    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles % splits
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    owner = tl.program_id(0) // (tiles * splits)  # the sequence; of a list, the query of the chunk
+    key = (first_tile + tile) * KEYS + tl.arange(0, KEYS)
+    begin, stop = chunk + split * span, tl.minimum(chunk + split * span + span, chunk + n)
+    batch = owner
+    if KIND == "window":
+        begin = (first_tile + tile) * KEYS - past + split * span
+        stop = tl.minimum(begin + span, chunk + n)
+        begin = tl.maximum(begin, chunk)
+    elif KIND == "range":
+        begin, stop = _who_sees(start, end, batch * t, begin, stop, (first_tile + tile) * KEYS, KEYS, 128)
+    else:
+        batch = owner // n
+        begin = chunk + owner % n
+        stop = begin + 1
+    half = tl.arange(0, 2 * ROWS) // ROWS  # p do, then ds q
+    source = tl.where(half == 0, dout, q) + batch.to(tl.int64) * t * h * d
+    total = tl.zeros((KEYS, COLUMNS), tl.float32)
+    for at in range(begin * h, stop * h, ROWS):
+        pair = at + tl.arange(0, 2 * ROWS) % ROWS
+        real, query = pair < stop * h, pair // h
+        place = ((batch * n + query - chunk).to(tl.int64) * 2 + half) * h + pair % h
+        if KIND == "window":
+            row = past + query
+            slot = key[:, None] - _first_slot(row, window, KEYS)[None, :]
+            seen = real[None, :] & (key[:, None] <= row[None, :]) & (key[:, None] > row[None, :] - window)
+        else:
+            slot = WINDOW_SLOTS + key[:, None]
+            seen = real[None, :]
+        shares = tl.load(pairs + place[None, :] * SLOTS + slot, mask=seen, other=0.0)
+        at_row = source[:, None] + pair.to(tl.int64)[:, None] * d + column[None, :]
+        rows = tl.load(at_row, mask=real[:, None] & (column < d)[None, :], other=0.0)
+        total = tl.dot(shares, rows, total, input_precision="ieee")
+    inside = (column < d)[None, :]
+    if ATOMIC:
+        entry = tl.load(index + (batch.to(tl.int64) * t + begin) * k + key, mask=key < k, other=-1)
+        at_entry = out + (batch.to(tl.int64) * p + entry)[:, None] * d + column[None, :]
+        tl.atomic_add(at_entry, total, mask=inside & ((entry >= 0) & (entry < p))[:, None], sem="relaxed")
+    elif KIND == "list":
+        tl.store(
+            out + (owner.to(tl.int64) * k + key)[:, None] * d + column[None, :], total, mask=inside & (key < k)[:, None]
+        )
+    else:
+        batches = tl.num_programs(0) // (tiles * splits)
+        at_key = (split * batches + batch).to(tl.int64) * tiles * KEYS + tile * KEYS + tl.arange(0, KEYS)
+        tl.store(out + at_key[:, None] * d + column[None, :], total, mask=inside)

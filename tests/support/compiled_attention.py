@@ -1,0 +1,66 @@
+"""What of attention is compiled ahead of time: see aot.py."""
+
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+
+PRODUCTS = {"attention_forward", "attention_backward", "keys_backward"}
+
+
+def attention(h: int, d: int, window: int, k: int, dtype: torch.dtype, documents: bool = False) -> None:
+    """Forward and backward of a sliding, a heavily compressed and, in both ways, a compressed sparse layer. The numbers
+    of queries and entries do not change what is compiled.
+    """
+    from abyssal.kernels.attention import triton_launch as launch
+
+    t, p = 64, 8 * k
+    q, kv, compressed = (
+        torch.empty(1, t, h, d, dtype=dtype),
+        torch.empty(1, t, d, dtype=dtype),
+        torch.empty(1, p, d, dtype=dtype),
+    )
+    few, sink, bound = compressed[:, :k].contiguous(), torch.empty(h), torch.zeros(1, t, dtype=torch.int64)
+    index = torch.zeros(1, t, k, dtype=torch.int64)
+    starts = bound if documents else None
+    for entries, sight in (
+        (None, launch.Sight(window, starts)),
+        (few, launch.Sight(window, starts, bound, bound)),
+        (few, launch.Sight(window, starts, picks=index)),
+        (compressed, launch.Sight(window, starts, picks=index)),
+    ):
+        out, lse = launch.forward(q, kv, entries, sink, sight, d**-0.5)
+        launch.backward(out, q, kv, entries, sink, out, lse, sight, d**-0.5, launch.Needs())
+
+
+def atomics(h: int, d: int, window: int, k: int) -> None:
+    """Gradients of picks by float atomics."""
+    with mock.patch.dict(os.environ, ABYSSAL_ATOMICS="1"):
+        attention(h, d, window, k, bf16)
+
+
+MAIN = ["sm_80", "sm_90", "sm_100"]
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+CASES = {
+    "attention, bf16, h=64 d=512 k=512": ([*MAIN, "sm_86", "gfx942"], lambda: attention(64, 512, 128, 512, bf16)),
+    "attention, bf16, h=128 d=512 k=1024": (MAIN, lambda: attention(128, 512, 128, 1024, bf16)),
+    "attention, bf16, documents, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, bf16, True)),
+    "attention, fp16, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, fp16)),
+    "attention, fp32, h=64 d=512 k=512": (MAIN, lambda: attention(64, 512, 128, 512, fp32)),
+    "attention, bf16, h=4 d=64 k=32": (MAIN, lambda: attention(4, 64, 32, 32, bf16)),
+    "attention, fp32, h=4 d=64 k=32": (MAIN, lambda: attention(4, 64, 32, 32, fp32)),
+    "attention, bf16, h=6 d=16 k=5": (MAIN, lambda: attention(6, 16, 8, 5, bf16)),
+    "attention, bf16, h=6 d=40 k=5": (["sm_90"], lambda: attention(6, 40, 8, 5, bf16)),
+    "attention with atomics, bf16, h=64 d=512 k=512": (["sm_90"], lambda: atomics(64, 512, 128, 512)),
+}
+
+ATOMIC_CASES = {"attention with atomics, bf16, h=64 d=512 k=512"}  # that are meant to have them
+
+
+def check_hopper(row: dict[str, Any]) -> None:
+    """Of a half-precision product on sm_90."""
+    if "h=64" in row["case"] or "h=128" in row["case"]:
+        assert row["hgmma"] > 0 and row["registers"] <= 255, row
+        if row["kernel"] == "attention_forward":
+            assert 128 << 10 <= row["shared"] <= 192 << 10, row
