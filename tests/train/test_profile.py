@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_tables_that_are_kept_apart(place, given, tmp_path):
     )
     engram = step.bytes_by_owner(owners(step.model))["Engram"]
     table = 4 * sum(len(t.weight) * t.weight.shape[1] for t in step.tables.tables)
+    assert all(len(t.rows) == 0 for t in step.tables.tables)  # written back
     assert engram["parameters"] > table > engram["gradients"] and engram["optimizer"] > 2 * table
 
 
@@ -199,23 +201,36 @@ def test_nodes_belong_to_what_made_them(step):
     assert len(leaves) == len(owner) and all(owner[parameter] == mechanism for parameter, mechanism in leaves)
 
 
+def visits(clock, phase):
+    """How often each mechanism's turn comes in a phase."""
+    return Counter(what[1] for what, _ in clock.marks if what and what[0] == phase)
+
+
 def test_what_is_worked_out_again_counts_for_its_mechanism(given):
     """In the backward pass, in which a whole group is run again for its first node."""
-    found = []
+    kept, backward = [], []
     for layers in (0, 5):
-        overrides = [*given, "data.sequence_length=192", f"train.recompute={layers}"]
-        step = TrainingStep(load_preset("nano", CPU, overrides=overrides), CPU, Path())
+        step = TrainingStep(load_preset("nano", CPU, overrides=[*given, f"train.recompute={layers}"]), CPU, Path())
         step.run(Observer())
-        clock, memory = Stopwatch(), kept_of(step)
-        run_attached(step, clock)
-        times = clock.times()
-        assert sum(times.values()) == pytest.approx(clock.whole, rel=0.02)
-        found.append((times, sum(memory.kept.values())))
-    (plain, kept), (again, kept_then) = found
-    assert kept_then < 0.5 * kept
-    assert again["backward", "indexer"] > plain["backward", "indexer"] + 0.3 * plain["forward", "indexer"]
-    assert again["backward", "index loss"] > 0.3 * plain["forward", "index loss"]
+        kept.append(sum(kept_of(step).kept.values()))
+        clock = run_attached(step, Clock(CPU))
+        assert len(clock.stack) == 1
+        backward.append(visits(clock, "backward"))
+    assert kept[1] < 0.5 * kept[0]
+    plain, again = backward
     assert again.keys() == plain.keys()
+    assert all(again[name] > plain[name] for name in ("indexer", "index loss", "experts", "router", "norms"))
+
+
+def test_what_a_node_of_the_mtp_block_works_out_again_is_the_mtps():
+    observer = Observer()
+    observer.phase("backward")
+    for node, expected in (("MTP", "MTP"), ("mHC", "experts"), (REST, "experts")):
+        observer._runs(node, None)
+        observer.enter("experts")
+        assert observer.current == expected
+        observer.leave()
+        assert observer.current == node
 
 
 @pytest.mark.parametrize("ratio, kind", [(0, "sliding attention"), (4, "CSA attention"), (16, "HCA attention")])
@@ -284,28 +299,37 @@ class Stopwatch(Clock):
         self.began = now if name else None
 
 
+def adding_up(run, share):
+    """Times whose sum is the stopwatch's up to `share`, and that; between the two a busy machine may stop us."""
+    for _ in range(9):
+        clock = Stopwatch()
+        run(clock)
+        times = clock.times()
+        if abs(sum(times.values()) - clock.whole) < share * clock.whole:
+            return times, clock.whole
+    raise AssertionError(f"parts {sum(times.values()):.2f} ms, whole {clock.whole:.2f} ms")
+
+
 def test_parts_and_rest_are_the_step(step):
-    clock = Stopwatch()
-    run_attached(step, clock)
-    times = clock.times()
+    times, whole = adding_up(lambda clock: run_attached(step, clock), 0.02)
     assert {mechanism for _, mechanism in times} == IN_TRAINING
-    assert sum(times.values()) == pytest.approx(clock.whole, rel=0.02)
     phases = {mechanism: {phase for phase, name in times if name == mechanism} for mechanism in MECHANISMS}
     assert phases.pop("optimizer") == {"optimizer"}
     assert all(found == {"forward", "backward"} for found in phases.values()), phases
-    assert times["forward", REST] + times["backward", REST] < 0.2 * clock.whole
+    assert times["forward", REST] + times["backward", REST] < 0.2 * whole
 
 
 def test_decode_parts_are_the_step(given):
     decoding = DecodeStep(load_preset("nano", CPU, overrides=given, decode_length=70), CPU, 10)
     decoding.run(Observer())
-    clock = Stopwatch()
-    with attached_to_numpy(clock):
-        for _ in range(9):
+
+    def run(clock):
+        with attached_to_numpy(clock):
             decoding.run(clock)
-    times = clock.times()
+        assert visits(clock, "decode")["norms"] == 2 * decoding.model.config.num_hidden_layers + 1
+
+    times, _ = adding_up(run, 0.05)
     assert {name for _, name in times} == IN_TRAINING - {"index loss", "MTP", "optimizer", "embedding"}
-    assert sum(times.values()) == pytest.approx(clock.whole, rel=0.05)
 
 
 def test_instruments_cost_little(given):
