@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+from .bench import OPS
+
 EXAMPLES = {
     "train": "abyssal train toy --set optim.lr=1e-3 --set train.steps=200",
     "generate": "abyssal generate runs/toy-20260101-120000 --prompt 'import ' --max-new-tokens 200",
@@ -17,8 +19,8 @@ EXAMPLES = {
     "plot": "abyssal plot runs/toy-20260101-120000",
     "info": "abyssal info v4-flash --context 1048576",
     "profile": "abyssal profile toy --decode-length 4096 --out runs/profile-toy",
-    "bench": "abyssal bench moe",
-    "bench moe": "abyssal bench moe --shape peer,wide --tokens 1024,4096 --out runs/bench",
+    "bench": "abyssal bench --base HEAD~1",
+    **{f"bench {op}": f"abyssal bench {op} --tokens 1024,4096 --out runs/bench" for op in OPS},
 }
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
@@ -287,38 +289,56 @@ def _info(options: argparse.Namespace) -> None:
     print(account(ModelConfig.load(options.name), options.context).table())
 
 
-def _bench_list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", nargs="?", metavar="OP", help="what to measure (str; default: list what there is)")
+def _bench_all_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("op", nargs="?", metavar="OP", help="what to measure (str; default: all)")
+    text = "print what can be measured, and at which shapes, instead of measuring it (default: off)"
+    parser.add_argument("--list", action="store_true", help=text)
+    _bench_common_arguments(parser, "all")
 
 
-def _bench_list(options: argparse.Namespace) -> None:
+def _bench_all(options: argparse.Namespace) -> None:
     from .bench import OPS
-    from .bench.run import load
+    from .bench.run import load, run_all
 
-    for op in [options.op] if options.op else OPS:
-        shapes = load(op).shapes
-        print(
-            f"abyssal bench {op}   {OPS[op]}",
-            *(f"  --shape {name:<10} {sizes}" for name, sizes in shapes.items()),
-            sep="\n",
-        )
+    if options.op not in (None, "all"):
+        load(options.op)
+    if not options.list:
+        run_all(**_bench_common(options))
+        return
+    for name in [options.op] if options.op in OPS else OPS:
+        op = load(name)
+        print(f"abyssal bench {name}   {OPS[name]}")
+        for options_of, kind in ((op.shapes, "shape"), (op.data, "data")):
+            print(*(f"  --{kind} {choice:<10} {meaning}" for choice, meaning in options_of.items()), sep="\n")
+
+
+def _bench_common_arguments(parser: argparse.ArgumentParser, op: str) -> None:
+    _flag(parser, "--tokens", str, None, "numbers of tokens, with commas", "the shape's")
+    _flag(parser, "--dtype", str, None, "bfloat16, float16 or float32", "bfloat16 on a GPU, float32 on a CPU")
+    _flag(parser, "--device", str, None, "cpu, cuda, cuda:1, ...", "a GPU if there is one")
+    _flag(parser, "--repeats", int, None, "turns of each contender that count", "100 on a GPU, 7 on a CPU")
+    _flag(parser, "--base", str, None, "a commit whose kernels run beside the present ones", "none")
+    text = "do not run the op's tests before it is timed (default: they run, and a red op is not timed)"
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help=text)
+    _flag(parser, "--out", Path, None, "folder for the JSON and the PNG", f"runs/bench-{op.upper()}-DATE-TIME")
+
+
+def _bench_common(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("tokens", "dtype", "device", "repeats", "base", "tests", "out")
+    return {name: getattr(options, name) for name in names}
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "--shape", str, None, "names or sizes of shapes, with commas", "the op's for the device")
-    _flag(parser, "--tokens", str, None, "numbers of tokens, with commas", "the shape's")
-    _flag(parser, "--dtype", str, None, "bfloat16, float16 or float32", "bfloat16 on a GPU, float32 on a CPU")
-    _flag(parser, "--device", str, None, "cpu, cuda, cuda:1, ...", "a GPU if there is one")
-    _flag(parser, "--repeats", int, None, "turns of each contender", "30 on a GPU, 7 on a CPU")
-    _flag(parser, "--data", str, None, "how inputs are drawn: uniform or zipf", "uniform")
-    _flag(parser, "--out", Path, None, "folder for the JSON and the PNG", "runs/bench-OP-DATE-TIME")
+    _flag(parser, "--data", str, None, "how inputs are drawn, see abyssal bench --list", "the op's first")
+    _bench_common_arguments(parser, "OP")
 
 
 def _bench(options: argparse.Namespace) -> None:
     from .bench.run import run
 
-    chosen = {name: getattr(options, name) for name in ("shape", "tokens", "dtype", "device", "repeats", "data", "out")}
-    run(options.command.removeprefix("bench "), **chosen)
+    op = options.command.removeprefix("bench ")
+    run(op, shape=options.shape, data=options.data, **_bench_common(options))
 
 
 def _profile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -380,6 +400,6 @@ COMMANDS = {
         _profile_arguments,
         "Time and memory of a training step and a decode step by mechanism, beside their limits",
     ),
-    "bench": (_bench_list, _bench_list_arguments, "What can be measured"),
-    "bench moe": (_bench, _bench_arguments, "Time and memory of the routed experts, against torch's and transformers'"),
+    "bench": (_bench_all, _bench_all_arguments, "Time and memory of every op, against other implementations"),
+    **{f"bench {op}": (_bench, _bench_arguments, text) for op, text in OPS.items()},
 }

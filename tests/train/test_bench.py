@@ -98,11 +98,11 @@ def test_without_memory_for_the_reference_nothing_is_timed(monkeypatch, tmp_path
 
     monkeypatch.setattr(measure, "measure", large)
     monkeypatch.setattr(measure, "measured_peak", lambda *arguments: Peak(1e11, 1e10, "invented"))
-    run.run("moe", shape="8x8x4x2", tokens="5", device="cpu", out=tmp_path)
+    run.run("moe", shape="8x8x4x2", tokens="5", device="cpu", out=tmp_path, tests=False)
     found = json.loads((tmp_path / "moe-8x8x4x2-cpu.json").read_text())["rows"]
     assert {row["note"] for row in found} == {"the reference runs out of memory"}
     text = capsys.readouterr().out
-    assert "triton                     not run: the reference runs out of memory" in text
+    assert "triton                    not run: the reference runs out of memory" in text
     assert "not drawn: nothing was measured" in text
 
 
@@ -121,6 +121,10 @@ def test_contenders_take_turns_until_their_time_is_up(monkeypatch):
     rows = rows_of(task, repeats=3)
     assert "".join(called) == "a" + "aabbcc" + "aabbcc" + "bbccaa" + "ccaabb" + "abc"  # dout, check, turns, memory
     assert {row["turns"] for row in rows.values()} == {3}
+    monkeypatch.setitem(measure.WARM_UP, "cpu", 3)
+    called.clear()
+    assert {row["turns"] for row in rows_of(task, repeats=3).values()} == {3}
+    assert len(called) == 1 + 6 + 5 * 6 + 3
     monkeypatch.setattr(measure, "PATIENCE", 0.0)
     assert {row["turns"] for row in rows_of(task, repeats=3).values()} == {1}
 
@@ -153,7 +157,19 @@ def test_live_tensors_are_counted_until_they_end():
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as progress:
-        given = ["--shape", "32x16x6x3", "--tokens", "8,40", "--repeats", "2", "--device", "cpu", "--data", "zipf"]
+        given = [
+            "--shape",
+            "32x16x6x3",
+            "--tokens",
+            "8,40",
+            "--repeats",
+            "2",
+            "--device",
+            "cpu",
+            "--data",
+            "zipf",
+            "--no-tests",
+        ]
         assert main(["bench", "moe", *given, "--out", str(out)]) == 0
     (out / "printed").write_text(printed.getvalue())
     (out / "progress").write_text(progress.getvalue())
@@ -166,7 +182,9 @@ def test_the_json_holds_all_numbers_and_where_they_come_from(result):
     assert found["shapes"]["32x16x6x3"] == {
         "width": 32, "expert_width": 16, "experts": 6, "slots": 3, "tokens": [1024, 4096]
     }  # fmt: skip
-    assert found["provenance"].keys() == {"time", "source", "versions", "machine"}
+    assert found["provenance"].keys() == {"time", "source", "versions", "machine", "clocks"}
+    assert found["provenance"]["clocks"].keys() == {"before", "after"}
+    assert found["tests"] == "not run: --no-tests" and found["base"] is None
     assert {"torch", "triton", "transformers", "python"} <= found["provenance"]["versions"].keys()
     assert found["provenance"]["machine"]["threads"] == torch.get_num_threads()
     assert found["peaks"]["datasheet"] is None and found["peaks"]["measured"]["flops"] > 1e8
@@ -181,7 +199,7 @@ def test_the_json_holds_all_numbers_and_where_they_come_from(result):
             assert 0 < row["memory"]["kept"] <= row["memory"]["peak"] and row["turns"] == 2
             for stage, times in row["milliseconds"].items():
                 rates = row["stages"][stage]
-                assert 0 < times["min"] <= times["median"]
+                assert 0 < times["min"] <= times["p20"] <= times["median"] <= times["p80"]
                 assert rates["teraflops"] == pytest.approx(rates["flops"] / times["median"] / 1e9)
                 assert rates["share_of_limit"] == pytest.approx(rates["limit_ms"] / times["median"])
     experts = [row for row in found["rows"] if row["task"] == "experts" and row["tokens"] == 40]
@@ -197,9 +215,9 @@ def test_the_picture_is_drawn_from_the_json(result, tmp_path):
 def test_the_table_says_what_ran(result):
     text = result.with_name("printed").read_text()
     assert "32x16x6x3 experts  T=40   limit: forward" in text
-    assert "triton                     not run: needs a CUDA device" in text
+    assert "triton                    not run: needs a CUDA device" in text
     assert text.count("\nreference ") == 4
-    assert max(map(len, text.splitlines()[3:-2])) <= 120
+    assert max(map(len, text.splitlines()[5:-2])) <= 120
     assert "32x16x6x3 experts T=40 ..." in result.with_name("progress").read_text()
 
 
@@ -207,12 +225,13 @@ def test_the_table_says_what_ran(result):
     "options, message",
     [
         (["--shape", "huge"], "shape 'huge': allowed are peer, wide, main, v4-flash, or WIDTHxEXPERT_WIDTHxEXPERTS"),
-        (["--shape", "8x8x2x4"], "4 of 2 experts"),
+        (["--shape", "8x8x2x4"], "slots=4: a token goes to at most"),
         (["--dtype", "int8"], "dtype 'int8': allowed are bfloat16, float16, float32"),
         (["--device", "tpu"], "device 'tpu': allowed are cpu, cuda"),
         (["--tokens", "1k"], "tokens='1k'"),
         (["--data", "normal"], "data 'normal': allowed are uniform, zipf"),
         (["--repeats", "0"], "repeats=0: at least 1"),
+        (["--base", "no-such-commit", "--no-tests"], "base 'no-such-commit': allowed is what git knows as a commit"),
     ],
 )
 def test_errors_name_what_is_allowed(options, message, capsys):
@@ -222,10 +241,11 @@ def test_errors_name_what_is_allowed(options, message, capsys):
 
 
 def test_the_list_of_benchmarks(capsys):
-    assert main(["bench"]) == 0
+    assert main(["bench", "--list"]) == 0
     text = capsys.readouterr().out
     assert all(f"abyssal bench {op} " in text and f"bench {op}" in COMMANDS for op in OPS)
     assert all(f"--shape {name}" in text for op in OPS for name in run.load(op).shapes)
+    assert all(f"--data {name}" in text for op in OPS for name in run.load(op).data)
     assert main(["bench", "sorting"]) == 2
     assert "op 'sorting': allowed are moe" in capsys.readouterr().err
 

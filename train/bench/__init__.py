@@ -1,12 +1,26 @@
-"""Benchmarks: `abyssal bench OP`. One file of this folder per op; what they share:
+"""Benchmarks: `abyssal bench [OP]`. One file of this folder per op; what they share:
 
 task      what an op offers to be measured: inputs, contenders, the work that has to be done
+ours      our own contenders, also those of another commit
+peers     contenders from other libraries, where they are installed
+base      the kernels of another commit
+checks    the op's tests, before it is timed
 measure   correctness first, then times in turn, then memory
+clocks    at what clocks the machine runs
 report    the table, the JSON, and what they say about machine and versions
 draw      the picture, from that JSON alone
-peers     contenders from other libraries, where they are installed
 
 A new op is a file with a `task.Op` named OP, and a line in OPS.
 """
 
-OPS = {"moe": "Routed experts and their routing, against torch's and transformers'"}
+OPS = {
+    "moe": "Routed experts and their routing, against torch's and transformers'",
+    "attention": "Sliding, sparse and heavily compressed attention, against torch's, attn-gym's and transformers'",
+    "indexer": "Index scores with top-k, top-k alone and the index loss, against torch's and other libraries'",
+    "compressor": "The compressor's pooling, norm and rotation, against torch's",
+    "hyper": "An mHC site, forward and backward, against transformers'",
+    "engram": "Engram's hash, its look-up and its gate, against torch's",
+    "loss": "The language model's head with its loss, against torch's",
+    "newton_schulz": "Muon's orthogonalisation, against torch's",
+    "quant": "The released number formats and the Hadamard rotation, against torch's",
+}

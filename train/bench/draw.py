@@ -35,6 +35,9 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     for line, ((shape, task), rows) in zip(axes, groups.items()):
         title = f"{shape} {task}"
         for axis, stage in zip(line, ("forward", BOTH)):
+            if stage not in rows[0]["stages"]:
+                axis.set_axis_off()
+                continue
             unit = _rates(axis, rows, stage, colour)
             axis.set_title(f"{title}: {stage}, {unit}")
         _memory(line[2], rows, colour)

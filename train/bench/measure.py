@@ -2,7 +2,8 @@
 
 A contender whose output or gradients differ from the reference's is reported as wrong and not timed. Contenders take
 turns, each a forward without gradients and a training step (forward, then backward), so that what slows the machine
-down for a while slows all of them down. On a GPU, time is that between events, with the caches overwritten before.
+down for a while slows all of them down; the first turns are not counted. On a GPU, time is that between events, with
+the caches overwritten before.
 """
 
 import os
@@ -11,9 +12,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,11 @@ from .task import Contender, Run, Task
 # relative error up to which a result is right: of outputs, and of gradients, where a clamp that rounding makes two
 # implementations decide differently changes whole elements; fp32 results of tf32 products are wrong
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (3e-3, 2e-2), torch.bfloat16: (2e-2, 6e-2)}
-PATIENCE = 20.0  # seconds in all after which a contender takes no more turns
+SAME_SCORE = 1e-4  # of the mean score: picks whose scores differ by less are as good as each other
+WORSE_PICKS = 1e-4  # share of picks with another score up to which a result is right
+WARM_UP = {"cuda": 25, "cpu": 1}  # turns that are not counted, unless they are half of all
+PATIENCE = 10.0  # seconds in all after which a contender takes no more turns
+SLICE = 1 << 24  # values that are compared at once
 STAGES = ("forward", "training forward", "backward", "forward + backward")
 Say = Callable[[str], None]
 
@@ -62,11 +67,13 @@ def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> l
             row = {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
         rows.append({"contender": contender.name} | row)
     wanted.clear()
+    stages = STAGES if task.learned else STAGES[:1]
     runs: dict[int, Any] = {i: task.contenders[i].run for i, row in enumerate(rows) if row["status"] == "ok"}
     for i, times in _turns(runs, first, task, dout, repeats, say).items():
         rows[i]["turns"] = len(times)
         rows[i]["milliseconds"] = {
-            stage: {"min": min(column), "median": median(column)} for stage, column in zip(STAGES, zip(*times))
+            stage: dict(zip(("min", "p20", "median", "p80"), np.percentile(column, (0, 20, 50, 80)).tolist()))
+            for stage, column in zip(stages, zip(*times))
         }
         say(f"memory of {task.contenders[i].name}")
         rows[i]["memory"] = _memory(runs[i], task, dout)
@@ -74,7 +81,7 @@ def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> l
 
 
 def _check(
-    contender: Contender, task: Task, dtype: torch.dtype, dout: Tensor, wanted: dict[str, Tensor]
+    contender: Contender, task: Task, dtype: torch.dtype, dout: Tensor | None, wanted: dict[str, Tensor]
 ) -> tuple[dict[str, Any], list[float]]:
     """The row's status, and the times of this first turn; an empty `wanted` is filled with the results."""
     note = _cannot(contender, task)
@@ -82,9 +89,10 @@ def _check(
         return {"status": "not run", "note": note}, []
     times, outputs, gradients = _turn(contender.run, task, dout)
     got = dict(zip([*task.outputs, *(f"d{name}" for name in task.learned)], [*outputs, *gradients]))
-    wanted |= {} if wanted else got
-    errors = [_error(name, got[name], wanted[name], dtype, name in task.outputs) for name in wanted]
-    worst = max(errors, key=lambda e: (not e.right, e.relative / e.allowed))
+    got |= {name: _scores_of_picks(got[name], score) for name, score in task.picks.items()}
+    wanted |= {} if wanted else {name: x.cpu() for name, x in got.items()}
+    errors = [_error(name, got[name], wanted[name], dtype, task) for name in wanted]
+    worst = max(errors, key=lambda e: (not e.right, e.relative / max(e.allowed, 1e-30)))
     row = {"status": "ok", "note": "", "error": worst._asdict() | {"largest": max(e.largest for e in errors)}}
     if not worst.right:
         off = f"{worst.tensor} is off by {worst.relative:.1e}, allowed is {worst.allowed:.0e}"
@@ -100,8 +108,8 @@ def _cannot(contender: Contender, task: Task) -> str:
     return contender.why_not
 
 
-def free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
+def free_memory(device: torch.device | str) -> int:
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -118,21 +126,30 @@ def _leaves(task: Task) -> list[Tensor]:
     return [x.detach().requires_grad_(name in task.learned) for name, x in task.inputs.items()]
 
 
-def _dout(task: Task) -> Tensor:
+def _dout(task: Task) -> Tensor | None:
+    """What gradients start from: 1 for a loss, else normal; None where nothing is learned."""
+    if not task.learned:
+        return None
     with torch.no_grad():
         out = task.contenders[0].run(*task.inputs.values())[0]  # type: ignore[misc]
     generator = torch.Generator(out.device).manual_seed(1)
-    return torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator)
+    return torch.randn(out.shape, dtype=out.dtype, device=out.device, generator=generator) if out.ndim else out * 0 + 1
 
 
-def _error(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, is_output: bool) -> Error:
-    """In slices, as whole differences of large weights would not fit."""
-    allowed = TOLERANCE[dtype][0 if is_output else 1]
+def _error(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, task: Task) -> Error:
+    """In slices, as whole differences of large tensors would not fit."""
+    allowed = task.tolerance * TOLERANCE[dtype][0 if name in task.outputs else 1]
     if got.shape != want.shape:
         return Error(name, float("nan"), float("nan"), allowed)
+    if name in task.picks:
+        return Error(name, _worse_picks(got, want), 0.0, WORSE_PICKS)
+    if name in task.exact:
+        bits = torch.uint8 if got.itemsize == 1 else got.dtype
+        share = (got.cpu().view(bits) != want.view(bits)).double().mean().item() if got.numel() else 0.0
+        return Error(name, share, 0.0, 0.0)
     squares, largest = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
-    for a, b in zip(got.split(4096), want.split(4096)):
-        a, b = a.double(), b.double()
+    for a, b in zip(got.reshape(-1).split(SLICE), want.reshape(-1).split(SLICE)):
+        a, b = a.double(), b.to(a.device).double()
         squares += torch.stack([(a - b).square().sum(), b.square().sum()]).cpu()
         if b.numel():
             largest = torch.maximum(largest, torch.stack([(a - b).abs().max(), b.abs().max()]).float().cpu())
@@ -140,42 +157,64 @@ def _error(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, is_output: 
     return Error(name, difference / max(norm, 1e-30), apart / max(size, 1e-30), allowed)
 
 
+def _scores_of_picks(picks: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Descending; -inf for no pick and NaN for an index that is listed twice."""
+    picks = picks.sort(-1).values
+    scores = score(picks.clamp_min(0)).float().masked_fill(picks < 0, -torch.inf)
+    twice = (picks[..., 1:] == picks[..., :-1]) & (picks[..., 1:] >= 0)
+    scores[..., 1:].masked_fill_(twice, torch.nan)
+    return scores.sort(-1, descending=True).values.cpu()
+
+
+def _worse_picks(got: Tensor, want: Tensor) -> float:
+    """The share of picks with another score, beyond rounding."""
+    if want.numel() == 0:
+        return 0.0
+    size = want[want.isfinite()].abs().mean().item() if want.isfinite().any() else 1.0
+    same = (got == want) | ((got - want).abs() <= SAME_SCORE * size)
+    return 1 - same.double().mean().item()
+
+
 # time ----------------------------------------------------------------------------------------------------------------
 
 
 def _turns(
-    runs: dict[int, Any], first: dict[int, list[float]], task: Task, dout: Tensor, repeats: int, say: Say
+    runs: dict[int, Any], first: dict[int, list[float]], task: Task, dout: Tensor | None, repeats: int, say: Say
 ) -> dict[int, list[list[float]]]:
-    """Milliseconds of `STAGES` for each turn of each contender; each turn another one begins.
+    """Milliseconds of `STAGES` for each turn of each contender that counts; each turn another one begins.
 
-    The first, cold turn counts only for a contender whose time it has used up.
+    The first turns, to warm up, count only for a contender whose time is up before it has made twice as many.
     """
     spent = {i: [first[i]] for i in runs}
-    order = list(runs)
-    for turn in range(repeats):
-        say(f"turn {turn + 1} of {repeats}")
+    order, warm_up = list(runs), WARM_UP[next(iter(task.inputs.values())).device.type]
+    turns = repeats + warm_up - 1  # the check was one
+    for turn in range(turns):
+        say(f"turn {turn + 1} of {turns}")
         for i in order[turn % len(order) :] + order[: turn % len(order)]:
-            if sum(forward + both for forward, *_, both in spent[i]) < 1e3 * PATIENCE:
+            if sum(sum(times[:3]) for times in spent[i]) < 1e3 * PATIENCE:
                 spent[i].append(_turn(runs[i], task, dout)[0])
-    return {i: times[1:] or times for i, times in spent.items()}
+    return {i: times[min(warm_up, len(times) // 2) :] for i, times in spent.items()}
 
 
-def _turn(run: Run, task: Task, dout: Tensor) -> tuple[list[float], tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _turn(run: Run, task: Task, dout: Tensor | None) -> tuple[list[float], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Milliseconds of `STAGES`, outputs, and gradients of what is learned."""
     inputs = _leaves(task)
+    device = inputs[0].device
     learned = [x for x in inputs if x.requires_grad]
-    _overwrite_caches(dout.device)
+    _overwrite_caches(device)
     with torch.no_grad():
-        marks = [_mark(dout.device)]
+        marks = [_mark(device)]
         outputs = run(*inputs)
-        marks += [_mark(dout.device)]
-        del outputs
-    _overwrite_caches(dout.device)
-    marks += [_mark(dout.device)]
+        marks += [_mark(device)]
+    if dout is None:
+        return _milliseconds(marks), outputs, ()
+    del outputs
+    _overwrite_caches(device)
+    marks += [_mark(device)]
     outputs = run(*inputs)
-    marks += [_mark(dout.device)]
+    marks += [_mark(device)]
     gradients = torch.autograd.grad(outputs[0], learned, dout)
-    marks += [_mark(dout.device)]
+    marks += [_mark(device)]
     forward, _, training, backward = _milliseconds(marks)
     return [forward, training, backward, training + backward], tuple(t.detach() for t in outputs), gradients
 
@@ -225,29 +264,32 @@ def _best(run: Callable[[], Any], device: torch.device) -> float:
 # memory --------------------------------------------------------------------------------------------------------------
 
 
-def _memory(run: Run, task: Task, dout: Tensor) -> dict[str, int]:
+def _memory(run: Run, task: Task, dout: Tensor | None) -> dict[str, int]:
     """Bytes above inputs and dout: `kept` between forward and backward besides the outputs, and at the `peak` of a
     step, with its outputs and gradients. On CUDA the allocator's numbers; on a CPU those of all tensors that operators
-    return, without what one operator needs within itself.
+    return, without what one operator needs within itself. Where nothing is learned, of the forward pass.
     """
     inputs = _leaves(task)
     learned = [x for x in inputs if x.requires_grad]
-    if dout.is_cuda:
-        torch.cuda.synchronize(dout.device)
-        torch.cuda.reset_peak_memory_stats(dout.device)
-        before = torch.cuda.memory_allocated(dout.device)
-        outputs = run(*inputs)
-        kept = torch.cuda.memory_allocated(dout.device) - before - _bytes(outputs)
-        gradients = torch.autograd.grad(outputs[0], learned, dout)
-        peak = torch.cuda.max_memory_allocated(dout.device) - before
-    else:
-        with _LiveTensors([*inputs, dout]) as live:
+    device = inputs[0].device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.set_grad_enabled(dout is not None):
             outputs = run(*inputs)
+        kept = torch.cuda.memory_allocated(device) - before - _bytes(outputs)
+        gradients = () if dout is None else torch.autograd.grad(outputs[0], learned, dout)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with _LiveTensors([*inputs, *([] if dout is None else [dout])]) as live:
+            with torch.set_grad_enabled(dout is not None):
+                outputs = run(*inputs)
             kept = live.bytes - _bytes(outputs)
-            gradients = torch.autograd.grad(outputs[0], learned, dout)
+            gradients = () if dout is None else torch.autograd.grad(outputs[0], learned, dout)
         peak = live.peak
     del outputs, gradients
-    return {"kept": kept, "peak": peak}
+    return {"kept": kept if dout is not None else 0, "peak": peak}
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

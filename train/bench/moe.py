@@ -3,18 +3,18 @@
 n tokens · k slots · e experts · d width · f expert width · r = n k rows in expert order
 """
 
-import importlib.util
-import re
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import moe_experts, moe_permutation, moe_route
+from ...kernels import moe_route
 from .. import roofline
 from . import peers
-from .task import Contender, Op, Setting, Task
+from .ours import Make, ours
+from .task import Contender, Op, Run, Setting, Task
 
 LIMIT = 10.0  # the SwiGLU clamp
 SCALE = 1.5  # of the routing weights
@@ -39,12 +39,9 @@ SHAPES = {
 }
 
 
-def parse(text: str) -> Shape | None:
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", text):
-        return None
-    width, expert_width, experts, slots = map(int, text.split("x"))
+def shape_of(width: int, expert_width: int, experts: int, slots: int) -> Shape:
     if slots > experts:
-        raise ValueError(f"shape {text!r} sends a token to {slots} of {experts} experts")
+        raise ValueError(f"slots={slots}: a token goes to at most as many experts as there are, {experts}")
     return Shape(width, expert_width, experts, slots, (1024, 4096))
 
 
@@ -53,11 +50,11 @@ def tasks(setting: Setting) -> list[Task]:
     shape, size = setting.shape, setting.dtype.itemsize
     m = roofline.MoE(setting.tokens, shape.width, shape.expert_width, shape.experts, shape.slots, size)
     g = setting.generator()
-    logits, bias = _logits(setting, m, g), 0.1 * _normal(setting, g, m.experts, dtype=torch.float32)
+    logits, bias = _logits(setting, m, g), 0.1 * setting.normal(g, m.experts, dtype=torch.float32)
     routing = moe_route(logits, top_k=m.slots, scale=SCALE, bias=bias, backend="reference")
-    x = _normal(setting, g, m.tokens, m.width)
-    w13 = _normal(setting, g, m.experts, 2 * m.expert_width, m.width).mul_(4 * m.width**-0.5)  # so that some clamp
-    w2 = _normal(setting, g, m.experts, m.width, m.expert_width).mul_(m.expert_width**-0.5)
+    x = setting.normal(g, m.tokens, m.width)
+    w13 = setting.normal(g, m.experts, 2 * m.expert_width, m.width).mul_(4 * m.width**-0.5)  # so that some clamp
+    w2 = setting.normal(g, m.experts, m.width, m.expert_width).mul_(m.expert_width**-0.5)
     return [
         Task(
             name="experts",
@@ -65,7 +62,7 @@ def tasks(setting: Setting) -> list[Task]:
             learned=("x", "weights", "w13", "w2"),
             outputs=("out",),
             contenders=[
-                *_backends("moe_experts", setting),
+                *ours(setting, _experts, "moe_experts"),
                 Contender("torch grouped_mm", lambda *inputs: (grouped_mm(*inputs),)),
                 *peers.experts(m, LIMIT),
             ],
@@ -80,7 +77,7 @@ def tasks(setting: Setting) -> list[Task]:
             learned=("logits",),
             outputs=("weights", "counts"),
             contenders=[
-                *_backends("moe_route", setting),
+                *ours(setting, _route(shape), "moe_route"),
                 Contender("torch topk, sort", lambda z, b: topk_and_sort(z, b, m.slots)),
             ],
             forward=roofline.moe_route(m) + roofline.moe_permutation(m),
@@ -99,17 +96,14 @@ OP = Op(
         "zipf": "the i-th expert's logit is log(i) below the first's: a few take most",
     },
     tasks=tasks,
-    parse=parse,
+    tests=("test_moe_experts.py", "test_moe_route.py", "triton/test_gpu.py"),
+    make=shape_of,
     format="WIDTHxEXPERT_WIDTHxEXPERTSxSLOTS",
 )
 
 
-def _normal(setting: Setting, g: torch.Generator, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.randn(shape, generator=g, device=setting.device, dtype=dtype or setting.dtype)
-
-
 def _logits(setting: Setting, m: roofline.MoE, g: torch.Generator) -> Tensor:
-    logits = _normal(setting, g, m.tokens, m.experts, dtype=torch.float32)
+    logits = setting.normal(g, m.tokens, m.experts, dtype=torch.float32)
     if setting.data == "zipf":
         logits -= torch.arange(1, m.experts + 1, device=setting.device).log()
     return logits
@@ -118,24 +112,19 @@ def _logits(setting: Setting, m: roofline.MoE, g: torch.Generator) -> Tensor:
 # contenders ----------------------------------------------------------------------------------------------------------
 
 
-def _backends(op: str, setting: Setting) -> list[Contender]:
-    """Ours: the reference, and Triton where it can run."""
-    why_not = "" if setting.device.type == "cuda" else "needs a CUDA device"
-    if not importlib.util.find_spec("triton"):
-        why_not = "triton is not installed"
+def _experts(kernels: ModuleType, backend: str) -> Run:
+    return lambda *inputs: (kernels.moe_experts(*inputs, limit=LIMIT, backend=backend),)
 
-    def experts(backend: str):
-        return lambda *inputs: (moe_experts(*inputs, limit=LIMIT, backend=backend),)
 
-    def route(backend: str):
+def _route(shape: Shape) -> Make:
+    def make(kernels: ModuleType, backend: str) -> Run:
         def run(logits: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-            chosen = moe_route(logits, top_k=setting.shape.slots, scale=SCALE, bias=bias, backend=backend)
-            return chosen.weights, moe_permutation(chosen.experts, setting.shape.experts, backend=backend).counts
+            chosen = kernels.moe_route(logits, top_k=shape.slots, scale=SCALE, bias=bias, backend=backend)
+            return chosen.weights, kernels.moe_permutation(chosen.experts, shape.experts, backend=backend).counts
 
         return run
 
-    make = experts if op == "moe_experts" else route
-    return [Contender("reference", make("reference")), Contender("triton", make("triton"), why_not)]
+    return make
 
 
 def grouped_mm(x: Tensor, experts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..roofline import Peak
+from .ours import BASE
 from .task import Task
 
 BOTH = "forward + backward"
@@ -10,12 +11,9 @@ BOTH = "forward + backward"
 
 def columns(task: Task, row: dict[str, Any], peak: Peak, measured: Peak) -> dict[str, Any]:
     """What follows from a row's times: work, limits, rates and shares, by stage, from the median of its times."""
-    stages = {
-        "forward": [task.forward],
-        "training forward": [task.training_forward],
-        "backward": [task.backward],
-        BOTH: [task.training_forward, task.backward],
-    }
+    training, stages = task.training_forward or task.forward, {"forward": [task.forward]}
+    if task.backward:
+        stages |= {"training forward": [training], "backward": [task.backward], BOTH: [training, task.backward]}
     out: dict[str, Any] = {"stages": {}, "kept_by_formula": task.kept}
     for stage, parts in stages.items():
         work = sum(parts[1:], parts[0])
@@ -33,27 +31,50 @@ def columns(task: Task, row: dict[str, Any], peak: Peak, measured: Peak) -> dict
     return out
 
 
+def against_base(rows: list[dict[str, Any]]) -> None:
+    """Adds to our own rows how many times as fast they are as those of the other commit, by stage."""
+    base = {row["contender"]: row for row in rows if "milliseconds" in row}
+    for row in rows:
+        other = base.get(BASE + row["contender"])
+        if other and "milliseconds" in row:
+            row["times_as_fast_as_base"] = {
+                stage: other["milliseconds"][stage]["median"] / ms["median"]
+                for stage, ms in row["milliseconds"].items()
+            }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows of one task at one shape and length."""
     first = rows[0]
-    fwd, both = (first["stages"][stage] for stage in ("forward", BOTH))
-    stage = f"{'ms (min)':>17s} {_rate(fwd)[0]:>6s} {'share':>6s}"
+    fwd, both = (first["stages"].get(stage) for stage in ("forward", BOTH))
+    limits = f"limit: forward {_ms(fwd['limit_ms'])} ms ({fwd['bound']})"
+    stage, gap = f"{'ms (20-80 %)':>19s} {{:>6s}} {'share':>6s}", 33 * " "
+    if both:
+        limits += f", forward + backward {_ms(both['limit_ms'])} ms ({both['bound']})"
     lines = [
-        f"{first['shape']} {first['task']}  T={first['tokens']:,}   limit: forward {_ms(fwd['limit_ms'])} ms "
-        f"({fwd['bound']}), forward + backward {_ms(both['limit_ms'])} ms ({both['bound']})",
-        f"{'':26s} {'forward':^31s} {'forward + backward':^31s} {'memory, MiB':^15s} {'max rel.':>8s}",
-        f"{'contender':26s} {stage} {stage} {'kept':>7s} {'peak':>7s} {'error':>8s}",
+        f"{first['shape']} {first['task']}  T={first['tokens']:,}   {limits}",
+        f"{'':25s} {'forward':^33s} {'forward + backward' if both else '':^33s} {'memory, MiB':^15s} {'max rel.':>8s}",
+        f"{'contender':25s} {stage.format(_rate(fwd)[0])} {stage.format(_rate(both)[0]) if both else gap} "
+        f"{'kept':>7s} {'peak':>7s} {'error':>8s}",
+        *(_line(row) for row in rows),
     ]
-    return "\n".join(lines + [_line(row) for row in rows])
+    for row in rows:
+        if "times_as_fast_as_base" in row:
+            ratios = (f"{name} {ratio:.2f} x" for name, ratio in row["times_as_fast_as_base"].items())
+            lines.append(f"{row['contender']}, times as fast as the base: {', '.join(ratios)}")
+    return "\n".join(lines)
 
 
 def _line(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
-        return f"{row['contender']:26s} {row['status']}: {row['note']}"
-    cells = [f"{row['contender']:26s}"]
+        return f"{row['contender']:25s} {row['status']}: {row['note']}"
+    cells = [f"{row['contender']:25s}"]
     for stage in ("forward", BOTH):
+        if stage not in row["stages"]:
+            cells.append(33 * " ")
+            continue
         ms, found = row["milliseconds"][stage], row["stages"][stage]
-        cells += [f"{_ms(ms['median'])} ({_ms(ms['min'])})".rjust(17), f"{_rate(found)[1]:>6s}"]
+        cells += [f"{_ms(ms['median'])} ({_ms(ms['p20'])}-{_ms(ms['p80'])})".rjust(19), f"{_rate(found)[1]:>6s}"]
         cells += [f"{found['share_of_limit']:6.{0 if found['share_of_limit'] > 0.095 else 1}%}"]
     cells += [f"{row['memory'][key] / 2**20:7,.1f}" for key in ("kept", "peak")]
     error = row["error"]["largest"]

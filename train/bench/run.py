@@ -1,4 +1,4 @@
-"""One benchmark from its options to its files: a JSON with every number, and a PNG drawn from it.
+"""One benchmark, or all, from options to files: a JSON with every number, and a PNG drawn from it.
 
 They are named OP-DEVICE, or OP-SHAPES-DEVICE where shapes were asked for.
 """
@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,32 @@ import torch
 from .. import provenance
 from ..roofline import DTYPES, Peak, datasheet
 from . import OPS, measure, peers
-from .report import columns, table
+from .base import kernels_at
+from .checks import RedTests, check
+from .clocks import clocks
+from .report import against_base, columns, table
 from .task import Op, Setting
+
+REPEATS = {"cuda": 100, "cpu": 7}
+
+
+def run_all(*, device: str | None = None, out: Path | None = None, **options: Any) -> list[Path]:
+    """Every op at its own shapes, into one folder; `options` as for `run`. An op with red tests is left out.
+
+    Raises:
+        ValueError: an option names something that is not there, or at the end: tests of an op are red.
+    """
+    folder, paths, red = out or _folder("all"), [], []
+    for op in OPS:
+        print(f"\n=== {op}: {OPS[op]}\n", flush=True)
+        try:
+            paths.append(run(op, device=device, out=folder, **options))
+        except RedTests as error:
+            print(error, flush=True)
+            red.append(op)
+    if red:
+        raise RedTests(f"not timed, as their tests are red: {', '.join(red)}")
+    return paths
 
 
 def run(
@@ -32,46 +57,70 @@ def run(
     repeats: int | None = None,
     data: str | None = None,
     out: Path | None = None,
+    base: str | None = None,
+    tests: bool = True,
 ) -> Path:
     """Measures, prints tables as they come, writes the files; returns the JSON's path. None: the op's own choice.
 
+    `base` is a commit whose kernels run beside the present ones; with `tests` the op's own tests run first.
+
     Raises:
         ValueError: an option names something that is not there.
+        RedTests: a test of the op failed, and nothing was timed.
     """
     module, on = load(op), _device(device)
     kind = _choose("dtype", dtype or ("bfloat16" if on.type == "cuda" else "float32"), DTYPES)
     data = _choose("data", data or next(iter(module.data)), module.data)
     shapes = {name: _shape(module, name) for name in (shape or module.defaults[on.type]).split(",")}
     lengths = _lengths(tokens) if tokens else None
-    repeats = (30 if on.type == "cuda" else 7) if repeats is None else repeats
+    repeats = REPEATS[on.type] if repeats is None else repeats
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1")
-    result = describe(op, kind, on, data, repeats)
-    measured, told = Peak(**result["peaks"]["measured"]), result["peaks"]["datasheet"]
-    peak = Peak(**told) if told else measured
-    print(_heading(result), flush=True)
-    for name, sizes in shapes.items():
-        result["shapes"][name] = asdict(sizes)
-        for n in lengths or sizes.tokens:
-            setting = Setting(sizes, n, getattr(torch, kind), on, data)
-            for task in module.tasks(setting):
-                try:
-                    with _Progress(f"{name} {task.name} T={n:,}") as progress:
-                        rows = measure.measure(task, setting.dtype, repeats, progress.say)
-                except torch.OutOfMemoryError:
-                    note = {"status": "not run", "note": "the reference runs out of memory"}
-                    rows = [{"contender": c.name} | note for c in task.contenders]
-                at = {"shape": name, "task": task.name, "tokens": n}
-                rows = [at | row | columns(task, row, peak, measured) for row in rows]
-                result["rows"] += rows
-                print("\n" + table(rows), flush=True)
-    folder = out or Path("runs") / f"bench-{op}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with kernels_at(base) if base else nullcontext((None, None)) as (package, commit):
+        checked = check(module, op, on.type) if tests else "not run: --no-tests"
+        result = describe(op, kind, on, data, repeats) | {"tests": checked, "base": commit}
+        print(_heading(result), flush=True)
+        for name, sizes in shapes.items():
+            result["shapes"][name] = asdict(sizes)
+            for n in lengths or sizes.tokens:
+                setting = Setting(sizes, n, getattr(torch, kind), on, data, base=package)
+                result["rows"] += _rows(module, setting, name, result)
+    result["provenance"]["clocks"]["after"] = clocks(on)
+    folder = out or _folder(op)
     folder.mkdir(parents=True, exist_ok=True)
     where = result["provenance"]["machine"]["name"] if on.type == "cuda" else "cpu"
     path = folder / f"{_slug('-'.join([op, *(shapes if shape else ()), where]))}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nnumbers  {path}\npicture  {_try_draw(path)}")
     return path
+
+
+def _rows(module: Op, setting: Setting, name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of all tasks at one shape and length, printed as they come."""
+    measured, told = Peak(**result["peaks"]["measured"]), result["peaks"]["datasheet"]
+    peak, found = Peak(**told) if told else measured, []
+    try:
+        tasks = module.tasks(setting)
+    except torch.OutOfMemoryError:
+        print(f"\n{name} T={setting.tokens:,}: the inputs do not fit into the device's memory", flush=True)
+        return []
+    for task in tasks:
+        try:
+            with _Progress(f"{name} {task.name} T={setting.tokens:,}") as progress:
+                rows = measure.measure(task, setting.dtype, result["repeats"], progress.say)
+        except torch.OutOfMemoryError:
+            note = {"status": "not run", "note": "the reference runs out of memory"}
+            rows = [{"contender": c.name} | note for c in task.contenders]
+        at = {"shape": name, "task": task.name, "tokens": setting.tokens}
+        rows = [at | row | columns(task, row, peak, measured) for row in rows]
+        against_base(rows)
+        found += rows
+        print("\n" + table(rows), flush=True)
+    return found
+
+
+def _folder(op: str) -> Path:
+    return Path("runs") / f"bench-{op}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def load(op: str) -> Op:
@@ -93,6 +142,7 @@ def describe(op: str, dtype: str, device: torch.device, data: str, repeats: int)
             "source": provenance.source(),
             "versions": provenance.versions() | peers.versions(),
             "machine": machine,
+            "clocks": {"before": clocks(device)},
         },
         "peaks": {
             "datasheet": told and told._asdict(),
@@ -107,14 +157,19 @@ def _heading(result: dict[str, Any]) -> str:
     machine, versions = (result["provenance"][key] for key in ("machine", "versions"))
     source = result["provenance"]["source"]
     commit = (source["commit"] or "no commit")[:8] + (" with changes" if source["uncommitted_changes"] else "")
+    state = ", ".join(f"{name} {value}" for name, value in result["provenance"]["clocks"]["before"].items())
     lines = [
         f"{machine['name']}, {machine['threads']} threads, {result['dtype']}, data: {result['data']}",
+        f"clocks: {state or 'nothing tells'}",
+        f"tests: {result['tests']}",
         f"commit {commit}, " + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     for name, peak in result["peaks"].items():
         if peak:
             reached = f"{peak['flops'] / 1e12:.3g} TFLOP/s, {peak['bytes'] / 1e9:,.0f} GB/s"
-            lines.append(f"peak, {'measured' if name == 'measured' else name}: {reached}")
+            lines.append(f"peak, {name}: {reached}")
+    if result["base"]:
+        lines.append(f"base: commit {result['base'][:8]}")
     return "\n".join(lines)
 
 
@@ -125,11 +180,11 @@ def _choose(what: str, name: str, allowed: Any) -> str:
 
 
 def _shape(op: Op, name: str) -> Any:
-    shape = op.shapes.get(name) or (op.parse and op.parse(name))
-    if not shape:
-        allowed = ", ".join(op.shapes) + (f", or {op.format}" if op.format else "")
-        raise ValueError(f"shape {name!r}: allowed are {allowed}")
-    return shape
+    if name in op.shapes:
+        return op.shapes[name]
+    if not re.fullmatch(r"[1-9]\d*" + op.format.count("x") * r"x[1-9]\d*", name):
+        raise ValueError(f"shape {name!r}: allowed are {', '.join(op.shapes)}, or {op.format}")
+    return op.make(*map(int, name.split("x")))
 
 
 def _lengths(text: str) -> list[int]:

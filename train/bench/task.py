@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Task:
-    """Contenders for one result, the reference first, on the same inputs; gradients go to the inputs in `learned`."""
+    """Contenders for one result, the reference first, on the same inputs; gradients go to the inputs in `learned`.
+
+    Where nothing is learned there is no training step: the forward pass alone is measured.
+    """
 
     name: str
     inputs: dict[str, Tensor]
@@ -35,9 +39,14 @@ class Task:
     outputs: tuple[str, ...]
     contenders: list[Contender]
     forward: Work
-    training_forward: Work  # writes what the backward pass will read
-    backward: Work
-    kept: int  # bytes that have to live between forward and backward, above the inputs
+    training_forward: Work | None = None  # where it writes what the backward pass will read; None = as `forward`
+    backward: Work | None = None
+    kept: int = 0  # bytes that have to live between forward and backward, above the inputs
+    picks: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Outputs whose last axis lists distinct indices in any order, -1 = none, with the scores that were to be picked
+    by: of equal scores any index is right. What must not be picked has the score -inf."""
+    exact: tuple[str, ...] = ()  # outputs that have to be equal
+    tolerance: float = 1.0  # times the error that is allowed in the dtype
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,13 @@ class Setting:
     device: torch.device
     data: str  # one of the op's
     seed: int = 0
+    base: ModuleType | None = None  # the kernels of another commit
 
     def generator(self) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(self.seed)
+
+    def normal(self, g: torch.Generator, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=g, device=self.device, dtype=dtype or self.dtype)
 
 
 @dataclass(frozen=True)
@@ -63,5 +76,6 @@ class Op:
     defaults: Mapping[str, str]  # device type: names of shapes, with commas
     data: Mapping[str, str]  # name: meaning; the first is the default
     tasks: Callable[[Setting], list[Task]]
-    parse: Callable[[str], Any] | None = None  # a shape that has no name, or None if the text is none
-    format: str = field(default="")  # of such a text
+    tests: tuple[str, ...]  # below tests/kernels; those below triton/ need a GPU
+    format: str  # of a shape that has no name: its numbers' names with "x" between them
+    make: Callable[..., Any]  # such a shape, of those numbers

@@ -121,6 +121,10 @@ class Engram:
         """Hash and gather of `heads` rows of `dim` for each token: reads ids and rows, writes the rows."""
         return Work(0, 8 * self.tokens + 2 * self.itemsize * self.tokens * heads * dim)
 
+    def lookup_backward(self, heads: int, dim: int, rows: int) -> Work:
+        """Reads the gradient of what was looked up, writes that of the whole table of `rows`."""
+        return Work(0, self.itemsize * (self.tokens * heads + rows) * dim)
+
     def hash(self, heads: int) -> Work:
         """Reads a token's id, writes `heads` rows' ids, of 8 bytes each: rows of all tables may pass 2^31."""
         return Work(0, 8 * self.tokens * (1 + heads))
