@@ -16,7 +16,7 @@ from .reference import FLOOR, measured_queries
 
 SCRATCH = 1 << 28  # bytes of mass, scores and picked gradients at a time, but at least those of LEAST queries
 LEAST = 16
-ROW = 512  # slots of a row at a time
+ROW = 256  # slots of a row at a time
 PROGRAMS = 1024  # of the keys' gradient without picks, about
 QUERIES = 256  # looked at in one go for those that see a tile of entries
 
