@@ -169,12 +169,8 @@ def test_extreme_sinks(device, value):
 
 def test_large_logits(device):
     q, kv, compressed, sink = make(1, 9, 2, 16, p=4, device=device)
-    tensors = (q * 1e4, kv, compressed, sink)
-    options = {"window": 4, "scale": 1.0, "index": picks(1, 9, 3, 4, device)}
-    got = results(attention, tensors, gradient(tensors), **options)
-    exact = results(oracle, tensors, gradient(tensors).double(), dtype=torch.float64, **options)
-    for name, a, b in zip(NAMES, got, exact):
-        assert a.isfinite().all() and error(a, b) < 1e-2, name
+    got = check((q * 3e3, kv, compressed, sink), slack=10, window=4, scale=1.0, index=picks(1, 9, 3, 4, device))
+    assert got[1].abs().max() > 1e4 and all(x.isfinite().all() for x in got)
 
 
 @pytest.mark.parametrize("entries", ["range", "picks"])
@@ -230,7 +226,7 @@ def test_mixed_dtypes_meet_in_the_wider(device):
         for run in (attention, reference.attention)
     )
     for name, a, b in zip(NAMES, got, want):
-        assert a.dtype == b.dtype and error(a, b) < 4e-3, name  # the output is rounded where q is
+        assert a.dtype == b.dtype and error(a, b) < 1e-2, name  # the output is rounded where q is
 
 
 # order of sums, chunks, what is asked for ----------------------------------------------------------------------------
