@@ -195,7 +195,6 @@ def test_memory_of_scores_is_bounded():
         ({"kv": torch.zeros(1, 2, 8)}, "kv"),
         ({"window": 0}, "window=0"),
         ({"compressed": torch.zeros(1, 3, 8)}, "start and end"),
-        ({"backend": "triton"}, "triton"),
         ({"backend": "fast"}, "backend='fast'"),
     ],
 )
