@@ -156,7 +156,7 @@ def _replace(
             return function(*args, **options)
         if first:
             first(*args)
-        observer.enter(mechanism if type(mechanism) is str else mechanism())
+        observer.enter(mechanism if isinstance(mechanism, str) else mechanism())
         try:
             return function(*args, **options)
         finally:
