@@ -1,9 +1,10 @@
 """The tables of kernels/BENCHMARKS.md, written from kernels/benchmarks/*.json.
 
-python tests/benchmark_page.py              after `abyssal bench OP --out kernels/benchmarks`
-python tests/benchmark_page.py --compile    first compile every shipped Triton configuration: compiled.json
+python tests/benchmark_page.py              after `abyssal bench [OP] --out kernels/benchmarks`
+python tests/benchmark_page.py --compile [OP ...]   first compile the Triton configurations that ship: compiled.json
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,7 +17,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE, FOLDER = ROOT / "kernels/BENCHMARKS.md", ROOT / "kernels/benchmarks"
 TARGETS = ("sm_80", "sm_90", "sm_100")
-PRODUCTS = ("grouped_swiglu", "grouped", "grouped_swiglu_backward", "grouped_outer")
+SUPPORT = ROOT / "tests/support"
+OPS = [path.stem.removeprefix("compiled_") for path in sorted(SUPPORT.glob("compiled_*.py"))]
+SHOWN = "sm_90"  # the architecture whose products the page lists one by one
 BOTH = "forward + backward"
 Rows = list[dict[str, Any]]
 
@@ -32,31 +35,41 @@ def page(text: str) -> str:
 
 
 def compiled() -> Iterator[str]:
-    """A summary for each architecture, and the matrix products one by one."""
+    """A summary for each op and architecture, and the matrix products on one architecture one by one."""
     found = json.loads((FOLDER / "compiled.json").read_text())
-    rows = found["rows"]
-    yield f"{provenance(found)}."
-    yield ""
     yield from table(
-        "architecture", "kernels", "spilled bytes", "registers, at most", "shared KiB, at most", "float atomics"
+        "op", "architecture", "kernels", "spilled bytes", "registers, at most", "shared KiB, at most", "float atomics"
     )
-    for target in TARGETS:
-        mine = [row for row in rows if row["target"] == target]
-        sums, most = (
-            [f([row[key] for row in mine]) for key in keys]
-            for f, keys in ((sum, ("spilled", "float atomics")), (max, ("registers", "shared")))
-        )
-        yield line(target, len(mine), sums[0], most[0], kib(most[1]), sums[1])
+    for op in found:
+        for target in TARGETS:
+            mine = [row for row in found[op]["rows"] if row["target"] == target]
+            if mine:
+                sums, most = (
+                    [f([row[key] for row in mine]) for key in keys]
+                    for f, keys in ((sum, ("spilled", "float atomics")), (max, ("registers", "shared")))
+                )
+                yield line(op, target, len(mine), sums[0], most[0], kib(most[1]), sums[1])
     yield ""
-    yield from table(
-        "architecture", "case", "product", "warps", "registers", "spilled", "shared KiB", "HGMMA", "MMA", "TMA"
-    )
-    for row in rows:
-        if row["kernel"] in PRODUCTS:
-            resources = row["warps"], row["registers"], row["spilled"], kib(row["shared"])
-            counted = row.get("hgmma", "-"), row["mma"], row["tma"]
-            yield line(row["target"], row["case"].removeprefix("experts, "), row["kernel"], *resources, *counted)
+    for told, ops in grouped({op: provenance(found[op]) for op in found}).items():
+        yield f"{', '.join(ops)}: {told}."
     yield ""
+    yield f"The matrix products on {SHOWN}:"
+    yield ""
+    yield from table("op", "case", "product", "warps", "registers", "shared KiB", "HGMMA", "MMA", "TMA")
+    for op in found:
+        for row in found[op]["rows"]:
+            if row["product"] and row["target"] == SHOWN:
+                resources = row["warps"], row["registers"], kib(row["shared"])
+                yield line(op, row["case"], row["kernel"], *resources, row.get("hgmma", "-"), row["mma"], row["tma"])
+    yield ""
+
+
+def grouped(names: dict[str, str]) -> dict[str, list[str]]:
+    """Value to the keys that have it."""
+    found: dict[str, list[str]] = {}
+    for key, value in names.items():
+        found.setdefault(value, []).append(key)
+    return found
 
 
 def measured() -> Iterator[str]:
@@ -70,12 +83,13 @@ def measured() -> Iterator[str]:
         yield f"### {found['op']}: {', '.join(found['shapes'])} on {machine['name']}"
         yield ""
         yield f"{machine['threads']} threads, {found['dtype']}, {found['data']} data, {found['repeats']} turns."
+        yield from state(found)
         yield f"Peak: {reached}. {provenance(found['provenance'])}."
         yield ""
         yield f"![Rates and memory of the contenders](benchmarks/{path.stem}.png)"
         yield ""
         yield from table(
-            "shape, task", "T", "contender", "forward ms", "rate", "share", f"{BOTH} ms", "rate", "share",
+            "shape, task", "T", "contender", "forward, ms", "rate", "share", f"{BOTH}, ms", "rate", "share",
             "kept MiB", "peak MiB", "max rel. error",
         )  # fmt: skip
         yield from (measurement(row) for row in found["rows"] if row["status"] == "ok")
@@ -85,16 +99,23 @@ def measured() -> Iterator[str]:
         yield ""
 
 
+def state(found: dict[str, Any]) -> Iterator[str]:
+    """Tests and clocks, which the first files do not tell."""
+    if "tests" in found:
+        clocks = ", ".join(f"{name} {value}" for name, value in found["provenance"]["clocks"]["before"].items())
+        yield f"Tests: {found['tests']}. Clocks: {clocks or 'not told'}."
+
+
 def measurement(row: dict[str, Any]) -> str:
     cells = [f"{row['shape']} {row['task']}", f"{row['tokens']:,}", row["contender"]]
     for stage in ("forward", BOTH):
+        if stage not in row["stages"]:
+            cells += ["", "", ""]
+            continue
         ms, rates = row["milliseconds"][stage], row["stages"][stage]
         share = rates["share_of_limit"]
-        cells += [
-            f"{number(ms['median'])} ({number(ms['min'])})",
-            rate(rates),
-            f"{share:.{0 if share > 0.095 else 1}%}",
-        ]
+        spread = f"{number(ms['p20'])}-{number(ms['p80'])}" if "p20" in ms else f"fastest {number(ms['min'])}"
+        cells += [f"{number(ms['median'])} ({spread})", rate(rates), f"{share:.{0 if share > 0.095 else 1}%}"]
     memory = [f"{row['memory'][key] / 2**20:,.1f}" for key in ("kept", "peak")]
     return line(*cells, *memory, f"{row['error']['largest']:.0e}" if row["error"]["largest"] else "")
 
@@ -131,26 +152,36 @@ def kib(size: int) -> str:
     return f"{size / 1024:.1f}"
 
 
-def compile_all() -> None:
-    """Every shipped kernel for every architecture, in a process in which no kernel is interpreted."""
-    sys.path.insert(0, str(ROOT))
+def compile_ops(ops: list[str]) -> None:
+    """Every shipped kernel of these ops for every architecture, in processes in which no kernel is interpreted."""
+    sys.path[:0] = [str(ROOT), str(SUPPORT)]
     from abyssal.train import provenance
 
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "tests/support/aot.py", "--json", *TARGETS]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "source": provenance.source(),
-        "versions": provenance.versions(),
-        "rows": json.loads(done.stdout.splitlines()[-1]),
-    }
     FOLDER.mkdir(exist_ok=True)
-    text = json.dumps(found).replace('{"target"', '\n{"target"')
-    (FOLDER / "compiled.json").write_text(text + "\n")
+    path = FOLDER / "compiled.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for op in ops:
+        print(f"compiling {op}", flush=True)
+        found[op] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "source": provenance.source(),
+            "versions": provenance.versions(),
+            "rows": compile_op(op),
+        }
+        ordered = {name: found[name] for name in OPS if name in found}
+        path.write_text(json.dumps(ordered).replace('{"target"', '\n{"target"') + "\n")
+
+
+def compile_op(op: str) -> Rows:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, SUPPORT / "aot.py", "--json", "--only", op, *TARGETS]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    products = importlib.import_module(f"compiled_{op}").PRODUCTS
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return [row | {"product": row["kernel"] in products} for row in rows]
 
 
 if __name__ == "__main__":
     if "--compile" in sys.argv[1:]:
-        compile_all()
+        compile_ops(sys.argv[2:] or OPS)
     PAGE.write_text(page(PAGE.read_text()))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import interp_shim
 import pytest
 import torch
 
@@ -135,6 +136,15 @@ def test_picks_in_any_order_and_among_equals_are_right():
     last = Contender("last", lambda *inputs: (attention.picked_entries(90, 4, 8, "recency", GENERATOR).flip(-1),))
     task = replace(task, inputs={"q": q, "weights": weights, "keys": keys}, picks=judge)
     assert rows_of(replace(task, contenders=[task.contenders[0], last]))["last"]["status"] == "ok"
+
+
+def test_the_selection_that_triton_is_timed_at(monkeypatch):
+    pytest.importorskip("triton")
+    interp_shim.install()
+    task = tasks("indexer")[1]
+    assert task.name == "top-k alone" and task.contenders[1].name == "triton"
+    got, want = (contender.run(*task.inputs.values())[0] for contender in task.contenders[1::-1])
+    assert torch.equal(got, want)
 
 
 def test_codes_have_to_be_equal():

@@ -41,7 +41,8 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
             unit = _rates(axis, rows, stage, colour)
             axis.set_title(f"{title}: {stage}, {unit}")
         _memory(line[2], rows, colour)
-        line[2].set_title(f"{title}: peak of a training step, MiB (kept: dark)")
+        what = "a training step, MiB (kept: dark)" if BOTH in rows[0]["stages"] else "a forward pass, MiB"
+        line[2].set_title(f"{title}: peak of {what}")
         for axis in line:
             _tidy(axis)
     from matplotlib.patches import Patch

@@ -4,6 +4,7 @@ t tokens · i index heads · e index head dim · h attention heads · d head dim
 """
 
 import functools
+import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -151,24 +152,39 @@ def _selection(setting: Setting, work: roofline.Indexer, g: torch.Generator) -> 
     scores = setting.normal(g, rows, work.entries, dtype=torch.float32)
     scores.masked_fill_(torch.arange(work.entries, device=setting.device) >= seen, float("-inf"))
 
-    def stable(kernels: ModuleType, backend: str) -> Run:
-        return lambda values: (kernels.stable_topk(values, work.picks, ordered=False),)
-
     every = roofline.Work(0, 4 * rows * (work.entries + work.picks))
     return [
         Task(
-            name=f"top-k of {rows:,} rows",
+            name="top-k alone",
             inputs={"scores": scores},
             learned=(),
             outputs=("picks",),
             picks={"picks": lambda index: scores.gather(-1, index)},
             contenders=[
-                *(c for c in ours(setting, stable, "index_topk") if c.name.endswith("reference")),
+                *ours(setting, _select(work.picks, seen.mT.contiguous()), "index_topk"),
                 Contender("torch.topk", lambda values: (values.topk(work.picks, sorted=False).indices,)),
             ],
             forward=every,
         )
     ]
+
+
+def _select(k: int, seen: Tensor) -> Make:
+    """Triton's selection is no op of its own: the launch that `index_topk` makes after its scores. `seen` [1, rows]."""
+
+    def make(kernels: ModuleType, backend: str) -> Run:
+        def select(values: Tensor) -> tuple[Tensor, ...]:
+            launch = importlib.import_module(f"{kernels.__name__}.index_topk.triton_launch")
+            picks = values.new_empty(1, len(values), k, dtype=torch.int64)
+            tiles, left = divmod(len(values), launch.FEW)
+            launch.select(values, torch.zeros_like(seen), seen, picks, 0, tiles + bool(left), k, launch.FEW)
+            return (picks[0],)
+
+        if backend == "triton":
+            return select
+        return lambda values: (kernels.stable_topk(values, k, ordered=False),)
+
+    return make
 
 
 # loss ----------------------------------------------------------------------------------------------------------------
