@@ -1,4 +1,4 @@
-"""Lower bounds of the experts: by hand, against the counted FLOPs of the reference, and against published limits."""
+"""Lower bounds: by hand, against brute-force counts and counted FLOPs, and against published limits."""
 
 import pytest
 import torch
@@ -88,3 +88,115 @@ def test_known_devices_and_others():
     assert roofline.datasheet("NVIDIA A100-SXM4-80GB", "float32").flops == 19.5e12
     assert roofline.datasheet("x86_64", "float32") is None
     assert roofline.datasheet("NVIDIA H200", "float64") is None
+
+
+# attention, indexer, streams, head -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 16, 37])
+@pytest.mark.parametrize("window", [1, 8, 64])
+@pytest.mark.parametrize("ratio, picks", [(0, None), (1, 3), (4, 3), (4, 100), (5, None), (64, 2)])
+def test_pairs_are_those_that_are_seen(tokens, window, ratio, picks):
+    a = roofline.Attention(tokens, 2, 8, window, ratio, picks)
+    rows = sum(min(t + 1, window) for t in range(tokens))
+    entries = sum(min((t + 1) // ratio, picks or tokens) for t in range(tokens)) if ratio else 0
+    assert a.pairs == rows + entries
+    assert a.forward.flops == 4 * 2 * 8 * a.pairs and a.backward.flops == 10 * 2 * 8 * a.pairs
+
+
+def test_attention_bytes_by_hand():
+    a = roofline.Attention(tokens=10, heads=3, dim=8, window=4, ratio=4, picks=1)  # 2 entries
+    assert a.forward.bytes == 2 * (2 * 10 * 3 * 8) + 2 * 12 * 8 + 4 * 10 + 4 * 10 * 3  # q o; kv entries; picks; lse
+    assert a.backward.bytes == 4 * (2 * 10 * 3 * 8) + 6 * 12 * 8 + 4 * 10 + 8 * 10 * 3
+    assert a.kept == 4 * 10 * 3
+    assert roofline.Attention(10, 3, 8, 4).forward.bytes == 2 * (2 * 10 * 3 * 8) + 2 * 10 * 8 + 4 * 10 * 3
+
+
+def test_attention_flops_are_those_of_the_products():
+    """Per pair; the backward pass makes the scores again."""
+    q, k = torch.randn(6, 5, 8, requires_grad=True), torch.randn(6, 7, 8, requires_grad=True)
+    counter, scores = FlopCounterMode(display=False), 2 * 8
+    with counter:
+        out = torch.bmm(torch.bmm(q, k.mT).softmax(-1), k)
+    a = roofline.Attention(tokens=9, heads=1, dim=8, window=3)
+    assert counter.get_total_flops() / (6 * 5 * 7) == a.forward.flops / a.pairs
+    with counter:
+        out.sum().backward()
+    assert counter.get_total_flops() / (6 * 5 * 7) == a.backward.flops / a.pairs - scores
+
+
+def test_indexer_by_hand():
+    m = roofline.Indexer(tokens=10, heads=3, dim=8, ratio=4, picks=1)
+    seen = sum((t + 1) // 4 for t in range(10))
+    inputs = 2 * 10 * 3 * 8 + 2 * 2 * 8 + 4 * 10 * 3
+    assert m.topk == Work(2 * 3 * 8 * seen, inputs + 4 * 10)
+    assert m.selection == Work(0, 4 * seen + 4 * 10)
+    picked = sum(min(1, (t + 1) // 4) for t in range(10))
+    teacher = 2 * 10 * 2 * 16 + 2 * 2 * 16 + 4 * 10 * 2
+    assert m.loss(roofline.Attention(10, 2, 16, 4, 4, 1)) == Work(2 * (32 + 24) * picked, teacher + inputs + 4 * 10)
+    assert m.loss_backward == Work(4 * 24 * picked, 2 * inputs + 8 * 10)
+
+
+def test_streams_by_hand():
+    pool = roofline.Pool(tokens=10, dim=8, ratio=4, overlap=True, itemsize=4)
+    assert (pool.forward.bytes, pool.backward.bytes) == (4 * (2 * 10 * 16 + 2 * 8), 4 * (4 * 10 * 16 + 2 * 8))
+    assert roofline.Pool(10, 8, 4, False, 4).forward.bytes == 4 * (2 * 10 * 8 + 2 * 8)
+    site = roofline.Hyper(tokens=5, width=8, streams=3, itemsize=2)
+    row, numbers = 2 * 5 * 8, 4 * 5 * 15
+    assert site.pre == Work(2 * 5 * 24 * 15 + 2 * 5 * 24, 4 * row + numbers)
+    assert site.post == Work(2 * 5 * 24 * 4, 7 * row + 4 * 5 * 12)
+    assert (site.post_backward.bytes, site.pre_backward.bytes) == (11 * row, 10 * row)
+    assert site.kept == row + numbers
+    engram = roofline.Engram(tokens=5, width=8, streams=3, itemsize=2)
+    assert (engram.gate.bytes, engram.gate_backward.bytes) == (10 * row, 17 * row)
+    assert engram.lookup(heads=4, dim=6).bytes == 8 * 5 + 2 * (2 * 5 * 4 * 6)
+    assert engram.lookup_backward(heads=4, dim=6, rows=100).bytes == 2 * (5 * 4 + 100) * 6
+    assert engram.hash(4).bytes == 8 * 5 * 5 and engram.kept == 12 * 5 * 3
+    assert roofline.elementwise(7, 4, 2) == Work(0, 42)
+
+
+def test_head_flops_are_those_of_the_products():
+    head = roofline.Head(tokens=12, width=8, vocabulary=20, itemsize=4)
+    x, weight = torch.randn(12, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = F.cross_entropy(F.linear(x, weight), torch.zeros(12, dtype=torch.int64))
+    assert counter.get_total_flops() == head.forward.flops
+    with counter:
+        loss.backward()
+    assert counter.get_total_flops() == head.backward.flops
+    assert head.forward.bytes == x.nbytes + weight.nbytes + 8 * 12 and head.backward.bytes == 2 * head.kept
+
+
+@pytest.mark.parametrize("rows, columns", [(6, 10), (10, 6)])
+def test_newton_schulz_flops_are_those_of_the_products(rows, columns):
+    from abyssal.train.bench.newton_schulz import MUON, by_bmm
+
+    work = roofline.NewtonSchulz(count=3, rows=rows, columns=columns, steps=5).forward
+    counter = FlopCounterMode(display=False)
+    with counter:
+        by_bmm(torch.randn(3, rows, columns), MUON)
+    assert counter.get_total_flops() == work.flops
+    assert work.bytes == 3 * 5 * 2 * (3 * 60 + 3 * 36)
+
+
+@pytest.mark.parametrize(
+    "work, milliseconds",
+    [
+        (roofline.Indexer(8192, 64, 128, 4, 512).topk, 0.172),
+        (roofline.Indexer(65536, 64, 128, 4, 512).topk, 11.0),
+        (roofline.Attention(8192, 64, 512, 128, 128).forward, 0.363),
+        (roofline.Attention(8192, 64, 512, 128, 128).backward, 0.727),
+        (roofline.Hyper(8192, 4096).pre, 0.112),
+        (roofline.Hyper(8192, 4096).post, 0.202),
+        (roofline.Hyper(8192, 4096).post_backward, 0.313),
+        (roofline.Hyper(8192, 4096).pre_backward, 0.291),
+        (roofline.Engram(8192, 5120).gate, 0.364),
+        (roofline.Engram(8192, 5120).gate_backward, 0.615),
+        (roofline.Head(8192, 4096, 129280).forward + roofline.Head(8192, 4096, 129280).backward, 32.6),
+        (roofline.Pool(8192, 512, 4, True, 4).forward, 0.0238),
+        (roofline.NewtonSchulz(1, 2048, 4096, 5).forward, 0.538),
+    ],
+)
+def test_limits_of_other_ops_on_an_h100(work, milliseconds):
+    assert 1e3 * H100_ACHIEVED.seconds(work) == pytest.approx(milliseconds, rel=8e-3)
