@@ -41,5 +41,5 @@ HALF = {  # bf16 and fp16, chosen for d = 512
     "sm_100": Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Owned(64, 64, 256, 8, 2)),
     "hip": Tiles(Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
 }
-_SMALL = Blocks(16, 16, 8, 1)
-SINGLE = Tiles(_SMALL, _SMALL, _SMALL, Owned(32, 16, 64, 4, 1))  # float32, whose products take no tensor cores
+_SMALL = Blocks(16, 16, 4, 1)
+SINGLE = Tiles(Blocks(16, 16, 8, 1), _SMALL, _SMALL, Owned(32, 16, 64, 4, 1))  # float32 takes no tensor cores
