@@ -210,6 +210,12 @@ def test_reblocking_refuses_to_lose_a_value(device, exponent):
         e2m1_to_e4m3(codes, scales, group=4, block=(16, 12))
 
 
+def test_reblocking_refuses_a_block_of_nan(device):
+    codes, scales = (x.to(device) for x in expert(torch.full((5, 3), 128), 12))
+    with pytest.raises(ValueError, match=r"^scales: .*none NaN"):
+        e2m1_to_e4m3(codes, scales, group=4, block=(16, 12))
+
+
 # Hadamard ------------------------------------------------------------------------------------------------------------
 
 
