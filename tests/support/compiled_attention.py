@@ -40,10 +40,11 @@ def atomics(h: int, d: int, window: int, k: int) -> None:
         attention(h, d, window, k, bf16)
 
 
+# not gfx942: triton 3.6 fails there on a choice between two pointers (its pass for canonical pointers)
 MAIN = ["sm_80", "sm_90", "sm_100"]
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
-    "attention, bf16, h=64 d=512 k=512": ([*MAIN, "sm_86", "gfx942"], lambda: attention(64, 512, 128, 512, bf16)),
+    "attention, bf16, h=64 d=512 k=512": ([*MAIN, "sm_86"], lambda: attention(64, 512, 128, 512, bf16)),
     "attention, bf16, h=128 d=512 k=1024": (MAIN, lambda: attention(128, 512, 128, 1024, bf16)),
     "attention, bf16, documents, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, bf16, True)),
     "attention, fp16, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, fp16)),
