@@ -74,7 +74,10 @@ def _line(row: dict[str, Any]) -> str:
             cells.append(33 * " ")
             continue
         ms, found = row["milliseconds"][stage], row["stages"][stage]
-        cells += [f"{_ms(ms['median'])} ({_ms(ms['p20'])}-{_ms(ms['p80'])})".rjust(19), f"{_rate(found)[1]:>6s}"]
+        cells += [
+            "{} ({}-{})".format(*(_time(ms[key]) for key in ("median", "p20", "p80"))).rjust(19),
+            f"{_rate(found)[1]:>6s}",
+        ]
         cells += [f"{found['share_of_limit']:6.{0 if found['share_of_limit'] > 0.095 else 1}%}"]
     cells += [f"{row['memory'][key] / 2**20:7,.1f}" for key in ("kept", "peak")]
     error = row["error"]["largest"]
@@ -93,3 +96,8 @@ def _rate(found: dict[str, Any]) -> tuple[str, str]:
 
 def _ms(ms: float) -> str:
     return f"{ms:.3g}" if ms < 100 else f"{ms:,.0f}"
+
+
+def _time(ms: float) -> str:
+    """As `_ms`, in at most five characters below 10,000."""
+    return f"{ms:.3f}" if ms < 1 else _ms(ms)
