@@ -121,7 +121,7 @@ def _ours(shape: Shape, ratio: int) -> Make:
 
 def _others(setting: Setting, work: roofline.Attention) -> list[Contender]:
     pairs = work.tokens * (work.tokens + work.entries)
-    mask, scores = pairs * (1 + setting.dtype.itemsize), 3 * work.heads * pairs * setting.dtype.itemsize
+    mask, scores = pairs * (3 + 2 * setting.dtype.itemsize), 3 * work.heads * pairs * setting.dtype.itemsize
     on_gpu = setting.device.type == "cuda"
     flex_why_not = "" if on_gpu else "is compiled for CUDA; without that it is the dense product"
     return [
@@ -134,9 +134,9 @@ def _others(setting: Setting, work: roofline.Attention) -> list[Contender]:
 
 def visible(work: roofline.Attention, index: Tensor | None, device: torch.device) -> Tensor:
     """bool [t, l]: the window's rows, then the entries."""
-    row, key = (torch.arange(work.tokens, device=device) for _ in range(2))
-    back = row[:, None] - key
-    rows = (back >= 0) & (back < work.window)
+    key = torch.arange(work.tokens, device=device)
+    row = key[:, None]
+    rows = (key <= row).logical_and_(key > row - work.window)
     if not work.ratio:
         return rows
     entries = seen_entries(work.tokens, work.ratio, device).mT > torch.arange(work.entries, device=device)
