@@ -177,7 +177,7 @@ def account(config: ModelConfig, context: int = 0, bytes_per_value: int | None =
         activated=activated,
         mtp_activated=_activated(config, mtp),
         flops=_flops(config, activated, context),
-        cache=_cache(config, context, *_released_entry(config)),
+        cache=_cache(config, context, *released_entry(config)),
         plain_cache=_cache(config, context, values * config.head_dim, values * config.index_head_dim),
     )
 
@@ -213,7 +213,7 @@ def cache_bytes(
     check_storage(storage)
     entry, index_key = config.head_dim * bytes_per_value, config.index_head_dim * bytes_per_value
     if storage == "released":
-        entry, index_key = _released_entry(config)
+        entry, index_key = released_entry(config)
 
     depth = config.num_hidden_layers
     layers = range(depth, depth + config.num_nextn_predict_layers) if drafts else range(depth)
@@ -349,7 +349,7 @@ def _flops(c: ModelConfig, activated: int, context: int) -> Flops:
     return Flops(2 * activated, index, core, fp8=2 * activated + index / 2 + 2 * core)
 
 
-def _released_entry(c: ModelConfig) -> tuple[int, int]:
+def released_entry(c: ModelConfig) -> tuple[int, int]:
     """Bytes of a stored key-value and of an index key in the released layout (584 and 68 at the released sizes).
 
     c - d_r FP8 values with a scale byte per 64, padded to 8, and d_r BF16 values; index keys are FP4, a scale per 32.
