@@ -1,0 +1,61 @@
+"""The command line: `abyssal train | generate | eval | plot | info | ...`; also `python -m abyssal.train`.
+
+Each file beside this one is a family of commands with a table COMMANDS; a name may have two words. What a command needs
+is imported when it runs, so that help is instant and a missing optional library hinders nobody else.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import bench, evaluate, generate, inspect, profile, train
+from .options import Command
+
+FAMILIES = (train, generate, evaluate, inspect, profile, bench)
+COMMANDS: dict[str, Command] = {name: command for family in FAMILIES for name, command in family.COMMANDS.items()}
+
+# what a user can cause: bad names, values and files, a missing optional library, a diverging run
+EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; errors of the user's making end in one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if " ".join(words[:2]) in COMMANDS:
+        words[:2] = [" ".join(words[:2])]
+    options = build_parser().parse_args(words)
+    try:
+        options.run(options)
+    except EXPECTED as error:
+        if options.traceback:
+            raise
+        print(f"abyssal {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nabyssal {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="abyssal", description="Train, inspect and sample DeepSeek-V4 models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, entry in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=entry.help, description=f"{entry.help}.", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.set_defaults(run=entry.run)
+        entry.arguments(command)
+        command.add_argument("--traceback", action="store_true", help="show where an error comes from (default: off)")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends a command's help with what else there is to say, and an example."""
+
+    def format_help(self) -> str:
+        command = COMMANDS.get(self.prog.partition(" ")[2])
+        if command is not None:
+            details = f"{command.details()}\n\n" if command.details else ""
+            self.epilog = f"{details}example:\n  {command.example}"
+        return super().format_help()

@@ -1,0 +1,89 @@
+"""`abyssal eval ...`: what a trained model can do."""
+
+import argparse
+from pathlib import Path
+
+from .options import Command, checkpoint_argument, flag
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_argument(parser)
+    flag(parser, "--rows", int, None, "held-out rows to read; 0 = all", "as in the recipe")
+    flag(parser, "--source", str, None, "'stdlib', a folder or a text file", "as in the recipe")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    import torch
+
+    from .. import evaluate
+    from ..corpus import load_corpus
+    from ..data import held_out
+    from ..loop import load_trained
+
+    model, recipe = load_trained(options.checkpoint)
+    data = replace(recipe.data, source=options.source or recipe.data.source)
+    data = replace(data, held_out_rows=data.held_out_rows if options.rows is None else options.rows)
+    corpus = load_corpus(data.source, data.held_out_fraction)
+    rows = held_out(corpus, data.sequence_length, data.held_out_rows)
+    bits = evaluate.bits_per_byte(model, rows, data.batch_size, getattr(torch, recipe.train.dtype))
+    print(f"corpus {data.source}: {corpus}")
+    print(f"held-out bytes           {len(rows.target_positions()):,} in {len(rows.rows)} of {rows.stream.rows} rows")
+    print(f"held-out bits per byte   {bits:.4f}")
+    print(f"trigram, same bytes      {evaluate.trigram_bits_per_byte(corpus, rows):.4f}")
+
+
+def _needle_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_argument(parser)
+    flag(parser, "--lengths", str, "256,512,1024,2048,4096", "tokens of the prompts")
+    flag(parser, "--depths", str, "0,0.25,0.5,0.75,1", "where the facts stand: 0 = start, 1 = before the question")
+    flag(parser, "--trials", int, 8, "facts for each length and depth")
+    flag(parser, "--batch", int, 8, "facts asked for side by side")
+    flag(parser, "--seed", int, 0, "of the facts and the text around them")
+    flag(parser, "--out", Path, None, "folder for needle.json and needle.png", "that of the run")
+
+
+def _needle(options: argparse.Namespace) -> None:
+    from ..needle import run
+
+    chosen = {name: getattr(options, name) for name in ("lengths", "depths", "trials", "batch", "seed", "out")}
+    run(options.checkpoint, **chosen)
+
+
+def _speculative_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_argument(parser)
+    flag(parser, "--prompts", int, 16, "held-out documents to go on from")
+    flag(parser, "--tokens", int, 125, "tokens to write after each")
+    flag(parser, "--prompt-bytes", int, 200, "bytes of a document to read first")
+
+
+def _speculative(options: argparse.Namespace) -> None:
+    from ..speculation import run
+
+    compared = run(options.checkpoint, options.prompts, options.tokens, options.prompt_bytes)
+    print(compared)
+    if compared.differs is not None:
+        raise FloatingPointError("speculative decoding wrote other tokens than plain decoding")
+
+
+COMMANDS = {
+    "eval": Command(
+        _eval,
+        _eval_arguments,
+        "Held-out bits per byte of a trained model, beside a trigram model's",
+        "abyssal eval runs/toy-20260101-120000 --rows 0",
+    ),
+    "eval needle": Command(
+        _needle,
+        _needle_arguments,
+        "Facts hidden in long text: what a trained model finds, and how far back",
+        "abyssal eval needle runs/toy-20260101-120000 --lengths 256,1024,4096 --trials 16",
+    ),
+    "eval speculative": Command(
+        _speculative,
+        _speculative_arguments,
+        "Speculative against plain decoding: the same tokens, drafts accepted, speed",
+        "abyssal eval speculative runs/toy-20260101-120000 --prompts 16 --tokens 125",
+    ),
+}

@@ -1,0 +1,70 @@
+"""`abyssal generate`: text from a trained model."""
+
+import argparse
+import sys
+from typing import cast
+
+from .options import Command, checkpoint_argument, flag
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_argument(parser)
+    flag(parser, "--prompt", str, "", "text to continue", "'', the start of a document")
+    flag(parser, "--max-new-tokens", int, 256, "bytes to write")
+    flag(parser, "--temperature", float, 0.8, "divides the logits; 0 = always the likeliest")
+    flag(parser, "--top-p", float, 0.95, "keep the likeliest tokens up to this probability; 1 = all")
+    flag(parser, "--top-k", int, 0, "keep that many likeliest tokens; 0 = all")
+    flag(parser, "--min-p", float, 0.0, "drop tokens below this share of the likeliest one's probability; 0 = none")
+    flag(parser, "--seed", int, 0, "of the sampling")
+    text = "end once this text is written; repeatable (str; default: the end of the document)"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
+    text = "guess a token ahead with the MTP module: the same distribution (default: off)"
+    parser.add_argument("--speculative", action="store_true", help=text)
+    flag(parser, "--storage", str, "exact", "of the cache: exact, or released = FP8 entries and FP4 index keys")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from ...model import generate
+    from ...model.generate import Generation
+    from ..loop import load_trained
+    from ..tokens import decode_stream, encode
+
+    if "" in options.stop:
+        raise ValueError("stop='': at least one character is needed")
+    model, _ = load_trained(options.checkpoint)
+    end = [] if model.config.eos_token_id is None else [model.config.eos_token_id]
+    ids = torch.tensor([encode(options.prompt)], device=next(model.parameters()).device)
+    tokens = cast(
+        Generation,
+        generate(
+            model,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            seed=options.seed,
+            stop=[*end, *(list(text.encode()) for text in options.stop)],
+            speculative=options.speculative,
+            storage=options.storage,
+            stream=True,
+        ),
+    )
+    print(options.prompt, end="", flush=True)
+    for text in decode_stream(map(int, tokens)):
+        print(text, end="", flush=True)
+    print()
+    print(tokens.stats, file=sys.stderr)
+
+
+COMMANDS = {
+    "generate": Command(
+        _generate,
+        _generate_arguments,
+        "Write text with a trained model",
+        "abyssal generate runs/toy-20260101-120000 --prompt 'import ' --max-new-tokens 200",
+    )
+}

@@ -1,0 +1,94 @@
+"""`abyssal plot | info | convert`: runs, configurations and checkpoints, looked at and written anew."""
+
+import argparse
+from pathlib import Path
+
+from .options import Command, flag
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of a run, with its metrics.jsonl (path)")
+    flag(parser, "--out", Path, None, "picture to write", "DIR/curves.png")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from ..plot import plot
+
+    print(plot(options.run_folder, options.out))
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "shipped name (also v3, v3.2), .toml or .json file, or a folder with config.json (str)"
+    parser.add_argument("name", metavar="NAME", help=text)
+    flag(parser, "--context", str, "0", "tokens before the current one, for FLOPs and cache, such as 4096, 128K or 1M")
+    flag(parser, "--gpu", str, None, "estimate training and serving: a100, h800, h100, h200 or b200", "no estimate")
+    flag(parser, "--price", float, 2.0, "dollars of a GPU-hour")
+    flag(parser, "--mfu", float, 0.4, "share of the dense BF16 peak that is reached")
+    flag(parser, "--tokens", float, 15e12, "tokens of training")
+    flag(parser, "--length", str, "4K", "tokens of a training sequence")
+    flag(parser, "--plot", Path, None, "picture of cost over context to write", "none")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from .. import cost
+
+    context, length, folder = cost.count(options.context), cost.count(options.length), Path(options.name)
+    if folder.is_dir() and list(folder.glob("*.safetensors*")):
+        import torch
+
+        from ...model.interchange.describe import describe
+        from ..bench.measure import free_memory
+
+        print(describe(folder, free_memory(torch.device("cpu"))) + "\n")
+    print(cost.accounts(cost.load(options.name), context).table())
+    if context:
+        print("\n" + cost.comparison(options.name, context))
+    gpu = cost.Gpu(options.gpu or "h100", options.mfu, options.price)
+    if options.gpu:
+        print("\n" + cost.estimate(options.name, max(context, 1), gpu, options.tokens, length))
+    if options.gpu and options.name == "v3":
+        print("\n" + cost.v3_table())
+    if options.plot:
+        print(f"\n{cost.draw(options.plot, options.name, gpu)}")
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder with config.json and safetensors (path)")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write (path)")
+    flag(parser, "--layout", str, "huggingface", "tensor names: huggingface (transformers') or official (DeepSeek's)")
+    flag(parser, "--weights", str, "exact", "exact; or in the official layout fp8, or fp4 (experts FP4, others FP8)")
+    flag(parser, "--dtype", str, None, "bfloat16, float16 or float32 of what is not quantised", "as stored")
+    flag(parser, "--max-shard-size", float, 5e9, "bytes of a file")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from ...model import convert_pretrained
+    from ...model.interchange.describe import describe
+
+    if options.dtype not in (None, "bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype={options.dtype!r}: allowed are bfloat16, float16, float32")
+    dtype = options.dtype and getattr(torch, options.dtype)
+    limit = int(options.max_shard_size)
+    convert_pretrained(options.source, options.target, options.layout, dtype, limit, weights=options.weights)
+    print(describe(options.target))
+
+
+COMMANDS = {
+    "plot": Command(
+        _plot, _plot_arguments, "Draw a run's curves from its metrics.jsonl", "abyssal plot runs/toy-20260101-120000"
+    ),
+    "info": Command(
+        _info,
+        _info_arguments,
+        "Parameters, FLOPs, cache and cost of a configuration, or what a checkpoint holds",
+        "abyssal info v4-pro --context 1M --gpu h100 --price 2.35 --mfu 0.4",
+    ),
+    "convert": Command(
+        _convert,
+        _convert_arguments,
+        "Write a checkpoint anew in another layout or number format",
+        "abyssal convert checkpoint converted --layout official --weights fp4",
+    ),
+}

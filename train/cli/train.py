@@ -1,0 +1,105 @@
+"""`abyssal train`: a recipe, a folder, and what came of it."""
+
+import argparse
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .options import Command, flag
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="shipped name or .toml file (str; optional with --resume)"
+    )
+    flag(parser, "--out", Path, None, "folder of the run", "runs/NAME-DATE-TIME, or the resumed run's")
+    flag(parser, "--resume", Path, None, "run or checkpoint to go on with", "start anew")
+    text = "a recipe key as TABLE.KEY=VALUE, TOML value; repeatable (str; default: as in the recipe)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .. import checkpoint
+    from ..loop import train
+
+    recipe, out = _recipe_and_folder(options)
+    try:
+        summary = train(recipe, out, options.resume)
+    except KeyboardInterrupt:
+        if checkpoint.checkpoints(out):
+            print(f"\ngo on later with: abyssal train --resume {out}", file=sys.stderr)
+        raise
+    curves = _try_plot(out)
+    print(_describe(summary, curves))
+
+
+def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
+    """The recipe asked for (a resumed run's own unless one is named), and where the run goes."""
+    from .. import checkpoint
+    from ..recipe import Recipe, apply, load_recipe
+
+    if options.resume is None:
+        if options.recipe is None:
+            raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")
+        recipe = load_recipe(options.recipe, options.set)
+        return recipe, options.out or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = checkpoint.find(options.resume)
+    out = options.out or folder.parents[1]
+    if options.recipe:
+        return load_recipe(options.recipe, options.set), out
+    stored = checkpoint.read_state(folder)[0]
+    return Recipe.from_dict(apply(stored.to_dict(), options.set)), out
+
+
+def _try_plot(out: Path) -> str:
+    from ..plot import plot
+
+    try:
+        return str(plot(out))
+    except ModuleNotFoundError as error:
+        return f"not drawn: {error.name} is not installed (pip install matplotlib, then: abyssal plot {out})"
+
+
+def _describe(summary: Any, curves: str) -> str:
+    steps, tokens, seconds = summary.progress.step, summary.progress.tokens, summary.progress.seconds
+    gap = summary.trigram - summary.held_out
+    compared = f"the model is {abs(gap):.4f} {'better' if gap > 0 else 'worse'}"
+    speed = f"{tokens / seconds:,.0f} tokens/s"
+    lines = [
+        "",
+        f"held-out bits per byte   {summary.held_out:.4f}",
+        f"trigram, same bytes      {summary.trigram:.4f}   ({compared})",
+        f"trained                  {steps} steps, {tokens:,} bytes in {seconds:.0f} s, {speed}",
+        f"curves                   {curves}",
+        f"checkpoint               {summary.checkpoint}",
+        f"all files                {summary.out}",
+    ]
+    if summary.sample:
+        lines += ["", "sample:", summary.sample]
+    return "\n".join(lines)
+
+
+def _recipe_keys() -> str:
+    """Every recipe key that --set takes, with its type, default and meaning."""
+    from ..recipe import TABLES
+
+    lines = ["recipe keys (model.* are those of the released config.json, see abyssal info):"]
+    for table, kind in TABLES.items():
+        for f in fields(kind):
+            default = list(f.default) if isinstance(f.default, tuple) else f.default
+            kind_name = getattr(f.type, "__name__", str(f.type)).replace("tuple", "list")
+            lines.append(f"  {f'{table}.{f.name}':<26} {kind_name:<6} {f.metadata['meaning']} (default: {default!r})")
+    return "\n".join(lines)
+
+
+COMMANDS = {
+    "train": Command(
+        _train,
+        _train_arguments,
+        "Train a recipe on text, with checkpoints, metrics, curves and a sample",
+        "abyssal train toy --set optim.lr=1e-3 --set train.steps=200",
+        _recipe_keys,
+    )
+}
