@@ -26,6 +26,8 @@ from .rotary import token_rotation
 from .rounding import linear, rounded_input, rounded_weight, rounding
 from .storage import picked, values
 
+STAGES = ("dense", "warmup", "sparse")
+
 
 class IndexSignal(NamedTuple):
     """What a CSA layer tells about its indexer."""
@@ -43,6 +45,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.kind, self.ratio = config.layer_kind(layer), config.compress_ratio(layer)
+        self.stage = "sparse"  # one of STAGES, see `Transformer.attention_stage`
         d, h, c = config.hidden_size, config.num_attention_heads, config.head_dim
         g, r = config.o_groups, config.o_lora_rank
         self.wq_a = linear(config, d, config.q_lora_rank)
@@ -88,13 +91,25 @@ class Attention(nn.Module):
         seen = {"start": entries.start, "end": entries.end}
         if self.kind == "heavily_compressed_attention":
             return attention(q, kv, values(compressed), self.attn_sink, **reach, **seen)[0], None
+        if self.stage == "dense" and cache is None:
+            return attention(q, kv, compressed, self.attn_sink, **reach, **seen)[0], None
         inputs = self.indexer(x, q_latent, turn, layout, cache and cache.indexer)
+        if self.stage != "sparse":
+            return self._attend_densely(inputs, q, kv, values(compressed), reach, seen, learn)
         picks = index_topk(*inputs, k=self.config.index_topk, **seen)
         compressed, picks = picked(compressed, picks)
         out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **reach)
         if not learn:
             return out, None
         learned = index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **seen)  # type: ignore[call-arg, misc]
+        return out, IndexSignal(*learned)
+
+    def _attend_densely(self, inputs, q, kv, compressed, reach, seen, learn) -> tuple[Tensor, IndexSignal | None]:
+        """CSA before it is sparse: all visible entries are read, and the indexer learns from all of them (V3.2 2.1)."""
+        out, lse = attention(q, kv, compressed, self.attn_sink, **reach, **seen)
+        if not learn or self.stage == "dense":
+            return out, None
+        learned = index_loss(*inputs, q, compressed, lse, scale=reach["scale"], **seen)
         return out, IndexSignal(*learned)
 
     def _project(self, out: Tensor) -> Tensor:

@@ -223,13 +223,18 @@ class Made:
         return all(now == then for now, then in self.parts) and self._memory() == self.memory
 
     def is_plain(self) -> bool:
-        """Whether every module computes what its class here says: no subclass, nothing patched, no hook."""
+        """Whether every module computes what its class here says: no subclass, nothing patched, no hook, the
+        sparse stage of attention, experts that the gates choose."""
         return (
             self.suits
             and not nn.modules.module._has_any_global_hook()
             and {type(m) for m in self.modules} <= FORWARD.keys()
             and all(kind.forward is forward for kind, forward in FORWARD.items())
             and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules)
+            and all(
+                m.__dict__.get("replayed") is None and m.__dict__.get("stage", "sparse") == "sparse"
+                for m in self.modules
+            )
         )
 
     def _memory(self) -> list[int]:

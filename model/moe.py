@@ -45,6 +45,7 @@ class Gate(nn.Module):
         else:
             self.register_buffer("bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
         self.counts: Tensor | None = None  # [E] assignments since the last update of the bias
+        self.replayed: Tensor | None = None  # [n, k] experts to take instead of choosing (`routing.py`)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -60,7 +61,8 @@ class Gate(nn.Module):
         """Routing of x [n, d], the tokens ids [n]."""
         logits = exact_linear(x, self.weight)
         c = self.config
-        choice = {"experts": self.tid2eid[ids]} if self.is_hash else {"bias": self.bias}
+        given = self.tid2eid[ids] if self.is_hash and self.replayed is None else self.replayed
+        choice = {"bias": self.bias} if given is None else {"experts": given}
         return moe_route(logits, top_k=c.num_experts_per_tok, scale=c.routed_scaling_factor, **choice)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy
+from .attention import STAGES
 from .block import Block, Signals
 from .cache import Cache, continue_layout
 from .config import ModelConfig
@@ -53,6 +54,8 @@ class Transformer(nn.Module):
     """DeepSeek-V4 with optional Engram layers; builds under `torch.device("meta")` for the full-size configurations.
 
     `recompute` layers at a time are worked out again in the backward pass, to save memory (`recompute.py`); 0 = none.
+    `attention_stage` says what CSA layers read (V4 4.2.2, V3.2 2.1): "sparse", the default, the indexer's picks;
+    "dense", all visible entries, without the indexer; "warmup", all visible entries, from which the indexer learns.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -116,6 +119,17 @@ class Transformer(nn.Module):
             self._learn(out, hidden, streams, ids, targets, layout, signals)
             out.metrics["spread"] = torch.stack(spreads)
         return out
+
+    @property
+    def attention_stage(self) -> str:
+        return self.layers[0].attn.stage
+
+    @attention_stage.setter
+    def attention_stage(self, stage: str) -> None:
+        if stage not in STAGES:
+            raise ValueError(f"attention_stage={stage!r}: allowed are {', '.join(STAGES)}")
+        for block in (*self.layers, *self.mtp):
+            block.attn.stage = stage
 
     def _groups(self) -> list[Sequence[Block]]:
         """The layers in groups of `recompute`, or all in one."""
