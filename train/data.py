@@ -66,20 +66,25 @@ class Stream:
         return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
-def train_batch(corpus: Corpus, length: int, batch_size: int, seed: int, step: int) -> Batch:
-    """The batch of step `step` (from 0): rows step·b ... step·b + b - 1 of the shuffled epochs laid end to end."""
-    rows, parts = np.arange(step * batch_size, (step + 1) * batch_size), []
-    per_epoch = _epoch(corpus, length, seed, 0)[0].rows
-    for epoch in np.unique(rows // per_epoch):
-        stream, order = _epoch(corpus, length, seed, int(epoch))
-        parts.append(stream.batch(order[rows[rows // per_epoch == epoch] % per_epoch]))
+def train_rows(corpus: Corpus, length: int, seed: int, rows: range, stage: int = 0) -> Batch:
+    """Rows of `length` tokens, by number, of the shuffled epochs laid end to end; a stage shuffles in its own way."""
+    numbers, parts = np.arange(rows.start, rows.stop), []
+    per_epoch = _epoch(corpus, length, seed, stage, 0)[0].rows
+    for epoch in np.unique(numbers // per_epoch):
+        stream, order = _epoch(corpus, length, seed, stage, int(epoch))
+        parts.append(stream.batch(order[numbers[numbers // per_epoch == epoch] % per_epoch]))
     return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "targets", "documents")))
 
 
+def train_batch(corpus: Corpus, length: int, batch_size: int, seed: int, step: int) -> Batch:
+    """The batch of step `step` (from 0) of a run of one stage: rows step·b ... step·b + b - 1."""
+    return train_rows(corpus, length, seed, range(step * batch_size, (step + 1) * batch_size))
+
+
 @lru_cache(maxsize=2)
-def _epoch(corpus: Corpus, length: int, seed: int, epoch: int) -> tuple[Stream, np.ndarray]:
+def _epoch(corpus: Corpus, length: int, seed: int, stage: int, epoch: int) -> tuple[Stream, np.ndarray]:
     """The training documents in a new order, and an order of the rows that this cuts."""
-    random = np.random.default_rng([seed, epoch])
+    random = np.random.default_rng([seed, epoch, stage] if stage else [seed, epoch])
     stream = Stream([corpus.train[i] for i in random.permutation(len(corpus.train))], length)
     return stream, random.permutation(stream.rows)
 

@@ -19,12 +19,11 @@ from torch.nn.utils import clip_grad_norm_
 from ..model import Transformer, generate
 from . import checkpoint, metrics, provenance
 from .checkpoint import Progress
-from .corpus import load_corpus
-from .data import IGNORED, Batch, held_out, train_batch
-from .evaluate import bits_per_byte, trigram_bits_per_byte
+from .data import IGNORED, Batch
 from .optim import build_optimizer, learning_rate, set_learning_rate
 from .progress import ProgressLine
 from .recipe import Recipe, differences
+from .source import open_source
 from .tables import Tables, places
 from .tokens import decode, encode
 
@@ -37,15 +36,15 @@ class TrainingDiverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run reached. `held_out` and `trigram` are bits per byte on the same bytes; `cut`: by the clock."""
+    """What a run reached: the source's scores, and those as lines for people; `cut`: by the clock."""
 
     out: Path
     checkpoint: Path
     progress: Progress
     steps: int
     cut: bool
-    held_out: float
-    trigram: float
+    scores: dict[str, Any]
+    report: dict[str, str]
     sample: str
 
 
@@ -79,9 +78,7 @@ class Run:
             _check_same_model(recipe, resumed)
         self.device = choose_device(recipe.train.device)
         self.dtype = getattr(torch, recipe.train.dtype)
-        self.corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction)
-        self.held_out = held_out(self.corpus, recipe.data.sequence_length, recipe.data.held_out_rows)
-        self.trigram = trigram_bits_per_byte(self.corpus, self.held_out)
+        self.source = open_source(recipe)
         torch.manual_seed(recipe.train.seed)
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)
@@ -98,14 +95,14 @@ class Run:
         step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
         self.out.mkdir(parents=True, exist_ok=True)
         self.metrics = metrics.MetricsFile(self.out, step, resumed.parents[1] if resumed else None)
-        provenance.write(self.out, self.recipe, self.corpus, self.device, parameters, step)
+        provenance.write(self.out, self.recipe, self.source, self.device, parameters, step)
         self.line = ProgressLine(step, self.recipe.train.steps, self.recipe.train.log_every, shown)
         if shown:
             start = f"step {step} of {resumed}" if resumed else "new weights"
             self.line.say(f"{self.recipe.name}: {parameters:,} parameters on {self.device}, from {start}")
-            self.line.say(f"corpus {self.recipe.data.source}: {self.corpus}")
+            self.line.say(self.source.describe())
         self.began = time.perf_counter() - self.progress.seconds
-        self.held_out_bits = math.nan
+        self.scores: dict[str, Any] = {}
         self.cut = False
 
     def loop(self, stop: int) -> None:
@@ -118,6 +115,7 @@ class Run:
             last = self.cut or step == stop
             if step == steps or self.cut or _due(step, self.recipe.train.eval_every):
                 record |= self.evaluate()
+                self.line.report(step, self.source.report(self.scores))
             self.metrics.write(record)
             self.line.step(record)
             if last or _due(step, self.recipe.train.checkpoint_every):
@@ -153,8 +151,8 @@ class Run:
 
     def batch(self, number: int) -> Batch:
         """The batch of step `number` (from 0), on the host."""
-        data, seed = self.recipe.data, self.recipe.train.seed
-        return train_batch(self.corpus, data.sequence_length, data.batch_size, seed, number)
+        rows = self.recipe.data.batch_size
+        return self.source.batch(range(number * rows, (number + 1) * rows), self.recipe.data.sequence_length)
 
     def _record(
         self, losses: dict[str, float], norm: float, lr: float, speed: float, measured: dict[str, Tensor]
@@ -170,12 +168,12 @@ class Run:
         }
         return {**so_far, **losses, "lr": lr, "grad_norm": norm, **metrics.model_record(measured), **speeds}
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out bits per byte of the model as it is now, beside the trigram's."""
-        bits = bits_per_byte(self.model, self.held_out, self.recipe.data.batch_size, self.dtype)
-        self._check_finite(self.progress.step, {"held_out": bits})
-        self.held_out_bits = bits
-        return {"held_out": bits, "trigram": self.trigram}
+    def evaluate(self) -> dict[str, Any]:
+        """The source's scores of the model as it is now."""
+        scores = self.source.evaluate(self.model, self.dtype)
+        self._check_finite(self.progress.step, {k: v for k, v in scores.items() if isinstance(v, float)})
+        self.scores = scores
+        return scores
 
     def save(self) -> Path:
         self.metrics.sync()
@@ -186,14 +184,14 @@ class Run:
 
     def finish(self) -> Summary:
         """The summary, with a sample; evaluates and saves if the loop had nothing left to do."""
-        if math.isnan(self.held_out_bits):
+        if not self.scores:
             self.evaluate()
         saved = self.saved or self.save()
         sample = self.sample()
         if sample:
             (self.out / SAMPLE).write_text(sample)
-        steps = self.recipe.train.steps
-        return Summary(self.out, saved, self.progress, steps, self.cut, self.held_out_bits, self.trigram, sample)
+        steps, report = self.recipe.train.steps, self.source.report(self.scores)
+        return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample)
 
     def sample(self) -> str:
         """Text that the model writes on from the recipe's prompt (temperature 0.8, top-p 0.95)."""

@@ -24,9 +24,11 @@ class ProgressLine:
             self.bar.set_postfix_str(text, refresh=False)
         elif self.shown and (record["step"] % self.every == 0 or record["step"] in (1, self.steps)):
             print(f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
-        if self.shown and "held_out" in record:
-            reached = f"{record['held_out']:.4f} bits per byte (trigram {record['trigram']:.4f})"
-            self.say(f"step {record['step']}: held out {reached}")
+
+    def report(self, step: int, lines: dict[str, str]) -> None:
+        """What an evaluation found."""
+        if self.shown:
+            self.say(f"step {step}: " + "; ".join(f"{label} {text}" for label, text in lines.items()))
 
     def say(self, text: str) -> None:
         if self.bar is not None:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from .corpus import Corpus
 from .recipe import Recipe
+from .source import Source
 
 FILE = "run.json"
 PACKAGES = ("torch", "numpy", "safetensors", "einops", "triton")
 
 
-def write(folder: Path, recipe: Recipe, corpus: Corpus, device: torch.device, parameters: int, step: int) -> None:
+def write(folder: Path, recipe: Recipe, data: Source, device: torch.device, parameters: int, step: int) -> None:
     """Writes run.json, or adds this start to the `starts` of the one that is there (a resumed run)."""
     path = folder / FILE
     earlier = json.loads(path.read_text())["starts"] if path.is_file() else []
@@ -31,7 +31,7 @@ def write(folder: Path, recipe: Recipe, corpus: Corpus, device: torch.device, pa
         "command": sys.argv,
         "recipe": recipe.to_dict(),
         "parameters": parameters,
-        "corpus": {"digest": corpus.digest, "contents": str(corpus)},
+        "data": {"digest": data.digest, "contents": data.describe()},
         "source": source(),
         "versions": versions(),
         "machine": machine(device),

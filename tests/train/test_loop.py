@@ -61,7 +61,7 @@ def test_three_steps_and_three_resumed_equal_six(whole, tiny, tmp_path):
     resumed = train(tiny(), out, resume=out, shown=False)
     assert without_clock(out) == without_clock(whole.out)
     assert_same_bits(whole.checkpoint, resumed.checkpoint)
-    assert resumed.held_out == whole.held_out
+    assert resumed.scores["held_out"] == whole.scores["held_out"]
     starts = json.loads((out / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 3]
 
@@ -120,7 +120,7 @@ def test_one_complete_line_per_step(whole, tiny):
         assert ("held_out" in record) == (record["step"] % 2 == 0) == ("trigram" in record)
     assert [r["tokens"] for r in records] == sorted({r["tokens"] for r in records})
     assert abs(records[0]["lm"] - math.log(config.vocab_size)) < 0.5
-    assert records[-1]["held_out"] == whole.held_out
+    assert records[-1]["held_out"] == whole.scores["held_out"]
 
 
 def test_learns(tiny, tmp_path):
@@ -128,7 +128,7 @@ def test_learns(tiny, tmp_path):
     summary = train(recipe, tmp_path / "run", shown=False)
     records = metrics.read(summary.out)
     assert records[-1]["lm"] < records[0]["lm"] - 1
-    assert summary.held_out < 6
+    assert summary.scores["held_out"] < 6
 
 
 def test_held_out_bits_are_the_mean_over_bytes(whole, tiny):
@@ -142,9 +142,9 @@ def test_held_out_bits_are_the_mean_over_bytes(whole, tiny):
             if target >= 0:
                 nats -= F.log_softmax(logits[0, t], -1)[target].item()
                 count += 1
-    assert whole.held_out == pytest.approx(nats / math.log(2) / count, rel=1e-5)
+    assert whole.scores["held_out"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
     model.train()
-    assert bits_per_byte(model, rows, 2) == pytest.approx(whole.held_out, rel=1e-5)
+    assert bits_per_byte(model, rows, 2) == pytest.approx(whole.scores["held_out"], rel=1e-5)
     assert model.training
 
 
@@ -190,7 +190,7 @@ def test_the_clock_cuts_aloud_and_a_longer_clock_goes_on(whole, tiny, tmp_path, 
     cut = train(tiny("train.minutes=1e-6"), out, shown=False)
     assert cut.cut and cut.progress.step == 1
     assert "stopped by train.minutes=1e-06 after step 1 of 6" in capsys.readouterr().out
-    assert metrics.read(out)[-1]["held_out"] == cut.held_out
+    assert metrics.read(out)[-1]["held_out"] == cut.scores["held_out"]
     rest = train(tiny(), out, resume=out, shown=False)
     assert not rest.cut
     assert_same_bits(whole.checkpoint, rest.checkpoint)
@@ -229,7 +229,7 @@ def test_a_device_that_is_not_here_is_named(device):
 def test_run_json_says_what_made_the_run(whole, tiny):
     start = json.loads((whole.out / "run.json").read_text())["starts"][0]
     assert start["recipe"] == tiny().to_dict()
-    assert len(start["source"]["digest"]) == len(start["corpus"]["digest"]) == 64
+    assert len(start["source"]["digest"]) == len(start["data"]["digest"]) == 64
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in start["versions"]["torch"]
     assert start["machine"]["threads"] >= 1
     assert start["parameters"] == sum(p.numel() for p in loop.Transformer(tiny().model).parameters())

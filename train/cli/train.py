@@ -64,14 +64,11 @@ def _try_plot(out: Path) -> str:
 
 def _describe(summary: Any, curves: str) -> str:
     steps, tokens, seconds = summary.progress.step, summary.progress.tokens, summary.progress.seconds
-    gap = summary.trigram - summary.held_out
-    compared = f"the model is {abs(gap):.4f} {'better' if gap > 0 else 'worse'}"
     speed = f"{tokens / seconds:,.0f} tokens/s"
     lines = [
         "",
-        f"held-out bits per byte   {summary.held_out:.4f}",
-        f"trigram, same bytes      {summary.trigram:.4f}   ({compared})",
-        f"trained                  {steps} steps, {tokens:,} bytes in {seconds:.0f} s, {speed}",
+        *(f"{label:<24} {text}" for label, text in summary.report.items()),
+        f"trained                  {steps} steps, {tokens:,} tokens in {seconds:.0f} s, {speed}",
         f"curves                   {curves}",
         f"checkpoint               {summary.checkpoint}",
         f"all files                {summary.out}",
