@@ -1,8 +1,11 @@
 """Checkpoints: safetensors and JSON, no pickle; complete or not there at all.
 
     DIR/checkpoints/step-000200/model.safetensors       the model's state_dict
-                                optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq, NAME.step of every parameter;
-                                                        NAME.updates for step where rows have their own (`RowAdam`)
+                                optimizer.safetensors   of every parameter what its rule keeps (`train.optim`)
+                                                        adam      NAME.exp_avg, NAME.exp_avg_sq, NAME.step; in tables
+                                                                  whose rows count for themselves NAME.updates for it
+                                                        muon      NAME.momentum
+                                                        balanced  NAME.exp_avg
                                 random.safetensors      states of the random generators
                                 checkpoint.json         step, recipe, tokens and seconds so far
 
@@ -45,7 +48,7 @@ class Progress:
 def save(
     run: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | Optimizers,
+    optimizer: Optimizers,
     recipe: Recipe,
     progress: Progress,
     keep: int,
@@ -101,37 +104,36 @@ def load_model(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(load_file(folder / "model.safetensors"))
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> None:
+def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
     """Puts model, optimizer and random generators back to where they were.
 
     Raises:
         RuntimeError: they do not fit.
-        ValueError: the Engram tables were updated by another `optim.engram_rows`.
+        ValueError: a parameter was updated by another rule than the one it has now.
     """
-    load_model(folder, model)
     tensors = load_file(folder / "optimizer.safetensors")
-    parameters, tables = dict(model.named_parameters()), named_tables(model)
+    parameters, tables, state = dict(model.named_parameters()), named_tables(model), optimizer.state
+    _check_rules(folder, tensors, parameters, tables, optimizer)
+    load_model(folder, model)
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")
-        if name in tables or moment == "updates":
-            _restore_column(folder, name, moment, tensor, tables)
-            continue
-        if name not in parameters:
-            raise RuntimeError(f"{folder / 'optimizer.safetensors'}: {key!r} belongs to no parameter of the model")
-        parameter = parameters[name]
-        # AdamW counts its steps in float32 on the parameter's device; moments have the parameter's dtype
-        optimizer.state[parameter][moment] = tensor.to(parameter.device)
+        if name in tables:
+            tables[name].store[moment].copy_(tensor)
+        else:
+            # AdamW counts its steps in float32 on the parameter's device; moments have the parameter's dtype
+            state[parameters[name]][moment] = tensor.to(parameters[name].device)
     states = load_file(folder / "random.safetensors")
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
+    state = optimizer.state
     tensors = {
         f"{name}.{moment}": tensor.contiguous()
         for name, parameter in model.named_parameters()
-        for moment, tensor in optimizer.state.get(parameter, {}).items()
+        for moment, tensor in state.get(parameter, {}).items()
     }
     for name, table in named_tables(model).items():
         table.wait()
@@ -139,11 +141,39 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | Opti
     return tensors
 
 
-def _restore_column(folder: Path, name: str, column: str, tensor: Tensor, tables: Mapping[str, RowTable]) -> None:
-    if name not in tables or column not in tables[name].store:
-        rule = "touched" if column == "updates" else "all"
-        raise ValueError(f"{str(folder)!r}: {name} was trained with optim.engram_rows={rule!r}: go on with that")
-    tables[name].store[column].copy_(tensor)
+def _check_rules(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    tables: Mapping[str, RowTable],
+    optimizer: Optimizers,
+) -> None:
+    """What a parameter's rule keeps is in the file whole, or (it never had a gradient) not at all."""
+    saved: dict[str, set[str]] = {}
+    for key in tensors:
+        name, _, moment = key.rpartition(".")
+        saved.setdefault(name, set()).add(moment)
+    for name, moments in saved.items():
+        if name in tables:
+            kept = frozenset(tables[name].store) - {"weight"}
+        elif name in parameters:
+            kept = optimizer.moments.get(parameters[name], frozenset())
+        else:
+            file = folder / "optimizer.safetensors"
+            raise RuntimeError(f"{file}: {name!r} of {sorted(moments)} is no parameter of the model")
+        if moments != kept:
+            raise ValueError(f"{str(folder)!r}: {name} was trained with {_rule_of(name, moments)}: go on with that")
+
+
+def _rule_of(name: str, moments: set[str]) -> str:
+    """The recipe's key under which a parameter has these moments."""
+    if ".engram." in f".{name}" and "table" in name:
+        if moments == {"exp_avg"}:
+            return "optim.engram_rule='balanced'"
+        return f"optim.engram_rule='adam' and optim.engram_rows={'touched' if 'updates' in moments else 'all'!r}"
+    if name in ("embed.weight", "head.weight"):
+        return f"optim.embedding_rule={'balanced' if moments == {'exp_avg'} else 'adamw'!r}"
+    return f"optim.rule={'muon' if moments == {'momentum'} else 'adamw'!r}"
 
 
 def _random_states() -> dict[str, Tensor]:

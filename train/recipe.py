@@ -64,9 +64,18 @@ class DataConfig(Table):
 
 @dataclass(frozen=True)
 class OptimConfig(Table):
-    """[optim]: AdamW and its learning rate: linear warm-up, constant, cosine tail (V4 4.2.2)."""
+    """[optim]: the rules of the parameters (V4 2.4) and the learning rate: linear warm-up, constant, cosine tail (V4
+    4.2.2).
+    """
 
     name = "optim"
+    rule: str = key(
+        "adamw",
+        "how linear maps learn: adamw, or muon (orthogonalised momentum; embedding, head, norms and biases stay with"
+        " adamw)",
+        "adamw or muon",
+        lambda value: value in ("adamw", "muon"),
+    )
     lr: float = _positive(2e-3, "peak learning rate")
     final_lr_share: float = _share(0.1, "learning rate of the last step, as a share of the peak")
     warmup_steps: int = _not_negative(100, "steps of the linear warm-up")
@@ -76,10 +85,33 @@ class OptimConfig(Table):
     )
     eps: float = _positive(1e-20, "added to the root of the second moment")
     weight_decay: float = _not_negative(0.1, "decoupled weight decay of matrices (not of embeddings, norms, biases)")
+    momentum: float = key(
+        0.95, "decay of the momentum of muon and of the balanced rule", "0 or more, below 1", lambda v: 0 <= v < 1
+    )
+    update_scale: float = _positive(
+        0.18, "root mean square of an update of muon or of the balanced rule, as a multiple of the learning rate"
+    )
+    head_wise: bool = key(
+        False,
+        "whether muon takes each head of the query matrices, each group of the output's first and each half of CSA's"
+        " compressor as a matrix of its own (V4.1: for queries and keys)",
+    )
+    embedding_rule: str = key(
+        "adamw",
+        "how embedding and head learn: adamw, or balanced (V4.1: momentum, rows and columns of equal length, no decay)",
+        "adamw or balanced",
+        lambda value: value in ("adamw", "balanced"),
+    )
+    engram_rule: str = key(
+        "adam",
+        "how the Engram tables learn: adam (without decay) or balanced (V4.1)",
+        "adam or balanced",
+        lambda value: value in ("adam", "balanced"),
+    )
     engram_lr_scale: float = _positive(5.0, "learning rate of the Engram tables, as a multiple of the others'")
     engram_rows: str = key(
         "all",
-        "rows of the Engram tables that a step updates: all (AdamW), or those looked up (touched: Adam by row, whose"
+        "rows of the Engram tables that a step updates: all, or those looked up (touched: each row by itself, whose"
         " updates do not go on after a look-up; wants an engram_lr_scale about four times as large)",
         "all or touched",
         lambda value: value in ("all", "touched"),

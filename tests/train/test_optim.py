@@ -42,13 +42,13 @@ def model() -> Transformer:
 
 
 def test_every_parameter_is_in_exactly_one_group(model):
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, OptimConfig())
     names = [name for group in groups.values() for name in group]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
 def test_only_matrices_decay(model):
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, OptimConfig())
     words = ("norm", "embed", "ape", "base", "scale", "sink", "conv", "table")
     assert not [name for name in groups["matrices"] if any(word in name for word in words)]
     ends = {name.split(".", 2)[-1] for name in groups["matrices"]}
@@ -144,7 +144,7 @@ def test_rows_that_learned_nothing_change_nothing():
 def test_row_tables_have_their_own_optimizer():
     with row_tables():
         model = Transformer(ModelConfig.load("nano"))
-    assert not parameter_groups(model)["tables"]
+    assert not parameter_groups(model, OptimConfig())["tables"]
     optimizer = build_optimizer(model, OptimConfig(lr=0.5))
     set_learning_rate(optimizer, 0.1)
     groups = optimizer.param_groups

@@ -110,7 +110,7 @@ def test_differences_name_table_key_and_both_values():
 @pytest.mark.parametrize("table", TABLES.values())
 def test_every_key_is_documented_and_read_somewhere(table):
     folder = Path(recipe_module.__file__).parent
-    code = "\n".join(path.read_text() for path in folder.glob("*.py") if path.name != "recipe.py")
+    code = "\n".join(path.read_text() for path in folder.rglob("*.py") if path.name != "recipe.py")
     for f in fields(table):
         assert len(f.metadata["meaning"]) > 5, f.name
         assert re.search(rf"\.{f.name}\b", code), f"{table.name}.{f.name} is read nowhere"

@@ -129,7 +129,7 @@ def test_another_rule_cannot_go_on(tiny, tmp_path, touched_first):
     rules = ([], [*TOUCHED]) if not touched_first else ([*TOUCHED], [])
     train(tiny(*rules[0]), tmp_path / "run", stop_at=1, shown=False)
     rule = "touched" if touched_first else "all"
-    with pytest.raises(ValueError, match=rf"table\.weight was trained with optim\.engram_rows='{rule}'"):
+    with pytest.raises(ValueError, match=rf"table\.weight was trained with .*optim\.engram_rows='{rule}'"):
         train(tiny(*rules[1]), tmp_path / "run", resume=tmp_path / "run", shown=False)
 
 
