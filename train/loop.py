@@ -60,12 +60,21 @@ def train(
         ValueError: the checkpoint's model is another one, or later checkpoints lie in `out`.
         TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
     """
-    run = Run(recipe, Path(out), checkpoint.find(resume) if resume else None, shown)
+    run = _kind(recipe)(recipe, Path(out), checkpoint.find(resume) if resume else None, shown)
     try:
         run.loop(stop_at or recipe.train.steps)
     finally:
         run.close()
     return run.finish()
+
+
+def _kind(recipe: Recipe) -> type["Run"]:
+    """The kind of run that a recipe asks for."""
+    if recipe.grpo is None:
+        return Run
+    from .reason.loop import GrpoRun
+
+    return GrpoRun
 
 
 class Run:
@@ -89,6 +98,10 @@ class Run:
         if resumed:
             self.progress = checkpoint.read_state(resumed)[1]
             checkpoint.restore(resumed, self.model, self.optimizer)
+        elif recipe.train.init:
+            initial = checkpoint.find(recipe.train.init)
+            _check_same_model(recipe, initial)
+            checkpoint.load_model(initial, self.model)
         self._open(resumed, shown)
 
     def _open(self, resumed: Path | None, shown: bool) -> None:
@@ -98,7 +111,7 @@ class Run:
         provenance.write(self.out, self.recipe, self.source, self.device, parameters, step)
         self.line = ProgressLine(step, self.recipe.train.steps, self.recipe.train.log_every, shown)
         if shown:
-            start = f"step {step} of {resumed}" if resumed else "new weights"
+            start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
             self.line.say(f"{self.recipe.name}: {parameters:,} parameters on {self.device}, from {start}")
             self.line.say(self.source.describe())
         self.began = time.perf_counter() - self.progress.seconds

@@ -42,8 +42,13 @@ class ProgressLine:
 
 
 def _describe(record: dict[str, Any]) -> str:
-    bits = record["lm"] / math.log(2)
     speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+    if "reward" in record:
+        return (
+            f"reward {record['reward']:.3f}  kl {record['kl']:.4f}  entropy {record['entropy']:.3f}"
+            f"  length {record['length']:.0f}  clipped {record['clip_fraction']:.1%}  {speed}"
+        )
+    bits = record["lm"] / math.log(2)
     text = f"loss {record['loss']:.4f}  {bits:.3f} bits/byte  lr {record['lr']:.1e}  {speed}"
     loads = [load for load in record.get("load_max", []) if load is not None]
     return text + (f"  load {max(loads):.1f}x" if loads else "")

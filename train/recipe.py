@@ -1,5 +1,7 @@
 """A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
 
+A run that learns a generated task has [reason] too, and one that learns it from rewards [grpo].
+
     recipe = load_recipe("toy", ["optim.lr=1e-3", "train.steps=200"])
 
 Keys of [model] are those of `ModelConfig`; the other three tables are the dataclasses below, every key with its default
@@ -127,6 +129,7 @@ class TrainConfig(Table):
     steps: int = _positive(1000, "optimizer steps; the learning-rate schedule is laid over them")
     minutes: float = _not_negative(0.0, "hard limit of training time, resumed parts included; 0 = none")
     seed: int = _not_negative(0, "of the initial weights and of the order of the data")
+    init: str = key("", "run or checkpoint whose weights the run starts from, of the same [model]; '' = new weights")
     dtype: str = key(
         "float32",
         "float32, or bfloat16 by autocast (weights and optimizer stay float32)",
@@ -152,7 +155,50 @@ class TrainConfig(Table):
     sample_prompt: str = key("def ", "text that the sample continues")
 
 
+@dataclass(frozen=True)
+class ReasonConfig(Table):
+    """[reason]: generated problems instead of a text; present = the data are conversations about them."""
+
+    name = "reason"
+    tasks: tuple[str, ...] = key(
+        ("addition-2", "addition-3"), "addition-N or sorting-N, N digits or letters", "at least one task", len
+    )
+    modes: tuple[str, ...] = key(
+        ("thinking", "chat"),
+        "with visible working, or the answer at once; every problem is seen in each mode",
+        "thinking and chat, each at most once",
+        lambda modes: modes and len(set(modes)) == len(modes) and set(modes) <= {"thinking", "chat"},
+    )
+    exam_problems: int = _positive(64, "held-out problems of each task that an evaluation asks in each mode")
+    max_new_tokens: int = _positive(64, "longest completion; a longer one is cut off, and so is wrong")
+
+
+@dataclass(frozen=True)
+class GrpoConfig(Table):
+    """[grpo]: reinforcement learning on the problems of [reason]; present = steps are rollouts and updates."""
+
+    name = "grpo"
+    prompts: int = _positive(12, "questions of a step; tasks and modes take turns")
+    group: int = key(8, "completions of each question", "at least 2", lambda size: size >= 2)
+    updates: int = _positive(2, "optimizer steps that share out a step's completions")
+    temperature: float = _positive(1.0, "of the rollouts")
+    top_k: int = _not_negative(0, "rollouts draw from the k likeliest tokens; 0 = all")
+    top_p: float = key(
+        1.0, "rollouts draw from the likeliest tokens of this mass; 1 = all", "above 0 up to 1", lambda p: 0 < p <= 1
+    )
+    clip_low: float = _share(0.2, "how far below 1 the ratio of new to old probability may pay")
+    clip_high: float = _not_negative(0.28, "how far above 1 it may pay")
+    kl_weight: float = _not_negative(0.01, "weight of the KL to the weights the run started from; 0 = none")
+    off_policy_limit: float = _positive(
+        0.5, "log(old / new), nats per token, above which a completion worse than its group's mean is left out"
+    )
+    keep_routing: bool = key(True, "whether updates take the experts that the rollout chose")
+    keep_sampling_mask: bool = key(True, "whether updates take the tokens that top_k and top_p let through")
+    tokens_per_pass: int = _positive(4096, "padded tokens of a forward and backward pass; completions go by length")
+
+
 TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig)}
+OPTIONAL = {table.name: table for table in (ReasonConfig, GrpoConfig)}
 
 
 @dataclass(frozen=True)
@@ -162,6 +208,8 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    reason: ReasonConfig | None = None
+    grpo: GrpoConfig | None = None
 
     def __post_init__(self) -> None:
         if self.model.vocab_size < VOCABULARY:
@@ -169,24 +217,29 @@ class Recipe:
             raise ValueError(f"model.vocab_size={self.model.vocab_size}: allowed is {allowed}")
         if self.model.bos_token_id != BOS:
             raise ValueError(f"model.bos_token_id={self.model.bos_token_id}: allowed is {BOS}: training reads bytes")
+        if self.grpo and not self.reason:
+            raise ValueError("[grpo] without [reason]: rewards need problems with known answers")
         if self.train.engram_tables != "resident" and self.optim.engram_rows != "touched":
             where = f"train.engram_tables={self.train.engram_tables!r}"
             raise ValueError(f"{where}: allowed with optim.engram_rows='touched' only: other updates read every row")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `Recipe.from_dict` of it is equal."""
-        tables = {name: {k: _plain(v) for k, v in asdict(getattr(self, name)).items()} for name in TABLES}
+        present = [name for name in (*TABLES, *OPTIONAL) if getattr(self, name) is not None]
+        tables = {name: {k: _plain(v) for k, v in asdict(getattr(self, name)).items()} for name in present}
         return {"name": self.name, "model": self.model.to_dict(), **tables}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Raises ValueError for an unknown table or key (names the nearest), a missing [model], or a bad value."""
         for table in values:
-            if table not in ("name", "model", *TABLES):
-                raise ValueError(f"unknown table [{table}]: the nearest known one is [{_nearest(table, TABLES)}]")
+            if table not in ("name", "model", *TABLES, *OPTIONAL):
+                nearest = _nearest(table, (*TABLES, *OPTIONAL))
+                raise ValueError(f"unknown table [{table}]: the nearest known one is [{nearest}]")
         if "model" not in values:
             raise ValueError(f"recipe {values.get('name', '')!r} has no table [model]")
         tables = {name: _table(kind, values.get(name, {})) for name, kind in TABLES.items()}
+        tables |= {name: _table(kind, values[name]) for name, kind in OPTIONAL.items() if name in values}
         return cls(values.get("name", "unnamed"), ModelConfig.from_dict(values["model"]), **tables)
 
 
@@ -208,8 +261,8 @@ def apply(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         names = path.strip().split(".")
         if not equals or len(names) < 2 or not all(names):
             raise ValueError(f"--set {override!r}: allowed is table.key=value, for example optim.lr=1e-3")
-        if names[0] not in ("model", *TABLES):
-            nearest = _nearest(names[0], ("model", *TABLES))
+        if names[0] not in ("model", *TABLES, *OPTIONAL):
+            nearest = _nearest(names[0], ("model", *TABLES, *OPTIONAL))
             raise ValueError(f"--set {override!r}: unknown table {names[0]!r}: the nearest known one is {nearest!r}")
         table = result
         for name in names[:-1]:
@@ -224,9 +277,10 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     """`table.key: old -> new` for every key that differs (names of recipes aside)."""
     before, after = old.to_dict(), new.to_dict()
     found = []
-    for table in ("model", *TABLES):
-        for name in sorted({*before[table], *after[table]}):
-            a, b = before[table].get(name), after[table].get(name)
+    for table in ("model", *TABLES, *OPTIONAL):
+        ours, theirs = before.get(table, {}), after.get(table, {})
+        for name in sorted({*ours, *theirs}):
+            a, b = ours.get(name), theirs.get(name)
             if a != b:
                 found.append(f"{table}.{name}: {a!r} -> {b!r}")
     return found
@@ -260,6 +314,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as the annotated type: whole numbers pass as float, lists as tuples, nothing else changes."""
     if get_origin(kind) is tuple:
         items = get_args(kind)
+        if items[-1] is Ellipsis:
+            if not isinstance(value, list | tuple):
+                raise TypeError(f"{name}={value!r}: allowed is a list of {items[0].__name__}")
+            items = (items[0],) * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(items):
             raise TypeError(f"{name}={value!r}: allowed is a list of {len(items)} numbers")
         return tuple(_typed(name, item, kind) for item, kind in zip(value, items))

@@ -84,4 +84,8 @@ def open_source(recipe: "Recipe") -> Source:
         FileNotFoundError: there is none.
         ValueError: its tokens do not fit into the model's vocabulary.
     """
+    if recipe.reason is not None:
+        from .reason.source import ReasonSource
+
+        return ReasonSource(recipe)
     return TextSource(load_corpus(recipe.data.source, recipe.data.held_out_fraction), recipe)

@@ -1,0 +1,206 @@
+"""Reinforcement learning with GRPO: ask, write, judge, update.
+
+    step:  prompts x group completions at temperature 1  ->  rewards  ->  advantages  ->  `updates` optimizer steps
+
+A run like any other (folder, checkpoints, metrics, resumption), whose step is this one. Questions, draws and the shares of
+the updates are functions of (seed, step), so that nothing has to be remembered between steps but weights and moments; the
+reference policy, the weights the run started from, lies in its folder:
+
+    DIR/reference.safetensors
+
+Balance and indexer losses stay in the objective with their pre-training weights; an MTP module is left as it is.
+"""
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from ...model import Transformer
+from ...model.routing import replay_routing
+from ...model.sampling import Sampling
+from .. import metrics
+from ..checkpoint import Progress
+from ..loop import Run
+from ..optim import learning_rate, set_learning_rate
+from ..recipe import Recipe
+from ..tokenizers import load_tokenizer
+from .conversations import prompt
+from .grpo import Terms, advantages, grpo_terms
+from .policy import entropy, log_probabilities, of_tokens
+from .reward import Verdict, judge
+from .rollout import Rollouts, roll_out
+from .tasks import Problem, problem
+
+REFERENCE = "reference.safetensors"
+STAGE = -1  # of the problems: fine-tuning counts its stages from 0
+
+
+class GrpoRun(Run):
+    """A reinforcement learning in progress."""
+
+    def __init__(self, recipe: Recipe, out: Path, resumed: Path | None, shown: bool):
+        super().__init__(recipe, out, resumed, shown)
+        assert recipe.reason is not None and recipe.grpo is not None
+        self.reason, self.grpo, self.tokenizer = recipe.reason, recipe.grpo, load_tokenizer("bytes")
+        self.sampling = Sampling(recipe.grpo.temperature, recipe.grpo.top_k, recipe.grpo.top_p)
+        self.reference = self._reference(resumed) if recipe.grpo.kl_weight else None
+
+    def _reference(self, resumed: Path | None) -> Transformer:
+        """The weights that the run started from, frozen."""
+        path = self.out / REFERENCE
+        if resumed is None:
+            save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, path)
+        elif not path.exists():
+            shutil.copyfile(resumed.parents[1] / REFERENCE, path)
+        model = Transformer(self.recipe.model).to(self.device)
+        model.load_state_dict(load_file(path))
+        return model.requires_grad_(False).eval()
+
+    def questions(self, step: int) -> list[tuple[Problem, str]]:
+        """The problems of a step and the modes they are asked in: tasks take turns, then modes."""
+        tasks, modes, first = self.reason.tasks, self.reason.modes, step * self.grpo.prompts
+        return [
+            (problem(tasks, self.recipe.train.seed, STAGE, number), modes[number // len(tasks) % len(modes)])
+            for number in range(first, first + self.grpo.prompts)
+        ]
+
+    def step(self) -> dict[str, Any]:
+        """A batch of completions, and what is learnt from it."""
+        began, number = time.perf_counter(), self.progress.step
+        asked = [question for question in self.questions(number) for _ in range(self.grpo.group)]
+        rollouts = self.roll_out(asked, number)
+        verdicts = [judge(*question, ids, self.tokenizer) for question, ids in zip(asked, rollouts.completions())]
+        rewards = torch.tensor([verdict.reward for verdict in verdicts], device=self.device)
+        rolled = time.perf_counter() - began
+        lr = learning_rate(number, self.recipe.train.steps, self.recipe.optim)
+        set_learning_rate(self.optimizer, lr)
+        measured = self.learn(rollouts, advantages(rewards, self.grpo.group), number)
+        tokens = int(rollouts.written.sum())
+        self.progress = Progress(number + 1, self.progress.tokens + tokens, self.seconds())
+        return {
+            "step": number + 1,
+            "tokens": self.progress.tokens,
+            "seconds": round(self.progress.seconds, 3),
+            **measured,
+            **_outcome(asked, verdicts, rollouts),
+            "lr": lr,
+            "rollout_seconds": round(rolled, 3),
+            "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
+            "peak_memory_gib": round(metrics.peak_memory_gib(self.device), 4),
+        }
+
+    def roll_out(self, asked: list[tuple[Problem, str]], step: int) -> Rollouts:
+        """A completion for each question by the policy as it is."""
+        self.model.eval()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return roll_out(
+                self.model,
+                [prompt(question, mode, self.tokenizer) for question, mode in asked],
+                max_new_tokens=self.reason.max_new_tokens,
+                sampling=self.sampling,
+                seed=self.recipe.train.seed << 32 | step,
+                stop=self.tokenizer.eos,
+                keep_routing=self.grpo.keep_routing,
+                keep_mask=self.grpo.keep_sampling_mask,
+            )
+
+    def learn(self, rollouts: Rollouts, advantage: Tensor, step: int) -> dict[str, float]:
+        """The optimizer steps on a batch, each with its share of the completions; means for the metrics."""
+        self.model.train()
+        order = torch.Generator().manual_seed(self.recipe.train.seed << 32 | step)
+        shares = torch.randperm(len(rollouts), generator=order).tensor_split(self.grpo.updates)
+        sums: dict[str, float] = {}
+        for share in shares:
+            if not len(share):
+                continue
+            for name, value in self.update(rollouts.rows(share), advantage[share.to(self.device)], step).items():
+                sums[name] = sums.get(name, 0.0) + value
+        count = sum(1 for share in shares if len(share))
+        return {name: value / count for name, value in sums.items()}
+
+    def update(self, rollouts: Rollouts, advantage: Tensor, step: int) -> dict[str, float]:
+        """One optimizer step."""
+        tokens, b = int(rollouts.written.sum()), len(rollouts)
+        totals = torch.zeros(5, dtype=torch.float64)
+        for rows in passes(rollouts.lengths, self.grpo.tokens_per_pass):
+            terms, spread, extra = self.terms(rollouts.rows(rows), advantage[rows])
+            (terms.loss / tokens + extra * (len(rows) / b)).backward()
+            found = (terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread)
+            totals += torch.stack([x.to("cpu", torch.float64) for x in found])
+        loss, kl, clipped, off_policy, spread = totals.tolist()
+        norm = clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip or math.inf).item()
+        found = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}
+        self._check_finite(step + 1, {**found, "grad_norm": norm})
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.update_router_bias(self.recipe.model.router_bias_update_speed)
+        return {**found, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm}
+
+    def terms(self, rows: Rollouts, advantage: Tensor) -> tuple[Terms, Tensor, Tensor]:
+        """The GRPO terms of some rows, the sum of the entropies of their tokens, and the router's and indexer's losses."""
+        log_pi, extra = self.log_policy(self.model, rows, rows.experts)
+        log_reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                log_reference = of_tokens(self.log_policy(self.reference, rows, {})[0], rows.next_ids)
+            log_reference = torch.where(rows.written, log_reference, 0.0)
+        spread = torch.where(rows.written, entropy(log_pi.detach()), 0.0).sum()
+        grpo = self.grpo
+        terms = grpo_terms(
+            of_tokens(log_pi, rows.next_ids),
+            rows.log_old,
+            log_reference,
+            advantage,
+            rows.written,
+            clip_low=grpo.clip_low,
+            clip_high=grpo.clip_high,
+            kl_weight=grpo.kl_weight,
+            off_policy_limit=grpo.off_policy_limit,
+        )
+        return terms, spread, extra
+
+    def log_policy(self, model: Transformer, rows: Rollouts, experts: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """log pi [b, t, v] of the next token, drawn as in the rollout, with the given experts; router and index losses."""
+        replayed = {layer: chosen.flatten(0, 1) for layer, chosen in experts.items()}
+        learns, c = torch.is_grad_enabled(), self.recipe.model
+        targets = rows.next_ids if learns else None
+        with (
+            replay_routing(model, replayed),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+        ):
+            out = model(rows.ids, targets=targets, documents=rows.documents)
+        log_pi = log_probabilities(out.logits.float(), self.grpo.temperature, rows.kept)
+        nothing = log_pi.new_zeros(())
+        weights = {"balance": c.balance_loss_weight, "index": c.index_loss_weight}
+        extra = [weight * out.losses.get(name, nothing) for name, weight in weights.items()]
+        return log_pi, torch.stack([part.float() for part in extra]).sum()
+
+
+def passes(lengths: Tensor, most: int) -> list[Tensor]:
+    """Row numbers by length, in as few runs as keep (rows x longest) at `most`; a longer row goes alone."""
+    runs: list[list[int]] = [[]]
+    for row in lengths.argsort(stable=True).tolist():
+        if runs[-1] and (len(runs[-1]) + 1) * int(lengths[row]) > most:
+            runs.append([])
+        runs[-1].append(row)
+    return [torch.tensor(run, device=lengths.device) for run in runs]
+
+
+def _outcome(asked: list[tuple[Problem, str]], verdicts: list[Verdict], rollouts: Rollouts) -> dict[str, Any]:
+    """What the completions were worth: means over all, and by mode."""
+    lengths = rollouts.written.sum(-1).tolist()
+    found: dict[str, Any] = {}
+    for mode in ("", *dict.fromkeys(mode for _, mode in asked)):
+        places = [i for i, (_, used) in enumerate(asked) if mode in ("", used)]
+        end = f"_{mode}" if mode else ""
+        found[f"reward{end}"] = sum(verdicts[i].reward for i in places) / len(places)
+        found[f"well_formed{end}"] = sum(verdicts[i].well_formed for i in places) / len(places)
+        found[f"length{end}"] = sum(lengths[i] for i in places) / len(places)
+    return found
