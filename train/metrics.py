@@ -7,7 +7,9 @@ load_max, load_cv      [moe layers]   busiest expert's load over the mean load; 
 spread                 [layers]       relative distance of the residual streams from one another
 captured               [csa layers]   share of attention mass on compressed entries that the indexer's picks hold
 tokens_per_second, peak_memory_gib    of this step; of the process so far (on CUDA: of the device's allocator)
-held_out, trigram                     bits per byte, only on steps that evaluated
+grad_by, update_by, sinkhorn, gain, recall, gate, collisions      of mechanisms, every `train.observe_every` steps:
+                                      see `observe.py`
+held_out, trigram                     bits per byte, only on steps that evaluated; other sources have other scores
 """
 
 import json

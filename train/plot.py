@@ -43,7 +43,7 @@ def plot(folder: Path | str, path: Path | str | None = None) -> Path:
     axes = figure.subplot_mosaic("AAB;CDE")
     for name, panel in zip("ABCDE", (_bits, _losses, _load, _spread, _captured)):
         panel(axes[name], records)
-        _tidy(axes[name])
+        tidy(axes[name])
     figure.suptitle(_title(folder, records), fontsize=11, color=GREY)
     path = Path(path) if path else folder / FILE
     figure.savefig(path, dpi=110)
@@ -65,15 +65,15 @@ def _title(folder: Path, records: list[dict[str, Any]]) -> str:
 
 
 def _bits(axis: Any, records: list[dict[str, Any]]) -> None:
-    steps, nats = _series(records, "lm")
+    steps, nats = series(records, "lm")
     bits = [value / math.log(2) for value in nats]
     smooth = _smooth(bits)
     axis.plot(steps, bits, color=BLUE, alpha=0.25, linewidth=0.8)
     axis.plot(steps, smooth, color=BLUE, label=f"training text: {smooth[-1]:.3f} at the end")
     shown = [*smooth]
-    steps, held_out = _series(records, "held_out")
+    steps, held_out = series(records, "held_out")
     if steps:
-        trigram = _series(records, "trigram")[1][-1]
+        trigram = series(records, "trigram")[1][-1]
         label = f"held-out text: {held_out[-1]:.3f} at the end"
         axis.plot(steps, held_out, color=ORANGE, marker="o", markersize=4, label=label)
         label = f"trigram model, same held-out bytes: {trigram:.3f}"
@@ -88,7 +88,7 @@ def _losses(axis: Any, records: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for name, (colour, label) in PARTS.items():
-        steps, values = _series(records, name)
+        steps, values = series(records, name)
         if any(value > 0 for value in values):
             axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
             axis.plot(steps, _smooth(values), color=colour, label=f"{label}: {_smooth(values)[-1]:.3g}")
@@ -97,33 +97,33 @@ def _losses(axis: Any, records: list[dict[str, Any]]) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set(title="Parts of the loss, unweighted", ylabel="nats per token (log scale)")
-    _legend_below(axis)
+    legend_below(axis)
 
 
 def _load(axis: Any, records: list[dict[str, Any]]) -> None:
     layers = len(records[-1].get("spread", []))
-    _layers(axis, records, "load_max", lambda i: f"layer {i}" if i < layers else "MTP")
+    draw_layers(axis, records, "load_max", lambda i: f"layer {i}" if i < layers else "MTP")
     axis.axhline(1, color=GREY, linestyle="--", linewidth=1.2)
     axis.set(title="Expert load: busiest expert", ylabel="times the mean load (1 = balanced)")
 
 
 def _spread(axis: Any, records: list[dict[str, Any]]) -> None:
-    _layers(axis, records, "spread", lambda i: f"layer {i}")
+    draw_layers(axis, records, "spread", lambda i: f"layer {i}")
     axis.set_ylim(0, None)
     axis.set(title="Residual streams: how far apart", ylabel="relative spread (0 = all alike)")
 
 
 def _captured(axis: Any, records: list[dict[str, Any]]) -> None:
-    _layers(axis, records, "captured", lambda i: f"CSA layer {i + 1}")
+    draw_layers(axis, records, "captured", lambda i: f"CSA layer {i + 1}")
     axis.set_ylim(None, 1.005)
     axis.set(title="Indexer: attention mass that its picks hold", ylabel="share of mass on compressed entries")
 
 
-def _layers(axis: Any, records: list[dict[str, Any]], name: str, label: Any) -> None:
+def draw_layers(axis: Any, records: list[dict[str, Any]], name: str, label: Any, digits: str = ".2f") -> None:
     """One smoothed curve per layer, named in the legend with its last value."""
     import matplotlib
 
-    steps, rows = _series(records, name)
+    steps, rows = series(records, name)
     count = max(map(len, rows), default=0)
     for layer in range(count):
         points = [(s, row[layer]) for s, row in zip(steps, rows) if layer < len(row) and row[layer] is not None]
@@ -131,18 +131,20 @@ def _layers(axis: Any, records: list[dict[str, Any]], name: str, label: Any) -> 
             xs, ys = zip(*points)
             colour = matplotlib.colormaps["viridis"](0.9 * layer / max(count - 1, 1))
             axis.plot(xs, ys, color=colour, alpha=0.15, linewidth=0.8)
-            axis.plot(xs, _smooth(ys), color=colour, label=f"{label(layer)}: {_smooth(ys)[-1]:.2f}", linewidth=1.3)
+            axis.plot(
+                xs, _smooth(ys), color=colour, label=f"{label(layer)}: {format(_smooth(ys)[-1], digits)}", linewidth=1.3
+            )
     if axis.lines:
-        _legend_below(axis)
+        legend_below(axis)
     else:
         axis.text(0.5, 0.5, "not measured in this run", transform=axis.transAxes, ha="center", color=GREY)
 
 
-def _legend_below(axis: Any) -> None:
+def legend_below(axis: Any) -> None:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3 if len(axis.get_lines()) > 8 else 2)
 
 
-def _tidy(axis: Any) -> None:
+def tidy(axis: Any) -> None:
     axis.set_xlabel("step")
     axis.title.set_fontsize(11)
     axis.grid(alpha=0.25, linewidth=0.6)
@@ -154,7 +156,7 @@ def _tidy(axis: Any) -> None:
             text.set_fontsize(9)
 
 
-def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
+def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
     found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 

@@ -8,6 +8,7 @@ import pytest
 
 from abyssal.train import metrics
 from abyssal.train.plot import _smooth, plot
+from abyssal.train.plot_mechanisms import plot_mechanisms
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -74,3 +75,33 @@ def test_smoothing_is_a_running_mean():
     width = 230 // 50
     wanted = [np.mean(values[max(0, i - width + 1) : i + 1]) for i in range(230)]
     np.testing.assert_allclose(_smooth(values), wanted, atol=1e-9)
+
+
+def observed(step: int, **more) -> dict:
+    measured = {"grad_by": {"attn": 0.5 / step, "experts": 0.2}, "update_by": {"attn": 1e-3, "experts": 2e-3}}
+    measured |= {
+        "sinkhorn": [1e-6, 2e-5],
+        "gain": [1.01, 1.02],
+        "recall": [0.4, None],
+        "gate": [0.5],
+        "collisions": [0.1],
+    }
+    return record(step) | measured | more
+
+
+def test_mechanisms_are_drawn_where_they_were_measured(tmp_path):
+    write(tmp_path, [observed(s) if s % 3 == 0 else record(s) for s in range(1, 20)])
+    assert plot_mechanisms(tmp_path) == tmp_path / "mechanisms.png"
+    assert len(colours(tmp_path / "mechanisms.png")) > 30
+
+
+def test_mechanisms_that_a_model_does_not_have_are_left_out(tmp_path):
+    bare = [{k: v for k, v in observed(s).items() if k not in ("recall", "gate", "collisions")} for s in (1, 2)]
+    write(tmp_path, bare)
+    assert plot_mechanisms(tmp_path, tmp_path / "m.png") == tmp_path / "m.png"
+
+
+def test_a_run_that_was_not_observed_has_no_second_picture(tmp_path):
+    write(tmp_path, [record(1)])
+    assert plot_mechanisms(tmp_path) is None
+    assert not (tmp_path / "mechanisms.png").exists()
