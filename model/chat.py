@@ -136,7 +136,8 @@ def encode_messages(
         turns = [turn for turn, drop in zip(turns, dropped) if not drop]
     effort = REASONING_EFFORT_MAX if thinking and reasoning_effort == "max" and not first else ""
     bos = BOS if add_default_bos_token and not before else ""
-    texts = (_render(i, turns, thinking, drops) for i in range(first, len(turns)))
+    last = _last_question(turns)
+    texts = (_render(i, turns, last, thinking, drops) for i in range(first, len(turns)))
     return bos + effort + "".join(texts)
 
 
@@ -219,9 +220,9 @@ def _last_question(turns: Sequence[Message]) -> int:
     return max((i for i, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1)
 
 
-def _render(i: int, turns: list[dict[str, Any]], thinking: bool, drops: bool) -> str:
-    """A turn, and the opening of the assistant's where that comes next."""
-    turn, last = turns[i], _last_question(turns)
+def _render(i: int, turns: list[dict[str, Any]], last: int, thinking: bool, drops: bool) -> str:
+    """A turn, and the opening of the assistant's where that comes next; `last` is where the last question stands."""
+    turn = turns[i]
     role, task = turn["role"], turn.get("task")
     thinks = thinking and (not drops or i >= last)
     if role == "assistant":

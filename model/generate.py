@@ -100,6 +100,7 @@ def generate(
     speculative: bool = False,
     chunk: int | None = None,
     storage: str = "exact",
+    cache: Cache | None = None,
 ) -> Generation | list[Any]:
     """The tokens that follow the prompt: a list, or if `stream` an iterator with `stats`; for a batch a list of lists.
 
@@ -115,11 +116,13 @@ def generate(
             same tokens, from fewer passes; other draws for a seed.
         chunk: prompt tokens per pass; None = from a memory budget (see `prefill`).
         storage: of the cache, "exact" or "released" (see `Transformer.new_cache`).
+        cache: one row that holds a beginning of the prompt, not all of it: the rest is read, and tokens are appended as
+            they are written, the last one excepted; not with `speculative`. None = a new one of that `storage`.
 
     Raises:
         ValueError: an empty prompt, a prompt that with the new tokens is longer than `max_position_embeddings`, a
-            sampling setting or a storage that is not allowed, speculation for a batch or without an MTP module; the
-            argument is named.
+            sampling setting or a storage that is not allowed, speculation for a batch or without an MTP module, a cache
+            that does not fit; the argument is named.
         IndexError: a token id outside the vocabulary.
         TypeError: ids that are not integers.
     """
@@ -130,11 +133,13 @@ def generate(
     _check_sizes(model, rows, max_new_tokens, chunk)
     if speculative:
         _check_speculation(model, rows)
+    if cache is not None:
+        rows = [_unread(cache, rows, max_new_tokens, speculative)]
     stats = GenerationStats(prompt_tokens=sum(map(len, rows)), speculation=Speculation() if speculative else None)
     steps: Iterator[tuple[int | None, ...]] = iter(())
     if max_new_tokens:
         room = max(map(len, rows)) + max_new_tokens
-        caches = [model.new_cache(len(rows), room, rewind=int(speculative), storage=storage)]
+        caches = [cache or model.new_cache(len(rows), room, rewind=int(speculative), storage=storage)]
         draws = Draws(seed, len(rows))
         if stats.speculation is None:
             steps = _decode(model, rows, caches[0], sampling, draws, max_new_tokens, stops, chunk)
@@ -263,6 +268,22 @@ def _check_sizes(model: Transformer, rows: list[Tensor], max_new_tokens: int, ch
             f"a prompt of {tokens} tokens with max_new_tokens={max_new_tokens} may grow to {tokens + max_new_tokens}: "
             f"the configuration allows max_position_embeddings={longest}"
         )
+
+
+def _unread(cache: Cache, rows: list[Tensor], max_new_tokens: int, speculative: bool) -> Tensor:
+    """The part of the prompt that the cache does not hold."""
+    if speculative or len(rows) > 1 or cache.batch_size > 1:
+        raise ValueError(
+            f"cache of batch_size={cache.batch_size} with {len(rows)} prompts and speculative={speculative}: "
+            "one row, one prompt and no speculation are allowed"
+        )
+    past, tokens = int(cache.lengths[0]), len(rows[0])
+    if past >= tokens or tokens + max_new_tokens > cache.max_length:
+        raise ValueError(
+            f"cache holds {past} tokens of max_length={cache.max_length}: the prompt of {tokens} tokens must be longer,"
+            f" and fit with max_new_tokens={max_new_tokens}"
+        )
+    return rows[0][past:]
 
 
 def _check_speculation(model: Transformer, rows: list[Tensor]) -> None:

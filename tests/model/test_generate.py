@@ -223,3 +223,28 @@ def test_speculation_needs_an_mtp_module():
     plain = lively(num_nextn_predict_layers=0)
     with pytest.raises(ValueError, match=r"speculative=True.*num_nextn_predict_layers=0"):
         generate(plain, [1], speculative=True)
+
+
+@pytest.mark.parametrize("kept", [1, 15, 37, 41])
+def test_a_cache_that_holds_a_beginning_gives_the_same_tokens(model, prompts, alone, kept):
+    cache = model.new_cache(1, 80, rewind=48)
+    conversation = [*prompts[0], *alone[0]]
+    generate(model, conversation[:41], max_new_tokens=9, cache=cache, **GREEDY)
+    assert cache.lengths.tolist() == [41 + 9 - 1]
+    cache.truncate(kept)
+    prompt = conversation[: max(37, kept + 1)]
+    want = generate(model, prompt, max_new_tokens=20, **GREEDY)
+    written = generate(model, prompt, max_new_tokens=20, cache=cache, stream=True, **GREEDY)
+    assert list(written) == want and written.stats.prompt_tokens == len(prompt) - kept
+
+
+def test_a_cache_that_does_not_fit(model, prompts):
+    cache = model.new_cache(1, 40)
+    with pytest.raises(ValueError, match=r"cache holds 0 tokens of max_length=40: .* of 37 .* max_new_tokens=4"):
+        generate(model, prompts[0], max_new_tokens=4, cache=cache)
+    model(torch.tensor([prompts[0]]), cache=cache)
+    with pytest.raises(ValueError, match=r"cache holds 37 tokens .* must be longer"):
+        generate(model, prompts[0], max_new_tokens=1, cache=cache)
+    for prompt, batch in (([prompts[0], prompts[0]], 1), (prompts[0], 2)):
+        with pytest.raises(ValueError, match="one row, one prompt and no speculation"):
+            generate(model, prompt, max_new_tokens=1, cache=model.new_cache(batch, 80))
