@@ -20,6 +20,7 @@ from .attention import STAGES
 from .block import Block, Signals
 from .cache import Cache, continue_layout
 from .config import ModelConfig
+from .counts import IGNORED, LossShares, has_next, next_targets
 from .decode import decoder
 from .documents import Layout, make_layout
 from .exact import exact_linear
@@ -27,8 +28,6 @@ from .hyper import HyperHead, spread
 from .mtp import MTP
 from .norm import RMSNorm
 from .recompute import recomputed
-
-IGNORED = -100
 
 
 @dataclass
@@ -80,6 +79,7 @@ class Transformer(nn.Module):
         logits_to_keep: int = 0,
         cache: Cache | None = None,
         lengths: Tensor | Sequence[int] | None = None,
+        shares: LossShares | None = None,
     ) -> Output:
         """Logits of the next token at each position, and the training losses if targets are given.
 
@@ -93,6 +93,8 @@ class Transformer(nn.Module):
             cache: what was seen before; the tokens are appended to it, any number in any split. Nothing is
                 differentiated then.
             lengths: with a cache, how many of the t tokens are real in each row, from the left; None = all.
+            shares: the batch is a part of a step, and these are its shares in the means: the losses are what it adds to
+                the step's (`counts.py`); None = it is the whole step.
 
         Raises:
             ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape, a cache
@@ -116,7 +118,7 @@ class Transformer(nn.Module):
         hidden = self.norm(self.hc_head(streams))
         out = Output(hidden[:, -logits_to_keep:] if logits_to_keep else hidden, self.head.weight)
         if learn:
-            self._learn(out, hidden, streams, ids, targets, layout, signals)
+            self._learn(out, hidden, streams, ids, targets, layout, signals, shares)
             out.metrics["spread"] = torch.stack(spreads)
         return out
 
@@ -225,20 +227,22 @@ class Transformer(nn.Module):
         for block in (*self.layers, *self.mtp):
             block.ffn.gate.update_bias(self.config.router_bias_update_speed if speed is None else speed)
 
-    def _learn(self, out, hidden, streams, ids, targets, layout, signals: list[Signals]) -> None:
+    def _learn(self, out, hidden, streams, ids, targets, layout, signals: list[Signals], shares) -> None:
         """Fills in loss, losses and metrics."""
         c = self.config
         targets = targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED)
-        out.losses["lm"] = self._cross_entropy(hidden, targets)
+        shares = shares or LossShares(1.0, 1.0, 1.0, 1.0, (1.0,) * len(signals))
+        out.losses["lm"] = self._cross_entropy(hidden, targets) * shares.lm
         weights = {"lm": 1.0, "mtp": c.mtp_loss_weight, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
         for mtp in self.mtp:
-            out.losses["mtp"], signal = self._mtp_loss(mtp, streams, ids, targets, layout)
-            signals = [*signals, signal]
+            loss, signal = self._mtp_loss(mtp, streams, ids, targets, layout)
+            out.losses["mtp"], signals = loss * shares.mtp, [*signals, signal]
         routers = [s.router for s in signals if s.router is not None]
         index = [s.indexer for s in signals if s.indexer is not None]
-        out.losses["balance"] = torch.stack([r.balance for r in routers]).sum()
+        share = [shares.balance] * len(self.layers) + [shares.mtp_balance] * len(self.mtp)
+        out.losses["balance"] = torch.stack([r.balance * part for r, part in zip(routers, share)]).sum()
         if index:
-            out.losses["index"] = torch.stack([i.loss for i in index]).sum()
+            out.losses["index"] = torch.stack([i.loss * part for i, part in zip(index, shares.index)]).sum()
         out.loss = sum(weights[name] * part for name, part in out.losses.items())
         out.metrics["load"] = torch.stack([r.load for r in routers])
         out.metrics["captured"] = torch.stack([i.captured for i in index]) if index else hidden.new_zeros(0)
@@ -247,15 +251,11 @@ class Transformer(nn.Module):
         """Position t, with token t + 1 at hand, predicts the target of position t + 1, if that is of the same
         document.
         """
-        next_ids, next_targets = ids.roll(-1, 1), targets.roll(-1, 1)
-        follows = torch.ones_like(ids, dtype=torch.bool)
-        follows[:, -1] = False
-        if layout.start is not None:
-            follows &= layout.real & (layout.start == layout.start.roll(-1, 1))
+        next_ids, follows = ids.roll(-1, 1), has_next(ids, layout)
         hidden, signals = self._run(
             [mtp], mtp.predict, streams, self.embed(next_ids), next_ids, layout, learn=True, real=follows
         )
-        return self._cross_entropy(hidden, next_targets.masked_fill(~follows, IGNORED)), signals
+        return self._cross_entropy(hidden, next_targets(targets, follows)), signals
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=IGNORED)
