@@ -20,11 +20,13 @@ from ..model import Transformer, generate
 from . import checkpoint, metrics, provenance
 from .checkpoint import Progress
 from .data import IGNORED, Batch
+from .observe import Blind, Observer
 from .optim import build_optimizer, learning_rate, set_learning_rate
 from .progress import ProgressLine
 from .recipe import Recipe, differences
 from .source import open_source
 from .tables import Tables, places
+from .tensorboard import TensorBoard
 from .tokens import decode, encode
 
 SAMPLE = "sample.txt"
@@ -94,6 +96,7 @@ class Run:
         self.model.recompute = recipe.train.recompute
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.tables = Tables(self.model)
+        self.observer = Observer(self.model)
         self.progress = Progress()
         if resumed:
             self.progress = checkpoint.read_state(resumed)[1]
@@ -108,6 +111,7 @@ class Run:
         step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
         self.out.mkdir(parents=True, exist_ok=True)
         self.metrics = metrics.MetricsFile(self.out, step, resumed.parents[1] if resumed else None)
+        self.board = TensorBoard(self.out, step) if self.recipe.train.tensorboard else None
         provenance.write(self.out, self.recipe, self.source, self.device, parameters, step)
         self.line = ProgressLine(step, self.recipe.train.steps, self.recipe.train.log_every, shown)
         if shown:
@@ -130,6 +134,8 @@ class Run:
                 record |= self.evaluate()
                 self.line.report(step, self.source.report(self.scores))
             self.metrics.write(record)
+            if self.board:
+                self.board.write(record)
             self.line.step(record)
             if last or _due(step, self.recipe.train.checkpoint_every):
                 self.save()
@@ -148,19 +154,23 @@ class Run:
         lr = learning_rate(number, train.steps, optim)
         set_learning_rate(self.optimizer, lr)
         self.model.train()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        look = self.observer if _due(number + 1, train.observe_every) else Blind()
+        with look.watching(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(batch.ids, targets=batch.targets, documents=batch.documents)
         losses = {"loss": out.loss.item(), **{name: part.item() for name, part in out.losses.items()}}
         out.loss.backward()
+        look.gradients()
         norm = clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
         self._check_finite(number + 1, {**losses, "grad_norm": norm})
-        self.optimizer.step()
+        with look.updating():
+            self.optimizer.step()
         self.tables.end()
         self.optimizer.zero_grad()
         self.model.update_router_bias(self.recipe.model.router_bias_update_speed)
         tokens = int((batch.targets != IGNORED).sum())
         self.progress = Progress(number + 1, self.progress.tokens + tokens, self.seconds())
-        return self._record(losses, norm, lr, tokens / (time.perf_counter() - began), out.metrics)
+        speed = tokens / (time.perf_counter() - began)
+        return self._record(losses, norm, lr, speed, out.metrics) | look.record
 
     def batch(self, number: int) -> Batch:
         """The batch of step `number` (from 0), on the host."""
@@ -223,6 +233,8 @@ class Run:
     def close(self) -> None:
         self.line.close()
         self.metrics.close()
+        if self.board:
+            self.board.close()
 
     def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
         if all(map(math.isfinite, numbers.values())):

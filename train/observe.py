@@ -14,8 +14,9 @@ spaced. Nothing here changes a number of the training step.
 b batch · t tokens · n streams · h heads · d head dim · p entries · s sampled queries · w window · k picks
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,15 +54,19 @@ class Observer:
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.families: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            self.families.setdefault(family(name), []).append(parameter)
         self.record: dict[str, Any] = {}
-        self._before: dict[str, list[Tensor]] = {}
+
+    @property
+    def families(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by mechanism, as they are now: those of a row table are new ones in each step."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            found.setdefault(family(name), []).append(parameter)
+        return found
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks for the forward pass of this step; with micro-batches the last one counts."""
+        """Hooks for the forward pass of this step, whose record is a new one; of micro-batches the last one counts."""
         combs: list[Tensor] = []
         found: dict[str, list[float]] = {"recall": [], "gate": [], "collisions": []}
         hooks = []
@@ -77,7 +82,7 @@ class Observer:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.record |= {name: values for name, values in found.items() if values}
+        self.record = {name: values for name, values in found.items() if values}
         self.record |= {"sinkhorn": [_rounded(residual(comb)) for comb in combs], "gain": composite_gain(combs)}
 
     def gradients(self) -> None:
@@ -89,13 +94,24 @@ class Observer:
     @torch.no_grad()
     def updating(self) -> Iterator[None]:
         """The optimizer's step within: how far each family moves, relative to where it was."""
-        before = {name: [p.detach().clone() for p in ps] for name, ps in self.families.items()}
+        families = self.families
+        before = {name: [p.detach().clone() for p in ps] for name, ps in families.items()}
         yield
         moved = {}
-        for name, parameters in self.families.items():
+        for name, parameters in families.items():
             size = _norm(before[name])
             moved[name] = _rounded(_norm(torch._foreach_sub(list(parameters), before[name])) / max(size, 1e-30))
         self.record["update_by"] = moved
+
+
+class Blind:
+    """Looks at nothing: the observer of a step that is not observed."""
+
+    record: Mapping[str, Any] = MappingProxyType({})
+    watching = updating = nullcontext
+
+    def gradients(self) -> None:
+        """Nothing is kept."""
 
 
 def residual(comb: Tensor) -> float:

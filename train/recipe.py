@@ -148,6 +148,10 @@ class TrainConfig(Table):
         0, "layers of a group that is worked out again in the backward pass, which saves memory; 0 = none"
     )
     log_every: int = _positive(10, "steps between two lines on the screen, where no progress bar is shown")
+    observe_every: int = _not_negative(
+        20, "steps between two looks into the mechanisms (gradients, updates, mHC, indexer, Engram); 0 = none"
+    )
+    tensorboard: bool = key(False, "also write the metrics for TensorBoard")
     eval_every: int = _not_negative(100, "steps between two evaluations on held-out text; 0 = at the end only")
     checkpoint_every: int = _not_negative(200, "steps between two checkpoints; 0 = at the end only")
     keep: int = _positive(2, "checkpoints that are kept")

@@ -13,8 +13,16 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     from ..plot import plot
+    from ..plot_mechanisms import plot_mechanisms
 
     print(plot(options.run_folder, options.out))
+    mechanisms = plot_mechanisms(options.run_folder, options.out and _beside(options.out))
+    if mechanisms:
+        print(mechanisms)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-mechanisms{path.suffix}")
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:

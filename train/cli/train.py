@@ -55,9 +55,10 @@ def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
 
 def _try_plot(out: Path) -> str:
     from ..plot import plot
+    from ..plot_mechanisms import plot_mechanisms
 
     try:
-        return str(plot(out))
+        return ", ".join(str(path) for path in (plot(out), plot_mechanisms(out)) if path)
     except ModuleNotFoundError as error:
         return f"not drawn: {error.name} is not installed (pip install matplotlib, then: abyssal plot {out})"
 
