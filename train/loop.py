@@ -8,6 +8,7 @@ them are in a checkpoint, so on a CPU a resumed run continues with the same bits
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,24 @@ class Summary:
 
 
 def train(
-    recipe: Recipe, out: Path | str, resume: Path | str | None = None, stop_at: int | None = None, shown: bool = True
+    recipe: Recipe,
+    out: Path | str,
+    resume: Path | str | None = None,
+    stop_at: int | None = None,
+    shown: bool = True,
+    prepare: Callable[[Transformer], None] | None = None,
 ) -> Summary:
     """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
 
-    `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there.
+    `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there. `prepare` may
+    change the model as soon as it is built: an experiment's variant of it.
 
     Raises:
         FileExistsError: `out` holds a run and this is no resumption of it.
         ValueError: the checkpoint's model is another one, or later checkpoints lie in `out`.
         TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
     """
-    run = _kind(recipe)(recipe, Path(out), checkpoint.find(resume) if resume else None, shown)
+    run = _kind(recipe)(recipe, Path(out), checkpoint.find(resume) if resume else None, shown, prepare)
     try:
         run.loop(stop_at or recipe.train.steps)
     finally:
@@ -82,7 +89,14 @@ def _kind(recipe: Recipe) -> type["Run"]:
 class Run:
     """A training in progress: model, optimizer, data, files."""
 
-    def __init__(self, recipe: Recipe, out: Path, resumed: Path | None, shown: bool):
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        resumed: Path | None,
+        shown: bool,
+        prepare: Callable[[Transformer], None] | None = None,
+    ):
         self.recipe, self.out, self.saved = recipe, out, resumed
         _check_folder(out, resumed)
         if resumed:
@@ -93,6 +107,8 @@ class Run:
         torch.manual_seed(recipe.train.seed)
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)
+        if prepare:
+            prepare(self.model)
         self.model.recompute = recipe.train.recompute
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.tables = Tables(self.model)

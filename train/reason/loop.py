@@ -14,6 +14,7 @@ Balance and indexer losses stay in the objective with their pre-training weights
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,15 @@ STAGE = -1  # of the problems: fine-tuning counts its stages from 0
 class GrpoRun(Run):
     """A reinforcement learning in progress."""
 
-    def __init__(self, recipe: Recipe, out: Path, resumed: Path | None, shown: bool):
-        super().__init__(recipe, out, resumed, shown)
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        resumed: Path | None,
+        shown: bool,
+        prepare: Callable[[Transformer], None] | None = None,
+    ):
+        super().__init__(recipe, out, resumed, shown, prepare)
         assert recipe.reason is not None and recipe.grpo is not None
         self.reason, self.grpo, self.tokenizer = recipe.reason, recipe.grpo, load_tokenizer("bytes")
         self.sampling = Sampling(recipe.grpo.temperature, recipe.grpo.top_k, recipe.grpo.top_p)
