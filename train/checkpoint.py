@@ -9,6 +9,9 @@
                                 random.safetensors      states of the random generators
                                 checkpoint.json         step, recipe, tokens and seconds so far
 
+A run of several processes writes folders model/ and optimizer/ of the same tensors in parts, a file for each process
+(`distributed.checkpoint`); one process, or another number of them, goes on from either.
+
 A checkpoint is written to a hidden folder, flushed to the disk, and renamed: a run that is killed at any moment leaves
 whole checkpoints only, and what was left half-written is swept up by the next save. Tables that are kept apart from the
 weights are in it like any other tensor, whole, wherever the run had them: nothing is ever written into a checkpoint's
@@ -28,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..model.tables import RowTable
+from .distributed.world import ALONE, World
 from .optim import Optimizers
 from .recipe import Recipe
 from .tables import named_tables
@@ -52,26 +56,34 @@ def save(
     recipe: Recipe,
     progress: Progress,
     keep: int,
+    world: World = ALONE,
 ) -> Path:
-    """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`."""
+    """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`.
+
+    Every process of `world` calls this; the first one names the checkpoint once all have written their parts.
+    """
     parent = run / FOLDER
-    parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(".writing-*"):
-        shutil.rmtree(leftover)
     folder, writing = parent / f"step-{progress.step:06d}", parent / f".writing-{progress.step:06d}"
-    if folder.exists():
+    if world.agree(folder.exists()):
         return folder
-    writing.mkdir()
-    state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
-    _write(writing / "model.safetensors", lambda path: save_file(_contiguous(model.state_dict()), path))
-    _write(writing / "optimizer.safetensors", lambda path: save_file(_optimizer_tensors(model, optimizer), path))
-    _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
-    _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n"))
-    _flush(writing)
-    os.rename(writing, folder)
-    _flush(parent)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    if world.first:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        writing.mkdir()
+    world.barrier()
+    _write_tensors(writing / "model", model.state_dict(), world)
+    _write_tensors(writing / "optimizer", _optimizer_tensors(model, optimizer), world)
+    if world.first:
+        state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
+        _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
+        _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n"))
+        _flush(writing)
+        os.rename(writing, folder)
+        _flush(parent)
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
     return folder
 
 
@@ -101,7 +113,17 @@ def read_state(folder: Path) -> tuple[Recipe, Progress]:
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Copies a checkpoint's weights and buffers into `model`. Raises RuntimeError naming what does not fit."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    path = _tensors(folder, "model")
+    if path.is_file() and not _shared_out(model):
+        model.load_state_dict(load_file(path))
+        return
+    from .distributed import checkpoint as parts
+
+    state = model.state_dict()
+    unexpected = parts.shapes(path).keys() - state.keys()
+    if unexpected:
+        raise RuntimeError(f"{path}: {sorted(unexpected)[0]!r} is no tensor of the model")
+    parts.read(path, state)
 
 
 def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
@@ -111,7 +133,7 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
         RuntimeError: they do not fit.
         ValueError: a parameter was updated by another rule than the one it has now.
     """
-    tensors = load_file(folder / "optimizer.safetensors")
+    tensors = _read_moments(folder, model)
     parameters, tables, state = dict(model.named_parameters()), named_tables(model), optimizer.state
     _check_rules(folder, tensors, parameters, tables, optimizer)
     load_model(folder, model)
@@ -126,6 +148,42 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _read_moments(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the parameters, cut as they are."""
+    path = _tensors(folder, "optimizer")
+    if path.is_file() and not _shared_out(model):
+        return load_file(path)
+    from .distributed import checkpoint as parts
+
+    tensors, parameters = {}, dict(model.named_parameters())
+    for key, shape in parts.shapes(path).items():
+        like = parameters.get(key.rpartition(".")[0])
+        whole = like is None or like.shape != shape  # AdamW's count of steps
+        tensors[key] = torch.zeros(shape) if whole else torch.zeros_like(like)  # type: ignore[arg-type]
+    parts.read(path, tensors)
+    return tensors
+
+
+def _tensors(folder: Path, name: str) -> Path:
+    """The file of whole tensors, or the folder of their parts."""
+    return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+
+
+def _shared_out(model: nn.Module) -> bool:
+    return any(type(parameter.data) is not Tensor for parameter in model.parameters())
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Any], world: World) -> None:
+    if world.size == 1:
+        _write(path.with_suffix(".safetensors"), lambda file: save_file(_contiguous(tensors), file))
+        return
+    from .distributed import checkpoint as parts
+
+    parts.write(path, tensors)
+    if world.first:
+        _flush(path)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:

@@ -1,0 +1,133 @@
+"""Parameters, gradients and moments in parts: FSDP2, a group for each layer and one for the rest.
+
+    forward     a layer gathers its parameters and lets go of them
+    backward    it gathers them again; gradients are summed, and each process keeps its part
+    update      each process' part of each parameter; buffers (router biases, hash tables) are whole everywhere
+
+Gradients are sums over the processes, not means: each process divides its losses by counts of the whole batch.
+Parameters are gathered in float32, whatever dtype autocast computes in: compressors, routers and the head want them so.
+
+With expert parallelism, a layer's experts are shared out over the `expert` axis, and each share over the `data` axis.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from ...model import Transformer
+from ...model.moe import MoE
+from ...model.tables import RowTable
+from .experts import ParallelExperts
+from .world import World
+
+
+def shard(model: Transformer, world: World) -> None:
+    """Shares out the parameters of a model that has the same weights in every process; nothing in a world of one.
+
+    Raises:
+        ValueError: Engram tables that keep their rows apart, or experts that cannot be shared out.
+    """
+    if world.size == 1:
+        return
+    if any(isinstance(module, RowTable) for module in model.modules()):
+        raise ValueError("optim.engram_rows='touched': allowed on one process; on several, all rows learn ('all')")
+    apart = _share_experts(model, world)
+    for part in _groups(model):
+        fully_shard(part, mesh=world.every, ignored_params=apart)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _groups(model: Transformer) -> Iterator[nn.Module]:
+    """The modules that gather their parameters together, the whole model last."""
+    yield from model.layers
+    for mtp in model.mtp:  # entered by `predict`, so that what lies around its block belongs to the whole model
+        yield mtp.attn
+        yield mtp.ffn
+    yield model
+
+
+def _share_experts(model: Transformer, world: World) -> set[nn.Parameter]:
+    """Puts `ParallelExperts` in their places; their parameters, if no group is to gather them."""
+    if world.grid is None or world.expert_parallel == 1:
+        return set()
+    data, expert = world.grid["data"], world.grid["expert"]
+    apart: set[nn.Parameter] = set()
+    for module in [module for module in model.modules() if isinstance(module, MoE)]:
+        module.experts = ParallelExperts(module.experts, expert)
+        if data.size() > 1:
+            fully_shard(module.experts, mesh=data)
+        else:
+            apart.update(module.experts.parameters())
+    return apart
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
+    """The norm of the whole gradient, float32: the same number in every process, and that of one process."""
+    squares = [_own_square(p.grad) for p in parameters if p.grad is not None]
+    total = world.total(torch.stack(squares).sum())
+    return total.sqrt().float()
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales every gradient so that their whole norm is at most `limit`."""
+    share = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).mul_(share)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, in every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_model(model: Transformer, world: World) -> Transformer:
+    """The model in one piece, in every process, for evaluation and text; the model itself in a world of one."""
+    if world.size == 1:
+        return model
+    tensors = {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        copy = Transformer(model.config)
+    copy.load_state_dict(tensors, assign=True)
+    copy.attention_stage = model.attention_stage
+    return copy.train(model.training)
+
+
+def _own_square(grad: Tensor) -> Tensor:
+    """This process' term of the squared norm, so that the terms of all add up."""
+    square = local(grad).double().square().sum()
+    if not isinstance(grad, DTensor):
+        return square / _size()
+    copies = 1
+    for dim, placement in enumerate(grad.placements):
+        copies *= grad.device_mesh.size(dim) if isinstance(placement, Replicate) else 1
+    return square / copies
+
+
+def _size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def split_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups of which each has parameters of one mesh, as a fused update needs them."""
+    found: dict[tuple[int, Any], dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            part = found.setdefault((number, mesh), {**group, "params": []})
+            part["params"].append(parameter)
+    return list(found.values())

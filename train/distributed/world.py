@@ -1,0 +1,129 @@
+"""The processes of a run, as `torchrun` starts them, or the one process that there is.
+
+    mesh   [data, expert]      rank = data · expert_parallel + expert;    every rank reads rows of its own
+
+Dense parameters are shared out over all processes, the experts of a layer over the `expert` axis and each of these
+parts over the `data` axis. One process is a world as well: sums over it and decisions in it change nothing, so that
+training has one path.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+Value = TypeVar("Value")
+
+LOST = re.compile(r"closed by peer|reset by peer|refused|broken pipe|timed? ?out|NCCL|gloo", re.IGNORECASE)
+
+
+class ProcessLost(ConnectionError):
+    """Another process of the run has ended, or has not answered in time."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Process `rank` of `size`; `every` is the mesh of all, `grid` that of [data, expert]; None for one process."""
+
+    rank: int = 0
+    size: int = 1
+    every: DeviceMesh | None = None
+    grid: DeviceMesh | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and lines for people."""
+        return self.rank == 0
+
+    @property
+    def expert_parallel(self) -> int:
+        return self.grid["expert"].size() if self.grid is not None else 1
+
+    def share(self, rows: range) -> range:
+        """The rows of this process: consecutive ones, as many as every other has.
+
+        Raises:
+            ValueError: their number does not divide by that of the processes.
+        """
+        each, rest = divmod(len(rows), self.size)
+        if rest:
+            raise ValueError(f"data.batch_size={len(rows)}: allowed are multiples of {self.size}, the processes")
+        return rows[self.rank * each : (self.rank + 1) * each]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in a new tensor; the same bits in each."""
+        if self.size == 1:
+            return values
+        values = values.detach().clone()
+        dist.all_reduce(values)
+        return values
+
+    def agree(self, value: Value) -> Value:
+        """What rank 0 says."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Returns once every process is here."""
+        self.agree(None)
+        self.total(torch.zeros(()))
+
+
+ALONE = World()
+
+
+@contextmanager
+def processes(device: torch.device, expert_parallel: int = 1, timeout: float = 600.0) -> Iterator[World]:
+    """The world of this process, from torchrun's environment or from a process group that is there already.
+
+    Args:
+        device: of the model; decides how processes talk (gloo on a CPU, NCCL on CUDA).
+        expert_parallel: processes that share out the experts of a layer.
+        timeout: seconds after which a process that does not answer counts as lost.
+
+    Raises:
+        ValueError: the number of processes does not divide by `expert_parallel`.
+        ProcessLost: within the context, another process ended or did not answer.
+    """
+    ours = not dist.is_initialized()
+    size = int(os.environ.get("WORLD_SIZE", "1")) if ours else dist.get_world_size()
+    if expert_parallel < 1 or size % expert_parallel:
+        started = "" if size > 1 else "; start several with torchrun --nproc-per-node N -m abyssal.train train ..."
+        raise ValueError(
+            f"train.expert_parallel={expert_parallel}: allowed are divisors of {size}, the number of processes{started}"
+        )
+    if size == 1:
+        yield ALONE
+        return
+    wait = timedelta(seconds=timeout)
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    try:
+        yield _world(device, size, expert_parallel, wait)
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise ProcessLost(f"another process of the run ended or did not answer for {timeout:g} s") from error
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _world(device: torch.device, size: int, expert_parallel: int, wait: timedelta) -> World:
+    every = init_device_mesh(device.type, (size,), mesh_dim_names=("every",))
+    shape = (size // expert_parallel, expert_parallel)
+    grid = init_device_mesh(device.type, shape, mesh_dim_names=("data", "expert"))
+    for mesh in (every, grid["data"], grid["expert"]):
+        dist.distributed_c10d._set_pg_timeout(wait, mesh.get_group())
+    return World(dist.get_rank(), size, every, grid)
