@@ -11,6 +11,7 @@ reference policy, the weights the run started from, lies in its folder:
 Balance and indexer losses stay in the objective with their pre-training weights; an MTP module is left as it is.
 """
 
+import copy
 import math
 import shutil
 import time
@@ -67,7 +68,7 @@ class GrpoRun(Run):
             save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, path)
         elif not path.exists():
             shutil.copyfile(resumed.parents[1] / REFERENCE, path)
-        model = Transformer(self.recipe.model).to(self.device)
+        model = copy.deepcopy(self.model)  # a new one would draw from the generators that a checkpoint has restored
         model.load_state_dict(load_file(path))
         return model.requires_grad_(False).eval()
 

@@ -1,6 +1,6 @@
 """A reward that needs no judge: the completion is in V4's format and its answer is the problem's, to the letter.
 
-    R = 1 if parse(completion).content = answer, else 0         nothing in between, nothing for the working
+R = 1 if parse(completion).content = answer, else 0         nothing in between, nothing for the working
 """
 
 from collections.abc import Sequence
