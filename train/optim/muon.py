@@ -113,11 +113,11 @@ def whole(look: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """
     if type(look) is Tensor:
         return look, lambda update: update
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(look, DTensor)
     mesh, placements = look.device_mesh, look.placements
-    if look.ndim > 2 and all(p in (Replicate(), Shard(0)) for p in placements):
+    if look.ndim > 2 and all(getattr(p, "dim", 0) == 0 for p in placements):  # whole copies, or cut along axis 0
         shape, stride = look.shape, look.stride()
         return look.to_local(), lambda update: DTensor.from_local(
             update, mesh, placements, run_check=False, shape=shape, stride=stride
