@@ -93,8 +93,9 @@ def test_recorded_experts_are_those_of_each_token_on_its_own_row(model):
     gates = [block.ffn.gate for block in model.layers]
     for row in range(len(PROMPTS)):
         n = int(found.lengths[row])
-        chosen = []
-        hooks = [gate.register_forward_hook(lambda *args: chosen.append(args[2].experts)) for gate in gates]
+        chosen: list = []
+        note = lambda *args, into=chosen: into.append(args[2].experts)  # noqa: E731
+        hooks = [gate.register_forward_hook(note) for gate in gates]
         model(found.ids[row : row + 1, :n])
         [hook.remove() for hook in hooks]
         for layer, experts in enumerate(chosen):
@@ -114,7 +115,7 @@ def test_rows_keep_what_belongs_to_them(model):
 
 
 def test_greedy_rollouts_are_refused(model):
-    with pytest.raises(ValueError, match="temperature=0.0: allowed are positive numbers"):
+    with pytest.raises(ValueError, match=r"temperature=0\.0: allowed are positive numbers"):
         roll_out(model, PROMPTS, max_new_tokens=2, sampling=Sampling(0.0), seed=0, stop=-1)
 
 
@@ -174,10 +175,10 @@ def test_questions_take_turns_of_tasks_then_modes_and_never_come_again(tmp_path)
 def test_an_update_of_parts_equals_one_of_the_whole(tmp_path):
     grads = []
     for most in (10**6, 12):
-        run = started(tmp_path / str(most), f"grpo.tokens_per_pass={most}", "model.balance_loss_weight=0")
+        run = started(tmp_path / str(most), f"grpo.tokens_per_pass={most}", "model.balance_loss_weight=1")
         rollouts = run.roll_out(run.questions(0), 0)
-        run.optimizer.step = lambda: grads.append(  # noqa: B023
-            {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+        run.optimizer.step = lambda model=run.model: grads.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         )
         found = run.update(rollouts, torch.tensor([0.5, -0.5, 1.0, -0.25]), 0)
         grads[-1]["found"] = torch.tensor([found[name] for name in sorted(found)])
@@ -185,8 +186,7 @@ def test_an_update_of_parts_equals_one_of_the_whole(tmp_path):
     whole, parts = grads
     assert whole.keys() == parts.keys()
     for name in whole:
-        if "indexer" not in name:  # its loss is a mean over the tokens of a pass
-            torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def without_clock(folder: Path) -> list[dict]:
@@ -211,7 +211,7 @@ def test_a_run_starts_from_the_weights_it_is_given(tuned, whole):
     assert not torch.equal(last["head.weight"], given["head.weight"])
     first = metrics.read(whole.out)[0]
     assert first["kl"] < 1e-2 and first["clip_fraction"] == first["off_policy"] == 0
-    with pytest.raises(ValueError, match="checkpoint of another model: model.hc_mult: 2 -> 4"):
+    with pytest.raises(ValueError, match=r"checkpoint of another model: model\.hc_mult: 2 -> 4"):
         train(recipe(f"train.init={tuned.out}", "model.hc_mult=4"), whole.out.parent / "other", shown=False)
 
 

@@ -1,7 +1,7 @@
 """Examinations: held-out problems, each asked in each mode, and the share that is answered right.
 
-The questions depend on the tasks alone, so that every model, run and seed sits the same examination; V4 draws its answers
-at temperature 1 (spec E.1), and so do we unless asked for greedy ones.
+The questions depend on the tasks alone, so that every model, run and seed sits the same examination; V4 draws its
+answers at temperature 1 (spec E.1), and so do we unless asked for greedy ones.
 """
 
 from collections.abc import Sequence

@@ -6,14 +6,14 @@
     K_it  = r_it (pi_ref / pi - log(pi_ref / pi) - 1)                   K3 with importance ratio
     loss  = - sum_it [ M_i min(r_it A_i, clip(r_it, 1 - low, 1 + high) A_i) - beta K_it ] / number of tokens
 
-Dividing by the standard deviation would give groups that are almost all right, or all wrong, the largest say. K3 without
-the ratio has the right value under pi, but its gradient is not that of the KL; with it, value and gradient are those of
-KL(pi || pi_ref) for any pi_old. The mask drops failures that the policy has moved away from already: pushing further
-along them is where stale samples do harm. Successes are kept.
+Dividing by the standard deviation would give groups that are almost all right, or all wrong, the largest say. K3
+without the ratio has the right value under pi, but its gradient is not that of the KL; with it, value and gradient are
+those of KL(pi || pi_ref) for any pi_old. The mask drops failures that the policy has moved away from already: pushing
+further along them is where stale samples do harm. Successes are kept.
 
 The sum over tokens is divided by the tokens of the whole batch, not sequence by sequence: the gradient of a sequence's
-probability is a sum over its tokens, and a mean over each sequence would make a long wrong answer cheaper per token than
-a short one. The KL is not masked: it holds for every token drawn.
+probability is a sum over its tokens, and a mean over each sequence would make a long wrong answer cheaper per token
+than a short one. The KL is not masked: it holds for every token drawn.
 
 b sequences, g of them in a group · t written tokens
 """

@@ -2,9 +2,9 @@
 
     step:  prompts x group completions at temperature 1  ->  rewards  ->  advantages  ->  `updates` optimizer steps
 
-A run like any other (folder, checkpoints, metrics, resumption), whose step is this one. Questions, draws and the shares of
-the updates are functions of (seed, step), so that nothing has to be remembered between steps but weights and moments; the
-reference policy, the weights the run started from, lies in its folder:
+A run like any other (folder, checkpoints, metrics, resumption), whose step is this one. Questions, draws and the shares
+of the updates are functions of (seed, step), so that only weights and moments have to be remembered between steps;
+the reference policy, the weights the run started from, lies in its folder:
 
     DIR/reference.safetensors
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ...model import Transformer
+from ...model.counts import LossShares, loss_counts, loss_shares
 from ...model.routing import replay_routing
 from ...model.sampling import Sampling
 from .. import metrics
@@ -138,9 +139,13 @@ class GrpoRun(Run):
         """One optimizer step."""
         tokens, b = int(rollouts.written.sum()), len(rollouts)
         totals = torch.zeros(5, dtype=torch.float64)
-        for rows in passes(rollouts.lengths, self.grpo.tokens_per_pass):
-            terms, spread, extra = self.terms(rollouts.rows(rows), advantage[rows])
-            (terms.loss / tokens + extra * (len(rows) / b)).backward()
+        split = passes(rollouts.lengths, self.grpo.tokens_per_pass)
+        parts = [rollouts.rows(rows) for rows in split]
+        counts = [loss_counts(self.recipe.model, part.ids, part.next_ids, part.documents) for part in parts]
+        for rows, part, count in zip(split, parts, counts):
+            shares = loss_shares(count, torch.stack(counts).sum(0))
+            terms, spread, extra = self.terms(part, advantage[rows], shares)
+            (terms.loss / tokens + extra).backward()
             found = (terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread)
             totals += torch.stack([x.to("cpu", torch.float64) for x in found])
         loss, kl, clipped, off_policy, spread = totals.tolist()
@@ -152,9 +157,9 @@ class GrpoRun(Run):
         self.model.update_router_bias(self.recipe.model.router_bias_update_speed)
         return {**found, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm}
 
-    def terms(self, rows: Rollouts, advantage: Tensor) -> tuple[Terms, Tensor, Tensor]:
-        """The GRPO terms of some rows, the sum of the entropies of their tokens, and the router's and indexer's losses."""
-        log_pi, extra = self.log_policy(self.model, rows, rows.experts)
+    def terms(self, rows: Rollouts, advantage: Tensor, shares: LossShares) -> tuple[Terms, Tensor, Tensor]:
+        """GRPO's terms of some rows, the sum of the entropies of their tokens, and router and index losses."""
+        log_pi, extra = self.log_policy(self.model, rows, rows.experts, shares)
         log_reference = None
         if self.reference is not None:
             with torch.no_grad():
@@ -175,8 +180,10 @@ class GrpoRun(Run):
         )
         return terms, spread, extra
 
-    def log_policy(self, model: Transformer, rows: Rollouts, experts: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """log pi [b, t, v] of the next token, drawn as in the rollout, with the given experts; router and index losses."""
+    def log_policy(
+        self, model: Transformer, rows: Rollouts, experts: dict[int, Tensor], shares: LossShares | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """log pi [b, t, v] of the next token as the rollout draws it, by the given experts; router and index losses."""
         replayed = {layer: chosen.flatten(0, 1) for layer, chosen in experts.items()}
         learns, c = torch.is_grad_enabled(), self.recipe.model
         targets = rows.next_ids if learns else None
@@ -184,7 +191,7 @@ class GrpoRun(Run):
             replay_routing(model, replayed),
             torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
         ):
-            out = model(rows.ids, targets=targets, documents=rows.documents)
+            out = model(rows.ids, targets=targets, documents=rows.documents, shares=shares)
         log_pi = log_probabilities(out.logits.float(), self.grpo.temperature, rows.kept)
         nothing = log_pi.new_zeros(())
         weights = {"balance": c.balance_loss_weight, "index": c.index_loss_weight}

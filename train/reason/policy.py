@@ -2,8 +2,8 @@
 
     log pi(a) = z_a - log sum_{v kept} exp z_v,   z = logits / temperature
 
-Where sampling cut the vocabulary (top-k, top-p), the tokens kept at each position are recorded and given back here: both
-policies of a ratio are then distributions over the same tokens (V3.2's keep-sampling-mask).
+Where sampling cut the vocabulary (top-k, top-p), the tokens kept at each position are recorded and given back here:
+both policies of a ratio are then distributions over the same tokens (V3.2's keep-sampling-mask).
 
 b sequences · t positions · v vocabulary
 """

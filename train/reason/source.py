@@ -1,7 +1,7 @@
 """Rows of packed conversations for supervised fine-tuning.
 
     row        bos q0 a0 eos | bos q0 a0' eos | bos q1 ... | padding         a document is a conversation
-    targets    -100 on the question, the next token on the completion        (the prompt's last token predicts its first)
+    targets    -100 on the question, the next token on the completion        (the prompt's last token has its first)
 
 Every problem stands in a row once in each mode, so that the modes have the same number of the same examples. A row is a
 pure function of (seed, stage, row): it takes problems from its own sequence until the next one does not fit.

@@ -1,0 +1,35 @@
+"""`abyssal eval reasoning`: what runs of the reasoning recipes know, thinking and not."""
+
+import argparse
+from pathlib import Path
+
+from .options import Command, flag
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    text = "runs or checkpoints of recipes with [reason], seeds beside each other (paths)"
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=text)
+    flag(parser, "--problems", int, 256, "held-out problems of each task, asked in each mode")
+    flag(parser, "--out", Path, None, "folder for reasoning.json, reasoning.md and reasoning.png", "the first RUN")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from ..reason.evaluate import FILE, run
+    from ..reason.plot import plot
+
+    if options.problems < 1:
+        raise ValueError(f"--problems {options.problems}: allowed are numbers from 1")
+    out = options.out or options.runs[0]
+    run(options.runs, options.problems, out)
+    print(f"results  {out / FILE}")
+    print(f"picture  {plot(out / FILE)}")
+
+
+COMMANDS = {
+    "eval reasoning": Command(
+        _run,
+        _arguments,
+        "Accuracy on held-out problems, thinking and answering at once, over seeds",
+        "abyssal eval reasoning runs/sft-0 runs/sft-1 runs/grpo-0 runs/grpo-1 --out results",
+    ),
+}

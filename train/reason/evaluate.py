@@ -1,0 +1,95 @@
+"""`abyssal eval reasoning RUN...`: what training runs know of their tasks, as a table, JSON and a picture.
+
+Each run sits the same examination, at temperature 1 and greedily. Runs of one recipe with other seeds are one row of
+the table: mean, and the range from the worst seed to the best.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, metrics, provenance
+from ..loop import load_trained
+from ..tokenizers import load_tokenizer
+from .exam import examine
+from .report import markdown, table
+
+FILE = "reasoning.json"
+TEMPERATURES = (1.0, 0.0)
+CURVES = (
+    *("reward", "reward_thinking", "reward_chat", "well_formed", "length_thinking", "length_chat"),
+    *("kl", "entropy", "clip_fraction", "off_policy", "grad_norm"),
+)
+
+
+def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None) -> dict[str, Any]:
+    """Examines the runs with `problems` questions of each task and mode, prints the table, writes JSON, PNG, Markdown.
+
+    Raises:
+        FileNotFoundError: one of them is no run.
+        ValueError: one of them has no [reason] table, or other tasks than the first.
+    """
+    found = {"problems": problems, "runs": [_examined(path, problems) for path in runs]}
+    for other in found["runs"]:
+        if other["tasks"] != found["runs"][0]["tasks"]:
+            raise ValueError(f"{other['folder']!r} has tasks {other['tasks']}: allowed are those of the first run")
+    out = Path(out) if out else Path(runs[0])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FILE).write_text(json.dumps(found, indent=1) + "\n")
+    (out / "reasoning.md").write_text(markdown(found))
+    for temperature in TEMPERATURES:
+        print(table(found, temperature) + "\n")
+    return found
+
+
+def _examined(path: Path | str, problems: int) -> dict[str, Any]:
+    """A run's record in the JSON."""
+    folder = checkpoint.find(path)
+    model, recipe = load_trained(folder)
+    reason, progress = recipe.reason, checkpoint.read_state(folder)[1]
+    if reason is None:
+        raise ValueError(f"{str(path)!r} is a run of {recipe.name!r}: allowed are runs whose recipe has [reason]")
+    scores = {
+        str(temperature): {
+            mode: {task: asdict(score) for task, score in by_task.items()}
+            for mode, by_task in examine(
+                model, load_tokenizer("bytes"), reason.tasks, reason.modes, problems, reason.max_new_tokens, temperature
+            ).items()
+        }
+        for temperature in TEMPERATURES
+    }
+    run_folder = folder.parents[1]
+    records = metrics.read(run_folder)
+    start = json.loads((run_folder / provenance.FILE).read_text())["starts"][-1]
+    return {
+        "folder": run_folder.name,
+        "recipe": recipe.name if len(reason.modes) > 1 else f"{recipe.name}, {reason.modes[0]} only",
+        "rewarded": recipe.grpo is not None,
+        "seed": recipe.train.seed,
+        "tasks": list(reason.tasks),
+        "modes": list(reason.modes),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "minutes": round(progress.seconds / 60, 2),
+        "parameters": start["parameters"],
+        "machine": start["machine"],
+        "scores": scores,
+        "curves": _curves(records),
+    }
+
+
+def _curves(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every step's numbers, rounded; and the examinations on the way."""
+    kept = {name: [_short(r[name]) for r in records] for name in CURVES if all(name in r for r in records)}
+    exams = [
+        {"step": r["step"], **{k: _short(v) for k, v in r.items() if k.startswith("accuracy_")}}
+        for r in records
+        if "accuracy" in r
+    ]
+    return {"step": [r["step"] for r in records], **kept, "exams": exams}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
