@@ -17,6 +17,7 @@ from torch import nn
 from .corpus import Corpus, load_corpus
 from .data import Batch, held_out, train_rows
 from .evaluate import bits_per_byte, trigram_bits_per_byte
+from .tokenizers import ByteTokenizer, Tokenizer
 from .tokens import VOCABULARY
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Source(Protocol):
     """What training asks of its data."""
 
     vocabulary: int  # token ids are below this
+    tokenizer: Tokenizer | None  # what its tokens spell; None where they spell no text
     digest: str  # two sources of the same digest and recipe give the same batches
 
     def describe(self) -> str:
@@ -46,6 +48,7 @@ class TextSource:
     """Documents in packed rows; scored by bits per byte of held-out documents, beside a trigram model's."""
 
     vocabulary = VOCABULARY
+    tokenizer = ByteTokenizer()
 
     def __init__(self, corpus: Corpus, recipe: "Recipe") -> None:
         self.corpus, self.seed, self.batch_size = corpus, recipe.train.seed, recipe.data.batch_size
@@ -88,4 +91,8 @@ def open_source(recipe: "Recipe") -> Source:
         from .reason.source import ReasonSource
 
         return ReasonSource(recipe)
+    if recipe.data.source.startswith("planted:"):
+        from .planted.source import open_planted
+
+        return open_planted(recipe)
     return TextSource(load_corpus(recipe.data.source, recipe.data.held_out_fraction), recipe)
