@@ -10,6 +10,8 @@ Parameters are gathered in float32, whatever dtype autocast computes in: compres
 With expert parallelism, a layer's experts are shared out over the `expert` axis, and each share over the `data` axis.
 """
 
+import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,10 +40,14 @@ def shard(model: Transformer, world: World) -> None:
     apart = _share_experts(model, world)
     for part in _groups(model):
         fully_shard(part, mesh=world.every, ignored_params=apart)
+    # the blocks' outputs are views, which nothing changes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.unshard()  # once, while all learn: what is gathered keeps the `requires_grad` of this moment
+            module.reshard()
 
 
 def _groups(model: Transformer) -> Iterator[nn.Module]:
@@ -71,7 +77,7 @@ def _share_experts(model: Transformer, world: World) -> set[nn.Parameter]:
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     """The norm of the whole gradient, float32: the same number in every process, and that of one process."""
-    squares = [_own_square(p.grad) for p in parameters if p.grad is not None]
+    squares = [_own_square(p.grad, world) for p in parameters if p.grad is not None]
     total = world.total(torch.stack(squares).sum())
     return total.sqrt().float()
 
@@ -107,19 +113,13 @@ def whole_model(model: Transformer, world: World) -> Transformer:
     return copy.train(model.training)
 
 
-def _own_square(grad: Tensor) -> Tensor:
-    """This process' term of the squared norm, so that the terms of all add up."""
+def _own_square(grad: Tensor, world: World) -> Tensor:
+    """This process' term of the squared norm; what several processes hold is shared out among them."""
     square = local(grad).double().square().sum()
     if not isinstance(grad, DTensor):
-        return square / _size()
-    copies = 1
-    for dim, placement in enumerate(grad.placements):
-        copies *= grad.device_mesh.size(dim) if isinstance(placement, Replicate) else 1
-    return square / copies
-
-
-def _size() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return square / world.size
+    cut = (grad.device_mesh.size(dim) for dim, place in enumerate(grad.placements) if not isinstance(place, Replicate))
+    return square * math.prod(cut) / world.size
 
 
 def split_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
