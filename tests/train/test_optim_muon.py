@@ -228,7 +228,7 @@ def test_the_meter_tells_each_update_per_unit_of_learning_rate(model):
     rms = meter.rms()
     assert rms.keys() == before.keys()
     for name, p in twin.named_parameters():
-        assert rms[name] == pytest.approx(2 * float((p - before[name]).square().mean().sqrt()), rel=1e-4), name
+        assert rms[name] == pytest.approx(2 * float((p.detach() - before[name]).square().mean().sqrt()), rel=1e-4), name
     assert rms["layers.0.ffn.experts.w13"] == pytest.approx(0.18, rel=1e-3)
     found = meter.orthogonality()
     assert found.rms < 0.02 and 0 < found.worst < 1, "a random square matrix may have a singular value of almost zero"
