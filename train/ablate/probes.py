@@ -1,0 +1,28 @@
+"""Probes: what is measured on a trained model when its run is over, beyond what the run's metrics hold.
+
+A probe takes the model (ready for inference) and its recipe, and gives numbers by name.
+"""
+
+from collections.abc import Callable
+
+from ...model import Transformer
+from ..recipe import Recipe
+
+PROMPTS, PROMPT_BYTES, TOKENS = 8, 96, 64
+
+
+def acceptance(model: Transformer, recipe: Recipe) -> dict[str, float]:
+    """Share of the MTP module's drafts that greedy decoding accepts, after held-out text; without a module nothing."""
+    from ..corpus import load_corpus
+    from ..speculation import compare
+    from ..tokens import BOS
+
+    if not model.mtp:
+        return {}
+    documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out
+    chosen = documents[:: max(1, len(documents) // PROMPTS)][:PROMPTS]
+    found = compare(model, [[BOS, *document.text[:PROMPT_BYTES]] for document in chosen], TOKENS)
+    return {"acceptance": found.acceptance_rate, "same_tokens": float(found.differs is None)}
+
+
+PROBES: dict[str, Callable[[Transformer, Recipe], dict[str, float]]] = {"acceptance": acceptance}

@@ -1,0 +1,175 @@
+"""Runs a suite: every arm with every seed, side by side, each run in a folder of its own that is never run twice.
+
+    OUT/runs/KEY/result.json     what a finished run measured; beside it what training writes (metrics, checkpoints)
+    OUT/SUITE.json               all results of a suite and the verdicts, from which picture and page are made
+    OUT/SUITE.png
+
+KEY is a digest of the run's recipe and variant. A run that has a result is skipped, an unfinished one goes on from its
+last checkpoint, and suites that need the same run share it.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from ...model import Transformer
+from .. import checkpoint, metrics, provenance
+from ..loop import train
+from ..tables import places
+from .measures import curves, measure
+from .probes import PROBES
+from .progress import Progress
+from .suite import Job, Suite, jobs
+from .summary import summarise
+from .variants import VARIANTS
+
+RUNS, RESULT = "runs", "result.json"
+
+
+def run_suite(
+    suite: Suite,
+    out: Path,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    size: str = "quick",
+    overrides: Sequence[str] = (),
+    workers: int = 2,
+    shown: bool = True,
+) -> dict[str, Any]:
+    """Runs what is not yet run, writes OUT/SUITE.json, and returns what is in it.
+
+    Raises:
+        ValueError: a seed, size or override that is not allowed, or fewer than one worker.
+        RuntimeError: a worker process died; what is finished stays, and the same command goes on.
+        TrainingDiverged: a run met a number that is not finite.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers}: allowed are positive numbers")
+    planned = jobs(suite, seeds, size, overrides)
+    began = time.perf_counter()
+    with Progress(suite.name, planned, out / RUNS, shown) as progress:
+        for job, result in execute(planned, out / RUNS, workers, progress):
+            progress.done(job, result)
+    results = [json.loads((out / RUNS / job.key / RESULT).read_text()) for job in planned]
+    found = summarise(suite, size, list(overrides), planned, results)
+    found["wall_seconds"] = round(time.perf_counter() - began, 1)
+    write_json(out / f"{suite.name}.json", found)
+    return found
+
+
+def execute(planned: Sequence[Job], runs: Path, workers: int, progress: Progress) -> Iterator[tuple[Job, Any]]:
+    """Jobs and results as they are done; each run once, however many jobs want it. One worker runs in this process."""
+    waiting = list({job.key: job for job in planned}.values())
+    if workers == 1:
+        for job in waiting:
+            progress.starts(job)
+            yield job, run_job(job, runs)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    running: dict[Future[Any], Job] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:  # no more than run at once, so that nothing starts after Ctrl-C
+                job = waiting.pop(0)
+                progress.starts(job)
+                running[pool.submit(run_job, job, runs)] = job
+            for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                yield job, _result(job, future)
+            progress.look()
+        pool.shutdown()
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _result(job: Job, future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            f"the process of {job.arm} with seed {job.seed} died (killed, or out of memory); the same command goes on"
+        ) from None
+
+
+def run_job(job: Job, runs: Path) -> dict[str, Any]:
+    """The result of a run: read if it is there, else trained to its end. On one thread, so that runs go side by side.
+
+    Two processes that want the same run take turns, and the second reads what the first wrote.
+    """
+    folder = runs / job.key
+    runs.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with FileLock(runs / f".{job.key}.lock"):
+            path = folder / RESULT
+            result = json.loads(path.read_text()) if path.is_file() else _train(job, folder)
+            _probe(job, folder, result)
+            write_json(path, result)
+            return result
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(job: Job, folder: Path) -> dict[str, Any]:
+    begun = bool(checkpoint.checkpoints(folder))
+    if folder.exists() and not begun:
+        shutil.rmtree(folder)  # killed before its first checkpoint
+    summary = train(job.recipe, folder, folder if begun else None, shown=False, prepare=VARIANTS[job.variant])
+    records, start = metrics.read(folder), json.loads((folder / provenance.FILE).read_text())["starts"][-1]
+    model = _built(job)
+    return {
+        "key": job.key,
+        "seed": job.seed,
+        "variant": job.variant,
+        "recipe": job.recipe.to_dict(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": summary.progress.step,
+        "tokens": summary.progress.tokens,
+        "seconds": round(summary.progress.seconds, 1),
+        "measures": measure(records, summary.scores),
+        "curves": curves(records, summary.scores),
+        "probes": [],
+        "provenance": {name: start[name] for name in ("time", "source", "versions", "machine", "data")},
+    }
+
+
+def _probe(job: Job, folder: Path, result: dict[str, Any]) -> None:
+    """Adds what the job's probes measure on the trained model; those that were asked before are not asked again."""
+    missing = [name for name in job.probes if name not in result["probes"]]
+    if missing:
+        model = _built(job)
+        checkpoint.load_model(checkpoint.find(folder), model)
+        for name in missing:
+            result["measures"] |= PROBES[name](model.eval(), job.recipe)
+            result["probes"].append(name)
+
+
+def _built(job: Job) -> Transformer:
+    """The job's model with new weights."""
+    with places(job.recipe, None):
+        model = Transformer(job.recipe.model)
+    VARIANTS[job.variant](model)
+    return model
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}")
+    writing.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(writing, path)

@@ -1,0 +1,155 @@
+"""What an ablation suite is: arms that differ in one thing, measures of their runs, and claims about the measures.
+
+    recipe of a run = the suite's recipe + the suite's changes + size (quick or full) + the arm's changes + seed
+    model  of a run = the recipe's model, after the arm's variant
+
+All arms of a suite take the same number of steps, rows and tokens at the same learning rate, and a seed means the same
+data in all of them. The first arm is the baseline.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...model.config import read_recipe
+from ..recipe import Recipe, apply
+from .variants import VARIANTS
+
+SIZES = ("quick", "full")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to build and train the model: recipe keys that are set or left out, then a variant of the model."""
+
+    name: str
+    label: str
+    set: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()  # keys or tables taken out of the recipe, as "model.engram"
+    variant: str = "as configured"
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"arm {self.name!r}: variant={self.variant!r}: allowed are {', '.join(VARIANTS)}")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run: its name in the results, what it is called, and which direction is better ("" = neither)."""
+
+    name: str
+    label: str
+    better: str = ""
+    percent: bool = False
+
+    def show(self, value: float) -> str:
+        return f"{value:.1%}" if self.percent else f"{value:,.4g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`arm` does better than `than` in `measure`: what a verdict is given on."""
+
+    text: str
+    measure: str
+    arm: str
+    than: str | float  # another arm, or a number
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of the picture: "bars" of measures, the "curve" of a score over steps, or measures over "distance"."""
+
+    kind: str
+    title: str
+    measures: tuple[str, ...] = ()  # of bars and distance; of a curve its one score
+    axis: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named experiment. `caveat` is what an experiment of this size cannot tell."""
+
+    name: str
+    title: str
+    question: str
+    caveat: str
+    recipe: str
+    arms: tuple[Arm, ...]
+    measures: tuple[Measure, ...]
+    claims: tuple[Claim, ...]
+    panels: tuple[Panel, ...]
+    set: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()  # what --full changes
+    probes: tuple[str, ...] = ()  # measured on each trained model, see `probes.py`
+    reach: str = ""  # a falling score: measures when an arm reaches the baseline's final one, as "reach"
+
+    def __post_init__(self) -> None:
+        arms, measures = [arm.name for arm in self.arms], {measure.name: measure for measure in self.measures}
+        for claim in self.claims:
+            for name in (claim.arm, claim.than):
+                if isinstance(name, str) and name not in arms:
+                    raise ValueError(f"suite {self.name!r}: claim {claim.text!r}: arm {name!r}: allowed are {arms}")
+            if claim.measure not in measures or not measures[claim.measure].better:
+                raise ValueError(f"suite {self.name!r}: claim {claim.text!r}: no direction for {claim.measure!r}")
+
+    def measure(self, name: str) -> Measure:
+        return next(measure for measure in self.measures if measure.name == name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm with a seed. Jobs of the same key are the same run, also those of different suites."""
+
+    arm: str
+    seed: int
+    recipe: Recipe
+    variant: str
+    probes: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        values = self.recipe.to_dict() | {"name": ""}
+        text = json.dumps([values, self.variant], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def jobs(suite: Suite, seeds: Sequence[int], size: str = "quick", overrides: Sequence[str] = ()) -> list[Job]:
+    """The runs of a suite, seed by seed, so that whole comparisons are done first.
+
+    Raises:
+        ValueError: a size that is not "quick" or "full", fewer than one seed, or what `Recipe` refuses.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size={size!r}: allowed are {' and '.join(SIZES)}")
+    if not seeds:
+        raise ValueError("seeds is empty: at least one is needed")
+    return [
+        Job(arm.name, seed, recipe_of(suite, arm, seed, size, overrides), arm.variant, suite.probes)
+        for seed in seeds
+        for arm in suite.arms
+    ]
+
+
+def recipe_of(suite: Suite, arm: Arm, seed: int, size: str, overrides: Sequence[str]) -> Recipe:
+    values = {"name": f"{suite.name} {arm.name}", **read_recipe(suite.recipe)}
+    for key in suite.without:
+        values = _without(values, key)
+    common = [*suite.set, *(suite.full if size == "full" else ())]
+    values = apply(values, common)
+    for key in arm.without:
+        values = _without(values, key)
+    return Recipe.from_dict(apply(values, [*overrides, *arm.set, f"train.seed={seed}"]))
+
+
+def _without(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """A copy without that key. One that is not there is an error: the arm would silently equal the baseline."""
+    first, _, rest = key.partition(".")
+    if first not in values:
+        raise ValueError(f"{key!r} is not in the recipe: nothing to leave out")
+    if not rest:
+        return {name: value for name, value in values.items() if name != first}
+    return {**values, first: _without(values[first], rest)}

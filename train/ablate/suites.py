@@ -1,0 +1,205 @@
+"""The suites that ship: questions about the architecture, asked at a size that two CPU cores answer.
+
+Text suites share one baseline, the recipe nano with a larger n-gram table, so that each of its runs is made once.
+"""
+
+from collections.abc import Sequence
+
+from .suite import Arm, Claim, Measure, Panel, Suite
+
+TEXT = (
+    "data.sequence_length=256",
+    "data.batch_size=4",
+    "data.held_out_rows=32",
+    "model.engram.vocab_size=8870",
+    "train.steps=160",
+    "train.eval_every=20",
+    "train.checkpoint_every=40",
+    "train.keep=1",
+    "train.sample_tokens=0",
+    "train.observe_every=16",
+)
+FULL_TEXT = ("train.steps=2000", "train.eval_every=100", "train.checkpoint_every=200", "data.held_out_rows=128")
+HELD_OUT = Measure("held_out", "held-out bits per byte", "lower")
+CURVE = Panel("curve", "Held-out text over the steps", ("held_out",), "bits per byte")
+SMALL = (
+    "A million parameters and a fifth of a million bytes: differences that need depth, long training or a large"
+    " vocabulary cannot show. The learning rate is the recipe's, tuned for no arm."
+)
+
+STREAMS = Suite(
+    name="streams",
+    title="Residual streams: mHC against a plain residual and static mixing",
+    question="Do several residual streams with mixing that each token computes learn better than one, or than streams"
+    " whose mixing is the same for every token?",
+    caveat=f"{SMALL} mHC is a remedy for deep models: five layers hardly need one, whatever the verdict says.",
+    recipe="nano",
+    set=TEXT,
+    full=FULL_TEXT,
+    arms=(
+        Arm("mhc", "mHC"),
+        Arm("plain", "plain residual", set=("model.hc_mult=1",), variant="plain residual"),
+        Arm("static", "static mHC", variant="static mHC"),
+    ),
+    measures=(
+        HELD_OUT,
+        Measure("gain_forward", "composite gain, forward"),
+        Measure("gain_backward", "composite gain, backward"),
+        Measure("spread", "stream spread"),
+        Measure("sinkhorn", "Sinkhorn residual"),
+        Measure("grad_norm", "gradient norm"),
+    ),
+    claims=(
+        Claim("mHC learns better than a plain residual", "held_out", "mhc", "plain"),
+        Claim("mixing that tokens compute learns better than static mixing", "held_out", "mhc", "static"),
+        Claim("static streams learn better than a plain residual", "held_out", "static", "plain"),
+    ),
+    panels=(
+        CURVE,
+        Panel("bars", "Held-out text at the end", ("held_out",), "bits per byte"),
+        Panel("bars", "Composite gain of all sites", ("gain_forward", "gain_backward"), "largest sum"),
+        Panel("bars", "Spread of the streams", ("spread",), "rms deviation / rms mean"),
+    ),
+)
+
+ENGRAM = Suite(
+    name="engram",
+    title="Engram: a memory of n-grams against the same parameters in experts, and against a table of one row",
+    question="Does a table of n-grams earn its parameters, or would more experts, or the gate and the projections"
+    " around a table that remembers nothing, do as well?",
+    caveat=f"{SMALL} Bytes have few n-grams; facts about the world, which the memory is meant for, are not in this"
+    " text. The table learns at five times the learning rate, as in the paper; experts do not.",
+    recipe="nano",
+    set=TEXT,
+    full=FULL_TEXT,
+    arms=(
+        Arm("engram", "Engram"),
+        Arm("experts", "12 experts, no Engram", set=("model.n_routed_experts=12",), without=("model.engram",)),
+        Arm("one-row", "Engram, table of one row", variant="one-row table"),
+        Arm("without", "neither", without=("model.engram",)),
+    ),
+    measures=(
+        HELD_OUT,
+        Measure("gate", "mean gate"),
+        Measure("collisions", "n-grams that share a row", percent=True),
+        Measure("load_cv", "variation of the experts' load"),
+    ),
+    claims=(
+        Claim("Engram learns better than the same parameters in experts", "held_out", "engram", "experts"),
+        Claim("Engram learns better than Engram with a table of one row", "held_out", "engram", "one-row"),
+        Claim("a table of one row learns better than no Engram", "held_out", "one-row", "without"),
+        Claim("four more experts a layer learn better than none", "held_out", "experts", "without"),
+    ),
+    panels=(
+        CURVE,
+        Panel("bars", "Held-out text at the end", ("held_out",), "bits per byte"),
+        Panel("bars", "Engram's mean gate", ("gate",), "gate"),
+    ),
+)
+
+MUON = Suite(
+    name="muon",
+    title="Muon against AdamW",
+    question="How many of AdamW's steps does Muon need to reach AdamW's final loss, at the same learning rate?",
+    caveat=f"{SMALL} One learning rate for both: Muon's update has the size of AdamW's by construction, but that the"
+    " same rate suits both is an assumption.",
+    recipe="nano",
+    set=TEXT,
+    full=FULL_TEXT,
+    reach="held_out",
+    arms=(Arm("adamw", "AdamW"), Arm("muon", "Muon (8 + 2)", set=("optim.rule=muon",))),
+    measures=(
+        HELD_OUT,
+        Measure("reach", "share of the steps to AdamW's final score", "lower", percent=True),
+        Measure("grad_norm", "gradient norm"),
+    ),
+    claims=(
+        Claim("Muon learns better than AdamW in the same steps", "held_out", "muon", "adamw"),
+        Claim("Muon reaches AdamW's final score within 70 % of the steps", "reach", "muon", 0.7),
+    ),
+    panels=(
+        CURVE,
+        Panel("bars", "Held-out text at the end", ("held_out",), "bits per byte"),
+        Panel("bars", "Steps to AdamW's final score", ("reach",), "share of AdamW's steps"),
+    ),
+)
+
+BIAS = Suite(
+    name="bias",
+    title="The router's bias against none",
+    question="Does the bias that moves against the load even it out, and what does that cost?",
+    caveat=f"{SMALL} Eight experts, of which each token takes two, spread more evenly by themselves than hundreds do."
+    " Both arms have the weak balance loss of V3.",
+    recipe="nano",
+    set=TEXT,
+    full=FULL_TEXT,
+    arms=(
+        Arm("bias", "bias"),
+        Arm("none", "no bias", set=("model.router_bias_update_speed=0",)),
+    ),
+    measures=(
+        Measure("load_max", "load of the busiest expert / mean", "lower"),
+        Measure("load_cv", "variation of the load", "lower"),
+        HELD_OUT,
+    ),
+    claims=(
+        Claim("the bias lowers the busiest expert's load", "load_max", "bias", "none"),
+        Claim("the bias evens out the load", "load_cv", "bias", "none"),
+        Claim("the bias lowers the loss", "held_out", "bias", "none"),
+    ),
+    panels=(
+        Panel("bars", "Load of the busiest expert over the mean", ("load_max",), "times the mean load"),
+        Panel("bars", "Variation of the load", ("load_cv",), "standard deviation / mean"),
+        Panel("bars", "Held-out text at the end", ("held_out",), "bits per byte"),
+    ),
+)
+
+MTP = Suite(
+    name="mtp",
+    title="Multi-token prediction against none",
+    question="Does predicting one more token help the next one, and how many of its drafts are accepted?",
+    caveat=f"{SMALL} The module is a sixth of this model and takes a sixth of its time; in V4 it is one layer"
+    " in dozens. Drafts of bytes are easier to accept than drafts of words.",
+    recipe="nano",
+    set=TEXT,
+    full=FULL_TEXT,
+    probes=("acceptance",),
+    arms=(
+        Arm("mtp", "MTP"),
+        Arm("none", "no MTP", set=("model.num_nextn_predict_layers=0",)),
+        Arm("untrained", "MTP without loss", set=("model.mtp_loss_weight=0",)),
+    ),
+    measures=(
+        HELD_OUT,
+        Measure("acceptance", "drafts accepted", "higher", percent=True),
+        Measure("same_tokens", "drafts change no token", percent=True),
+    ),
+    claims=(
+        Claim("MTP lowers the loss of the next token", "held_out", "mtp", "none"),
+        Claim("its drafts are accepted more often than an untrained module's", "acceptance", "mtp", "untrained"),
+    ),
+    panels=(
+        CURVE,
+        Panel("bars", "Held-out text at the end", ("held_out",), "bits per byte"),
+        Panel("bars", "Drafts accepted", ("acceptance",), "share"),
+    ),
+)
+
+SUITES = {suite.name: suite for suite in (STREAMS, ENGRAM, MUON, BIAS, MTP)}
+
+
+def chosen(names: Sequence[str]) -> list[Suite]:
+    """The suites of these names; none, or "all", are all. Raises ValueError for an unknown name."""
+    for name in names:
+        if name not in (*SUITES, "all"):
+            raise ValueError(f"suite {name!r}: allowed are {', '.join(SUITES)} and all")
+    return [suite for suite in SUITES.values() if not names or "all" in names or suite.name in names]
+
+
+def listed() -> str:
+    """Every suite with its question and arms, as text."""
+    lines = []
+    for suite in SUITES.values():
+        lines += [f"{suite.name:<10} {suite.question}"]
+        lines += [f"  {arm.name:<12} {arm.label}" for arm in suite.arms]
+    return "\n".join(lines)
