@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .constrain import Constraint
+from .constrain.walk import Guide
 from .prefill import prefill
 from .sampling import Draws, Sampling, pick
 from .speculative import Speculation, speculate
@@ -35,6 +37,19 @@ class GenerationStats:
     decode_seconds: float = 0.0  # for all others
     cache_bytes: int = 0  # reserved
     speculation: Speculation | None = None
+    guide: Guide | None = None
+
+    @property
+    def complete(self) -> tuple[bool | None, ...]:
+        """Of each row, whether its constraint has been followed to the end: False while it is written, and where a stop
+        or `max_new_tokens` cut it off; None for rows without one.
+        """
+        return () if self.guide is None else self.guide.complete
+
+    @property
+    def mask_seconds_per_token(self) -> float:
+        """What following constraints takes: finding and applying masks, taking tokens, keeping an end in reach."""
+        return 0.0 if self.guide is None else self.guide.seconds / max(self.guide.tokens, 1)
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -60,6 +75,8 @@ class GenerationStats:
         if self.speculation is not None:
             rate, per_pass = self.speculation.acceptance_rate, self.speculation.tokens_per_pass
             parts.append(f"{rate:.0%} of the drafts accepted, {per_pass:.2f} tokens per pass")
+        if self.guide is not None and not self.guide.free:
+            parts.append(f"constraint {1e6 * self.mask_seconds_per_token:,.0f} us per token")
         return " · ".join(parts)
 
 
@@ -101,6 +118,7 @@ def generate(
     chunk: int | None = None,
     storage: str = "exact",
     cache: Cache | None = None,
+    constraint: Constraint | Sequence[Constraint | None] | None = None,
 ) -> Generation | list[Any]:
     """The tokens that follow the prompt: a list, or if `stream` an iterator with `stats`; for a batch a list of lists.
 
@@ -118,11 +136,16 @@ def generate(
         storage: of the cache, "exact" or "released" (see `Transformer.new_cache`).
         cache: one row that holds a beginning of the prompt, not all of it: the rest is read, and tokens are appended as
             they are written, the last one excepted; not with `speculative`. None = a new one of that `storage`.
+        constraint: what the rows may write, one for all or one (or None) for each; its tokenizer's eos ends a row. The
+            mask comes before all of `Sampling`. Unless it says `finish=False`, every row is complete within
+            `max_new_tokens` if no stop ends it; a row is complete where eos is its last token (`stats.complete`).
 
     Raises:
         ValueError: an empty prompt, a prompt that with the new tokens is longer than `max_position_embeddings`, a
             sampling setting or a storage that is not allowed, speculation for a batch or without an MTP module, a cache
-            that does not fit; the argument is named.
+            that does not fit, constraints of another number or for a larger vocabulary, or one for which no text within
+            `max_new_tokens` was found; the argument is named.
+        DeadEndError: a constraint allows no next token, and the text is not complete.
         IndexError: a token id outside the vocabulary.
         TypeError: ids that are not integers.
     """
@@ -135,18 +158,20 @@ def generate(
         _check_speculation(model, rows)
     if cache is not None:
         rows = [_unread(cache, rows, max_new_tokens, speculative)]
-    stats = GenerationStats(prompt_tokens=sum(map(len, rows)), speculation=Speculation() if speculative else None)
+    guide = Guide(_constraints(model, constraint, len(rows)), max_new_tokens)
+    stats = GenerationStats(sum(map(len, rows)), speculation=Speculation() if speculative else None, guide=guide)
     steps: Iterator[tuple[int | None, ...]] = iter(())
     if max_new_tokens:
         room = max(map(len, rows)) + max_new_tokens
         caches = [cache or model.new_cache(len(rows), room, rewind=int(speculative), storage=storage)]
         draws = Draws(seed, len(rows))
         if stats.speculation is None:
-            steps = _decode(model, rows, caches[0], sampling, draws, max_new_tokens, stops, chunk)
+            steps = _decode(model, rows, caches[0], sampling, draws, max_new_tokens, stops, chunk, guide)
         else:
             caches.append(model.new_draft_cache(1, room, storage=storage))
+            both = caches[0], caches[1]
             tokens = speculate(
-                model, rows[0][None], (caches[0], caches[1]), sampling, draws, max_new_tokens, stats.speculation, chunk
+                model, rows[0][None], both, sampling, draws, max_new_tokens, stats.speculation, chunk, guide
             )
             steps = _until_stop(tokens, stops)
         stats.cache_bytes = sum(cache.nbytes() for cache in caches)
@@ -169,6 +194,7 @@ def _decode(
     count: int,
     stops: Stops,
     chunk: int | None,
+    guide: Guide,
 ) -> Iterator[tuple[int | None, ...]]:
     """A token of every row at a time; a row that has ended is taken out of the cache."""
     lengths = [len(row) for row in rows]
@@ -177,13 +203,14 @@ def _decode(
     written: list[list[int]] = [[] for _ in rows]
     active = list(range(len(rows)))
     for left in range(count, 0, -1):
-        tokens = pick(sampling.probabilities(out.logits[:, -1]), draws.uniform(active))
+        p = sampling.probabilities(guide.mask(out.logits[:, -1], active))
+        tokens = guide.take(pick(p, draws.uniform(active)), active)
         step: list[int | None] = [None] * len(rows)
         for row, token in zip(active, tokens.tolist()):
             written[row].append(token)
             step[row] = token
         yield tuple(step)
-        going = [i for i, row in enumerate(active) if not _ended(written[row], stops)]
+        going = [i for i, row in enumerate(active) if not (_ended(written[row], stops) or guide.ended(row))]
         if left == 1 or not going:
             return
         if len(going) < len(active):
@@ -255,6 +282,21 @@ def _stops(model: Transformer, stop) -> Stops:
         if not part or min(part) < 0 or max(part) > last:
             raise ValueError(f"stop holds {part}: allowed are token ids 0 to {last}, in a sequence at least one")
     return stops
+
+
+def _constraints(model: Transformer, constraint, rows: int) -> list[Constraint | None]:
+    """One, or None, for each row."""
+    every = isinstance(constraint, Constraint) or constraint is None
+    found = [constraint] * rows if every else list(constraint)
+    if len(found) != rows or not all(each is None or isinstance(each, Constraint) for each in found):
+        raise ValueError(
+            f"constraint={constraint!r}: allowed is one Constraint, or for each of {rows} rows one or None"
+        )
+    for each in found:
+        if each is not None and each.vocabulary.size > model.config.vocab_size:
+            size = each.vocabulary.size
+            raise ValueError(f"constraint: its tokenizer has {size} tokens, the model {model.config.vocab_size}")
+    return found
 
 
 def _check_sizes(model: Transformer, rows: list[Tensor], max_new_tokens: int, chunk: int | None) -> None:

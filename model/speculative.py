@@ -11,6 +11,10 @@ and the tokens are those of plain decoding.
 p and q are taken after all filters. The main cache is cut back by the rejected draft; the draft's own cache takes
 positions only once they are accepted, and of the prompt the last window alone, which is all that its block can see.
 
+A constraint masks all three: q and p where the draft stands, p' after the draft, which is taken on trial. Where it
+writes another token than the one drawn (see `constrain.ending`), it does so to drafts and to verdicts: what is written
+is a function of a token with the distribution p, and a draft is accepted if what is written is what was tried.
+
 b rows · v vocabulary · w window
 """
 
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .constrain.walk import Guide
 from .prefill import prefill
 from .sampling import Draws, Sampling, pick
 from .transformer import Output, Transformer
@@ -79,42 +84,53 @@ def speculate(
     count: int,
     tally: Speculation,
     chunk: int | None = None,
+    guide: Guide | None = None,
 ) -> Iterator[int]:
-    """`count` >= 1 tokens after ids [1, t].
+    """`count` >= 1 tokens after ids [1, t], fewer if the guide's text is complete before.
 
     Args:
         caches: an empty one of the model with `rewind` of at least 1, for t + count tokens, and one for its drafts.
         tally: is added to as drafts are judged.
+        guide: of one row; None = free.
     """
+    guide = Guide([None], count) if guide is None else guide
+
+    def distribution(logits: Tensor) -> Tensor:
+        return sampling.probabilities(guide.mask(logits, [0]))
+
     main, drafts = caches
     window = model.config.sliding_window
     read = prefill(model, ids, main, chunk=chunk, keep_streams=window)
-    token = pick(sampling.probabilities(read.logits[:, -1]), draws.uniform([0]))
+    token = guide.take(pick(distribution(read.logits[:, -1]), draws.uniform([0])), [0])
     streams, follow = read.streams, torch.cat([ids[:, 1:], token[None]], 1)[:, -window:]
     yield int(token)
     left = count - 1
-    while left > 1:
-        q = sampling.probabilities(_last(model.draft(streams, follow, drafts)).logits[:, 0])
+    while left > 1 and not guide.ended(0):
+        q = distribution(_last(model.draft(streams, follow, drafts)).logits[:, 0])
         draft = pick(q, draws.uniform([0]))
-        out = model(torch.stack([token, draft], 1), cache=main)
-        p, after = sampling.probabilities(out.logits[0])[:, None]
-        token, accepted = verify(p, q, draft, draws.uniform([0, 0])[:, None])
+        tried = guide.take(draft, [0])
+        out = model(torch.stack([token, tried], 1), cache=main)
+        guide.back(0)
+        p = distribution(out.logits[:, 0])
+        drawn, _ = verify(p, q, draft, draws.uniform([0, 0])[:, None])
+        token = guide.take(drawn, [0])
+        accepted = bool(token == tried)
         new = token[None]
         tally.passes += 1
         tally.drafted += 1
-        tally.accepted += int(accepted)
+        tally.accepted += accepted
         yield int(token)
-        if accepted:
-            token = pick(after, draws.uniform([0]))
-            new = torch.stack([draft, token], 1)
+        if accepted and not guide.ended(0):
+            token = guide.take(pick(distribution(out.logits[:, 1]), draws.uniform([0])), [0])
+            new = torch.stack([tried, token], 1)
             yield int(token)
-        else:
+        elif not accepted:
             main.truncate(main.lengths - 1)
         streams, follow = out.streams[:, : new.shape[1]], new
         left -= new.shape[1]
-    if left:
+    if left and not guide.ended(0):
         tally.passes += 1
-        yield int(pick(sampling.probabilities(model(token[None], cache=main).logits[0]), draws.uniform([0])))
+        yield int(guide.take(pick(distribution(model(token[None], cache=main).logits[0]), draws.uniform([0])), [0]))
 
 
 def _last(out: Output) -> Output:

@@ -1,0 +1,134 @@
+"""Ways to the end: tokens after which a text is complete, so that every answer ends within its budget.
+
+    left(s . t) >= |way(s . t)|        holds for every token t that is written, from the start on
+
+A token is written only if after it a way to the end is known that fits into the tokens left; otherwise the first token
+of the way known before takes its place. By induction there is always one: after way[0] the rest way[1:] is valid and
+one shorter. A model that closes what it opens never notices; one that does not writes on until the last moment, and
+then only what closes. Which way is found depends on the text and the budget alone, not on what might have been drawn.
+
+Finding one: the way known before often still fits, whole or its last part (within a string any letter leaves it as it
+is). Otherwise a search breadth first over single bytes joins it again. Texts count as one if in the last two steps they
+took bytes of a kind and were allowed the same next; what was not allowed before comes first. Not finding any means that
+a token is not written, never that an answer is wrong.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+SEARCHES = ((2, 1000), (16, 8000), (64, 32000))  # texts side by side and steps at most; the last tries all letters
+STEPS_PER_TOKEN = 64  # at most, for each token that is left beyond the known way
+CLOSING = '</"}],:'  # signs that are tried first
+
+
+class Alphabet:
+    """The tokens that searches write: of each byte one, and the special tokens.
+
+    Args:
+        pieces: each token's bytes; None for special tokens.
+        eos: the end; searches write it as the last token of `known` only.
+    """
+
+    def __init__(self, pieces: Sequence[bytes | None], eos: int) -> None:
+        self.eos = eos
+        self.byte = np.full(len(pieces), -1)
+        seen = set()
+        for token, piece in enumerate(pieces):
+            if piece is None:
+                self.byte[token] = 256
+            elif len(piece) == 1 and piece not in seen:
+                self.byte[token] = piece[0]
+                seen.add(piece)
+
+    def choices(self, mask: bytes, everything: bool) -> list[int]:
+        """Of the tokens that a mask allows those worth trying: special ones, signs, and few of many letters."""
+        allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little", count=len(self.byte)).nonzero()[0]
+        allowed = allowed[allowed != self.eos]
+        byte = self.byte[allowed]
+        plain, special = allowed[(byte >= 0) & (byte < 128)], allowed[byte == 256]
+        if len(plain) > 16 and not everything:
+            plain = np.array([token for token in plain if self._is_worth(chr(self.byte[token]))])
+        if not len(plain):
+            plain = allowed[(byte >= 128) & (byte < 256)][:2]
+        chosen = [*special.tolist(), *sorted(plain.tolist(), key=self._turn)]
+        return chosen or allowed[:2].tolist()  # tokens of several bytes, where the library forces their way
+
+    def kind(self, token: int) -> str:
+        """Letter, digit, or which sign a token is."""
+        character = chr(max(self.byte[token], 0))
+        return "letter" if character.isalpha() else "digit" if character.isdigit() else character
+
+    def _turn(self, token: int) -> int:
+        return CLOSING.find(chr(self.byte[token])) % 256
+
+    @staticmethod
+    def _is_worth(character: str) -> bool:
+        return character in "01aA" or (character.isprintable() and not character.isalnum()) or character == "\n"
+
+
+def way_to_the_end(matcher: Any, alphabet: Alphabet, known: Sequence[int], limit: int) -> list[int] | None:
+    """Tokens, at most `limit`, that complete the matcher's text, the last of them eos; None if none was found.
+
+    Args:
+        matcher: llguidance's; it is moved and put back.
+        known: a way that was valid before the last token, or [eos].
+    """
+    for width, steps in SEARCHES:
+        steps = min(steps, STEPS_PER_TOKEN * (limit - len(known)))
+        found = _search(matcher, alphabet, list(known), limit, width, steps)
+        if found is not None:
+            return found
+    return None
+
+
+def is_way(matcher: Any, tokens: Sequence[int]) -> bool:
+    """Whether the text may go on with all of these tokens, the last of them eos."""
+    if len(tokens) == 1:  # the library validates no eos where nothing else could come
+        return matcher.is_accepting()
+    return matcher.validate_tokens(tokens) == len(tokens)
+
+
+def _search(matcher: Any, alphabet: Alphabet, known: list[int], limit: int, width: int, steps: int) -> list[int] | None:
+    everything = width == SEARCHES[-1][0]
+    seen: Counter[bytes] = Counter()
+    level: dict[Any, list[int]] = {("", ""): []}  # by what was allowed and taken in the last two steps
+    while level and steps > 0:
+        after: dict[Any, list[int]] = {}
+        for (_, last), path in level.items():
+            matcher.consume_tokens(path)
+            rest = _joined(matcher, known, limit - len(path))
+            if rest is None and len(path) < limit:
+                for more in _next(matcher, alphabet, everything):
+                    steps -= 1
+                    matcher.consume_tokens(more)
+                    mask = matcher.compute_bitmask()
+                    matcher.rollback(len(more))
+                    kind = more[-1] if everything else alphabet.kind(more[-1])
+                    after.setdefault((last, (mask, kind)), [*path, *more])
+            matcher.rollback(len(path))
+            if rest is not None:
+                return path + rest
+        masks = {key: key[1][0] for key in after}
+        new_first = sorted(after, key=lambda key: (seen[masks[key]], int.from_bytes(masks[key], "little").bit_count()))
+        level = {key: after[key] for key in new_first[:width]}
+        seen.update(set(masks.values()))
+    return None
+
+
+def _next(matcher: Any, alphabet: Alphabet, everything: bool) -> list[list[int]]:
+    """What may come next: all tokens that are forced, or one of those worth trying."""
+    forced = matcher.compute_ff_tokens()
+    if forced:
+        return [forced]
+    return [[token] for token in alphabet.choices(matcher.compute_bitmask(), everything)]
+
+
+def _joined(matcher: Any, known: list[int], limit: int) -> list[int] | None:
+    """The shortest part of the known way, up to its end, that is valid here, if it is no longer than that."""
+    for length in range(1, min(limit, len(known)) + 1):
+        if is_way(matcher, known[-length:]):
+            return known[-length:]
+    return None

@@ -1,0 +1,115 @@
+"""What may be written, in llguidance's notation: a Lark grammar with JSON schemas in it and special tokens by name.
+
+    answer: %json {...}          thinking: TEXT </think> answer
+
+`TEXT` stands for any text that spells no special token: read back, such text would be the token.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+SPACED = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
+FLEXIBLE = {"whitespace_flexible": True}
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be followed: no schema or expression that the library knows, or nothing is allowed."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A language of answers, for any tokenizer.
+
+    Args:
+        rules: Lark rules; `answer` is the first, TEXT is defined elsewhere.
+        source: what they were made from, for messages.
+        thinks: whether reasoning up to `</think>` comes first.
+    """
+
+    rules: str
+    source: str
+    thinks: bool = False
+
+    def after_thinking(self) -> "Grammar":
+        """The same after any text and `</think>`: for prompts that end in `<think>`."""
+        return replace(self, thinks=True)
+
+    def lark(self, special: Iterable[str]) -> str:
+        """The whole grammar, for a tokenizer with those special strings."""
+        spelled = "|".join(map(_escaped, special))
+        start = "start: TEXT </think> answer" if self.thinks else "start: answer"
+        text = f"TEXT: /(?s:.*)/ & ~/(?s:.*)({spelled})(?s:.*)/" if spelled else "TEXT: /(?s:.*)/"
+        return f"{start}\n{self.rules}\n{text}\n"
+
+
+def json_schema(schema: Mapping[str, Any] | bool, any_whitespace: bool = False) -> Grammar:
+    """JSON values that a schema allows (draft 2020-12).
+
+    Properties come in the schema's order. What llguidance does not know (`not`, `if`, `uniqueItems`, unknown formats)
+    is an error when the constraint is made, never left out.
+
+    Args:
+        schema: as Python values.
+        any_whitespace: allow any between tokens; otherwise one blank or none after a comma and a colon.
+
+    Raises:
+        GrammarError: no schema.
+    """
+    return Grammar(f"answer: {json_rule(schema, any_whitespace)}", f"the JSON schema {_short(schema)}")
+
+
+def json_object(any_whitespace: bool = False) -> Grammar:
+    """Any JSON object."""
+    return Grammar(f"answer: {json_rule({'type': 'object'}, any_whitespace)}", "any JSON object")
+
+
+def regex(pattern: str) -> Grammar:
+    """Texts that a regular expression matches as a whole (Rust's syntax: no look-around, no back-references).
+
+    Raises:
+        GrammarError: an empty pattern or none.
+    """
+    if not isinstance(pattern, str) or not pattern:
+        raise GrammarError(f"pattern={pattern!r}: a regular expression is needed")
+    return Grammar(f"answer: {expression(pattern)}", f"the regular expression {_short(pattern)}")
+
+
+def json_rule(schema: Any, any_whitespace: bool = False) -> str:
+    """A schema as part of a rule."""
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        why = "it allows nothing" if schema is False else "a schema is an object"
+        raise GrammarError(f"schema={_short(schema)}: {why}")
+    options = {"x-guidance": FLEXIBLE if any_whitespace else SPACED}
+    try:
+        return "%json " + json.dumps({**schema, **options}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GrammarError(f"schema={_short(schema)}: no JSON: {error}") from None
+
+
+def expression(pattern: str) -> str:
+    """A regular expression between slashes."""
+    written, escaped = "", False
+    for character in pattern:
+        character = {"/": "/" if escaped else "\\/", "\n": "n" if escaped else "\\n"}.get(character, character)
+        written += character
+        escaped = character == "\\" and not escaped
+    return f"/{written}/"
+
+
+def literal(text: str) -> str:
+    """A text that is to be matched as it is."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    """The expression that matches this text alone, which stands between slashes."""
+    return "".join(c if c.isalnum() else f"\\u{{{ord(c):x}}}" for c in text)
+
+
+def _short(value: Any) -> str:
+    shown = value if isinstance(value, str) else repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."

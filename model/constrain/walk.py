@@ -1,0 +1,264 @@
+"""A grammar followed token by token: what may come next, what came, and one step back for a rejected draft.
+
+b rows · v vocabulary · w words of 32 tokens, a bit each
+"""
+
+import time
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .ending import Alphabet, is_way, way_to_the_end
+from .grammar import Grammar, GrammarError
+
+
+class Tokenizer(Protocol):
+    """What a constraint needs to know of a tokenizer: every token's bytes, and the special strings' ids."""
+
+    vocab_size: int
+
+    @property
+    def special(self) -> dict[str, int]: ...
+    @property
+    def eos(self) -> int: ...
+    def token_bytes(self, token: int) -> bytes: ...
+    def encode_bytes(self, data: bytes) -> list[int]: ...
+
+
+class DeadEndError(RuntimeError):
+    """A text that the grammar allowed so far, but cannot go on with."""
+
+
+class Constraint:
+    """A grammar for one tokenizer, compiled; any number of texts may follow it at once.
+
+    Args:
+        grammar: what may be written. The tokenizer's eos ends it, allowed when it is complete and not before.
+        tokenizer: a `Tokenizer`.
+        finish: see that every text is complete within its budget (see `ending`); otherwise it may be cut off.
+
+    Raises:
+        GrammarError: the grammar cannot be compiled, or allows nothing.
+        ModuleNotFoundError: llguidance is not installed.
+    """
+
+    def __init__(self, grammar: Grammar, tokenizer: Tokenizer, finish: bool = True) -> None:
+        library = _llguidance()
+        self.grammar, self.finish = grammar, finish
+        self.vocabulary = _vocabulary(tokenizer)
+        lark = library.LLMatcher.grammar_from_lark(grammar.lark(tokenizer.special))
+        self._start = library.LLMatcher(self.vocabulary.library_tokenizer, lark, log_level=0)
+        if self._start.is_error():
+            raise GrammarError(f"{grammar.source}: {self._start.get_error().splitlines()[0]}")
+        if self._start.is_stopped() and not self._start.is_accepting():
+            raise GrammarError(f"{grammar.source}: allows no text")
+        self._way: list[int] | None = None
+
+    def walk(self, budget: int) -> "Walk":
+        """The beginning of a text of at most `budget` tokens, eos included.
+
+        Raises:
+            GrammarError: with `finish`, no text that is as short was found.
+        """
+        way = None
+        if self.finish:
+            way = self._shortest(budget)
+        return Walk(self, self._start.deep_copy(), budget, way)
+
+    def _shortest(self, budget: int) -> list[int]:
+        if self._way is None:
+            self._way = self.way(self._start.deep_copy(), [self.vocabulary.eos], LONGEST)
+        if self._way is None or len(self._way) > budget:
+            least = f"up to {LONGEST}" if self._way is None else f"fewer than {len(self._way)}"
+            raise GrammarError(
+                f"{self.grammar.source}: no text of {least} tokens was found, and max_new_tokens={budget}"
+            )
+        return self._way
+
+    def way(self, matcher: Any, known: Sequence[int], limit: int) -> list[int] | None:
+        """See `way_to_the_end`; in as few tokens as the tokenizer makes of it."""
+        found = way_to_the_end(matcher, self.vocabulary.alphabet, known, limit)
+        if found is None:
+            return None
+        shorter = self.vocabulary.shorter(found)
+        return shorter if len(shorter) < len(found) and is_way(matcher, shorter) else found
+
+
+class Walk:
+    """One text on its way through a grammar."""
+
+    def __init__(self, constraint: Constraint, matcher: Any, left: int, way: list[int] | None) -> None:
+        self.constraint, self.left, self.way = constraint, left, way
+        self.complete = False
+        self._matcher, self._before = matcher, way
+
+    def fill(self, words: np.ndarray, row: int) -> None:
+        """Writes the tokens that may come next as row `row` of int32 [b, w].
+
+        Raises:
+            DeadEndError: there are none.
+        """
+        library = _llguidance()
+        library.numpy.fill_next_token_bitmask(self._matcher, words, row)
+        if not self._matcher.is_accepting() and (self._matcher.is_stopped() or not words[row].any()):
+            why = self._matcher.get_error() or "no token is allowed, and the text is not complete"
+            raise DeadEndError(f"{self.constraint.grammar.source}: {why}")
+
+    def take(self, token: int) -> int:
+        """Goes on with an allowed token, or, if from there no end is in reach, with the next of the known way.
+
+        Returns the token that is written.
+        """
+        self._before, known = self.way, self.way
+        if known is not None:
+            self.way = self._way_after(token, known)
+            if self.way is None:
+                token, self.way = known[0], known[1:]
+        self.left -= 1
+        self.complete = token == self.constraint.vocabulary.eos
+        if not self.complete and not self._matcher.consume_token(token):
+            raise DeadEndError(f"{self.constraint.grammar.source}: {self._matcher.get_error()}")
+        return token
+
+    def back(self) -> None:
+        """Takes the last token back; only one."""
+        if not self.complete:
+            self._matcher.rollback(1)
+        self.left, self.way, self.complete = self.left + 1, self._before, False
+
+    def _way_after(self, token: int, known: list[int]) -> list[int] | None:
+        """A way from after the token that fits."""
+        if token == known[0]:
+            return known[1:]
+        if token == self.constraint.vocabulary.eos:
+            return []
+        room = self.left - 1
+        if len(known) <= room and is_way(self._matcher, [token, *known]):
+            return known
+        if room < 1 or not self._matcher.consume_token(token):
+            return None
+        found = self.constraint.way(self._matcher, known, room)
+        self._matcher.rollback(1)
+        return found
+
+
+class Guide:
+    """The walks of a batch's rows, None for those that are free; counts the time that following them takes."""
+
+    def __init__(self, constraints: Sequence[Constraint | None], budget: int) -> None:
+        self.walks = [None if constraint is None else constraint.walk(budget) for constraint in constraints]
+        self.tokens, self.seconds = 0, 0.0
+        self.free = not any(self.walks)
+
+    def mask(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """The logits [b, v] of those rows, -inf for what their grammars do not allow.
+
+        Raises:
+            DeadEndError: a row may not go on.
+        """
+        if self.free:
+            return logits
+        began = time.perf_counter()
+        walks = [self.walks[row] for row in rows]
+        size = max((walk.constraint.vocabulary.size for walk in walks if walk is not None), default=0)
+        words = np.zeros((len(rows), -(-size // 32)), np.int32)
+        for i, walk in enumerate(walks):
+            if walk is not None:
+                walk.fill(words, i)
+        allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=logits.shape[-1])
+        allowed[[walk is None for walk in walks]] = 1
+        masked = logits.masked_fill(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
+        self.tokens += sum(walk is not None for walk in walks)
+        self.seconds += time.perf_counter() - began
+        return masked
+
+    def take(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
+        """Goes on with a token [b] in each of those rows; returns those that are written."""
+        if self.free:
+            return tokens
+        began = time.perf_counter()
+        walks = [self.walks[row] for row in rows]
+        written = [token if walk is None else walk.take(token) for walk, token in zip(walks, tokens.tolist())]
+        self.seconds += time.perf_counter() - began
+        return torch.tensor(written, device=tokens.device)
+
+    def back(self, row: int) -> None:
+        """Takes a row's last token back."""
+        walk = self.walks[row]
+        if walk is not None:
+            walk.back()
+
+    def ended(self, row: int) -> bool:
+        """Whether a row's text is complete and its end written."""
+        walk = self.walks[row]
+        return walk is not None and walk.complete
+
+    @property
+    def complete(self) -> tuple[bool | None, ...]:
+        """`ended` of every row; None for free ones."""
+        return tuple(None if walk is None else walk.complete for walk in self.walks)
+
+
+LONGEST = 4096  # tokens of the shortest text that is looked for
+
+
+class _Vocabulary:
+    """A tokenizer as the library and the search of endings know it. Special tokens get names in angle brackets."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos, self.size, self._encode = tokenizer.eos, tokenizer.vocab_size, tokenizer.encode_bytes
+        special = {token: string for string, token in tokenizer.special.items()}
+        pieces = [None if token in special else tokenizer.token_bytes(token) or None for token in range(self.size)]
+        names = [special.get(token, f"unused {token}") for token in range(self.size)]
+        names = [name if name.startswith("<") and name.endswith(">") else f"<{name}>" for name in names]
+        self.pieces = pieces
+        self.alphabet = Alphabet(pieces, self.eos)
+        library = _llguidance()
+        self.library_tokenizer = library.LLTokenizer(library.TokenizerWrapper(_Source(tokenizer, pieces, names)))
+
+    def shorter(self, tokens: Sequence[int]) -> list[int]:
+        """The same bytes and special tokens, as the tokenizer writes them."""
+        written, text = [], b""
+        for token in tokens:
+            piece = self.pieces[token]
+            if piece is None:
+                written += [*self._encode(text), token]
+            text = b"" if piece is None else text + piece
+        return [*written, *self._encode(text)]
+
+
+class _Source:
+    """What the library asks of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, pieces: Sequence[bytes | None], names: Sequence[str]) -> None:
+        self.eos_token_id, self.encode = tokenizer.eos, tokenizer.encode_bytes
+        self.tokens = [name.encode() if piece is None else piece for piece, name in zip(pieces, names)]
+        self.special_token_ids = [token for token, piece in enumerate(pieces) if piece is None]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self.encode(text)
+
+
+_vocabularies: WeakKeyDictionary[Any, _Vocabulary] = WeakKeyDictionary()
+
+
+def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
+    if tokenizer not in _vocabularies:
+        _vocabularies[tokenizer] = _Vocabulary(tokenizer)
+    return _vocabularies[tokenizer]
+
+
+def _llguidance() -> ModuleType:
+    try:
+        import llguidance
+        import llguidance.numpy
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("constrained decoding needs llguidance: pip install 'abyssal[serve]'") from None
+    return llguidance
