@@ -259,3 +259,62 @@ def test_the_reward_of_an_easy_task_rises(tmp_path, monkeypatch):
     rewards = [run.step()["reward"] for _ in range(14)]
     run.close()
     assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.9, rewards
+
+
+def test_an_evaluation_examines_every_run_and_writes_what_it_found(tuned, whole, tmp_path, capsys):
+    import json
+
+    from abyssal.train.reason.evaluate import run
+
+    found = run([tuned.out, whole.out], 3, tmp_path / "results")
+    stored = json.loads((tmp_path / "results" / "reasoning.json").read_text())
+    assert stored == found and (tmp_path / "results" / "reasoning.md").read_text().startswith("# Reasoning")
+    sft, grpo = found["runs"]
+    assert (sft["recipe"], sft["rewarded"], grpo["recipe"], grpo["rewarded"]) == (
+        "reason-sft", False, "reason-grpo", True,
+    )  # fmt: skip
+    assert sft["steps"] == grpo["steps"] == 4 and sft["tasks"] == ["addition-1", "sorting-2"]
+    assert len(grpo["curves"]["kl"]) == 4 and [exam["step"] for exam in grpo["curves"]["exams"]] == [2, 4]
+    assert set(sft["scores"]) == {"1.0", "0.0"} and set(sft["scores"]["0.0"]) == {"thinking", "chat"}
+    assert "greedy" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="allowed are those of the first run"):
+        other = train(
+            recipe("reason.tasks=['addition-1']", "train.steps=1", "reason.modes=['chat']", name="reason-sft"),
+            tmp_path / "other", shown=False,
+        )  # fmt: skip
+        run([tuned.out, other.out], 1, tmp_path / "results")
+
+
+def test_examinations_count_right_answers(model, monkeypatch):
+    from abyssal.train.reason import exam
+    from abyssal.train.reason.conversations import conversation
+    from abyssal.train.reason.tasks import problem
+    from abyssal.train.tokenizers import ByteTokenizer
+
+    tokenizer, tasks = ByteTokenizer(), ("addition-3", "sorting-2")
+    known = {}
+    for task in tasks:
+        for number in range(4):
+            found = problem((task,), 0, 0, number, held_out=True)
+            for mode in ("thinking", "chat"):
+                talk = conversation(found, mode, tokenizer)
+                spoilt = [*talk.completion[:-2], 0, tokenizer.eos]
+                lost = number == 0 or (mode == "chat" and task == "sorting-2")
+                known[tuple(talk.prompt)] = spoilt if lost else talk.completion
+    seen = []
+
+    def written(model, prompts, **settings):
+        seen.append(settings)
+        return [known[tuple(prompt)] for prompt in prompts]
+
+    monkeypatch.setattr(exam, "generate", written)
+    monkeypatch.setattr(exam, "ROWS", 5)
+    model.train()
+    scores = exam.examine(model, tokenizer, tasks, ("thinking", "chat"), 4, 6, temperature=0.5, seed=2)
+    assert model.training and not model.eval().training
+    right = {mode: [scores[mode][task].right for task in tasks] for mode in scores}
+    assert right == {"thinking": [0.75, 0.75], "chat": [0.75, 0.0]}
+    assert scores["chat"]["sorting-2"].well_formed == 1.0 and scores["chat"]["sorting-2"].length == 3.0
+    assert exam.mean_right(scores["chat"]) == 0.375
+    assert len(seen) == 4 and {s["temperature"] for s in seen} == {0.5} and len({s["seed"] for s in seen[:2]}) == 2
+    assert all(s["max_new_tokens"] == 6 and s["stop"] == [tokenizer.eos] for s in seen)

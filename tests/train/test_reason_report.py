@@ -1,0 +1,109 @@
+"""The table, the page and the picture of an evaluation, from made-up results; verdicts against arithmetic by hand."""
+
+import json
+
+import pytest
+
+from abyssal.train.reason.report import markdown, recipes, spread, table, verdict
+
+
+def score(right):
+    return {"right": right, "well_formed": 1.0, "length": 9.0}
+
+
+def made_run(recipe, seed, thinking, chat, rewarded=False):
+    modes = {"thinking": thinking, "chat": chat}
+    by_mode = {
+        mode: {"addition-3": score(right), "sorting-6": score(right / 2)}
+        for mode, right in modes.items()
+        if right is not None
+    }
+    steps = 12
+    curves = {"step": list(range(1, steps + 1)), "exams": []}
+    if rewarded:
+        names = ("reward_thinking", "reward_chat", "kl", "entropy", "length_thinking", "length_chat")
+        curves |= {name: [0.1 * seed + step / 20 for step in range(steps)] for name in names}
+        curves["exams"] = [{"step": s, "accuracy_thinking": 0.5, "accuracy_chat": 0.25} for s in (6, 12)]
+    return {
+        "folder": f"{recipe}-{seed}",
+        "recipe": recipe,
+        "rewarded": rewarded,
+        "seed": seed,
+        "tasks": ["addition-3", "sorting-6"],
+        "modes": list(by_mode),
+        "steps": steps,
+        "tokens": 1_500_000,
+        "minutes": 4.0 + seed,
+        "parameters": 1234,
+        "machine": {"name": "a machine"},
+        "scores": {"1.0": by_mode, "0.0": {m: {t: score(1.0) for t in tasks} for m, tasks in by_mode.items()}},
+        "curves": curves,
+    }
+
+
+@pytest.fixture
+def found():
+    runs = [made_run("sft", seed, 0.5 + 0.1 * seed, 0.1) for seed in range(3)]
+    runs += [made_run("sft, chat only", 0, None, 0.2)]
+    runs += [made_run("grpo", seed, 0.9, 0.1 * seed, rewarded=True) for seed in range(3)]
+    return {"problems": 100, "runs": runs}
+
+
+@pytest.mark.parametrize(
+    ("thinking", "chat", "said"),
+    [
+        ([0.5, 0.6, 0.7], [0.1, 0.1, 0.1], "+0.50, helps"),
+        ([0.1, 0.1, 0.1], [0.5, 0.6, 0.7], "-0.50, hurts"),
+        ([0.5, 0.5, 0.2], [0.4, 0.4, 0.3], "+0.03, no clear difference"),  # signs differ
+        ([0.9, 0.2, 0.2], [0.1, 0.19, 0.19], "+0.27, no clear difference"),  # one sign, 0.27 below twice 0.26
+        ([0.9, 0.8], [0.1, 0.1], "+0.75, too few seeds"),
+        ([], [0.1], "-"),
+        ([0.1], [], "-"),
+    ],
+)
+def test_verdicts(thinking, chat, said):
+    assert verdict(thinking, chat) == said
+
+
+def test_spread_is_mean_and_range():
+    assert spread([0.25, 0.75, 0.2]) == "0.40 (0.20 to 0.75)"
+    assert spread([0.125], 3) == "0.125" and spread([]) == "-"
+
+
+def test_the_table_has_a_row_for_each_task_and_recipe(found):
+    assert recipes(found) == ["sft", "sft, chat only", "grpo"]
+    text = table(found, 1.0).splitlines()
+    assert text[0] == "share of 100 held-out problems answered right, temperature 1; mean (range) of 3 seeds"
+    assert len(text) == 3 + 2 * 3
+    assert text[3].split("  ")[0] == "addition-3" and "0.10 (0.10 to 0.10)" in text[3]
+    assert "0.60 (0.50 to 0.70)" in text[3] and text[3].endswith("+0.50, helps")
+    assert "0.20" in text[4] and text[4].endswith("-")
+    assert "0.10 (0.00 to 0.20)" in text[5] and "0.90 (0.90 to 0.90)" in text[5]
+    assert "0.30 (0.25 to 0.35)" in text[6] and "greedy" in table(found, 0.0)
+
+
+def test_the_page_says_what_the_numbers_say(found):
+    page = markdown(found)
+    assert "- addition-3: thinking +0.50, helps after sft; +0.80, helps after grpo." in page
+    assert "- From sft to grpo, think: addition-3 0.60 to 0.90, sorting-6 0.30 to 0.45." in page
+    assert "- From sft to grpo, non-think: addition-3 0.10 to 0.10, sorting-6 0.05 to 0.05." in page
+    assert "| grpo | 0, 1, 2 | 12 | 5.0 (4.0 to 6.0) | 1.50 (1.50 to 1.50) M |" in page
+    assert "1,234 parameters" in page and "up to 0.05 of standard error" in page
+    assert page.count("| addition-3 | sft |") == 2
+    for run in found["runs"]:
+        run["scores"]["1.0"], run["scores"]["0.0"] = run["scores"]["0.0"], run["scores"]["1.0"]
+    assert "0.60 to 0.90" not in markdown(found)
+
+
+def test_the_picture_comes_from_the_json_alone(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    from abyssal.train.reason.plot import plot
+
+    (tmp_path / "reasoning.json").write_text(json.dumps(found))
+    path = plot(tmp_path / "reasoning.json")
+    assert path == tmp_path / "reasoning.png" and path.read_bytes()[:4] == b"\x89PNG"
+    found["runs"] = found["runs"][:3]
+    (tmp_path / "reasoning.json").write_text(json.dumps(found))  # without any GRPO run
+    assert plot(tmp_path / "reasoning.json", tmp_path / "other.png").stat().st_size > 10_000
+    with pytest.raises(FileNotFoundError):
+        plot(tmp_path / "none.json")
