@@ -4,6 +4,9 @@ A probe takes the model (ready for inference) and its recipe, and gives numbers 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 
 from ...model import Transformer
 from ..recipe import Recipe
@@ -12,17 +15,27 @@ PROMPTS, PROMPT_BYTES, TOKENS = 8, 96, 64
 
 
 def acceptance(model: Transformer, recipe: Recipe) -> dict[str, float]:
-    """Share of the MTP module's drafts that greedy decoding accepts, after held-out text; without a module nothing."""
+    """Share of the MTP module's drafts that greedy decoding accepts, after held-out text; a model without a module is
+    given an untrained one: what drafts are accepted by chance.
+    """
     from ..corpus import load_corpus
     from ..speculation import compare
     from ..tokens import BOS
 
-    if not model.mtp:
-        return {}
+    model = model if model.mtp else _with_untrained_module(model)
     documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out
     chosen = documents[:: max(1, len(documents) // PROMPTS)][:PROMPTS]
     found = compare(model, [[BOS, *document.text[:PROMPT_BYTES]] for document in chosen], TOKENS)
     return {"acceptance": found.acceptance_rate, "same_tokens": float(found.differs is None)}
+
+
+def _with_untrained_module(model: Transformer) -> Transformer:
+    """A copy of a model with an MTP module that has learned nothing, the same one each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drafting = Transformer(replace(model.config, num_nextn_predict_layers=1))
+    drafting.load_state_dict(model.state_dict(), strict=False)
+    return drafting.eval()
 
 
 PROBES: dict[str, Callable[[Transformer, Recipe], dict[str, float]]] = {"acceptance": acceptance}

@@ -121,7 +121,8 @@ def _scale(found: dict[str, Any]) -> str:
     return (
         f"{scale['seeds']} seeds, {scale['runs']} runs, each {scale['steps']:,} steps and {scale['tokens']:,} targets"
         f" from recipe `{scale['recipe']}` (learning rate {scale['learning_rate']:g});"
-        f" {scale['cpu_minutes']:g} minutes of training on {', '.join(origin['machines'])}, one thread a run; commit {commits}{dirty};"
+        f" {scale['cpu_minutes']:g} minutes of training on {', '.join(origin['machines'])}, one thread a run;"
+        f" commit {commits}{dirty};"
         f" {', '.join(origin['dates'])}; `abyssal ablate {found['suite']} --{found['size']}`."
         f" {'; '.join(origin['data'])}."
     )
