@@ -11,7 +11,7 @@ import torch
 from ...model import Transformer
 from ..recipe import Recipe
 
-PROMPTS, PROMPT_BYTES, TOKENS = 8, 96, 64
+PROMPTS, PROMPT_BYTES, TOKENS = 6, 64, 48
 
 
 def acceptance(model: Transformer, recipe: Recipe) -> dict[str, float]:

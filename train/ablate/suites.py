@@ -159,7 +159,8 @@ MTP = Suite(
     title="Multi-token prediction against none",
     question="Does predicting one more token help the next one, and how many of its drafts are accepted?",
     caveat=f"{SMALL} The module is a sixth of this model and takes a sixth of its time; in V4 it is one layer"
-    " in dozens. Without MTP, drafts are those of an untrained module. Drafts of bytes are easier to accept than drafts of words.",
+    " in dozens. Without MTP, drafts are those of an untrained module. Drafts of bytes are easier to accept than drafts"
+    " of words.",
     recipe="nano",
     set=TEXT,
     full=FULL_TEXT,
