@@ -7,7 +7,8 @@
                                                         muon      NAME.momentum
                                                         balanced  NAME.exp_avg
                                 random.safetensors      states of the random generators
-                                checkpoint.json         step, recipe, tokens and seconds so far
+                                memory.safetensors      experts chosen ahead (`train.stability`), if there are any
+                                checkpoint.json         step, recipe, tokens and seconds so far, what else is remembered
 
 A run of several processes writes folders model/ and optimizer/ of the same tensors in parts, a file for each process
 (`distributed.checkpoint`); one process, or another number of them, goes on from either.
@@ -22,7 +23,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,17 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a run remembers beside weights, moments and random generators: JSON values, and tensors."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+NOTHING = Memory()
+
+
 def save(
     run: Path,
     model: nn.Module,
@@ -57,6 +69,7 @@ def save(
     progress: Progress,
     keep: int,
     world: World = ALONE,
+    memory: Memory = NOTHING,
 ) -> Path:
     """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`.
 
@@ -68,7 +81,7 @@ def save(
         return folder
     if world.first:
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(".writing-*"):
+        for leftover in (*parent.glob(".writing-*"), *parent.glob(".removing-*")):
             shutil.rmtree(leftover)
         writing.mkdir()
     world.barrier()
@@ -76,20 +89,46 @@ def save(
     _write_tensors(writing / "optimizer", _optimizer_tensors(model, optimizer), world)
     if world.first:
         state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
+        state["memory"] = memory.values
+        if memory.tensors:
+            _write(writing / "memory.safetensors", lambda path: save_file(memory.tensors, path))
         _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
         _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n"))
         _flush(writing)
         os.rename(writing, folder)
         _flush(parent)
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
     world.barrier()
     return folder
 
 
+def remove(folder: Path) -> None:
+    """A checkpoint is gone at once, or still there whole, if the run is killed meanwhile."""
+    removing = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(removing, ignore_errors=True)
+    os.rename(folder, removing)
+    shutil.rmtree(removing)
+
+
+def go_back(run: Path, step: int) -> Path:
+    """The newest checkpoint of the run from before step `step`, or else its oldest; later ones are removed."""
+    found = checkpoints(run)
+    target = max((path for path in found if step_of(path) < step), key=step_of, default=found[0])
+    for path in reversed(found):
+        if step_of(path) > step_of(target):
+            remove(path)
+    return target
+
+
+def step_of(folder: Path) -> int:
+    """The step of the checkpoint in that folder, from its name."""
+    return int(folder.name.partition("-")[2])
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / FOLDER).glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return sorted((run / FOLDER).glob("step-*"), key=step_of)
 
 
 def find(path: Path | str) -> Path:
@@ -109,6 +148,13 @@ def read_state(folder: Path) -> tuple[Recipe, Progress]:
     """The recipe and the progress of a checkpoint."""
     state = json.loads((folder / STATE).read_text())
     return Recipe.from_dict(state["recipe"]), Progress(**state["progress"])
+
+
+def read_memory(folder: Path) -> Memory:
+    """What the run remembered at a checkpoint."""
+    path = folder / "memory.safetensors"
+    values = json.loads((folder / STATE).read_text()).get("memory", {})
+    return Memory(values, load_file(path) if path.is_file() else {})
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -137,6 +183,8 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
     parameters, tables, state = dict(model.named_parameters()), named_tables(model), optimizer.state
     _check_rules(folder, tensors, parameters, tables, optimizer)
     load_model(folder, model)
+    for moments in state.values():
+        moments.clear()
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")
         if name in tables:

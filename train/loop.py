@@ -1,9 +1,10 @@
-"""The training loop: batch, forward, backward, clip, AdamW, router bias, one line of metrics; and what surrounds it.
+"""The training loop: step after step as the schedule says, one line of metrics each; and what surrounds it.
 
     DIR/run.json  metrics.jsonl  checkpoints/step-*/  curves.png  sample.txt
 
-A step depends on the weights, the optimizer's moments, the random generators and its own number, nothing else: all of
-them are in a checkpoint, so on a CPU a resumed run continues with the same bits (same machine, same number of threads).
+A step depends on the weights, the optimizer's moments, the random generators, what the run remembers of its losses and
+its own number, nothing else: all of them are in a checkpoint, so on a CPU a run that was killed at any moment continues
+with the same bits (same machine, same number of threads).
 """
 
 import math
@@ -11,30 +12,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from ..model import Transformer, generate
 from . import checkpoint, metrics, provenance
-from .checkpoint import Progress
-from .data import IGNORED, Batch
+from .checkpoint import NOTHING, Progress
+from .data import Batch
+from .diagnose import bad_weight, culprit
 from .observe import Blind, Observer
-from .optim import build_optimizer, learning_rate, set_learning_rate
+from .optim import build_optimizer
 from .progress import ProgressLine
 from .recipe import Recipe, differences
+from .schedule import Phase, Schedule
 from .source import open_source
+from .stability import Stability
+from .step import Experts, Outcome, Stepper
 from .tables import Tables, places
 from .tensorboard import TensorBoard
-from .tokens import decode, encode
 
 SAMPLE = "sample.txt"
 
 
 class TrainingDiverged(FloatingPointError):
-    """A loss, a gradient norm or an evaluation that is not a finite number."""
+    """A loss, a gradient norm, an evaluation or a weight that is not a finite number."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ def train(
 ) -> Summary:
     """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
 
+    A run that was killed before its first checkpoint starts over when it is resumed.
+
     `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there. `prepare` may
     change the model as soon as it is built: an experiment's variant of it.
 
@@ -69,12 +73,23 @@ def train(
         ValueError: the checkpoint's model is another one, or later checkpoints lie in `out`.
         TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
     """
-    run = _kind(recipe)(recipe, Path(out), checkpoint.find(resume) if resume else None, shown, prepare)
+    run = _kind(recipe)(recipe, Path(out), _start(resume, Path(out)), shown, prepare)
     try:
         run.loop(stop_at or recipe.train.steps)
     finally:
         run.close()
     return run.finish()
+
+
+def _start(resume: Path | str | None, out: Path) -> Path | None:
+    """The checkpoint to go on from; None for a new run, or for one in `out` that never had any."""
+    if resume is None:
+        return None
+    begun = Path(resume).resolve() == out.resolve() and (out / provenance.FILE).is_file()
+    if begun and not checkpoint.checkpoints(out):
+        (out / metrics.FILE).unlink(missing_ok=True)
+        return None
+    return checkpoint.find(resume)
 
 
 def _kind(recipe: Recipe) -> type["Run"]:
@@ -113,22 +128,30 @@ class Run:
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.tables = Tables(self.model)
         self.observer = Observer(self.model)
+        self.schedule = Schedule(recipe)
+        self.stepper = Stepper(self.model, self.optimizer, recipe, self.device)
+        self.stability = Stability(recipe.stability) if recipe.stability else None
         self.progress = Progress()
         if resumed:
-            self.progress = checkpoint.read_state(resumed)[1]
-            checkpoint.restore(resumed, self.model, self.optimizer)
+            self._restore(resumed)
         elif recipe.train.init:
             initial = checkpoint.find(recipe.train.init)
             _check_same_model(recipe, initial)
             checkpoint.load_model(initial, self.model)
+        self.model.attention_stage = self.schedule.last(self.progress.step).attention
         self._open(resumed, shown)
+
+    def _restore(self, folder: Path) -> None:
+        self.progress = checkpoint.read_state(folder)[1]
+        checkpoint.restore(folder, self.model, self.optimizer)
+        if self.stability:
+            self.stability.load(checkpoint.read_memory(folder))
 
     def _open(self, resumed: Path | None, shown: bool) -> None:
         step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.metrics = metrics.MetricsFile(self.out, step, resumed.parents[1] if resumed else None)
-        self.board = TensorBoard(self.out, step) if self.recipe.train.tensorboard else None
         provenance.write(self.out, self.recipe, self.source, self.device, parameters, step)
+        self._open_metrics(resumed.parents[1] if resumed else None)
         self.line = ProgressLine(step, self.recipe.train.steps, self.recipe.train.log_every, shown)
         if shown:
             start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
@@ -138,11 +161,20 @@ class Run:
         self.scores: dict[str, Any] = {}
         self.cut = False
 
+    def _open_metrics(self, source: Path | None = None) -> None:
+        """To be gone on with behind the present step."""
+        self.metrics = metrics.MetricsFile(self.out, self.progress.step, source)
+        self.board = TensorBoard(self.out, self.progress.step) if self.recipe.train.tensorboard else None
+
     def loop(self, stop: int) -> None:
         """Steps until `stop` or until the clock says so; evaluates and saves on the way and at the end."""
         steps, minutes = self.recipe.train.steps, self.recipe.train.minutes
+        if self.stability and not checkpoint.checkpoints(self.out):
+            self.save()
         while self.progress.step < stop and not self.cut:
             record = self.step()
+            if record is None:
+                continue
             step = self.progress.step
             self.cut = step < stop and bool(minutes) and self.seconds() >= 60 * minutes
             last = self.cut or step == stop
@@ -161,51 +193,84 @@ class Run:
                 " had not fallen to its end; lower train.steps or raise train.minutes"
             )
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step and its record."""
+    def step(self) -> dict[str, Any] | None:
+        """One optimizer step and its record; None if its loss was a spike and the run went back."""
         began, number = time.perf_counter(), self.progress.step
-        optim, train = self.recipe.optim, self.recipe.train
-        batch = self.batch(number).to(self.device)
+        phase, experts = self.schedule.phase(number), self._experts(number)
+        chosen = time.perf_counter() - began
+        batch = self.batch(number)
         self.tables.begin(number, self.batch)
-        lr = learning_rate(number, train.steps, optim)
-        set_learning_rate(self.optimizer, lr)
-        self.model.train()
-        look = self.observer if _due(number + 1, train.observe_every) else Blind()
-        with look.watching(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.model(batch.ids, targets=batch.targets, documents=batch.documents)
-        losses = {"loss": out.loss.item(), **{name: part.item() for name, part in out.losses.items()}}
-        out.loss.backward()
-        look.gradients()
-        norm = clip_grad_norm_(self.model.parameters(), optim.grad_clip or math.inf).item()
-        self._check_finite(number + 1, {**losses, "grad_norm": norm})
-        with look.updating():
-            self.optimizer.step()
+        look = self.observer if _due(number + 1, self.recipe.train.observe_every) else Blind()
+        done = self.stepper.gradients(phase, batch, experts, look)
+        self._check_finite(
+            number + 1,
+            {**done.losses, "grad_norm": done.norm},
+            lambda: culprit(self.model, lambda: self.stepper.look_again(batch, experts)),
+        )
+        if self._is_spike(phase, done):
+            self._go_back(number, done.losses["lm"])
+            return None
+        self.stepper.update(phase, look)
         self.tables.end()
-        self.optimizer.zero_grad()
-        self.model.update_router_bias(self.recipe.model.router_bias_update_speed)
-        tokens = int((batch.targets != IGNORED).sum())
-        self.progress = Progress(number + 1, self.progress.tokens + tokens, self.seconds())
-        speed = tokens / (time.perf_counter() - began)
-        return self._record(losses, norm, lr, speed, out.metrics) | look.record
+        self.progress = Progress(number + 1, self.progress.tokens + done.tokens, self.seconds())
+        speed = done.tokens / (time.perf_counter() - began)
+        ahead = {} if experts is None else {"anticipatory": 1, "anticipation_seconds": round(chosen, 4)}
+        return {**self._record(phase, done, speed), **look.record, **ahead}
 
     def batch(self, number: int) -> Batch:
         """The batch of step `number` (from 0), on the host."""
-        rows = self.recipe.data.batch_size
-        return self.source.batch(range(number * rows, (number + 1) * rows), self.recipe.data.sequence_length)
+        phase = self.schedule.phase(number)
+        return self.source.batch(phase.rows, phase.length, phase.stage)
 
-    def _record(
-        self, losses: dict[str, float], norm: float, lr: float, speed: float, measured: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        so_far = {
+    def _record(self, phase: Phase, done: Outcome, speed: float) -> dict[str, Any]:
+        record: dict[str, Any] = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "seconds": round(self.progress.seconds, 3),
-        }
-        speeds = {
+            **done.losses,
+            "lr": phase.lr,
+            "grad_norm": done.norm,
+            **metrics.model_record(done.metrics),
             "tokens_per_second": round(speed, 1),
             "peak_memory_gib": round(metrics.peak_memory_gib(self.device), 4),
         }
-        return {**so_far, **losses, "lr": lr, "grad_norm": norm, **metrics.model_record(measured), **speeds}
+        if self.recipe.stages or self.recipe.schedule.batch_ramp_steps:
+            rows, length = len(phase.rows), phase.length
+            record |= {"stage": phase.stage, "attention": phase.attention, "rows": rows, "length": length}
+        back = self.stability.watch.gone_back_to(phase.step) if self.stability else []
+        return {**record, "went_back": back} if back else record
+
+    def _experts(self, number: int) -> list[Experts] | None:
+        """Those chosen ahead for a step with anticipatory routing, one set for each of its passes."""
+        if self.stability is None:
+            return None
+        return self.stability.experts(
+            number, lambda step: self.stepper.experts(self.schedule.phase(step), self.batch(step))
+        )
+
+    def _is_spike(self, phase: Phase, done: Outcome) -> bool:
+        if self.stability is None or phase.indexer_only:
+            return False
+        return self.stability.watch.sees(phase.step, phase.stage, done.losses["lm"])
+
+    def _go_back(self, number: int, loss: float) -> None:
+        """Drops step `number` and goes on from the newest checkpoint before it."""
+        assert self.stability is not None
+        self.stepper.forget()
+        self.tables.end()
+        now, seconds = self.stability.watch, self.seconds()
+        folder = checkpoint.go_back(self.out, number)
+        self._restore(folder)
+        self.stability.watch = now.went_back(number, loss, self.progress.step, self.stability.watch)
+        self.progress = Progress(self.progress.step, self.progress.tokens, seconds)
+        self.saved, self.tables = folder, Tables(self.model)
+        self.close_metrics()
+        self._open_metrics()
+        spike, until = self.stability.watch.spikes[-1], self.stability.watch.until
+        self.line.say(
+            f"step {spike.step}: loss {loss:.3f} is a spike (median {spike.median:.3f}, limit {spike.limit:.3f});"
+            f" back to step {spike.to}, experts by earlier weights until step {until}"
+        )
 
     def evaluate(self) -> dict[str, Any]:
         """The source's scores of the model as it is now."""
@@ -215,10 +280,17 @@ class Run:
         return scores
 
     def save(self) -> Path:
+        """A checkpoint of the run as it is; never one of weights that are not finite."""
+        weight = bad_weight(self.model)
+        if weight:
+            self._stop(f"after step {self.progress.step}: {weight} holds numbers that are not finite")
         self.metrics.sync()
         self.progress = Progress(self.progress.step, self.progress.tokens, self.seconds())
         keep = self.recipe.train.keep
-        self.saved = checkpoint.save(self.out, self.model, self.optimizer, self.recipe, self.progress, keep)
+        memory = self.stability.memory() if self.stability else NOTHING
+        self.saved = checkpoint.save(
+            self.out, self.model, self.optimizer, self.recipe, self.progress, keep, memory=memory
+        )
         return self.saved
 
     def finish(self) -> Summary:
@@ -235,41 +307,51 @@ class Run:
     def sample(self) -> str:
         """Text that the model writes on from the recipe's prompt (temperature 0.8, top-p 0.95)."""
         count, prompt = self.recipe.train.sample_tokens, self.recipe.train.sample_prompt
-        if not count:
+        tokenizer = self.source.tokenizer
+        if not count or tokenizer is None:
             return ""
-        ids = torch.tensor([encode(prompt)], device=self.device)
+        ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]], device=self.device)
         self.model.eval()
         seed = self.recipe.train.seed
         written = generate(self.model, ids, max_new_tokens=count, temperature=0.8, top_p=0.95, seed=seed)
-        return prompt + decode(int(token) for token in written)
+        return prompt + tokenizer.decode(int(token) for token in written)
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
     def close(self) -> None:
         self.line.close()
+        self.close_metrics()
+
+    def close_metrics(self) -> None:
         self.metrics.close()
         if self.board:
             self.board.close()
 
-    def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
+    def _check_finite(self, step: int, numbers: dict[str, float], cause: Callable[[], str] | None = None) -> None:
+        """`cause()` says what else is known of a number that is not."""
         if all(map(math.isfinite, numbers.values())):
             return
         listed = ", ".join(f"{name}={value:g}" for name, value in numbers.items())
+        known = f" {cause()};" if cause else ""
+        self._stop(f"step {step}: not every number is finite ({listed});{known}")
+
+    def _stop(self, why: str) -> NoReturn:
         last = checkpoint.checkpoints(self.out)
         raise TrainingDiverged(
-            f"step {step}: not every number is finite ({listed}); training stopped before it could spread. "
-            f"The last checkpoint is {last[-1] if last else 'none'}; try a lower optim.lr or more optim.warmup_steps"
+            f"{why} training stopped before it could spread. The last checkpoint is {last[-1] if last else 'none'};"
+            " try a lower optim.lr or more optim.warmup_steps"
         )
 
 
 def load_trained(path: Path | str, device: str = "auto") -> tuple[Transformer, Recipe]:
     """The model of a checkpoint (or of a run's newest), ready for inference, and its recipe."""
     folder = checkpoint.find(path)
-    recipe = checkpoint.read_state(folder)[0]
+    recipe, progress = checkpoint.read_state(folder)
     with places(recipe, None):
         model = Transformer(recipe.model).to(choose_device(device))
     checkpoint.load_model(folder, model)
+    model.attention_stage = Schedule(recipe).last(progress.step).attention
     return model.eval(), recipe
 
 

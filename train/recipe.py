@@ -1,6 +1,8 @@
 """A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
 
-A run that learns a generated task has [reason] too, and one that learns it from rewards [grpo].
+A run that learns a generated task has [reason] too, and one that learns it from rewards [grpo]. [schedule] says what
+changes on the way, [[stages]] that a run has several (train.steps is their sum then), [stability] that it looks out for
+spikes of the loss.
 
     recipe = load_recipe("toy", ["optim.lr=1e-3", "train.steps=200"])
 
@@ -12,7 +14,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -55,7 +57,11 @@ class DataConfig(Table):
     """[data]: which text, cut into rows of which length."""
 
     name = "data"
-    source: str = key("stdlib", "'stdlib' (Python's own source files, no download), a folder of text files, or a file")
+    source: str = key(
+        "stdlib",
+        "'stdlib' (Python's own source files, no download), a folder of text files, a file, or planted:TASK"
+        " (recall, selective_copy, induction, ngram_facts; see [planted])",
+    )
     sequence_length: int = _positive(512, "tokens of a row")
     batch_size: int = _positive(8, "rows of a step")
     held_out_fraction: float = key(
@@ -144,6 +150,9 @@ class TrainConfig(Table):
         "resident, host or mapped",
         lambda value: value in ("resident", "host", "mapped"),
     )
+    micro_batch: int = _not_negative(
+        0, "rows of a forward and backward pass, whose gradients add up to those of the step; 0 = all rows at once"
+    )
     recompute: int = _not_negative(
         0, "layers of a group that is worked out again in the backward pass, which saves memory; 0 = none"
     )
@@ -157,6 +166,60 @@ class TrainConfig(Table):
     keep: int = _positive(2, "checkpoints that are kept")
     sample_tokens: int = _not_negative(256, "length of the text written at the end; 0 = none")
     sample_prompt: str = key("def ", "text that the sample continues")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Table):
+    """[schedule]: what changes in the course of a run beside the learning rate (V4 4.2.2); by default nothing."""
+
+    name = "schedule"
+    batch_start: int = _positive(1, "rows of the first step, where the batch is ramped up")
+    batch_ramp_steps: int = _not_negative(
+        0, "steps over which the rows grow, linearly and in multiples of batch_start, to the batch size; 0 = no ramp"
+    )
+    mtp_final_share: float = _share(
+        1.0, "share of model.mtp_loss_weight that is left once the learning rate falls (V4: a third)"
+    )
+    bias_rest_share: float = _share(
+        0.0,
+        "share of the steps, at the end, in which router biases rest (V3: 0.034, the last 500 B of 14.8 T tokens)",
+    )
+
+
+@dataclass(frozen=True)
+class StageConfig(Table):
+    """[[stages]]: one stage of a run (V4 4.2.2: 4K, 16K, 64K and 1M tokens; dense, indexer warm-up, sparse)."""
+
+    name = "stages"
+    steps: int = _positive(1, "optimizer steps of the stage")
+    sequence_length: int = _not_negative(0, "tokens of a row; 0 = data.sequence_length")
+    batch_size: int = _not_negative(0, "rows of a step; 0 = data.batch_size")
+    attention: str = key(
+        "sparse",
+        "what CSA layers read: sparse, the indexer's picks; dense, all visible entries; warmup, all, and nothing but"
+        " the indexer learns, from them",
+        "dense, warmup or sparse",
+        lambda value: value in ("dense", "warmup", "sparse"),
+    )
+    lr: float = _not_negative(0.0, "peak learning rate in this stage; 0 = optim.lr")
+
+
+@dataclass(frozen=True)
+class StabilityConfig(Table):
+    """[stability]: present = a spike of the loss takes the run back to a checkpoint (V4 4.2.3). All numbers are our
+    choice: the report gives none.
+    """
+
+    name = "stability"
+    window: int = key(64, "losses before a step that it is compared with", "at least 4", lambda value: value >= 4)
+    deviations: float = _positive(
+        8.0, "a spike is a loss above the window's median by more than this many deviations (1.4826 x the median one)"
+    )
+    least: float = _positive(0.25, "and by more than this many nats, however even the losses before")
+    anticipatory_steps: int = _not_negative(
+        100, "steps after the spike's own until which experts are chosen by earlier weights; 0 = by the present ones"
+    )
+    lag: int = _positive(4, "steps between the weights that choose the experts and those that use them")
 
 
 @dataclass(frozen=True)
@@ -201,8 +264,40 @@ class GrpoConfig(Table):
     tokens_per_pass: int = _positive(4096, "padded tokens of a forward and backward pass; completions go by length")
 
 
-TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig)}
-OPTIONAL = {table.name: table for table in (ReasonConfig, GrpoConfig)}
+@dataclass(frozen=True)
+class PlantedConfig(Table):
+    """[planted]: a task with known answers, where data.source is planted:TASK; a task reads some of these keys."""
+
+    name = "planted"
+    density: float = key(
+        0.0625,
+        "answers per token of a row, as far as they find a place",
+        "above 0, at most 0.5",
+        lambda x: 0 < x <= 0.5,
+    )
+    nearest: int = _positive(1, "least number of tokens from the evidence to the question")
+    farthest: int = _not_negative(
+        0, "largest number of tokens from the evidence to the question; 0 = what a row allows"
+    )
+    keys: int = key(64, "different keys", "2 or more", lambda count: count >= 2)
+    values: int = key(64, "different values, or items, or tokens of induction", "2 or more", lambda count: count >= 2)
+    fillers: int = _positive(1, "different tokens that mean nothing")
+    questions: str = key(
+        "spread",
+        "where recall asks: spread over the row, or all at its end",
+        "spread or end",
+        lambda value: value in ("spread", "end"),
+    )
+    order: int = _positive(2, "tokens that decide the next: of an n-gram, or of the context of induction")
+    facts: int = _positive(1000, "n-grams with a known answer")
+    zipf: float = _not_negative(1.0, "use of fact r is in proportion to r^-zipf")
+    eval_length: int = _not_negative(0, "tokens of a held-out row; 0 = data.sequence_length")
+
+
+TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig, ScheduleConfig)}
+OPTIONAL = {table.name: table for table in (PlantedConfig, StabilityConfig, ReasonConfig, GrpoConfig)}
+STAGES = StageConfig.name
+PLANTED = "planted:"  # what the name of a planted source begins with
 
 
 @dataclass(frozen=True)
@@ -212,15 +307,16 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stages: tuple[StageConfig, ...] = ()
+    planted: PlantedConfig | None = None
+    stability: StabilityConfig | None = None
     reason: ReasonConfig | None = None
     grpo: GrpoConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.model.vocab_size < VOCABULARY:
-            allowed = f"at least {VOCABULARY} (256 bytes and bos), because training reads bytes"
-            raise ValueError(f"model.vocab_size={self.model.vocab_size}: allowed is {allowed}")
-        if self.model.bos_token_id != BOS:
-            raise ValueError(f"model.bos_token_id={self.model.bos_token_id}: allowed is {BOS}: training reads bytes")
+        _check_schedule(self)
+        _check_data(self)
         if self.grpo and not self.reason:
             raise ValueError("[grpo] without [reason]: rewards need problems with known answers")
         if self.train.engram_tables != "resident" and self.optim.engram_rows != "touched":
@@ -231,20 +327,46 @@ class Recipe:
         """As JSON has it; `Recipe.from_dict` of it is equal."""
         present = [name for name in (*TABLES, *OPTIONAL) if getattr(self, name) is not None]
         tables = {name: {k: _plain(v) for k, v in asdict(getattr(self, name)).items()} for name in present}
-        return {"name": self.name, "model": self.model.to_dict(), **tables}
+        stages = {STAGES: [asdict(stage) for stage in self.stages]} if self.stages else {}
+        return {"name": self.name, "model": self.model.to_dict(), **tables, **stages}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Raises ValueError for an unknown table or key (names the nearest), a missing [model], or a bad value."""
         for table in values:
-            if table not in ("name", "model", *TABLES, *OPTIONAL):
-                nearest = _nearest(table, (*TABLES, *OPTIONAL))
+            if table not in ("name", "model", STAGES, *TABLES, *OPTIONAL):
+                nearest = _nearest(table, (STAGES, *TABLES, *OPTIONAL))
                 raise ValueError(f"unknown table [{table}]: the nearest known one is [{nearest}]")
         if "model" not in values:
             raise ValueError(f"recipe {values.get('name', '')!r} has no table [model]")
         tables = {name: _table(kind, values.get(name, {})) for name, kind in TABLES.items()}
         tables |= {name: _table(kind, values[name]) for name, kind in OPTIONAL.items() if name in values}
+        if STAGES in values:
+            tables[STAGES] = _stages(values[STAGES])
+            if "steps" not in values.get("train", {}):
+                tables["train"] = replace(tables["train"], steps=sum(stage.steps for stage in tables[STAGES]))
         return cls(values.get("name", "unnamed"), ModelConfig.from_dict(values["model"]), **tables)
+
+
+def _check_data(recipe: Recipe) -> None:
+    """The tokens of the data fit into the model's vocabulary, and [planted] belongs to a planted source."""
+    model, source = recipe.model, recipe.data.source
+    if source.startswith(PLANTED):
+        from .planted.source import planted_task
+
+        least = planted_task(source, recipe.planted or PlantedConfig()).vocabulary
+        if model.vocab_size < least:
+            raise ValueError(f"model.vocab_size={model.vocab_size}: allowed is at least {least}, for {source}")
+        if not recipe.data.held_out_rows:
+            raise ValueError(f"data.held_out_rows=0: allowed is 1 or more: the rows of {source} never end")
+        return
+    if recipe.planted:
+        raise ValueError(f"[planted] is for sources that begin with {PLANTED!r}: data.source={source!r}")
+    if model.vocab_size < VOCABULARY:
+        allowed = f"at least {VOCABULARY} (256 bytes and bos), because training reads bytes"
+        raise ValueError(f"model.vocab_size={model.vocab_size}: allowed is {allowed}")
+    if model.bos_token_id != BOS:
+        raise ValueError(f"model.bos_token_id={model.bos_token_id}: allowed is {BOS}: training reads bytes")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -265,16 +387,28 @@ def apply(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
         names = path.strip().split(".")
         if not equals or len(names) < 2 or not all(names):
             raise ValueError(f"--set {override!r}: allowed is table.key=value, for example optim.lr=1e-3")
-        if names[0] not in ("model", *TABLES, *OPTIONAL):
-            nearest = _nearest(names[0], ("model", *TABLES, *OPTIONAL))
+        if names[0] not in ("model", STAGES, *TABLES, *OPTIONAL):
+            nearest = _nearest(names[0], ("model", STAGES, *TABLES, *OPTIONAL))
             raise ValueError(f"--set {override!r}: unknown table {names[0]!r}: the nearest known one is {nearest!r}")
         table = result
         for name in names[:-1]:
-            table = table.setdefault(name, {})
-            if not isinstance(table, dict):
-                raise ValueError(f"--set {override!r}: {name!r} is a value, not a table")
+            table = _within(override, table, name)
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {override!r}: {names[-2]!r} is a list: allowed is {names[-2]}.0.key=value")
         table[names[-1]] = _parse(text.strip())
     return result
+
+
+def _within(override: str, table: Any, name: str) -> Any:
+    """The table or list of tables `name` of a table, made if it is missing, or the table of that number of a list."""
+    if isinstance(table, list):
+        if not name.isdigit() or int(name) >= len(table):
+            raise ValueError(f"--set {override!r}: {name!r}: allowed are 0 to {len(table) - 1}")
+        return table[int(name)]
+    inner = table.setdefault(name, {})
+    if not isinstance(inner, dict | list):
+        raise ValueError(f"--set {override!r}: {name!r} is a value, not a table")
+    return inner
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -287,6 +421,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
             a, b = ours.get(name), theirs.get(name)
             if a != b:
                 found.append(f"{table}.{name}: {a!r} -> {b!r}")
+    if before.get(STAGES) != after.get(STAGES):
+        found.append(f"{STAGES}: {before.get(STAGES, [])} -> {after.get(STAGES, [])}")
     return found
 
 
@@ -339,4 +475,34 @@ def _plain(value: Any) -> Any:
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _copy(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    return {name: _copied(value) for name, value in values.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _copy(value)
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _stages(values: Any) -> tuple[StageConfig, ...]:
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"{STAGES}={values!r}: allowed are one or more tables [[{STAGES}]]")
+    return tuple(_table(StageConfig, value) for value in values)
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    """That stages, ramp and model fit together."""
+    stages, ramp, steps = recipe.stages, recipe.schedule, recipe.train.steps
+    total = sum(stage.steps for stage in stages)
+    if stages and steps != total:
+        raise ValueError(f"train.steps={steps}: allowed is {total}, the sum of the stages (or leave it out)")
+    sizes = [stage.batch_size or recipe.data.batch_size for stage in stages] or [recipe.data.batch_size]
+    if ramp.batch_ramp_steps and ramp.batch_start > min(sizes):
+        raise ValueError(f"schedule.batch_start={ramp.batch_start}: allowed are 1 to {min(sizes)}, the smallest batch")
+    sparse = "compressed_sparse_attention" in recipe.model.layer_types
+    for number, stage in enumerate(stages):
+        if stage.attention == "warmup" and not sparse:
+            raise ValueError(f"stages.{number}.attention='warmup': allowed where the model has a CSA layer to teach")
+    for table in ("stability", STAGES):
+        if recipe.grpo and getattr(recipe, table):
+            raise ValueError(f"[{table}] beside [grpo]: allowed is one of them")
