@@ -21,6 +21,8 @@ import numpy as np
 
 SEARCHES = ((2, 1000), (16, 8000), (64, 32000))  # texts side by side and steps at most; the last tries all letters
 STEPS_PER_TOKEN = 64  # at most, for each token that is left beyond the known way
+REST = {**dict.fromkeys(range(0xC2, 0xE0), "80"), 0xE0: "a080", 0xF0: "908080"}  # of a character, after its first byte
+REST |= {**dict.fromkeys(range(0xE1, 0xF0), "8080"), **dict.fromkeys(range(0xF1, 0xF5), "808080")}
 CLOSING = '</"}],:'  # signs that are tried first
 
 
@@ -42,6 +44,16 @@ class Alphabet:
             elif len(piece) == 1 and piece not in seen:
                 self.byte[token] = piece[0]
                 seen.add(piece)
+        one = {byte: token for token, byte in enumerate(self.byte.tolist())}
+        self.rest = {first: [one.get(byte, eos) for byte in bytes.fromhex(rest)] for first, rest in REST.items()}
+
+    def likely(self, token: int, known: list[int]) -> list[list[int]]:
+        """Ways after a token that are worth a try: the known one, without its start, or after the rest of a character.
+
+        After the first byte of a character comes the smallest rest that UTF-8 allows.
+        """
+        rest = self.rest.get(int(self.byte[token]))
+        return [known[start:] for start in range(min(4, len(known)))] if rest is None else [[*rest, *known]]
 
     def choices(self, mask: bytes, everything: bool) -> list[int]:
         """Of the tokens that a mask allows those worth trying: special ones, signs, and few of many letters."""

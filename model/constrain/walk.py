@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .ending import Alphabet, is_way, way_to_the_end
 from .grammar import Grammar, GrammarError
+from .spelling import Spelling
 
 
 class Tokenizer(Protocol):
@@ -95,7 +96,7 @@ class Walk:
     def __init__(self, constraint: Constraint, matcher: Any, left: int, way: list[int] | None) -> None:
         self.constraint, self.left, self.way = constraint, left, way
         self.complete = False
-        self._matcher, self._before = matcher, way
+        self._matcher, self._tail, self._before = matcher, b"", (way, b"")
 
     def fill(self, words: np.ndarray, row: int) -> None:
         """Writes the tokens that may come next as row `row` of int32 [b, w].
@@ -106,30 +107,36 @@ class Walk:
         library = _llguidance()
         library.numpy.fill_next_token_bitmask(self._matcher, words, row)
         if not self._matcher.is_accepting() and (self._matcher.is_stopped() or not words[row].any()):
-            why = self._matcher.get_error() or "no token is allowed, and the text is not complete"
-            raise DeadEndError(f"{self.constraint.grammar.source}: {why}")
+            raise self._dead_end()
+        self.constraint.vocabulary.spelling.exclude(self._tail, words[row])
 
     def take(self, token: int) -> int:
         """Goes on with an allowed token, or, if from there no end is in reach, with the next of the known way.
 
         Returns the token that is written.
         """
-        self._before, known = self.way, self.way
+        self._before, known = (self.way, self._tail), self.way
         if known is not None:
             self.way = self._way_after(token, known)
             if self.way is None:
                 token, self.way = known[0], known[1:]
         self.left -= 1
         self.complete = token == self.constraint.vocabulary.eos
+        self._tail = self.constraint.vocabulary.tail(self._tail, token)
         if not self.complete and not self._matcher.consume_token(token):
-            raise DeadEndError(f"{self.constraint.grammar.source}: {self._matcher.get_error()}")
+            raise self._dead_end()
         return token
 
     def back(self) -> None:
         """Takes the last token back; only one."""
         if not self.complete:
             self._matcher.rollback(1)
-        self.left, self.way, self.complete = self.left + 1, self._before, False
+        self.left, self.complete = self.left + 1, False
+        self.way, self._tail = self._before
+
+    def _dead_end(self) -> DeadEndError:
+        why = self._matcher.get_error().splitlines() or ["no token is allowed, and the text is not complete"]
+        return DeadEndError(f"{self.constraint.grammar.source}: {why[0]}")
 
     def _way_after(self, token: int, known: list[int]) -> list[int] | None:
         """A way from after the token that fits."""
@@ -138,9 +145,10 @@ class Walk:
         if token == self.constraint.vocabulary.eos:
             return []
         room = self.left - 1
-        if len(known) <= room and is_way(self._matcher, [token, *known]):
-            return known
-        if room < 1 or not self._matcher.consume_token(token):
+        for way in self.constraint.vocabulary.alphabet.likely(token, known):
+            if len(way) <= room and is_way(self._matcher, [token, *way]):
+                return way
+        if room <= len(known) or not self._matcher.consume_token(token):
             return None
         found = self.constraint.way(self._matcher, known, room)
         self._matcher.rollback(1)
@@ -218,8 +226,14 @@ class _Vocabulary:
         names = [name if name.startswith("<") and name.endswith(">") else f"<{name}>" for name in names]
         self.pieces = pieces
         self.alphabet = Alphabet(pieces, self.eos)
+        self.spelling = Spelling(tokenizer.special, pieces)
         library = _llguidance()
         self.library_tokenizer = library.LLTokenizer(library.TokenizerWrapper(_Source(tokenizer, pieces, names)))
+
+    def tail(self, text: bytes, token: int) -> bytes:
+        """The end of a text after one more token, as much as a special string may begin in."""
+        piece = self.pieces[token]
+        return b"" if piece is None else (text + piece)[-self.spelling.longest :]
 
     def shorter(self, tokens: Sequence[int]) -> list[int]:
         """The same bytes and special tokens, as the tokenizer writes them."""
