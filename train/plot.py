@@ -6,7 +6,7 @@ strong ones a running mean.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,34 @@ def plot(folder: Path | str, path: Path | str | None = None) -> Path:
     figure = Figure(figsize=(14, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplot_mosaic("AAB;CDE")
-    for name, panel in zip("ABCDE", (_bits, _losses, _load, _spread, _captured)):
+    for name, panel in zip("ABCDE", _panels(records)):
         panel(axes[name], records)
         tidy(axes[name])
     figure.suptitle(_title(folder, records), fontsize=11, color=GREY)
     path = Path(path) if path else folder / FILE
     figure.savefig(path, dpi=110)
     return path
+
+
+def _panels(records: list[dict[str, Any]]) -> tuple[Callable[[Any, list[dict[str, Any]]], None], ...]:
+    """The large panel and four small ones, as the run's metrics ask for."""
+    from .reason import curves
+
+    if any("reward" in record for record in records):
+        return curves.reward, curves.distance, curves.entropy, curves.length, curves.limits
+    scored = any("accuracy" in record for record in records)
+    return curves.accuracy if scored else _bits, _losses, _load, _spread, _captured
+
+
+def draw_line(
+    axis: Any, records: list[dict[str, Any]], name: str, colour: str, label: str, width: int | None = None
+) -> None:
+    """A quantity of every step, faint, and its mean over the last `width`, whose last value the legend has."""
+    steps, values = series(records, name)
+    if steps:
+        smooth = _smooth(values, width)
+        axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        axis.plot(steps, smooth, color=colour, label=f"{label}: {smooth[-1]:.3g}")
 
 
 def _title(folder: Path, records: list[dict[str, Any]]) -> str:
@@ -88,10 +109,8 @@ def _losses(axis: Any, records: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for name, (colour, label) in PARTS.items():
-        steps, values = series(records, name)
-        if any(value > 0 for value in values):
-            axis.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            axis.plot(steps, _smooth(values), color=colour, label=f"{label}: {_smooth(values)[-1]:.3g}")
+        if any(value > 0 for value in series(records, name)[1]):
+            draw_line(axis, records, name, colour, label)
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
@@ -161,8 +180,8 @@ def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[An
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of the last steps, a fiftieth of the run (at least 1 step), fewer at the start."""
-    width = max(1, len(values) // 50)
+def _smooth(values: Sequence[float], width: int | None = None) -> list[float]:
+    """The mean of the last `width` steps, by default a fiftieth of the run (at least 1), fewer at the start."""
+    width = width or max(1, len(values) // 50)
     sums = [0.0, *accumulate(values)]
     return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]

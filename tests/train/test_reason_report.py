@@ -107,3 +107,32 @@ def test_the_picture_comes_from_the_json_alone(found, tmp_path):
     assert plot(tmp_path / "reasoning.json", tmp_path / "other.png").stat().st_size > 10_000
     with pytest.raises(FileNotFoundError):
         plot(tmp_path / "none.json")
+
+
+def test_curves_of_a_run_show_what_its_metrics_hold(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from abyssal.train import plot as plots
+    from abyssal.train.reason import curves
+
+    records = [
+        {"step": s + 1, "reward": 0.5, "reward_thinking": s / 20, "reward_chat": 0.25, "kl": 0.01 * s, "entropy": 0.5}
+        | {"length_thinking": 20.0, "length_chat": 5.0, "clip_fraction": 0.0, "off_policy": 0.125}
+        for s in range(20)
+    ]
+    records[-1] |= {"accuracy": {}, "accuracy_thinking": 0.75, "accuracy_chat": 0.5}
+    panels = plots._panels(records)
+    assert panels == (curves.reward, curves.distance, curves.entropy, curves.length, curves.limits)
+    shown = []
+    for panel in panels:
+        axis = Figure().subplots()
+        panel(axis, records)
+        shown.append([text.get_text() for text in axis.get_legend().get_texts()])
+    assert shown[0][:2] == ["reward, thinking: 0.725", "reward, answer at once: 0.25"]  # the last ten steps
+    assert shown[0][2:] == ["thinking: 0.750 at the end", "answer at once: 0.500 at the end"]
+    assert shown[1] == ["KL to the weights at the start: 0.145"] and shown[2] == ["entropy: 0.5"]
+    assert shown[3] == ["thinking: 20", "answer at once: 5"]
+    assert shown[4] == ["tokens clipped: 0", "completions left out as off-policy: 0.125"]
+    tuning = [{"step": 1, "lm": 2.0, "accuracy": {}, "accuracy_chat": 0.5}]
+    assert plots._panels(tuning)[0] is curves.accuracy and plots._panels([{"step": 1, "lm": 2.0}])[0] is plots._bits
