@@ -1,6 +1,7 @@
 """Every parameter of every shipped model against a table of its own: rule, decay, and which matrices it holds."""
 
 import re
+from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.tables import row_tables
+from abyssal.train.cli import main
 from abyssal.train.optim import build_optimizer, parameter_groups
 from abyssal.train.optim.rules import Widths, parameter_rules, rule_lines, rule_of, rule_table
 from abyssal.train.recipe import OptimConfig
@@ -189,3 +191,32 @@ def test_widths_of_a_model_without_a_configuration():
     assert Widths.of(None, True) == Widths()
     config = SimpleNamespace(hidden_size=8, head_dim=4, index_head_dim=2, o_lora_rank=3)
     assert Widths.of(config, False) == (8, 0, 0, 0) and Widths.of(config, True) == (8, 4, 2, 3)
+
+
+def rules_shown(capsys, *arguments: str) -> list[list[str]]:
+    assert main(["info", *arguments]) == 0
+    lines = capsys.readouterr().out.split("\nparameter ")[1].splitlines()[1:]
+    return [line.split() for line in lines]
+
+
+def test_info_shows_the_rules_of_a_recipe_or_under_another(capsys, tmp_path):
+    shown = {(words[0], words[2]) for words in rules_shown(capsys, "nano", "--rules")}
+    assert ("layers.*.attn.wq_a.weight", "adamw") in shown and ("layers.*.engram.table.weight", "adam") in shown
+    shown = {(words[0], words[2]) for words in rules_shown(capsys, "v4-flash", "--rules", "muon")}
+    assert ("layers.*.attn.wq_a.weight", "muon") in shown and ("head.weight", "adamw") in shown
+    text = (files("abyssal.configs") / "nano.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace("[optim]", "[optim]\nrule = 'muon'\nhead_wise = true"))
+    maps = [words for words in rules_shown(capsys, str(tmp_path / "mine.toml"), "--rules") if words[2] == "muon"]
+    assert [words[3] for words in maps if words[0] == "layers.*.attn.wq_b.weight"] == ["4"], "a matrix per head"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["v3", "--rules"], "--rules: 'v3' is no model that is trained here: allowed are V4's"),
+        (["nano", "--rules", "sgd"], "optim.rule='sgd': allowed is adamw or muon"),
+    ],
+)
+def test_rules_that_cannot_be_shown(capsys, arguments, message):
+    assert main(["info", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -35,6 +35,8 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--tokens", float, 15e12, "tokens of training")
     flag(parser, "--length", str, "4K", "tokens of a training sequence")
     flag(parser, "--plot", Path, None, "picture of cost over context to write", "none")
+    text = "how every parameter learns and why, with optim.rule as in the recipe, or adamw or muon (str; default: off)"
+    parser.add_argument("--rules", nargs="?", const="recipe", metavar="RULE", help=text)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -54,10 +56,31 @@ def _info(options: argparse.Namespace) -> None:
     gpu = cost.Gpu(options.gpu or "h100", options.mfu, options.price)
     if options.gpu:
         print("\n" + cost.estimate(options.name, max(context, 1), gpu, options.tokens, length))
+    if options.rules:
+        print("\n" + _rules(options.name, options.rules))
     if options.gpu and options.name == "v3":
         print("\n" + cost.v3_table())
     if options.plot:
         print(f"\n{cost.draw(options.plot, options.name, gpu)}")
+
+
+def _rules(name: str, rule: str) -> str:
+    """The table of rules of a configuration, without the memory of its weights."""
+    import torch
+
+    from ...model import ModelConfig, Transformer
+    from ...model.config import read_recipe
+    from .. import cost
+    from ..optim.rules import rule_lines, rule_table
+    from ..recipe import OptimConfig
+
+    config = cost.load(name)
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"--rules: {name!r} is no model that is trained here: allowed are V4's")
+    keys = read_recipe(name).get("optim", {})
+    optim = OptimConfig(**(keys if rule == "recipe" else {**keys, "rule": rule}))
+    with torch.device("meta"):
+        return rule_table(rule_lines(Transformer(config), optim))
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

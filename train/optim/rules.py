@@ -43,7 +43,7 @@ MAPS = {
     "wgate": "logits of the pooling",
     "weights_proj": "weights of the index heads",
     "gate": "scores of the experts",
-    "fn": "maps to pre, post and comb: by the wording, though skinny",
+    "fn": "maps to pre, post and comb: linear, though skinny",
     "w13": "W1 and W3 apart",
     "w2": "down-projection",
     "e_proj": "embedding into the MTP module",
@@ -96,12 +96,12 @@ def rule_of(name: str, shape: Sequence[int], optim: OptimConfig, widths: Widths)
         return Rule("adamw", decays, whole, "prediction head" if leaf == "head" else "embedding, no decay")
     if leaf in STATIC or "norm" in leaf or len(shape) < 2:
         return Rule("adamw", "vectors", whole, STATIC.get(leaf, "norm weight" if "norm" in leaf else "a vector"))
-    reason = MAPS.get(leaf, "linear map")
+    reason = _reason(words, leaf, shape)
     if optim.rule == "adamw":
         return Rule("adamw", "matrices", whole, reason)
     if len(shape) > 2 and leaf not in ("w13", "w2"):
         raise ValueError(f"{name} {tuple(shape)}: optim.rule='muon' knows no matrices in it; name them in rules.py")
-    return Rule("muon", "muon", _rows(words, leaf, shape[-2], widths), _reason(words, leaf, shape, reason))
+    return Rule("muon", "muon", _rows(words, leaf, shape[-2], widths), reason)
 
 
 def parameter_rules(model: nn.Module, optim: OptimConfig) -> dict[str, Rule]:
@@ -168,11 +168,12 @@ def _rows(words: list[str], leaf: str, rows: int, widths: Widths) -> tuple[int, 
     return (one,) * (rows // one) if one else (rows,)
 
 
-def _reason(words: list[str], leaf: str, shape: Sequence[int], reason: str) -> str:
+def _reason(words: list[str], leaf: str, shape: Sequence[int]) -> str:
     if leaf == "fn" and "hc_head" in words:
-        return "map to the collapse's weights: by the wording, though skinny"
-    if "engram" in words and leaf == "wkv":
+        return "map to the collapse's weights: linear, though skinny"
+    if leaf == "wkv" and "engram" in words:
         return "keys of each stream, and the values"
+    reason = MAPS.get(leaf, "linear map")
     return f"{reason}, each expert by itself" if len(shape) > 2 else reason
 
 
