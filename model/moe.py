@@ -141,7 +141,7 @@ class MoE(nn.Module):
             gate.counts = counts if gate.counts is None else gate.counts + counts
         load = counts / counts.sum().clamp_min(1)
         if gate.is_hash:
-            return LoadSignal(load.new_zeros(()), load)
+            return LoadSignal(routing.scores.new_zeros(()), load)
         scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
         return LoadSignal(balance_loss(scores, experts, None if real is None else real.expand(shape)), load)
 
