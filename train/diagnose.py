@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed.shard import local
+from .distributed.world import ALONE, World
+
 
 def bad_weight(model: nn.Module) -> str | None:
     """The first parameter or buffer, by name, that holds an infinity or a NaN."""
@@ -42,15 +45,15 @@ def bad_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def culprit(model: nn.Module, run: Callable[[], Any]) -> str:
+def culprit(model: nn.Module, run: Callable[[], Any], world: World = ALONE) -> str:
     """What to look at, for people; `run()` makes the pass that went wrong once more."""
-    weight = bad_weight(model)
+    weight = world.heard(bad_weight(model))
     if weight:
         return f"{weight} holds numbers that are not finite"
-    module = bad_module(model, run)
+    module = world.heard(bad_module(model, run))
     if module:
         return f"the first output that is not finite is that of {module}"
-    gradient = bad_gradient(model)
+    gradient = world.heard(bad_gradient(model))
     if gradient:
         return f"every output is finite; the gradient of {gradient} is not"
     return "every weight, output and gradient is finite"
@@ -66,4 +69,4 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.detach().isfinite().all())
+    return not tensor.is_floating_point() or bool(local(tensor.detach()).isfinite().all())

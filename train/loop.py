@@ -21,6 +21,8 @@ from . import checkpoint, metrics, provenance
 from .checkpoint import NOTHING, Progress
 from .data import Batch
 from .diagnose import bad_weight, culprit
+from .distributed.shard import shard, split_by_mesh, whole_model
+from .distributed.world import ALONE, Nowhere, ProcessLost, World, check, own_device, processes
 from .observe import Blind, Observer
 from .optim import build_optimizer
 from .progress import ProgressLine
@@ -72,13 +74,23 @@ def train(
         FileExistsError: `out` holds a run and this is no resumption of it.
         ValueError: the checkpoint's model is another one, or later checkpoints lie in `out`.
         TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
+        ProcessLost: another process of the run ended or did not answer.
     """
-    run = _kind(recipe)(recipe, Path(out), _start(resume, Path(out)), shown, prepare)
+    device, settings = choose_device(recipe.train.device), recipe.train
     try:
-        run.loop(stop_at or recipe.train.steps)
-    finally:
-        run.close()
-    return run.finish()
+        with processes(device, settings.expert_parallel, settings.process_timeout) as world:
+            check(recipe, world)
+            out = world.agree(Path(out))
+            run = _run(recipe, out, _start(resume, out), shown, prepare, world)
+            try:
+                run.loop(stop_at or settings.steps)
+            finally:
+                run.close()
+            return run.finish()
+    except ProcessLost as lost:
+        found = checkpoint.checkpoints(Path(out))
+        last = f"{found[-1]}: go on with --resume {out}" if found else "none"
+        raise ProcessLost(f"{lost}. The last checkpoint is {last}") from lost
 
 
 def _start(resume: Path | str | None, out: Path) -> Path | None:
@@ -92,13 +104,13 @@ def _start(resume: Path | str | None, out: Path) -> Path | None:
     return checkpoint.find(resume)
 
 
-def _kind(recipe: Recipe) -> type["Run"]:
-    """The kind of run that a recipe asks for."""
+def _run(recipe: Recipe, out: Path, start: Path | None, shown: bool, prepare: Any, world: World) -> "Run":
+    """A run of the kind that the recipe asks for."""
     if recipe.grpo is None:
-        return Run
+        return Run(recipe, out, start, shown, prepare, world)
     from .reason.loop import GrpoRun
 
-    return GrpoRun
+    return GrpoRun(recipe, out, start, shown, prepare)
 
 
 class Run:
@@ -111,12 +123,13 @@ class Run:
         resumed: Path | None,
         shown: bool,
         prepare: Callable[[Transformer], None] | None = None,
+        world: World = ALONE,
     ):
-        self.recipe, self.out, self.saved = recipe, out, resumed
+        self.recipe, self.out, self.saved, self.world = recipe, out, resumed, world
         _check_folder(out, resumed)
         if resumed:
             _check_same_model(recipe, resumed)
-        self.device = choose_device(recipe.train.device)
+        self.device = own_device(choose_device(recipe.train.device), world.size)
         self.dtype = getattr(torch, recipe.train.dtype)
         self.source = open_source(recipe)
         torch.manual_seed(recipe.train.seed)
@@ -125,11 +138,12 @@ class Run:
         if prepare:
             prepare(self.model)
         self.model.recompute = recipe.train.recompute
-        self.optimizer = build_optimizer(self.model, recipe.optim)
+        shard(self.model, world)
+        self.optimizer = split_by_mesh(build_optimizer(self.model, recipe.optim))
         self.tables = Tables(self.model)
         self.observer = Observer(self.model)
         self.schedule = Schedule(recipe)
-        self.stepper = Stepper(self.model, self.optimizer, recipe, self.device)
+        self.stepper = Stepper(self.model, self.optimizer, recipe, self.device, world)
         self.stability = Stability(recipe.stability) if recipe.stability else None
         self.progress = Progress()
         if resumed:
@@ -149,13 +163,19 @@ class Run:
 
     def _open(self, resumed: Path | None, shown: bool) -> None:
         step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
-        self.out.mkdir(parents=True, exist_ok=True)
-        provenance.write(self.out, self.recipe, self.source, self.device, parameters, step)
+        self.world.barrier()  # every process has looked at the folder as it was
+        if self.world.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            provenance.write(
+                self.out, self.recipe, self.source, self.device, parameters, step, processes=self.world.size
+            )
         self._open_metrics(resumed.parents[1] if resumed else None)
-        self.line = ProgressLine(step, self.recipe.train.steps, self.recipe.train.log_every, shown)
+        steps, every = self.recipe.train.steps, self.recipe.train.log_every
+        self.line = ProgressLine(step, steps, every, shown) if self.world.first else Nowhere()
         if shown:
             start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
-            self.line.say(f"{self.recipe.name}: {parameters:,} parameters on {self.device}, from {start}")
+            where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
+            self.line.say(f"{self.recipe.name}: {parameters:,} parameters on {where}, from {start}")
             self.line.say(self.source.describe())
         self.began = time.perf_counter() - self.progress.seconds
         self.scores: dict[str, Any] = {}
@@ -163,6 +183,9 @@ class Run:
 
     def _open_metrics(self, source: Path | None = None) -> None:
         """To be gone on with behind the present step."""
+        if not self.world.first:
+            self.metrics, self.board = Nowhere(), None
+            return
         self.metrics = metrics.MetricsFile(self.out, self.progress.step, source)
         self.board = TensorBoard(self.out, self.progress.step) if self.recipe.train.tensorboard else None
 
@@ -176,7 +199,7 @@ class Run:
             if record is None:
                 continue
             step = self.progress.step
-            self.cut = step < stop and bool(minutes) and self.seconds() >= 60 * minutes
+            self.cut = step < stop and bool(minutes) and self.world.agree(self.seconds()) >= 60 * minutes
             last = self.cut or step == stop
             if step == steps or self.cut or _due(step, self.recipe.train.eval_every):
                 record |= self.evaluate()
@@ -205,7 +228,7 @@ class Run:
         self._check_finite(
             number + 1,
             {**done.losses, "grad_norm": done.norm},
-            lambda: culprit(self.model, lambda: self.stepper.look_again(batch, experts)),
+            lambda: culprit(self.model, lambda: self.stepper.look_again(batch, experts), self.world),
         )
         if self._is_spike(phase, done):
             self._go_back(number, done.losses["lm"])
@@ -218,9 +241,9 @@ class Run:
         return {**self._record(phase, done, speed), **look.record, **ahead}
 
     def batch(self, number: int) -> Batch:
-        """The batch of step `number` (from 0), on the host."""
+        """This process' part of the batch of step `number` (from 0), on the host."""
         phase = self.schedule.phase(number)
-        return self.source.batch(phase.rows, phase.length, phase.stage)
+        return self.source.batch(self.world.share(phase.rows), phase.length, phase.stage)
 
     def _record(self, phase: Phase, done: Outcome, speed: float) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -274,14 +297,14 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """The source's scores of the model as it is now."""
-        scores = self.source.evaluate(self.model, self.dtype)
+        scores = self.source.evaluate(whole_model(self.model, self.world), self.dtype)
         self._check_finite(self.progress.step, {k: v for k, v in scores.items() if isinstance(v, float)})
         self.scores = scores
         return scores
 
     def save(self) -> Path:
         """A checkpoint of the run as it is; never one of weights that are not finite."""
-        weight = bad_weight(self.model)
+        weight = self.world.heard(bad_weight(self.model))
         if weight:
             self._stop(f"after step {self.progress.step}: {weight} holds numbers that are not finite")
         self.metrics.sync()
@@ -289,7 +312,7 @@ class Run:
         keep = self.recipe.train.keep
         memory = self.stability.memory() if self.stability else NOTHING
         self.saved = checkpoint.save(
-            self.out, self.model, self.optimizer, self.recipe, self.progress, keep, memory=memory
+            self.out, self.model, self.optimizer, self.recipe, self.progress, keep, self.world, memory
         )
         return self.saved
 
@@ -310,10 +333,12 @@ class Run:
         tokenizer = self.source.tokenizer
         if not count or tokenizer is None:
             return ""
+        model = whole_model(self.model, self.world).eval()
+        if not self.world.first:
+            return ""
         ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]], device=self.device)
-        self.model.eval()
         seed = self.recipe.train.seed
-        written = generate(self.model, ids, max_new_tokens=count, temperature=0.8, top_p=0.95, seed=seed)
+        written = generate(model, ids, max_new_tokens=count, temperature=0.8, top_p=0.95, seed=seed)
         return prompt + tokenizer.decode(int(token) for token in written)
 
     def seconds(self) -> float:

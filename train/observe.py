@@ -9,7 +9,7 @@
                           meet another one in their row, mean over orders and heads
 
 Streams are sampled at up to TOKENS tokens of the batch and attention at up to QUERIES queries of each row, evenly
-spaced. Nothing here changes a number of the training step.
+spaced; of several processes, the first one's rows. Nothing here changes a number of the training step.
 
 b batch · t tokens · n streams · h heads · d head dim · p entries · s sampled queries · w window · k picks
 """
@@ -30,6 +30,7 @@ from ..model.documents import Layout
 from ..model.engram import Engram
 from ..model.hyper import HyperConnection
 from ..model.rotary import token_rotation
+from .distributed.shard import whole
 
 TOKENS, QUERIES = 256, 32
 FAMILIES = ("engram", "indexer", "compressor", "gate", "experts", "shared_experts", "attn", "norm", "embed", "head")
@@ -99,8 +100,8 @@ class Observer:
         yield
         moved = {}
         for name, parameters in families.items():
-            size = _norm(before[name])
-            moved[name] = _rounded(_norm(torch._foreach_sub(list(parameters), before[name])) / max(size, 1e-30))
+            size, steps = _norm(before[name]), [p.detach() - old for p, old in zip(parameters, before[name])]
+            moved[name] = _rounded(_norm(steps) / max(size, 1e-30))
         self.record["update_by"] = moved
 
 
@@ -229,7 +230,7 @@ def _read(
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(x.detach().float()) for x in tensors]).norm())
+    return float(torch.stack([whole(torch.linalg.vector_norm(x.detach().float())) for x in tensors]).norm())
 
 
 def _rounded(value: float) -> float:

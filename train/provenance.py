@@ -21,7 +21,9 @@ FILE = "run.json"
 PACKAGES = ("torch", "numpy", "safetensors", "einops", "triton")
 
 
-def write(folder: Path, recipe: Recipe, data: Source, device: torch.device, parameters: int, step: int) -> None:
+def write(
+    folder: Path, recipe: Recipe, data: Source, device: torch.device, parameters: int, step: int, processes: int = 1
+) -> None:
     """Writes run.json, or adds this start to the `starts` of the one that is there (a resumed run)."""
     path = folder / FILE
     earlier = json.loads(path.read_text())["starts"] if path.is_file() else []
@@ -35,6 +37,7 @@ def write(folder: Path, recipe: Recipe, data: Source, device: torch.device, para
         "source": source(),
         "versions": versions(),
         "machine": machine(device),
+        "processes": processes,
     }
     writing = folder / f".{FILE}"
     writing.write_text(json.dumps({"starts": [*earlier, start]}, indent=1) + "\n")

@@ -153,6 +153,10 @@ class TrainConfig(Table):
     micro_batch: int = _not_negative(
         0, "rows of a forward and backward pass, whose gradients add up to those of the step; 0 = all rows at once"
     )
+    expert_parallel: int = _positive(
+        1, "processes, of those that torchrun starts, that share out the experts of each layer; divides their number"
+    )
+    process_timeout: float = _positive(600.0, "seconds that the processes of a run wait for one another before it ends")
     recompute: int = _not_negative(
         0, "layers of a group that is worked out again in the backward pass, which saves memory; 0 = none"
     )

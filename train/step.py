@@ -6,19 +6,19 @@
 Between the two the caller may look at losses and norm, and drop the step (`forget`).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from ..model import Transformer
 from ..model.routing import record_routing, replay_routing
 from .accumulate import Pass, mean_metrics, micro_batches, passes, summed
 from .data import IGNORED, Batch
+from .distributed.shard import add_loads, clip_gradients
+from .distributed.world import ALONE, World
 from .observe import Blind, Observer
 from .optim import Optimizers, set_learning_rate
 from .recipe import Recipe
@@ -38,10 +38,17 @@ class Outcome(NamedTuple):
 
 
 class Stepper:
-    """Model and optimizer, one step after another."""
+    """Model and optimizer, one step after another; in each process of `world` with a share of the step's rows."""
 
-    def __init__(self, model: Transformer, optimizer: Optimizers, recipe: Recipe, device: torch.device) -> None:
-        self.model, self.optimizer, self.recipe, self.device = model, optimizer, recipe, device
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: Optimizers,
+        recipe: Recipe,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        self.model, self.optimizer, self.recipe, self.device, self.world = model, optimizer, recipe, device, world
         self.dtype = getattr(torch, recipe.train.dtype)
 
     def gradients(
@@ -53,7 +60,7 @@ class Stepper:
         """
         self.model.train()
         self.model.attention_stage = phase.attention
-        parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch)
+        parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch, self.world.total)
         losses, measured = [], []
         with only_indexers(self.model) if phase.indexer_only else nullcontext():
             for part, chosen in zip(parts, experts or [{}] * len(parts), strict=True):
@@ -62,10 +69,11 @@ class Stepper:
                 losses.append(found)
                 measured.append(metrics)
         look.gradients()
-        norm = clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip or math.inf).item()
+        norm = clip_gradients(self.model, self.recipe.optim.grad_clip, self.world)
         rows = [len(part.batch.ids) for part in parts]
-        tokens = int((batch.targets != IGNORED).sum())
-        return Outcome(summed(losses), norm, tokens, mean_metrics(measured, rows))
+        tokens = int(self.world.total((batch.targets != IGNORED).sum()))
+        metrics = {name: self.world.mean(values) for name, values in mean_metrics(measured, rows).items()}
+        return Outcome(summed(losses, self.world.total), norm, tokens, metrics)
 
     def update(self, phase: Phase, look: Observer | Blind = BLIND) -> None:
         """The optimizer's step with the gradients as they are, and the router biases'."""
@@ -73,6 +81,7 @@ class Stepper:
         with look.updating():
             self.optimizer.step()
         self.optimizer.zero_grad()
+        add_loads(self.model, self.world)
         self.model.update_router_bias(phase.bias_speed)
 
     def forget(self) -> None:

@@ -22,6 +22,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from .. import checkpoint
+    from ..distributed.world import first_process
     from ..loop import train
 
     recipe, out = _recipe_and_folder(options)
@@ -31,6 +32,9 @@ def _train(options: argparse.Namespace) -> None:
         if checkpoint.checkpoints(out):
             print(f"\ngo on later with: abyssal train --resume {out}", file=sys.stderr)
         raise
+    if not first_process():
+        return
+    out = summary.out
     curves = _try_plot(out)
     print(_describe(summary, curves))
 
@@ -97,7 +101,8 @@ COMMANDS = {
         _train,
         _train_arguments,
         "Train a recipe on text, with checkpoints, metrics, curves and a sample",
-        "abyssal train toy --set optim.lr=1e-3 --set train.steps=200",
+        "abyssal train toy --set optim.lr=1e-3 --set train.steps=200\n"
+        "  torchrun --nproc-per-node 2 -m abyssal.train train nano --set train.expert_parallel=2",
         _recipe_keys,
     )
 }

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
 
 from ...model import Transformer
 from ...model.moe import MoE
 from ...model.tables import RowTable
-from .experts import ParallelExperts
+from ..optim import Optimizers
+from ..optim.adam import AdamW
 from .world import World
 
 
@@ -35,6 +34,8 @@ def shard(model: Transformer, world: World) -> None:
     """
     if world.size == 1:
         return
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
     if any(isinstance(module, RowTable) for module in model.modules()):
         raise ValueError("optim.engram_rows='touched': allowed on one process; on several, all rows learn ('all')")
     apart = _share_experts(model, world)
@@ -63,6 +64,10 @@ def _share_experts(model: Transformer, world: World) -> set[nn.Parameter]:
     """Puts `ParallelExperts` in their places; their parameters, if no group is to gather them."""
     if world.grid is None or world.expert_parallel == 1:
         return set()
+    from torch.distributed.fsdp import fully_shard
+
+    from .experts import ParallelExperts
+
     data, expert = world.grid["data"], world.grid["expert"]
     apart: set[nn.Parameter] = set()
     for module in [module for module in model.modules() if isinstance(module, MoE)]:
@@ -91,14 +96,38 @@ def clip(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
             local(parameter.grad).mul_(share)
 
 
+def clip_gradients(model: nn.Module, limit: float, world: World) -> float:
+    """Scales the whole gradient to a norm of at most `limit` (0 = as it is); its norm before."""
+    parameters = list(model.parameters())
+    if world.size == 1:
+        return nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
+    norm = gradient_norm(parameters, world)
+    clip(parameters, norm, limit or math.inf)
+    return norm.item()
+
+
+@torch.no_grad()
+def add_loads(model: Transformer, world: World) -> None:
+    """Every router counts the load of all processes, so that its bias moves alike in each."""
+    gates = [block.ffn.gate for block in (*model.layers, *model.mtp) if block.ffn.gate.counts is not None]
+    if world.size > 1 and gates:
+        for gate, counts in zip(gates, world.total(torch.stack([gate.counts for gate in gates]))):
+            gate.counts = counts
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if mesh_of(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if mesh_of(tensor) else tensor
+
+
+def mesh_of(tensor: Any) -> Any:
+    """The mesh that a tensor is distributed over; None for one that is whole in this process."""
+    return getattr(tensor, "device_mesh", None)
 
 
 def whole_model(model: Transformer, world: World) -> Transformer:
@@ -116,18 +145,23 @@ def whole_model(model: Transformer, world: World) -> Transformer:
 def _own_square(grad: Tensor, world: World) -> Tensor:
     """This process' term of the squared norm; what several processes hold is shared out among them."""
     square = local(grad).double().square().sum()
-    if not isinstance(grad, DTensor):
+    mesh = mesh_of(grad)
+    if mesh is None:
         return square / world.size
-    cut = (grad.device_mesh.size(dim) for dim, place in enumerate(grad.placements) if not isinstance(place, Replicate))
+    cut = (mesh.size(dim) for dim, place in enumerate(grad.placements) if not place.is_replicate())
     return square * math.prod(cut) / world.size
 
 
-def split_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups of which each has parameters of one mesh, as a fused update needs them."""
-    found: dict[tuple[int, Any], dict[str, Any]] = {}
-    for number, group in enumerate(groups):
-        for parameter in group["params"]:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            part = found.setdefault((number, mesh), {**group, "params": []})
-            part["params"].append(parameter)
-    return list(found.values())
+def split_by_mesh(optimizer: Optimizers) -> Optimizers:
+    """The same, with AdamW's groups cut so that each has parameters of one mesh, as its fused update needs them."""
+    for rule in optimizer.optimizers:
+        if isinstance(rule, AdamW):
+            rule.param_groups = [part for group in rule.param_groups for part in _of_one_mesh(group)]
+    return optimizer
+
+
+def _of_one_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    parts: dict[Any, list[Tensor]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(mesh_of(parameter), []).append(parameter)
+    return [{**group, "params": parameters} for parameters in parts.values()]

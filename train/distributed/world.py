@@ -9,16 +9,19 @@ training has one path.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 Value = TypeVar("Value")
 
@@ -55,7 +58,7 @@ class World:
         """
         each, rest = divmod(len(rows), self.size)
         if rest:
-            raise ValueError(f"data.batch_size={len(rows)}: allowed are multiples of {self.size}, the processes")
+            raise ValueError(f"{len(rows)} rows of a step: allowed are multiples of {self.size}, the processes")
         return rows[self.rank * each : (self.rank + 1) * each]
 
     def total(self, values: Tensor) -> Tensor:
@@ -66,6 +69,10 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return self.total(values) / self.size if self.size > 1 else values
+
     def agree(self, value: Value) -> Value:
         """What rank 0 says."""
         if self.size == 1:
@@ -74,13 +81,57 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def heard(self, value: Value | None) -> Value | None:
+        """What the first of those processes says that have something to say."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return next((said for said in values if said is not None), None)
+
     def barrier(self) -> None:
         """Returns once every process is here."""
-        self.agree(None)
-        self.total(torch.zeros(()))
+        self.heard(None)
 
 
 ALONE = World()
+
+
+class Nowhere:
+    """Stands for a file or a screen in a process that does not write: whatever it is told, nothing happens."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes, also where there is no world yet, or no longer."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def own_device(device: torch.device, size: int) -> torch.device:
+    """The CUDA device of this process of several on a machine, where one of no number was asked for."""
+    if size == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def check(recipe: "Recipe", world: World) -> None:
+    """Raises ValueError for what a run of several processes cannot do, or cannot share out evenly."""
+    if world.size == 1:
+        return
+    for table in ("grpo", "stability"):
+        if getattr(recipe, table) is not None:
+            raise ValueError(f"[{table}]: allowed on one process; this run has {world.size}")
+    rows = {"data.batch_size": recipe.data.batch_size}
+    rows |= {f"stages.{number}.batch_size": stage.batch_size for number, stage in enumerate(recipe.stages)}
+    if recipe.schedule.batch_ramp_steps:
+        rows["schedule.batch_start"] = recipe.schedule.batch_start
+    for name, count in rows.items():
+        if count % world.size:
+            raise ValueError(f"{name}={count}: allowed are multiples of {world.size}, the number of processes")
 
 
 @contextmanager
@@ -98,6 +149,7 @@ def processes(device: torch.device, expert_parallel: int = 1, timeout: float = 6
     """
     ours = not dist.is_initialized()
     size = int(os.environ.get("WORLD_SIZE", "1")) if ours else dist.get_world_size()
+    device = own_device(device, size)
     if expert_parallel < 1 or size % expert_parallel:
         started = "" if size > 1 else "; start several with torchrun --nproc-per-node N -m abyssal.train train ..."
         raise ValueError(
