@@ -9,7 +9,7 @@ import pytest
 from abyssal.train import recipe as recipe_module
 from abyssal.train.recipe import TABLES, Recipe, apply, differences, load_recipe
 
-SHIPPED = ("nano", "toy", "small", "long")
+SHIPPED = ("nano", "toy", "small", "long", "recall")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
