@@ -51,12 +51,10 @@ def test_help_of_train_lists_every_recipe_key(capsys):
             assert f"{table}.{f.name} " in text
 
 
-def test_only_commands_that_work_are_listed(capsys):
+def test_every_command_is_listed(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for command in ("chat", "ablate"):
-        assert f"\n    {command} " not in text
     assert all(re.search(rf"\n    {command}\s", text) for command in COMMANDS)
 
 

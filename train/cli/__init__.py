@@ -8,14 +8,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, evaluate, generate, inspect, profile, train
+from . import bench, chat, evaluate, generate, inspect, profile, serve, train
 from .options import Command
 
-FAMILIES = (train, generate, evaluate, inspect, profile, bench)
+FAMILIES = (train, generate, chat, serve, evaluate, inspect, profile, bench)
 COMMANDS: dict[str, Command] = {name: command for family in FAMILIES for name, command in family.COMMANDS.items()}
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
-EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError)
+EXPECTED = (
+    *(ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError),
+    ConnectionError,  # another process of the run is lost
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

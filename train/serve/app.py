@@ -1,0 +1,160 @@
+"""The HTTP side: routes that read a request strictly, have it prepared and answered, and tell every error in JSON.
+
+POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{id}   GET /health
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..voice import Voice
+from .errors import ApiError, internal
+from .fields import parse_object
+from .prepare import prepare_chat, prepare_text
+from .request import check_model, read_chat, read_text
+from .respond import CLIENT_GONE, respond
+from .worker import Worker
+
+log = logging.getLogger("abyssal.serve")
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server takes on.
+
+    Raises:
+        ValueError: a number that is not positive.
+    """
+
+    queue: int = 64  # requests that may wait
+    timeout: float = 300.0  # seconds from a request's arrival to the end of its answer
+    max_new_tokens: int = 1024  # of an answer where the request names no number
+    max_body: int = 4 * 2**20  # bytes of a request
+    thinking: bool = False  # think where the request does not say
+    local_only: bool = True  # answer only to this machine's own names, so that no web page elsewhere can ask
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "timeout", "max_new_tokens", "max_body"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name.replace('_', '-')}={getattr(self, name)}: allowed are positive numbers")
+
+
+def build_app(voice: Voice, limits: Limits) -> Starlette:
+    """The application that serves a model; its worker thread ends with the application's lifespan."""
+    server = Server(voice, limits)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(server.worker.close)
+
+    routes = [
+        Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/completions", server.text, methods=["POST"]),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{name:path}", server.model),
+        Route("/health", server.health),
+    ]
+    errors: Any = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _unexpected}
+    return Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan)
+
+
+class Server:
+    """One model, its worker, and the endpoints."""
+
+    def __init__(self, voice: Voice, limits: Limits) -> None:
+        self.voice, self.limits, self.worker = voice, limits, Worker(limits.queue)
+        self.began = time.time()
+
+    async def chat(self, request: Request) -> Response:
+        deadline = self._deadline()
+        asked = read_chat(await self._body(request, deadline), self.limits.thinking)
+        check_model(asked.model, self.voice.name)
+        work = await asyncio.to_thread(prepare_chat, self.voice, asked, self.limits.max_new_tokens)
+        return await respond(request, self.worker, work, deadline)
+
+    async def text(self, request: Request) -> Response:
+        deadline = self._deadline()
+        asked = read_text(await self._body(request, deadline))
+        check_model(asked.model, self.voice.name)
+        work = await asyncio.to_thread(prepare_text, self.voice, asked, self.limits.max_new_tokens)
+        return await respond(request, self.worker, work, deadline)
+
+    async def models(self, request: Request) -> Response:
+        self._check_host(request)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_host(request)
+        check_model(request.path_params["name"], self.voice.name)
+        return JSONResponse(self._model())
+
+    async def health(self, request: Request) -> Response:
+        self._check_host(request)
+        worker = self.worker
+        state = {"running": int(worker.running is not None), "queued": worker.waiting, "queue": worker.limit}
+        return JSONResponse({"status": "ok", "model": self.voice.name, **state, "done": worker.done})
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.voice.name, "object": "model", "created": int(self.began), "owned_by": "abyssal"}
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self.limits.timeout
+
+    def _check_host(self, request: Request) -> None:
+        if self.limits.local_only and request.url.hostname not in LOCAL_NAMES:
+            host = request.headers.get("host", "")
+            raise ApiError(403, f"Host {host!r}: this server answers to this machine only", code="forbidden_host")
+
+    async def _body(self, request: Request, deadline: float) -> dict[str, Any]:
+        """The request's JSON object. Raises ApiError."""
+        self._check_host(request)
+        self.worker.check_room()
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a web page elsewhere cannot send this type unasked
+            raise ApiError(415, f"Content-Type {kind!r}: application/json is needed", code="unsupported_media_type")
+        body = bytearray()
+        try:
+            async with asyncio.timeout_at(deadline):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self.limits.max_body:
+                        raise ApiError(413, f"the body has over {self.limits.max_body:,} bytes", code="body_too_large")
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+        return await asyncio.to_thread(parse_object, bytes(body))
+
+
+async def _api_error(request: Request, error: ApiError) -> Response:
+    if error.status < 500:
+        log.info("%s %s: %d %s", request.method, request.url.path, error.status, error.code)
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """No such address, or another method."""
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return await _api_error(request, ApiError(error.status_code, message, code=code))
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again behind this response, so that it is in the log."""
+    return JSONResponse(internal().body(), 500)
