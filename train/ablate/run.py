@@ -64,7 +64,7 @@ def run_suite(
     found = summarise(suite, size, list(overrides), planned, results)
     found["wall_seconds"] = round(time.perf_counter() - began, 1)
     write_json(out / f"{suite.name}.json", found)
-    return found
+    return json.loads((out / f"{suite.name}.json").read_text())
 
 
 def execute(planned: Sequence[Job], runs: Path, workers: int, progress: Progress) -> Iterator[tuple[Job, Any]]:
