@@ -35,11 +35,19 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--tokens", float, 15e12, "tokens of training")
     flag(parser, "--length", str, "4K", "tokens of a training sequence")
     flag(parser, "--plot", Path, None, "picture of cost over context to write", "none")
+    text = "print what the steps of a recipe do instead: stages, lengths, rows, learning rates, tokens (default: off)"
+    parser.add_argument("--schedule", action="store_true", help=text)
     text = "how every parameter learns and why, with optim.rule as in the recipe, or adamw or muon (str; default: off)"
     parser.add_argument("--rules", nargs="?", const="recipe", metavar="RULE", help=text)
 
 
 def _info(options: argparse.Namespace) -> None:
+    if options.schedule:
+        from ..recipe import load_recipe
+        from ..schedule import plan
+
+        print(plan(load_recipe(options.name)))
+        return
     from .. import cost
 
     context, length, folder = cost.count(options.context), cost.count(options.length), Path(options.name)
