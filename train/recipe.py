@@ -263,6 +263,7 @@ class GrpoConfig(Table):
     off_policy_limit: float = _positive(
         0.5, "log(old / new), nats per token, above which a completion worse than its group's mean is left out"
     )
+    skip_settled: bool = key(True, "whether updates leave out groups all right or all wrong, which have no advantage")
     keep_routing: bool = key(True, "whether updates take the experts that the rollout chose")
     keep_sampling_mask: bool = key(True, "whether updates take the tokens that top_k and top_p let through")
     tokens_per_pass: int = _positive(4096, "padded tokens of a forward and backward pass; completions go by length")

@@ -24,11 +24,12 @@ TINY = [
     *("reason.tasks=['addition-1','sorting-2']", "reason.max_new_tokens=6", "reason.exam_problems=2"),
     *("train.steps=4", "train.eval_every=2", "train.checkpoint_every=0", "train.device=cpu"),
 ]
+GRPO = ["grpo.prompts=4", "grpo.group=3", "grpo.skip_settled=false"]  # without skill, all groups are settled
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib", "rollout_seconds"}
 
 
 def recipe(*overrides, name="reason-grpo"):
-    return load_recipe(name, [*TINY, *(["grpo.prompts=4", "grpo.group=3"] if "grpo" in name else []), *overrides])
+    return load_recipe(name, [*TINY, *(GRPO if "grpo" in name else []), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +181,39 @@ def test_an_update_of_parts_equals_one_of_the_whole(tmp_path):
         run.optimizer.step = lambda model=run.model: grads.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         )
-        found = run.update(rollouts, torch.tensor([0.5, -0.5, 1.0, -0.25]), 0)
+        found = run.update(rollouts, torch.tensor([0.5, -0.5, 1.0, -0.25]), run.schedule.phase(0))
         grads[-1]["found"] = torch.tensor([found[name] for name in sorted(found)])
         run.close()
     whole, parts = grads
     assert whole.keys() == parts.keys()
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_settled_groups_are_left_out_if_asked(tmp_path):
+    advantage = torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5, -1.0, 0.0, 0.0, 0.0, 0.25, 0.0, -0.25])
+    for skip, rows in ((True, [3, 4, 5, 9, 10, 11]), (False, list(range(12)))):
+        run = started(tmp_path / str(skip), f"grpo.skip_settled={str(skip).lower()}", "grpo.updates=3")
+        asked = [question for question in run.questions(0) for _ in range(3)]
+        rollouts, seen = run.roll_out(asked, 0), []
+        update = run.update
+
+        def spy(part, gains, phase, seen=seen, update=update):
+            seen.append((part.completions(), gains.tolist()))
+            return update(part, gains, phase)
+
+        run.update = spy
+        measured = run.learn(rollouts, advantage, run.schedule.phase(0))
+        written = rollouts.completions()
+        pairs = [pair for part, gains in seen for pair in zip(part, gains)]
+        assert sorted(pairs, key=repr) == sorted(((written[i], advantage[i].item()) for i in rows), key=repr)
+        assert len(seen) == 3 and measured["learnt_from"] == len(rows) / 12
+        before = {name: p.clone() for name, p in run.model.named_parameters()}
+        nothing = run.learn(rollouts, torch.zeros(12), run.schedule.phase(1))
+        same = all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+        assert same == skip and nothing["learnt_from"] == (not skip)
+        assert (nothing["grad_norm"] == 0.0) == skip
+        run.close()
 
 
 def without_clock(folder: Path) -> list[dict]:
