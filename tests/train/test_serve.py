@@ -190,7 +190,7 @@ def test_stop_texts(client, voice):
 
 
 def test_a_tool_call_that_is_required(client):
-    reply = ask(client, tools=[ADD], tool_choice="required", temperature=1, seed=1, max_tokens=400)
+    reply = ask(client, tools=[ADD], tool_choice="required", temperature=1, seed=1, max_tokens=300)
     choice = reply.choices[0]
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
     for call in choice.message.tool_calls:
@@ -203,7 +203,14 @@ def test_a_tool_call_that_is_required(client):
 
 
 def test_a_tool_call_in_a_stream_and_its_result(client):
-    options = {"tools": [ADD], "tool_choice": "required", "temperature": 1, "seed": 1, "max_tokens": 400}
+    options = {
+        "tools": [ADD],
+        "tool_choice": "required",
+        "temperature": 1,
+        "seed": 1,
+        "max_tokens": 200,
+        "parallel_tool_calls": False,
+    }
     message = ask(client, **options).choices[0].message
     deltas = [chunk.choices[0].delta for chunk in ask(client, stream=True, **options)]
     calls = [call for delta in deltas for call in delta.tool_calls or ()]
@@ -443,14 +450,17 @@ def test_a_request_that_takes_too_long(voice):
         wait_for(lambda: not health(address)["running"], 5)
 
 
-def test_a_server_that_is_told_to_stop_cuts_off_what_runs(voice, monkeypatch):
-    monkeypatch.setattr("abyssal.train.serve.run.GRACE", 1)
-    with ThreadPoolExecutor(1) as pool:
+def test_a_server_that_is_told_to_stop_cuts_off_what_takes_too_long(voice, monkeypatch):
+    monkeypatch.setattr("abyssal.train.serve.run.GRACE", 0.3)
+    with ThreadPoolExecutor(2) as pool:
         with serving(voice) as address:
-            long = pool.submit(post, address, stream=True, messages=HI, max_tokens=2000, temperature=0)
+            long = {"messages": HI, "max_tokens": 2000, "temperature": 0}
+            stream = pool.submit(post, address, stream=True, **long)
             wait_for(lambda: health(address)["running"])
-        with contextlib.suppress(httpx.HTTPError):
-            assert "[DONE]" not in long.result().text
+            whole = pool.submit(post, address, **long)
+            wait_for(lambda: health(address)["queued"])
+        assert '"code": "shutting_down"' in stream.result().text and "[DONE]" in stream.result().text
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "shutting_down")
 
 
 def test_addresses():

@@ -6,7 +6,7 @@ POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/mode
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from starlette.routing import Route
 from ..voice import Voice
 from .errors import ApiError, internal
 from .fields import parse_object
-from .prepare import prepare_chat, prepare_text
+from .prepare import Work, prepare_chat, prepare_text
 from .request import check_model, read_chat, read_text
 from .respond import CLIENT_GONE, respond
 from .worker import Worker
@@ -51,14 +51,14 @@ class Limits:
                 raise ValueError(f"{name.replace('_', '-')}={getattr(self, name)}: allowed are positive numbers")
 
 
-def build_app(voice: Voice, limits: Limits) -> Starlette:
-    """The application that serves a model; its worker thread ends with the application's lifespan."""
-    server = Server(voice, limits)
+def build_app(voice: Voice, limits: Limits, worker: Worker) -> Starlette:
+    """The application that serves a model; the worker is closed at the end of the application's lifespan."""
+    server = Server(voice, limits, worker)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(server.worker.close)
+        await asyncio.to_thread(worker.close)
 
     routes = [
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
@@ -74,22 +74,31 @@ def build_app(voice: Voice, limits: Limits) -> Starlette:
 class Server:
     """One model, its worker, and the endpoints."""
 
-    def __init__(self, voice: Voice, limits: Limits) -> None:
-        self.voice, self.limits, self.worker = voice, limits, Worker(limits.queue)
+    def __init__(self, voice: Voice, limits: Limits, worker: Worker) -> None:
+        self.voice, self.limits, self.worker = voice, limits, worker
         self.began = time.time()
 
     async def chat(self, request: Request) -> Response:
-        deadline = self._deadline()
-        asked = read_chat(await self._body(request, deadline), self.limits.thinking)
-        check_model(asked.model, self.voice.name)
-        work = await asyncio.to_thread(prepare_chat, self.voice, asked, self.limits.max_new_tokens)
-        return await respond(request, self.worker, work, deadline)
+        def prepare(body: bytes) -> Work:
+            asked = read_chat(parse_object(body), self.limits.thinking)
+            return prepare_chat(self.voice, asked, self.limits.max_new_tokens)
+
+        return await self._answer(request, prepare)
 
     async def text(self, request: Request) -> Response:
-        deadline = self._deadline()
-        asked = read_text(await self._body(request, deadline))
-        check_model(asked.model, self.voice.name)
-        work = await asyncio.to_thread(prepare_text, self.voice, asked, self.limits.max_new_tokens)
+        def prepare(body: bytes) -> Work:
+            return prepare_text(self.voice, read_text(parse_object(body)), self.limits.max_new_tokens)
+
+        return await self._answer(request, prepare)
+
+    async def _answer(self, request: Request, prepare: Callable[[bytes], Work]) -> Response:
+        """Reads, prepares (beside the event loop: it may take a while) and answers a request, in time."""
+        deadline = asyncio.get_running_loop().time() + self.limits.timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                work = await asyncio.to_thread(prepare, await self._body(request))
+        except TimeoutError:
+            raise ApiError(408, "the request was not read in time", code="timeout") from None
         return await respond(request, self.worker, work, deadline)
 
     async def models(self, request: Request) -> Response:
@@ -110,31 +119,24 @@ class Server:
     def _model(self) -> dict[str, Any]:
         return {"id": self.voice.name, "object": "model", "created": int(self.began), "owned_by": "abyssal"}
 
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self.limits.timeout
-
     def _check_host(self, request: Request) -> None:
         if self.limits.local_only and request.url.hostname not in LOCAL_NAMES:
             host = request.headers.get("host", "")
             raise ApiError(403, f"Host {host!r}: this server answers to this machine only", code="forbidden_host")
 
-    async def _body(self, request: Request, deadline: float) -> dict[str, Any]:
-        """The request's JSON object. Raises ApiError."""
+    async def _body(self, request: Request) -> bytes:
+        """What the request has to say. Raises ApiError."""
         self._check_host(request)
         self.worker.check_room()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a web page elsewhere cannot send this type unasked
             raise ApiError(415, f"Content-Type {kind!r}: application/json is needed", code="unsupported_media_type")
         body = bytearray()
-        try:
-            async with asyncio.timeout_at(deadline):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > self.limits.max_body:
-                        raise ApiError(413, f"the body has over {self.limits.max_body:,} bytes", code="body_too_large")
-        except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time", code="timeout") from None
-        return await asyncio.to_thread(parse_object, bytes(body))
+        async for part in request.stream():
+            body += part
+            if len(body) > self.limits.max_body:
+                raise ApiError(413, f"the body has over {self.limits.max_body:,} bytes", code="body_too_large")
+        return bytes(body)
 
 
 async def _api_error(request: Request, error: ApiError) -> Response:

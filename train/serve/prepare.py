@@ -8,7 +8,7 @@ from ..chatting import Answer, Delta, Reader, prompt, speak
 from ..voice import Voice
 from .errors import ApiError, invalid
 from .replies import ChatReply, Reply, TextReply
-from .request import ChatRequest, Common, TextRequest
+from .request import ChatRequest, Common, TextRequest, check_model
 
 Items = list[tuple[int, Delta | Answer]]  # what a token adds, with the number of the choice
 
@@ -25,7 +25,8 @@ class Work:
 
 
 def prepare_chat(voice: Voice, asked: ChatRequest, max_new_tokens: int) -> Work:
-    """Raises ApiError for what the format has no place for, and for a conversation longer than the context."""
+    """Raises ApiError for another model, what the format has no place for, and a conversation that is too long."""
+    check_model(asked.model, voice.name)
     try:
         ids = prompt(
             voice,
@@ -47,7 +48,8 @@ def prepare_chat(voice: Voice, asked: ChatRequest, max_new_tokens: int) -> Work:
 
 
 def prepare_text(voice: Voice, asked: TextRequest, max_new_tokens: int) -> Work:
-    """Raises ApiError for a text longer than the context."""
+    """Raises ApiError for another model, and a text that is too long."""
+    check_model(asked.model, voice.name)
     ids = [voice.tokenizer.bos, *voice.tokenizer.encode(asked.prompt)]
 
     def reader() -> Reader:

@@ -1,5 +1,6 @@
 """A server on an address: uvicorn around the application, until it is interrupted."""
 
+import asyncio
 import ipaddress
 import logging
 import socket
@@ -9,8 +10,9 @@ import uvicorn
 
 from ..voice import Voice
 from .app import Limits, build_app
+from .worker import Worker
 
-GRACE = 10  # seconds that answers under way get when the server is told to stop
+GRACE = 10.0  # seconds that requests get when the server is told to stop; then they are cut off, with an error
 
 
 def serve(voice: Voice, host: str, port: int, limits: Limits) -> None:
@@ -34,14 +36,25 @@ def serve(voice: Voice, host: str, port: int, limits: Limits) -> None:
 
 def build_server(voice: Voice, limits: Limits) -> uvicorn.Server:
     """uvicorn around the application."""
-    settings = uvicorn.Config(
-        build_app(voice, limits),
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE,
-        server_header=False,
-    )
-    return uvicorn.Server(settings)
+    worker = Worker(limits.queue)
+    app = build_app(voice, limits, worker)
+    settings = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)
+    return _Server(settings, worker)
+
+
+class _Server(uvicorn.Server):
+    """Stops in order: no new connections, `GRACE` for what is under way, then an error for the rest."""
+
+    def __init__(self, settings: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(settings)
+        self.worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(GRACE, self.worker.stop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 def bind(host: str, port: int) -> socket.socket:

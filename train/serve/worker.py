@@ -95,8 +95,8 @@ class Worker:
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def close(self) -> None:
-        """Cuts off what runs and what waits, and ends the thread."""
+    def stop(self) -> None:
+        """Cuts off what runs, at its next token, and what waits; nothing more is taken on."""
         with self._changed:
             self._closed = True
             for job in [*self._waiting, *([self.running] if self.running else [])]:
@@ -104,6 +104,10 @@ class Worker:
                 job.put(ApiError(503, "the server is shutting down", code="shutting_down"))
             self._waiting.clear()
             self._changed.notify()
+
+    def close(self) -> None:
+        """Stops, and waits for the thread to end."""
+        self.stop()
         self._thread.join()
 
     def _check_room(self) -> None:
