@@ -4,19 +4,22 @@ tokenizer = load_tokenizer("bytes")             or a folder / tokenizer.json of 
 ids = [tokenizer.bos, *tokenizer.encode("def f():")]
 """
 
+from pathlib import Path
+
 from .base import Tokenizer
+from .bpe import BPETokenizer, read_bpe, train_bpe
 from .byte import ByteTokenizer
 from .special import COUNT as SPECIAL_TOKENS
 
-__all__ = ["SPECIAL_TOKENS", "ByteTokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "BPETokenizer", "ByteTokenizer", "Tokenizer", "load_tokenizer", "train_bpe"]
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer that a name means: "bytes".
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer that "bytes", a tokenizer.json, or a folder with one means.
 
     Raises:
-        ValueError: another name.
+        FileNotFoundError: another name, and no such path.
+        ValueError: the file is not one of ours.
+        ModuleNotFoundError: the `tokenizers` library is needed and not installed.
     """
-    if str(name_or_path) == "bytes":
-        return ByteTokenizer()
-    raise ValueError(f"tokenizer={str(name_or_path)!r}: allowed is 'bytes'")
+    return ByteTokenizer() if str(name_or_path) == "bytes" else read_bpe(Path(name_or_path).expanduser())

@@ -5,6 +5,7 @@ encode(text, special=True)                         special strings in the text b
 """
 
 import codecs
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -30,9 +31,17 @@ class Tokenizer(ABC):
     def pieces(self) -> tuple[bytes, ...]:
         """What each token that is not special stands for."""
 
-    @abstractmethod
+    def files(self) -> dict[str, str]:
+        """What is kept of it, by file name: nothing, unless it was trained."""
+        return {}
+
     def save(self, folder: Path) -> None:
-        """Writes what `load_tokenizer(folder)` reads."""
+        """Writes its files, each whole or not at all; `load_tokenizer(folder)` reads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files().items():
+            writing = folder / f".{name}.{os.getpid()}"
+            writing.write_text(text)
+            os.replace(writing, folder / name)
 
     @cached_property
     def special(self) -> dict[str, int]:

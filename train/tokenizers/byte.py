@@ -1,7 +1,6 @@
 """Bytes as tokens: 0 to 255 are bytes, 256 bos, 257 eos, 258 pad, then V4's other special strings; 288 in all."""
 
 from functools import cached_property
-from pathlib import Path
 
 from .base import Tokenizer
 from .special import COUNT
@@ -20,6 +19,3 @@ class ByteTokenizer(Tokenizer):
     @cached_property
     def pieces(self) -> tuple[bytes, ...]:
         return tuple(bytes([byte]) for byte in range(256))
-
-    def save(self, folder: Path) -> None:
-        """Nothing: the tokens of bytes are known without a file."""
