@@ -105,6 +105,11 @@ def split(x: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
     return list(x.split(rows, -2))
 
 
+def full(x: Tensor) -> Tensor:
+    """All of a tensor that processes may share."""
+    return x if type(x) is Tensor else x.full_tensor()  # type: ignore[attr-defined]
+
+
 def whole(look: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Whole matrices of a tensor that processes may share, and the way back from them to what this process holds.
 
@@ -122,7 +127,7 @@ def whole(look: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return look.to_local(), lambda update: DTensor.from_local(
             update, mesh, placements, run_check=False, shape=shape, stride=stride
         )
-    return look.full_tensor(), lambda update: distribute_tensor(update, mesh, placements, src_data_rank=None)
+    return full(look), lambda update: distribute_tensor(update, mesh, placements, src_data_rank=None)
 
 
 def _batches(parameters: Sequence[Tensor], rows: Sequence[tuple[int, ...]]) -> Iterator[list[Learner]]:

@@ -4,6 +4,7 @@
     optimizer.step(observe=meter)
     meter.rms(), meter.orthogonality()
 
+Where processes share the parameters, all of them look or none: every number is of the whole.
 An update is counted per unit of learning rate and without the decay: ΔW = - η (update + λ W). Muon's and the balanced
 rule's have a root mean square of γ wherever the gradient has full rank; AdamW's is at most about 1.
 """
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..recipe import OptimConfig
-from .muon import split, whole
-from .rules import Rule, parameter_rules
+from .muon import full, split
+from .rules import parameter_rules
 
 
 class Orthogonality(NamedTuple):
@@ -41,12 +42,9 @@ class UpdateMeter:
         name = self._names[parameter]
         if name not in self._rules:
             name = name.removesuffix("rows") + "weight"
-        self._squares[name] = update.square().mean()
-        if self._spectra and self.rule(name).name == "muon":
-            self._kept[name] = whole(update)[0].clone()
-
-    def rule(self, name: str) -> Rule:
-        return self._rules[name]
+        self._squares[name] = full(update.square().mean())
+        if self._spectra and self._rules[name].name == "muon":
+            self._kept[name] = full(update).clone()
 
     def rms(self) -> dict[str, float]:
         """The root mean square of every parameter's update, by name; tables that a step holds rows of: of those."""
