@@ -9,8 +9,9 @@ then only what closes. Which way is found depends on the text and the budget alo
 
 Finding one: the way known before often still fits, whole or its last part (within a string any letter leaves it as it
 is). Otherwise a search breadth first over single bytes joins it again. Texts count as one if in the last two steps they
-took bytes of a kind and were allowed the same next; what was not allowed before comes first. Not finding any means that
-a token is not written, never that an answer is wrong.
+took bytes of a kind and were allowed the same next; what was not allowed before comes first. Where anything may be
+written on the way to a pattern, texts that match it are tried (hints). Not finding any way means that a token is not
+written, never that an answer is wrong.
 """
 
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 SEARCHES = ((2, 1000), (16, 8000), (64, 32000))  # texts side by side and steps at most; the last tries all letters
+FEW = 16  # choices; of more some are left out
 STEPS_PER_TOKEN = 64  # at most, for each token that is left beyond the known way
 REST = {**dict.fromkeys(range(0xC2, 0xE0), "80"), 0xE0: "a080", 0xF0: "908080"}  # of a character, after its first byte
 REST |= {**dict.fromkeys(range(0xE1, 0xF0), "8080"), **dict.fromkeys(range(0xF1, 0xF5), "808080")}
@@ -61,7 +63,7 @@ class Alphabet:
         allowed = allowed[allowed != self.eos]
         byte = self.byte[allowed]
         plain, special = allowed[(byte >= 0) & (byte < 128)], allowed[byte == 256]
-        if len(plain) > 16 and not everything:
+        if len(plain) > FEW and not everything:
             plain = np.array([token for token in plain if self._is_worth(chr(self.byte[token]))])
         if not len(plain):
             plain = allowed[(byte >= 128) & (byte < 256)][:2]
@@ -81,16 +83,19 @@ class Alphabet:
         return character in "01aA" or (character.isprintable() and not character.isalnum()) or character == "\n"
 
 
-def way_to_the_end(matcher: Any, alphabet: Alphabet, known: Sequence[int], limit: int) -> list[int] | None:
+def way_to_the_end(
+    matcher: Any, alphabet: Alphabet, known: Sequence[int], limit: int, hints: Sequence[list[int]] = ()
+) -> list[int] | None:
     """Tokens, at most `limit`, that complete the matcher's text, the last of them eos; None if none was found.
 
     Args:
         matcher: llguidance's; it is moved and put back.
         known: a way that was valid before the last token, or [eos].
+        hints: texts to try where much is allowed, or their ends.
     """
     for width, steps in SEARCHES:
         steps = min(steps, STEPS_PER_TOKEN * (limit - len(known)))
-        found = _search(matcher, alphabet, list(known), limit, width, steps)
+        found = _search(matcher, alphabet, list(known), limit, hints, width, steps)
         if found is not None:
             return found
     return None
@@ -103,7 +108,15 @@ def is_way(matcher: Any, tokens: Sequence[int]) -> bool:
     return matcher.validate_tokens(tokens) == len(tokens)
 
 
-def _search(matcher: Any, alphabet: Alphabet, known: list[int], limit: int, width: int, steps: int) -> list[int] | None:
+def _search(
+    matcher: Any,
+    alphabet: Alphabet,
+    known: list[int],
+    limit: int,
+    hints: Sequence[list[int]],
+    width: int,
+    steps: int,
+) -> list[int] | None:
     everything = width == SEARCHES[-1][0]
     seen: Counter[bytes] = Counter()
     level: dict[Any, list[int]] = {("", ""): []}  # by what was allowed and taken in the last two steps
@@ -113,7 +126,7 @@ def _search(matcher: Any, alphabet: Alphabet, known: list[int], limit: int, widt
             matcher.consume_tokens(path)
             rest = _joined(matcher, known, limit - len(path))
             if rest is None and len(path) < limit:
-                for more in _next(matcher, alphabet, everything):
+                for more in _next(matcher, alphabet, hints, everything):
                     steps -= 1
                     matcher.consume_tokens(more)
                     mask = matcher.compute_bitmask()
@@ -130,12 +143,16 @@ def _search(matcher: Any, alphabet: Alphabet, known: list[int], limit: int, widt
     return None
 
 
-def _next(matcher: Any, alphabet: Alphabet, everything: bool) -> list[list[int]]:
-    """What may come next: all tokens that are forced, or one of those worth trying."""
+def _next(matcher: Any, alphabet: Alphabet, hints: Sequence[list[int]], everything: bool) -> list[list[int]]:
+    """What may come next: all tokens that are forced, or one of those worth trying, or (the end of) a hint."""
     forced = matcher.compute_ff_tokens()
     if forced:
         return [forced]
-    return [[token] for token in alphabet.choices(matcher.compute_bitmask(), everything)]
+    choices = [[token] for token in alphabet.choices(matcher.compute_bitmask(), everything)]
+    if len(choices) <= FEW:
+        return choices
+    ends = [hint[start:] for hint in hints for start in range(len(hint) - 1)]
+    return [end for end in ends if matcher.validate_tokens(end) == len(end)] + choices
 
 
 def _joined(matcher: Any, known: list[int], limit: int) -> list[int] | None:

@@ -6,6 +6,7 @@
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,11 +26,13 @@ class Grammar:
     Args:
         rules: Lark rules; `answer` is the first, TEXT is defined elsewhere.
         source: what they were made from, for messages.
+        hints: expressions that occur in it: texts that match them help to find ways to the end (see `ending`).
         thinks: whether reasoning up to `</think>` comes first.
     """
 
     rules: str
     source: str
+    hints: tuple[str, ...] = ()
     thinks: bool = False
 
     def after_thinking(self) -> "Grammar":
@@ -57,7 +60,9 @@ def json_schema(schema: Mapping[str, Any] | bool, any_whitespace: bool = False) 
     Raises:
         GrammarError: no schema.
     """
-    return Grammar(f"answer: {json_rule(schema, any_whitespace)}", f"the JSON schema {_short(schema)}")
+    return Grammar(
+        f"answer: {json_rule(schema, any_whitespace)}", f"the JSON schema {_short(schema)}", patterns(schema)
+    )
 
 
 def json_object(any_whitespace: bool = False) -> Grammar:
@@ -73,7 +78,8 @@ def regex(pattern: str) -> Grammar:
     """
     if not isinstance(pattern, str) or not pattern:
         raise GrammarError(f"pattern={pattern!r}: a regular expression is needed")
-    return Grammar(f"answer: {expression(pattern)}", f"the regular expression {_short(pattern)}")
+    words = tuple(re.findall("[A-Za-z0-9_ -]{2,}", pattern))
+    return Grammar(f"answer: {expression(pattern)}", f"the regular expression {_short(pattern)}", words)
 
 
 def json_rule(schema: Any, any_whitespace: bool = False) -> str:
@@ -88,6 +94,37 @@ def json_rule(schema: Any, any_whitespace: bool = False) -> str:
         return "%json " + json.dumps({**schema, **options}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"schema={_short(schema)}: no JSON: {error}") from None
+
+
+def patterns(schema: Any) -> tuple[str, ...]:
+    """What the patterns in a schema look for, each once, without anchors."""
+    found: list[str] = []
+    if isinstance(schema, Mapping):
+        own = [schema.get("pattern"), *(schema.get("patternProperties") or {})]
+        for pattern in own:
+            found += [part.removeprefix("^").removesuffix("$") for part in alternatives(pattern)] if pattern else []
+    for part in schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ():
+        found += patterns(part)
+    return tuple(dict.fromkeys(found))
+
+
+def alternatives(pattern: str) -> list[str]:
+    """The alternatives of a pattern, outside of groups and classes."""
+    parts, depth, in_class, escaped = [""], 0, False, False
+    for character in pattern:
+        if escaped or character == "\\":
+            escaped = not escaped
+        elif in_class:
+            in_class = character != "]"
+        elif character == "[":
+            in_class = True
+        elif character in "()":
+            depth += 1 if character == "(" else -1
+        elif character == "|" and not depth:
+            parts.append("")
+            continue
+        parts[-1] += character
+    return parts
 
 
 def expression(pattern: str) -> str:

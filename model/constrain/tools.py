@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..chat import DSML
-from .grammar import Grammar, GrammarError, expression, json_rule, literal
+from .grammar import Grammar, GrammarError, alternatives, expression, json_rule, literal, patterns
 
 TAG = f"<{DSML}>"  # the token, as the notation names it
 OTHER = ("null", "boolean", "number", "integer", "array", "object")
@@ -76,7 +76,7 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], choice: str = "auto", paralle
         f"call: {' | '.join(names)}",
         *rules.lines,
     ]
-    return Grammar("\n".join(lines), f"calls of {', '.join(chosen)}")
+    return Grammar("\n".join(lines), f"calls of {', '.join(chosen)}", patterns(list(chosen.values())))
 
 
 class _Rules:
@@ -211,7 +211,7 @@ def _text(schema: Mapping[str, Any], where: str) -> str:
 def _search(pattern: str, where: str) -> str:
     """The expression of whole texts in which a pattern is found somewhere, or where its `^` and `$` say."""
     found = []
-    for part in _top_level(pattern):
+    for part in alternatives(pattern):
         start = "" if part.startswith("^") else "(?s:.*)"
         anchored = re.search(r"(?<!\\)(\\\\)*\$$", part) is not None
         body = part.removeprefix("^")[: -1 if anchored else None]
@@ -219,25 +219,6 @@ def _search(pattern: str, where: str) -> str:
             raise GrammarError(f"{where}: pattern {pattern!r}: ^ and $ are allowed at the ends of an alternative")
         found.append(f"{start}({body})" + ("" if anchored else "(?s:.*)"))
     return "|".join(found)
-
-
-def _top_level(pattern: str) -> list[str]:
-    """The alternatives of a pattern, outside of groups and classes."""
-    parts, depth, in_class, escaped = [""], 0, False, False
-    for character in pattern:
-        if escaped or character == "\\":
-            escaped = not escaped
-        elif in_class:
-            in_class = character != "]"
-        elif character == "[":
-            in_class = True
-        elif character in "()":
-            depth += 1 if character == "(" else -1
-        elif character == "|" and not depth:
-            parts.append("")
-            continue
-        parts[-1] += character
-    return parts
 
 
 def _written(name: str, where: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .ending import Alphabet, is_way, way_to_the_end
-from .grammar import Grammar, GrammarError
+from .grammar import Grammar, GrammarError, expression
 from .spelling import Spelling
 
 
@@ -58,6 +58,7 @@ class Constraint:
             raise GrammarError(f"{grammar.source}: {self._start.get_error().splitlines()[0]}")
         if self._start.is_stopped() and not self._start.is_accepting():
             raise GrammarError(f"{grammar.source}: allows no text")
+        self._hints = self._texts(grammar.hints)
         self._way: list[int] | None = None
 
     def walk(self, budget: int) -> "Walk":
@@ -81,9 +82,20 @@ class Constraint:
             )
         return self._way
 
+    def _texts(self, expressions: Sequence[str]) -> list[list[int]]:
+        """A short text that matches each expression, where one is found."""
+        library, texts = _llguidance(), []
+        for each in expressions:
+            lark = library.LLMatcher.grammar_from_lark(f"start: {expression(each)}")
+            matcher = library.LLMatcher(self.vocabulary.library_tokenizer, lark, log_level=0)
+            if not matcher.is_error() and not matcher.is_stopped():
+                found = way_to_the_end(matcher, self.vocabulary.alphabet, [self.vocabulary.eos], LONGEST_HINT)
+                texts += [] if found is None else [found[:-1]]
+        return texts
+
     def way(self, matcher: Any, known: Sequence[int], limit: int) -> list[int] | None:
         """See `way_to_the_end`; in as few tokens as the tokenizer makes of it."""
-        found = way_to_the_end(matcher, self.vocabulary.alphabet, known, limit)
+        found = way_to_the_end(matcher, self.vocabulary.alphabet, known, limit, self._hints)
         if found is None:
             return None
         shorter = self.vocabulary.shorter(found)
@@ -212,7 +224,7 @@ class Guide:
         return tuple(None if walk is None else walk.complete for walk in self.walks)
 
 
-LONGEST = 4096  # tokens of the shortest text that is looked for
+LONGEST, LONGEST_HINT = 4096, 64  # tokens of the shortest text that is looked for, and of a hint's
 
 
 class _Vocabulary:
