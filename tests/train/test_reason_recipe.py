@@ -8,7 +8,7 @@ import pytest
 
 from abyssal.train import recipe as recipe_module
 from abyssal.train.reason.source import ReasonSource
-from abyssal.train.recipe import GrpoConfig, ReasonConfig, Recipe, differences, load_recipe
+from abyssal.train.recipe import OPTIONAL, GrpoConfig, ReasonConfig, Recipe, differences, load_recipe
 from abyssal.train.source import open_source
 
 
@@ -70,3 +70,14 @@ def test_every_key_is_documented_and_read_somewhere(table):
     for f in fields(table):
         assert len(f.metadata["meaning"]) > 5, f.name
         assert re.search(rf"\.{f.name}\b", code), f"{table.name}.{f.name} is read nowhere"
+
+
+def test_help_lists_the_keys_of_tables_that_are_not_in_every_recipe(capsys):
+    from abyssal.train.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name, table in OPTIONAL.items():
+        assert f"[{name}] is not in every recipe" in text
+        assert all(f"{name}.{f.name} " in text for f in fields(table))

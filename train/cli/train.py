@@ -85,10 +85,12 @@ def _describe(summary: Any, curves: str) -> str:
 
 def _recipe_keys() -> str:
     """Every recipe key that --set takes, with its type, default and meaning."""
-    from ..recipe import TABLES
+    from ..recipe import OPTIONAL, TABLES
 
     lines = ["recipe keys (model.* are those of the released config.json, see abyssal info):"]
-    for table, kind in TABLES.items():
+    for table, kind in {**TABLES, **OPTIONAL}.items():
+        if table in OPTIONAL:
+            lines.append(f"  [{table}] is not in every recipe:")
         for f in fields(kind):
             default = list(f.default) if isinstance(f.default, tuple) else f.default
             kind_name = getattr(f.type, "__name__", str(f.type)).replace("tuple", "list")
