@@ -1,12 +1,25 @@
 """Several processes: two over gloo do what one does, to the order of sums; a run outlives its processes."""
 
 import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import process_jobs as jobs
 import pytest
 import torch
 from process_jobs import Job, together
+from safetensors import safe_open
 from torch.nn import functional as F
+
+import abyssal
+from abyssal.train import checkpoint, metrics
+from abyssal.train.loop import load_trained, train
+from abyssal.train.recipe import Recipe
 
 CASES = {
     "experts": (torch.float32, None, (19, 5)),
@@ -16,13 +29,98 @@ CASES = {
 }
 
 
+PARTS = ("loss", "lm", "mtp", "balance", "index")
+MODEL = ("model.num_hidden_layers=3", "model.compress_ratios=[0, 4, 16]")
+BASE = (
+    *("data.batch_size=4", "train.eval_every=0", "train.checkpoint_every=2", "train.observe_every=4"),
+    *MODEL,
+)
+RECIPES = {
+    "adamw": ("train.steps=4",),
+    "muon": ("optim.rule='muon'", "train.steps=3", "train.recompute=2"),
+    "stages": (
+        *("optim.embedding_rule='balanced'", "optim.engram_rule='balanced'", "train.steps=3"),
+        *("data.sequence_length=40",),
+    ),
+}
+STAGES = [{"steps": 1, "attention": "warmup"}, {"steps": 2, "sequence_length": 48, "batch_size": 2}]
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """What two processes made of every job."""
+def recipe_of(tiny, tmp_path_factory):
+    """`recipe_of("adamw", "train.steps=3", ...)`: short documents, so that rows differ in what they count."""
+    folder, draw = tmp_path_factory.mktemp("short"), random.Random(0)
+    for i in range(80):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choices(["sum", "of", "the", "parts"], k=draw.randint(1, 12))))
+
+    def make(name: str, *overrides: str) -> Recipe:
+        recipe = tiny(f"data.source='{folder}'", *BASE, *RECIPES[name], *overrides)
+        return Recipe.from_dict({**recipe.to_dict(), "stages": STAGES}) if name == "stages" else recipe
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(recipe_of, tmp_path_factory):
+    """What one process makes of each recipe."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in RECIPES:
+        train(recipe_of(name), folder / name, shown=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Where two processes leave their runs."""
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture(scope="module")
+def done(recipe_of, alone, pair):
+    """What two processes make of every job."""
     names = ("dtype", "only", "tokens")
     work = [Job(name, jobs.expert_pass, dict(zip(names, case))) for name, case in CASES.items()]
     work += [Job("sums", jobs.sums, {}), Job("odd share", jobs.odd_share, {}), Job("odd experts", jobs.odd_experts, {})]
-    return together(work, tmp_path_factory.mktemp("two") / "jobs")
+
+    def run(name: str, recipe: str, *overrides: str, **options) -> Job:
+        values = recipe_of(recipe, *overrides).to_dict()
+        return Job(name, jobs.training, {"recipe": values, "out": pair / name, **options})
+
+    work += [
+        run("adamw", "adamw"),
+        run("muon", "muon", "train.expert_parallel=2", "train.micro_batch=1"),
+        run("stages", "stages"),
+        run("resumed", "adamw", "train.expert_parallel=2", resume=pair / "adamw" / "checkpoints" / "step-000002"),
+        run("taken over", "adamw", resume=alone / "adamw" / "checkpoints" / "step-000002"),
+        run("spoiled", "adamw", "train.expert_parallel=2", prepare=jobs.spoiled),
+        run("odd batch", "adamw", "data.batch_size=5"),
+        run("touched", "adamw", "optim.engram_rows='touched'"),
+    ]
+    return together(work, pair / "jobs")
+
+
+def assert_same_losses(found: Path, expected: Path, first: int = 1) -> None:
+    """Of all steps from `first` on; what was before is the run that was resumed."""
+    old, new = metrics.read(expected), metrics.read(found)
+    assert [record["step"] for record in new] == [record["step"] for record in old]
+    for a, b in zip(old, new):
+        if a["step"] < first:
+            continue
+        for part in PARTS:
+            assert b[part] == pytest.approx(a[part], rel=1e-5, abs=1e-6), f"step {a['step']}: {part}"
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4), f"step {a['step']}"
+        assert b["tokens"] == a["tokens"]
+        assert b.get("held_out") == pytest.approx(a.get("held_out"), rel=1e-5) if "held_out" in a else True
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    """But for the first layer's mHC: its streams are still equal, and its gradients not much more than rounding."""
+    old, new = (load_trained(folder, device="cpu")[0].state_dict() for folder in (expected, found))
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        if not name.startswith("layers.0.hc_"):
+            error = (new[name] - tensor).double().norm() / tensor.double().norm().clamp_min(1e-3)
+            assert error < 1e-3, f"{name}: {error}"
 
 
 def expert_oracle(case: dict) -> dict[str, list[torch.Tensor]]:
@@ -70,5 +168,101 @@ def test_a_world_adds_up_agrees_and_shares_out(done):
 
 def test_what_does_not_divide_is_named(done):
     for rank in range(2):
-        assert "5: allowed are multiples of 2" in str(done["odd share"][rank])
+        assert "5 rows of a step: allowed are multiples of 2" in str(done["odd share"][rank])
         assert "train.expert_parallel=3: allowed are divisors of 2" in str(done["odd experts"][rank])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_are_one(done, alone, pair, name):
+    assert_same_losses(pair / name, alone / name)
+    assert_same_weights(pair / name, alone / name)
+    assert done[name][0] == done[name][1] == pytest.approx(metrics.read(alone / name)[-1]["held_out"], rel=1e-5)
+
+
+def test_the_processes_had_different_counts(recipe_of):
+    """Else a mean of means would pass."""
+    from abyssal.train.source import open_source
+
+    batch = open_source(recipe_of("adamw")).batch(range(4), 48)
+    counts = (batch.targets != -100).sum(1)
+    assert counts[:2].sum() != counts[2:].sum()
+
+
+def test_observations_are_those_of_one_process(done, alone, pair):
+    for a, b in zip(metrics.read(alone / "adamw"), metrics.read(pair / "adamw")):
+        for measured in ("grad_by", "update_by"):
+            if measured in a:
+                assert b[measured] == pytest.approx(a[measured], rel=2e-2)
+        assert b["load_max"] == pytest.approx(a["load_max"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["resumed", "taken over"])
+def test_a_checkpoint_goes_on_in_any_number_of_processes(done, alone, pair, name):
+    assert_same_losses(pair / name, alone / "adamw")
+    assert_same_weights(pair / name, alone / "adamw")
+
+
+def test_one_process_goes_on_from_a_checkpoint_in_parts(done, recipe_of, alone, pair, tmp_path):
+    saved = pair / "resumed" / "checkpoints" / "step-000004"
+    assert len(list((saved / "model").iterdir())) == 2
+    parts = [safe_open(path, "pt") for path in sorted((saved / "model").iterdir())]
+    shape = [part.get_slice("layers.1.ffn.experts.w13").get_shape() for part in parts]
+    assert shape == [[4, 128, 64], [4, 128, 64]]
+    train(recipe_of("adamw"), tmp_path / "run", resume=pair / "adamw" / "checkpoints" / "step-000002", shown=False)
+    assert_same_losses(tmp_path / "run", alone / "adamw")
+    assert_same_weights(tmp_path / "run", alone / "adamw")
+
+
+def test_only_the_first_process_writes(done, pair):
+    assert sorted(path.name for path in (pair / "adamw").iterdir()) == sorted(
+        ["run.json", "metrics.jsonl", "checkpoints", "sample.txt"]
+    )
+    assert not list((pair / "adamw" / "checkpoints").glob(".writing*"))
+
+
+def test_what_cannot_be_is_said_in_every_process(done):
+    for rank in range(2):
+        assert "layers.2.ffn.experts.w2 holds numbers that are not finite" in str(done["spoiled"][rank])
+        assert "data.batch_size=5: allowed are multiples of 2" in str(done["odd batch"][rank])
+        assert "optim.engram_rows='touched': allowed on one process" in str(done["touched"][rank])
+
+
+def test_a_killed_process_ends_the_run_and_the_checkpoint_goes_on(recipe_of, alone, tmp_path):
+    recipe, out = recipe_of("adamw", "train.checkpoint_every=1", "train.keep=100"), tmp_path / "run"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "abyssal.train"]
+    values = recipe.to_dict()
+    settings = [f"{table}.{k}={v!r}" for table in ("data", "optim", "train") for k, v in values[table].items()]
+    settings = [text.replace("True", "true").replace("False", "false") for text in settings]
+    settings += [*MODEL, "train.expert_parallel=2"]
+    options = [part for text in settings for part in ("--set", text)]
+    process = subprocess.Popen(
+        [sys.executable, *torchrun, "train", "nano", "--out", str(out), *options],
+        env={**os.environ, "PYTHONPATH": str(Path(abyssal.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoint.checkpoints(out) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    began = time.monotonic()
+    os.kill(worker(process.pid, rank=1), signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode and time.monotonic() - began < 45
+    assert "abyssal train: another process of the run ended" in said and f"go on with --resume {out}" in said
+    train(recipe, out, resume=out, shown=False)
+    assert_same_losses(out, alone / "adamw")
+
+
+def worker(parent: int, rank: int) -> int:
+    """The process of that rank among torchrun's children."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            folder, own = status.parent, status.read_text().rpartition(")")[2].split()
+            told = (folder / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        if int(own[1]) == parent and f"RANK={rank}" in told:
+            return int(folder.name)
+    raise AssertionError(f"torchrun has no child of rank {rank}")
