@@ -183,11 +183,9 @@ class Run:
 
     def _open_metrics(self, source: Path | None = None) -> None:
         """To be gone on with behind the present step."""
-        if not self.world.first:
-            self.metrics, self.board = Nowhere(), None
-            return
-        self.metrics = metrics.MetricsFile(self.out, self.progress.step, source)
-        self.board = TensorBoard(self.out, self.progress.step) if self.recipe.train.tensorboard else None
+        step, first = self.progress.step, self.world.first
+        self.metrics = metrics.MetricsFile(self.out, step, source) if first else Nowhere()
+        self.board = TensorBoard(self.out, step) if first and self.recipe.train.tensorboard else None
 
     def loop(self, stop: int) -> None:
         """Steps until `stop` or until the clock says so; evaluates and saves on the way and at the end."""
