@@ -31,7 +31,7 @@ def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None
         FileNotFoundError: one of them is no run.
         ValueError: one of them has no [reason] table, or other tasks than the first.
     """
-    found = {"problems": problems, "runs": [_examined(path, problems) for path in runs]}
+    found: dict[str, Any] = {"problems": problems, "runs": [_examined(path, problems) for path in runs]}
     for other in found["runs"]:
         if other["tasks"] != found["runs"][0]["tasks"]:
             raise ValueError(f"{other['folder']!r} has tasks {other['tasks']}: allowed are those of the first run")

@@ -155,8 +155,8 @@ class GrpoRun(Run):
             shares = loss_shares(count, torch.stack(counts).sum(0))
             terms, spread, extra = self.terms(part, advantage[rows], shares)
             (terms.loss / tokens + extra).backward()
-            found = (terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread)
-            totals += torch.stack([x.to("cpu", torch.float64) for x in found])
+            sums = (terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread)
+            totals += torch.stack([x.to("cpu", torch.float64) for x in sums])
         loss, kl, clipped, off_policy, spread = totals.tolist()
         norm = clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip or math.inf).item()
         found = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}

@@ -11,7 +11,7 @@ v vocabulary
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -94,7 +94,8 @@ def roll_out(
     cache = model.new_cache(len(prompts), max(lengths) + max_new_tokens)
     draws, cuts = Draws(seed, len(prompts)), bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
     notes = _Notes(prompts, max_new_tokens)
-    with record_routing(model) if keep_routing else nullcontext({}) as routes:
+    recording: AbstractContextManager[Routes] = record_routing(model) if keep_routing else nullcontext({})
+    with recording as routes:
         out = prefill(model, ids, cache, lengths if len(set(lengths)) > 1 else None, chunk=max(lengths))
         active, read = list(range(len(prompts))), [range(n) for n in lengths]
         for left in range(max_new_tokens, 0, -1):
@@ -163,5 +164,7 @@ class _Notes:
             if kept is not None:
                 kept[row, new] = torch.stack(self.kept[row])
         experts = {layer: chosen[:, :t].to(device) for layer, chosen in self.experts.items()}
-        found = (x.to(device) for x in (ids, next_ids, documents, written, log_old))
-        return Rollouts(*found, experts, None if kept is None else kept.to(device))
+        ids, next_ids, documents, written, log_old = (
+            x.to(device) for x in (ids, next_ids, documents, written, log_old)
+        )
+        return Rollouts(ids, next_ids, documents, written, log_old, experts, None if kept is None else kept.to(device))
