@@ -324,7 +324,8 @@ def test_bars_have_intervals_and_every_seed_and_the_window_is_marked(done):
     assert [len(c.get_offsets()) for c in bars.collections if len(c.get_offsets()) > 1] == [2, 2]
     drawing._distance(distance, found, found["panels"][0])
     assert [line.get_xdata()[0] for line in distance.lines if line.get_linestyle() == "--"] == [16]
-    assert [text.get_text() for text in distance.texts] == ["window 16"]
+    assert [text.get_text() for text in distance.texts] == ["window 16", "chance"]
+    assert [line.get_ydata()[0] for line in distance.lines if line.get_linestyle() == ":"] == [1 / 32]
 
 
 def test_the_page_says_what_the_json_says(done, tmp_path):

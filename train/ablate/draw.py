@@ -88,7 +88,11 @@ def _bars(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
             axis.errorbar(x, mean, interval(values) or 0.0, color="black", capsize=4, linewidth=1.2)
             offsets = [wide * 0.25 * (k - (len(values) - 1) / 2) / max(1, len(values) - 1) for k in range(len(values))]
             axis.scatter([x + o for o in offsets], values, s=14, color="white", edgecolors="black", zorder=3)
-    axis.set_xticks(range(len(measures)), [labels[name] for name in measures] if len(measures) > 1 else [""])
+    if len(measures) > 1:
+        axis.set_xticks(range(len(measures)), [labels[name].replace(", ", ",\n") for name in measures])
+    else:
+        axis.set_xticks([])
+    axis.ticklabel_format(axis="y", useOffset=False)
     axis.set_ylabel(panel["axis"])
     axis.margins(x=0.15, y=0.12)
 
@@ -127,6 +131,10 @@ def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
     axis.axvline(window, color=GREY, linestyle="--", linewidth=1.2)
     at = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "center"}
     axis.text(window, 0.5, f"window {window}", color=GREY, **at)
+    if found["scale"].get("chance"):
+        axis.axhline(found["scale"]["chance"], color=GREY, linestyle=":", linewidth=1.2)
+        right = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        axis.text(1.0, found["scale"]["chance"], "chance", color=GREY, fontsize=9, **right)
     axis.set_ylim(-0.04, 1.08)
     axis.set(xlabel="tokens from the evidence to the question (log scale)", ylabel=panel["axis"])
 

@@ -42,6 +42,7 @@ def summarise(
             "recipe": suite.recipe,
             "sequence_length": first["recipe"]["data"]["sequence_length"],
             "window": first["recipe"]["model"]["sliding_window"],
+            "chance": 1 / planted["values"] if (planted := first["recipe"].get("planted")) else None,
             "learning_rate": first["recipe"]["optim"]["lr"],
             "cpu_minutes": round(sum(result["seconds"] for result in results) / 60, 1),
         },
