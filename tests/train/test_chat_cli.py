@@ -7,15 +7,16 @@ import json
 import pytest
 from lively import lively
 
-from abyssal.model import generate
+from abyssal.model import generate, save_pretrained
 from abyssal.train.chatting import Answer, Delta, Manner, prompt
 from abyssal.train.cli import main
+from abyssal.train.loop import train
 from abyssal.train.terminal.conversation import Conversation
 from abyssal.train.terminal.screen import Screen, visible
 from abyssal.train.terminal.talk import DECLINED, ROUNDS, Talk
 from abyssal.train.terminal.tools import load_tools
 from abyssal.train.tokenizers import ByteTokenizer
-from abyssal.train.voice import Voice
+from abyssal.train.voice import Voice, open_voice
 
 BYTES = ByteTokenizer()
 TOOLS = '''
@@ -353,6 +354,24 @@ def test_the_command_with_piped_input(monkeypatch, capsys):
     assert main(arguments) == 0
     out, remarks = capsys.readouterr()
     assert out.startswith("[thinking]\n") and "nano: RANDOM WEIGHTS" in remarks
+
+
+def test_the_model_of_a_run_and_of_a_folder(tiny, tmp_path, monkeypatch, capsys):
+    special = [f"model.{name}_token_id={getattr(BYTES, name)}" for name in ("bos", "eos", "pad")]
+    train(tiny("train.steps=1", "model.vocab_size=288", *special), tmp_path / "run", shown=False)
+    voice = open_voice(tmp_path / "run")
+    assert (voice.name, voice.context) == ("run", 8192)
+    save_pretrained(voice.model, tmp_path / "folder", layout="official")
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json: say which"):
+        open_voice(tmp_path / "folder")
+    again = open_voice(tmp_path / "folder", "bytes", context=100, name="mine")
+    assert (again.name, again.context) == ("mine", 100)
+    ids = prompt(voice, [{"role": "user", "content": "hi"}])
+    written = [generate(v.model, ids, max_new_tokens=8, temperature=0) for v in (voice, again)]
+    assert written[0] == written[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", str(tmp_path / "run"), "--max-new-tokens", "8", "--temperature", "0"]) == 0
+    assert "RANDOM" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

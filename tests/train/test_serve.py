@@ -340,6 +340,15 @@ BODIES = [
 ]  # fmt: skip
 
 
+def test_schemas_nested_without_end(address):
+    deep = {"type": "integer"}
+    for depth in range(1, 900):
+        deep = {"type": "array", "items": deep}
+        if depth in (150, 300, 899):
+            reply = post(address, messages=HI, response_format=schema(name="deep", schema=deep))
+            assert reply.status_code == 400 and reply.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(("body", "status"), BODIES, ids=range(len(BODIES)))
 def test_malformed_bodies(address, body, status):
     reply = HTTP.post(f"{address}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})

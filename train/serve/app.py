@@ -99,6 +99,8 @@ class Server:
                 work = await asyncio.to_thread(prepare, await self._body(request))
         except TimeoutError:
             raise ApiError(408, "the request was not read in time", code="timeout") from None
+        except RecursionError:
+            raise ApiError(400, "the request is nested too deeply", code="invalid_json") from None
         return await respond(request, self.worker, work, deadline)
 
     async def models(self, request: Request) -> Response:
