@@ -293,9 +293,9 @@ def test_an_evaluation_examines_every_run_and_writes_what_it_found(tuned, whole,
 
     from abyssal.train.reason.evaluate import run
 
-    found = run([tuned.out, whole.out], 3, tmp_path / "results")
-    stored = json.loads((tmp_path / "results" / "reasoning.json").read_text())
-    assert stored == found and (tmp_path / "results" / "reasoning.md").read_text().startswith("# Reasoning")
+    path = run([tuned.out, whole.out], 3, tmp_path / "results")
+    found, page = json.loads(path.read_text()), (tmp_path / "results" / "RESULTS.md").read_text()
+    assert path == tmp_path / "results" / "reasoning.json" and page.startswith("# Reasoning")
     sft, grpo = found["runs"]
     assert (sft["recipe"], sft["rewarded"], grpo["recipe"], grpo["rewarded"]) == (
         "reason-sft", False, "reason-grpo", True,
@@ -303,7 +303,11 @@ def test_an_evaluation_examines_every_run_and_writes_what_it_found(tuned, whole,
     assert sft["steps"] == grpo["steps"] == 4 and sft["tasks"] == ["addition-1", "sorting-2"]
     assert len(grpo["curves"]["kl"]) == 4 and [exam["step"] for exam in grpo["curves"]["exams"]] == [2, 4]
     assert set(sft["scores"]) == {"1.0", "0.0"} and set(sft["scores"]["0.0"]) == {"thinking", "chat"}
-    assert "greedy" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "greedy" in shown
+    (tmp_path / "results" / "RESULTS.md").unlink()
+    assert run([path], 999) == path and json.loads(path.read_text()) == found  # its own numbers, no new examination
+    assert (tmp_path / "results" / "RESULTS.md").read_text() == page and capsys.readouterr().out == shown
     with pytest.raises(ValueError, match="allowed are those of the first run"):
         other = train(
             recipe("reason.tasks=['addition-1']", "train.steps=1", "reason.modes=['chat']", name="reason-sft"),

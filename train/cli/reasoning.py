@@ -7,22 +7,22 @@ from .options import Command, flag
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    text = "runs or checkpoints of recipes with [reason], seeds beside each other (paths)"
+    text = (
+        "runs or checkpoints of recipes with [reason], all seeds; or a reasoning.json, to be shown anew (paths)"
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=text)
     flag(parser, "--problems", int, 256, "held-out problems of each task, asked in each mode")
-    flag(parser, "--out", Path, None, "folder for reasoning.json, reasoning.md and reasoning.png", "the first RUN")
+    flag(parser, "--out", Path, None, "folder for reasoning.json, RESULTS.md and reasoning.png", "the first RUN")
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ..reason.evaluate import FILE, run
+    from ..reason.evaluate import run
     from ..reason.plot import plot
 
     if options.problems < 1:
         raise ValueError(f"--problems {options.problems}: allowed are numbers from 1")
-    out = options.out or options.runs[0]
-    run(options.runs, options.problems, out)
-    print(f"results  {out / FILE}")
-    print(f"picture  {plot(out / FILE)}")
+    results = run(options.runs, options.problems, options.out)
+    print(f"results  {results}\npicture  {plot(results)}")
 
 
 COMMANDS = {

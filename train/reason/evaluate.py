@@ -16,7 +16,7 @@ from ..tokenizers import load_tokenizer
 from .exam import examine
 from .report import markdown, table
 
-FILE = "reasoning.json"
+FILE, PAGE = "reasoning.json", "RESULTS.md"
 TEMPERATURES = (1.0, 0.0)
 CURVES = (
     *("reward", "reward_thinking", "reward_chat", "well_formed", "length_thinking", "length_chat"),
@@ -24,24 +24,30 @@ CURVES = (
 )
 
 
-def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None) -> dict[str, Any]:
-    """Examines the runs with `problems` questions of each task and mode, prints the table, writes JSON, PNG, Markdown.
+def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None) -> Path:
+    """Examines the runs with `problems` questions of each task and mode, prints the tables, writes JSON and Markdown.
+
+    A reasoning.json instead of runs gives its tables and its page again.
 
     Raises:
         FileNotFoundError: one of them is no run.
         ValueError: one of them has no [reason] table, or other tasks than the first.
     """
-    found: dict[str, Any] = {"problems": problems, "runs": [_examined(path, problems) for path in runs]}
+    stored = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_file() else None
+    if stored:
+        found: dict[str, Any] = json.loads(stored.read_text())
+    else:
+        found = {"problems": problems, "runs": [_examined(path, problems) for path in runs]}
     for other in found["runs"]:
         if other["tasks"] != found["runs"][0]["tasks"]:
             raise ValueError(f"{other['folder']!r} has tasks {other['tasks']}: allowed are those of the first run")
-    out = Path(out) if out else Path(runs[0])
+    out = Path(out) if out else stored.parent if stored else Path(runs[0])
     out.mkdir(parents=True, exist_ok=True)
     (out / FILE).write_text(json.dumps(found, indent=1) + "\n")
-    (out / "reasoning.md").write_text(markdown(found))
+    (out / PAGE).write_text(markdown(found))
     for temperature in TEMPERATURES:
         print(table(found, temperature) + "\n")
-    return found
+    return out / FILE
 
 
 def _examined(path: Path | str, problems: int) -> dict[str, Any]:
