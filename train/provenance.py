@@ -44,6 +44,12 @@ def write(
     os.replace(writing, path)
 
 
+def recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of the latest start of the run in that folder, None if there is no run."""
+    path = folder / FILE
+    return json.loads(path.read_text())["starts"][-1]["recipe"] if path.is_file() else None
+
+
 def source() -> dict[str, Any]:
     """A digest of the package's Python files, and the commit if they lie in a git checkout."""
     package = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .. import checkpoint
+    from .. import provenance
     from ..distributed.world import first_process
     from ..loop import train
 
@@ -29,7 +29,7 @@ def _train(options: argparse.Namespace) -> None:
     try:
         summary = train(recipe, out, options.resume)
     except KeyboardInterrupt:
-        if checkpoint.checkpoints(out):
+        if (out / provenance.FILE).is_file():
             print(f"\ngo on later with: abyssal train --resume {out}", file=sys.stderr)
         raise
     if not first_process():
@@ -41,7 +41,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
     """The recipe asked for (a resumed run's own unless one is named), and where the run goes."""
-    from .. import checkpoint
+    from .. import checkpoint, provenance
     from ..recipe import Recipe, apply, load_recipe
 
     if options.resume is None:
@@ -49,12 +49,15 @@ def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
             raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")
         recipe = load_recipe(options.recipe, options.set)
         return recipe, options.out or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = checkpoint.find(options.resume)
-    out = options.out or folder.parents[1]
+    begun = provenance.recipe(options.resume)
+    if begun and not checkpoint.checkpoints(options.resume):  # killed before its first one: it starts over
+        stored, out = begun, options.out or options.resume
+    else:
+        folder = checkpoint.find(options.resume)
+        stored, out = checkpoint.read_state(folder)[0].to_dict(), options.out or folder.parents[1]
     if options.recipe:
         return load_recipe(options.recipe, options.set), out
-    stored = checkpoint.read_state(folder)[0]
-    return Recipe.from_dict(apply(stored.to_dict(), options.set)), out
+    return Recipe.from_dict(apply(stored, options.set)), out
 
 
 def _try_plot(out: Path) -> str:
