@@ -14,6 +14,7 @@ import pytest
 
 import abyssal
 from abyssal.train import metrics
+from abyssal.train.ablate import probes
 from abyssal.train.ablate import run as runner
 from abyssal.train.ablate.draw import draw
 from abyssal.train.ablate.measures import curves, flatten, measure
@@ -227,9 +228,11 @@ def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkey
     assert found["measures"]["size"] == trained.embed.weight.abs().sum().item() and found["probes"] == ["size"]
 
 
-def test_drafts_of_a_model_without_mtp_are_an_untrained_modules(tiny):
+def test_drafts_of_a_model_without_mtp_are_an_untrained_modules(tiny, monkeypatch):
     from abyssal.model import Transformer
 
+    monkeypatch.setattr(probes, "PROMPTS", 2)
+    monkeypatch.setattr(probes, "TOKENS", 10)
     recipe = tiny("model.num_nextn_predict_layers=0")
     model = Transformer(recipe.model).eval()
     first, second = acceptance(model, recipe), acceptance(model, recipe)
