@@ -21,6 +21,7 @@ TINY = [
     *("model.q_lora_rank=16", "model.o_lora_rank=8", "model.moe_intermediate_size=16", "model.n_routed_experts=8"),
     *("model.num_hidden_layers=2", "model.compress_ratios=[0,4]", "model.sliding_window=8"),
     *("model.index_n_heads=2", "model.index_head_dim=16", "model.hc_mult=2", "model.router_bias_update_speed=0.5"),
+    "model.balance_loss_weight=1",
     *("reason.tasks=['addition-1','sorting-2']", "reason.max_new_tokens=6", "reason.exam_problems=2"),
     *("train.steps=4", "train.eval_every=2", "train.checkpoint_every=0", "train.device=cpu"),
 ]
@@ -130,8 +131,23 @@ def test_passes_go_by_length_within_the_budget():
 # runs ----------------------------------------------------------------------------------------------------------------
 
 
-def started(tmp_path: Path, *overrides) -> GrpoRun:
-    run = GrpoRun(recipe(*overrides), tmp_path / "run", None, False)
+def without_clock(folder: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in metrics.read(folder)]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    return train(recipe(name="reason-sft"), tmp_path_factory.mktemp("sft") / "run", shown=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tuned, tmp_path_factory):
+    out = tmp_path_factory.mktemp("grpo") / "run"
+    return train(recipe(f"train.init={tuned.out}"), out, shown=False)
+
+
+def started(tmp_path: Path, tuned, *overrides) -> GrpoRun:
+    run = GrpoRun(recipe(f"train.init={tuned.out}", *overrides), tmp_path / "run", None, False)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if name == "head.weight" or name.endswith("gate.weight"):
@@ -144,8 +160,8 @@ def log_ratio(run: GrpoRun, rollouts, experts) -> float:
     return (of_tokens(log_pi, rollouts.next_ids) - rollouts.log_old)[rollouts.written].abs().max().item()
 
 
-def test_on_policy_ratios_are_one_and_replay_keeps_them_so_when_the_router_moves(tmp_path):
-    run = started(tmp_path, "grpo.top_k=40")
+def test_on_policy_ratios_are_one_and_replay_keeps_them_so_when_the_router_moves(tmp_path, tuned):
+    run = started(tmp_path, tuned, "grpo.top_k=40")
     asked = run.questions(0)
     rollouts = run.roll_out(asked, 0)
     run.model.train()
@@ -162,8 +178,8 @@ def test_on_policy_ratios_are_one_and_replay_keeps_them_so_when_the_router_moves
     run.close()
 
 
-def test_questions_take_turns_of_tasks_then_modes_and_never_come_again(tmp_path):
-    run = started(tmp_path)
+def test_questions_take_turns_of_tasks_then_modes_and_never_come_again(tmp_path, tuned):
+    run = started(tmp_path, tuned)
     first, second = run.questions(0), run.questions(1)
     assert [(p.task, mode) for p, mode in first] == [
         ("addition-1", "thinking"), ("sorting-2", "thinking"), ("addition-1", "chat"), ("sorting-2", "chat"),
@@ -173,10 +189,10 @@ def test_questions_take_turns_of_tasks_then_modes_and_never_come_again(tmp_path)
     run.close()
 
 
-def test_an_update_of_parts_equals_one_of_the_whole(tmp_path):
+def test_an_update_of_parts_equals_one_of_the_whole(tmp_path, tuned):
     grads = []
     for most in (10**6, 12):
-        run = started(tmp_path / str(most), f"grpo.tokens_per_pass={most}", "model.balance_loss_weight=1")
+        run = started(tmp_path / str(most), tuned, f"grpo.tokens_per_pass={most}")
         rollouts = run.roll_out(run.questions(0), 0)
         run.optimizer.step = lambda model=run.model: grads.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -190,10 +206,10 @@ def test_an_update_of_parts_equals_one_of_the_whole(tmp_path):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_settled_groups_are_left_out_if_asked(tmp_path):
+def test_settled_groups_are_left_out_if_asked(tmp_path, tuned):
     advantage = torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5, -1.0, 0.0, 0.0, 0.0, 0.25, 0.0, -0.25])
     for skip, rows in ((True, [3, 4, 5, 9, 10, 11]), (False, list(range(12)))):
-        run = started(tmp_path / str(skip), f"grpo.skip_settled={str(skip).lower()}", "grpo.updates=3")
+        run = started(tmp_path / str(skip), tuned, f"grpo.skip_settled={str(skip).lower()}", "grpo.updates=3")
         asked = [question for question in run.questions(0) for _ in range(3)]
         rollouts, seen = run.roll_out(asked, 0), []
         update = run.update
@@ -216,21 +232,6 @@ def test_settled_groups_are_left_out_if_asked(tmp_path):
         run.close()
 
 
-def without_clock(folder: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in CLOCK} for record in metrics.read(folder)]
-
-
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    return train(recipe(name="reason-sft"), tmp_path_factory.mktemp("sft") / "run", shown=False)
-
-
-@pytest.fixture(scope="module")
-def whole(tuned, tmp_path_factory):
-    out = tmp_path_factory.mktemp("grpo") / "run"
-    return train(recipe(f"train.init={tuned.out}"), out, shown=False)
-
-
 def test_a_run_starts_from_the_weights_it_is_given(tuned, whole):
     given, reference = load_file(tuned.checkpoint / "model.safetensors"), load_file(whole.out / "reference.safetensors")
     assert given.keys() == reference.keys() and all(torch.equal(given[name], reference[name]) for name in given)
@@ -238,6 +239,8 @@ def test_a_run_starts_from_the_weights_it_is_given(tuned, whole):
     assert not torch.equal(last["head.weight"], given["head.weight"])
     first = metrics.read(whole.out)[0]
     assert first["kl"] < 1e-2 and first["clip_fraction"] == first["off_policy"] == 0
+    with pytest.raises(ValueError, match=r"train\.init='': allowed is a trained run"):
+        train(recipe(), whole.out.parent / "other", shown=False)
     with pytest.raises(ValueError, match=r"checkpoint of another model: model\.hc_mult: 2 -> 4"):
         train(recipe(f"train.init={tuned.out}", "model.hc_mult=4"), whole.out.parent / "other", shown=False)
 
@@ -275,14 +278,14 @@ def test_another_seed_asks_and_draws_otherwise(tuned, whole, tmp_path):
     assert metrics.read(other.out)[0]["length"] != metrics.read(whole.out)[0]["length"]
 
 
-def test_the_reward_of_an_easy_task_rises(tmp_path, monkeypatch):
+def test_the_reward_of_an_easy_task_rises(tmp_path, tuned, monkeypatch):
     """A bandit: any completion that begins with a byte below 128 is right; half are at the start, nearly all later."""
     from abyssal.train.reason import loop
     from abyssal.train.reason.reward import Verdict
 
     monkeypatch.setattr(loop, "judge", lambda problem, mode, ids, tokenizer: Verdict(True, ids[0] < 128))
     changes = ["grpo.prompts=4", "grpo.group=16", "reason.max_new_tokens=1", "optim.lr=2e-2", "grpo.kl_weight=0"]
-    run = GrpoRun(recipe(*changes, "train.steps=14"), tmp_path / "run", None, False)
+    run = GrpoRun(recipe(f"train.init={tuned.out}", *changes, "train.steps=14"), tmp_path / "run", None, False)
     rewards = [run.step()["reward"] for _ in range(14)]
     run.close()
     assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.9, rewards

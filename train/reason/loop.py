@@ -61,6 +61,8 @@ class GrpoRun(Run):
         shown: bool,
         prepare: Callable[[Transformer], None] | None = None,
     ):
+        if resumed is None and not recipe.train.init:
+            raise ValueError("train.init='': allowed is a trained run: new weights write nothing that is ever rewarded")
         super().__init__(recipe, out, resumed, shown, prepare)
         assert recipe.reason is not None and recipe.grpo is not None
         self.reason, self.grpo, self.tokenizer = recipe.reason, recipe.grpo, load_tokenizer("bytes")
