@@ -7,6 +7,7 @@
                                                         muon      NAME.momentum
                                                         balanced  NAME.exp_avg
                                 random.safetensors      states of the random generators
+                                tokenizer.json ...      of a trained tokenizer (`train.tokenizers`)
                                 memory.safetensors      experts chosen ahead (`train.stability`), if there are any
                                 checkpoint.json         step, recipe, tokens and seconds so far, what else is remembered
 
@@ -34,8 +35,9 @@ from torch import Tensor, nn
 from ..model.tables import RowTable
 from .distributed.world import ALONE, World
 from .optim import Optimizers
-from .recipe import Recipe
+from .recipe import PLANTED, Recipe
 from .tables import named_tables
+from .tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 FOLDER = "checkpoints"
 STATE = "checkpoint.json"
@@ -70,6 +72,7 @@ def save(
     keep: int,
     world: World = ALONE,
     memory: Memory = NOTHING,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`.
 
@@ -92,6 +95,8 @@ def save(
         state["memory"] = memory.values
         if memory.tensors:
             _write(writing / "memory.safetensors", lambda path: save_file(memory.tensors, path))
+        for name, text in tokenizer.files().items() if tokenizer else ():
+            _write(writing / name, lambda path, text=text: path.write_text(text))
         _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
         _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n"))
         _flush(writing)
@@ -155,6 +160,25 @@ def read_memory(folder: Path) -> Memory:
     path = folder / "memory.safetensors"
     values = json.loads((folder / STATE).read_text()).get("memory", {})
     return Memory(values, load_file(path) if path.is_file() else {})
+
+
+def tokenizer_of(path: Path | str) -> Tokenizer:
+    """The tokenizer that a checkpoint's model (or that of a run's newest) was trained with.
+
+    Raises:
+        ValueError: it was trained on a planted task, whose tokens spell nothing.
+    """
+    folder = find(path)
+    data = read_state(folder)[0].data
+    if data.source.startswith(PLANTED):
+        raise ValueError(f"{str(folder)!r} was trained on {data.source}: its tokens spell no text")
+    return load_tokenizer("bytes" if data.tokenizer == "bytes" else folder)
+
+
+def require_bytes(path: Path | str, why: str) -> None:
+    """Raises ValueError unless a checkpoint's model was trained on bytes."""
+    if not isinstance(tokenizer_of(path), ByteTokenizer):
+        raise ValueError(f"{str(path)!r} was trained on the tokens of a trained tokenizer: {why}")
 
 
 def load_model(folder: Path, model: nn.Module) -> None:

@@ -33,6 +33,7 @@ from .stability import Stability
 from .step import Experts, Outcome, Stepper
 from .tables import Tables, places
 from .tensorboard import TensorBoard
+from .tokenizers import Tokenizer
 
 SAMPLE = "sample.txt"
 
@@ -132,6 +133,8 @@ class Run:
         self.device = own_device(choose_device(recipe.train.device), world.size)
         self.dtype = getattr(torch, recipe.train.dtype)
         self.source = open_source(recipe)
+        if resumed:
+            _check_same_tokenizer(self.source.tokenizer, resumed)
         torch.manual_seed(recipe.train.seed)
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)
@@ -310,7 +313,8 @@ class Run:
         keep = self.recipe.train.keep
         memory = self.stability.memory() if self.stability else NOTHING
         self.saved = checkpoint.save(
-            self.out, self.model, self.optimizer, self.recipe, self.progress, keep, self.world, memory
+            *(self.out, self.model, self.optimizer, self.recipe, self.progress, keep, self.world, memory),
+            tokenizer=self.source.tokenizer,
         )
         return self.saved
 
@@ -413,3 +417,11 @@ def _check_same_model(recipe: Recipe, resumed: Path) -> None:
     changed = [text for text in differences(checkpoint.read_state(resumed)[0], recipe) if text.startswith("model.")]
     if changed:
         raise ValueError(f"{str(resumed)!r} is a checkpoint of another model: {'; '.join(changed)}")
+
+
+def _check_same_tokenizer(tokenizer: Tokenizer | None, resumed: Path) -> None:
+    if tokenizer and tokenizer.digest != checkpoint.tokenizer_of(resumed).digest:
+        raise ValueError(
+            f"data.tokenizer={tokenizer.name!r} is not the tokenizer of {str(resumed)!r}: go on with its own"
+            f" (data.tokenizer={str(resumed)!r})"
+        )

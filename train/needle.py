@@ -248,6 +248,7 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     from .corpus import load_corpus
     from .loop import load_trained
 
+    checkpoints.require_bytes(checkpoint, "a needle is planted in bytes")
     asked = numbers("lengths", lengths, int), numbers("depths", depths, float)
     folder = checkpoints.find(checkpoint)
     model, recipe = load_trained(checkpoint)

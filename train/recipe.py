@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from ..model.config import ModelConfig, read_recipe
-from .tokens import BOS, VOCABULARY
+from .tokenizers import SPECIAL_TOKENS, bpe_size
+from .tokens import BOS
 
 
 def key(default: Any, meaning: str, allowed: str = "", check: Any = None) -> Any:
@@ -61,6 +62,15 @@ class DataConfig(Table):
         "stdlib",
         "'stdlib' (Python's own source files, no download), a folder of text files, a file, or planted:TASK"
         " (recall, selective_copy, induction, ngram_facts; see [planted])",
+    )
+    tokenizer: str = key(
+        "bytes",
+        "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; or the folder of a trained"
+        " tokenizer",
+    )
+    mapped: bool = key(
+        False,
+        "keep the tokens in a file mapped into memory, for text larger than that; a trained tokenizer always does",
     )
     sequence_length: int = _positive(512, "tokens of a row")
     batch_size: int = _positive(8, "rows of a step")
@@ -367,11 +377,24 @@ def _check_data(recipe: Recipe) -> None:
         return
     if recipe.planted:
         raise ValueError(f"[planted] is for sources that begin with {PLANTED!r}: data.source={source!r}")
-    if model.vocab_size < VOCABULARY:
-        allowed = f"at least {VOCABULARY} (256 bytes and bos), because training reads bytes"
-        raise ValueError(f"model.vocab_size={model.vocab_size}: allowed is {allowed}")
-    if model.bos_token_id != BOS:
-        raise ValueError(f"model.bos_token_id={model.bos_token_id}: allowed is {BOS}: training reads bytes")
+    size = bpe_size(recipe.data.tokenizer)
+    if recipe.reason and recipe.data.tokenizer != "bytes":
+        raise ValueError(f"data.tokenizer={recipe.data.tokenizer!r}: allowed with [reason] is bytes")
+    if recipe.data.tokenizer != "bytes" and size is None:
+        return  # a path: what is there is checked when it is read
+    check_vocabulary(model, recipe.data.tokenizer, BOS if size is None else size - SPECIAL_TOKENS)
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: str, bos: int) -> None:
+    """Raises ValueError unless the model has room for a tokenizer's tokens of text and its bos, and the same bos."""
+    named = f"for data.tokenizer={tokenizer!r}"
+    if model.vocab_size <= bos:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: allowed is at least {bos + 1} (tokens of text and bos), {named}"
+        )
+    if model.bos_token_id != bos:
+        special = f"eos_token_id is {bos + 1}, pad_token_id {bos + 2}"
+        raise ValueError(f"model.bos_token_id={model.bos_token_id}: allowed is {bos}, {named} ({special})")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

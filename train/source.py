@@ -9,19 +9,18 @@ Three kinds: text (`TextSource`), planted dependencies, conversations.
 """
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from .corpus import Corpus, load_corpus
 from .data import Batch, held_out, train_rows
 from .evaluate import bits_per_byte, trigram_bits_per_byte
-from .tokenizers import ByteTokenizer, Tokenizer
-from .tokens import VOCABULARY
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .mapped import tokenised, trained_tokenizer
+from .recipe import DataConfig, Recipe, check_vocabulary
+from .tokenizers import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer
 
 
 class Source(Protocol):
@@ -45,29 +44,43 @@ class Source(Protocol):
 
 
 class TextSource:
-    """Documents in packed rows; scored by bits per byte of held-out documents, beside a trigram model's."""
+    """Documents in packed rows; scored by bits per byte of held-out documents, beside a trigram model's.
 
-    vocabulary = VOCABULARY
-    tokenizer = ByteTokenizer()
+    Bytes are laid out in memory; tokens of a trained tokenizer, and bytes with data.mapped, stay in a file.
+    """
 
-    def __init__(self, corpus: Corpus, recipe: "Recipe") -> None:
-        self.corpus, self.seed, self.batch_size = corpus, recipe.train.seed, recipe.data.batch_size
-        self.held_out = held_out(corpus, recipe.data.sequence_length, recipe.data.held_out_rows)
-        self.name, self.digest = recipe.data.source, corpus.digest
+    def __init__(self, corpus: Corpus, recipe: Recipe) -> None:
+        data = recipe.data
+        self.corpus, self.seed, self.batch_size = corpus, recipe.train.seed, data.batch_size
+        self.tokenizer = open_tokenizer(data.tokenizer, corpus)
+        check_vocabulary(recipe.model, data.tokenizer, self.tokenizer.bos)
+        self.vocabulary = self.tokenizer.bos + 1
+        in_bytes = isinstance(self.tokenizer, ByteTokenizer)
+        self.tokens = tokenised(corpus, self.tokenizer) if maps(data) else corpus
+        self.sizes = None if in_bytes else torch.tensor([len(piece) for piece in self.tokenizer.pieces])
+        self.held_out = held_out(self.tokens, data.sequence_length, data.held_out_rows)
+        self.name = data.source
+        self.digest = corpus.digest if in_bytes else f"{corpus.digest} {self.tokenizer.digest}"
 
     @cached_property
     def trigram(self) -> float:
-        return trigram_bits_per_byte(self.corpus, self.held_out)
+        return trigram_bits_per_byte(self.corpus, self.held_out, self.sizes)
+
+    def held_out_bytes(self) -> int:
+        """Bytes that the held-out targets stand for."""
+        targets = self.held_out.stream.tokens[self.held_out.target_positions()]
+        return len(targets) if self.sizes is None else int(self.sizes[targets.astype(np.int64)].sum())
 
     def describe(self) -> str:
-        return f"corpus {self.name}: {self.corpus}"
+        spelt = "" if self.sizes is None else f"; {self.tokenizer.bos:,} tokens of {self.tokenizer.name}"
+        return f"corpus {self.name}: {self.corpus}{spelt}"
 
     def batch(self, rows: range, length: int, stage: int = 0) -> Batch:
-        return train_rows(self.corpus, length, self.seed, rows, stage)
+        return train_rows(self.tokens, length, self.seed, rows, stage)
 
     def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         return {
-            "held_out": bits_per_byte(model, self.held_out, self.batch_size, dtype),
+            "held_out": bits_per_byte(model, self.held_out, self.batch_size, dtype, self.sizes),
             "trigram": self.trigram,
         }
 
@@ -80,7 +93,7 @@ class TextSource:
         }
 
 
-def open_source(recipe: "Recipe") -> Source:
+def open_source(recipe: Recipe) -> Source:
     """The source that a recipe names.
 
     Raises:
@@ -95,4 +108,16 @@ def open_source(recipe: "Recipe") -> Source:
         from .planted.source import open_planted
 
         return open_planted(recipe)
-    return TextSource(load_corpus(recipe.data.source, recipe.data.held_out_fraction), recipe)
+    data = recipe.data
+    return TextSource(load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data)), recipe)
+
+
+def maps(data: DataConfig) -> bool:
+    """Whether the tokens of a text lie in a file that is mapped into memory."""
+    return data.mapped or data.tokenizer != ByteTokenizer.name
+
+
+def open_tokenizer(name: str, corpus: Corpus) -> Tokenizer:
+    """The tokenizer that data.tokenizer means; `bpe:N` is trained on the corpus once, and then found in the cache."""
+    size = bpe_size(name)
+    return load_tokenizer(name) if size is None else trained_tokenizer(corpus, size)

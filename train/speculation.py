@@ -12,7 +12,6 @@ from typing import Any, cast
 from ..model import Transformer, generate
 from ..model.generate import Generation, GenerationStats
 from .corpus import load_corpus
-from .tokens import BOS
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,19 @@ def run(checkpoint: Path, prompts: int, tokens: int, prompt_bytes: int) -> Compa
     Raises:
         ValueError: a number that is not positive, or more prompts than there are held-out documents.
     """
+    from .checkpoint import tokenizer_of
     from .loop import load_trained
 
     for name, value in (("prompts", prompts), ("tokens", tokens), ("prompt_bytes", prompt_bytes)):
         if value < 1:
             raise ValueError(f"{name}={value}: allowed are positive numbers")
+    tokenizer = tokenizer_of(checkpoint)
     model, recipe = load_trained(checkpoint)
     documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out
     if prompts > len(documents):
         raise ValueError(f"prompts={prompts}: the corpus has {len(documents)} held-out documents")
-    return compare(model, [[BOS, *document.text[:prompt_bytes]] for document in documents[:prompts]], tokens)
+    texts = [tokenizer.encode_bytes(document.text[:prompt_bytes]) for document in documents[:prompts]]
+    return compare(model, [[tokenizer.bos, *text] for text in texts], tokens)
 
 
 def _speed(stats: Sequence[GenerationStats]) -> float:

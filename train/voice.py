@@ -54,9 +54,10 @@ def open_voice(
             raise FileNotFoundError(f"{str(path)!r} has no tokenizer.json: say which tokenizer to take (--tokenizer)")
         model = load_pretrained(path, device=choose_device(device)).eval()
         return _voice(model, tokenizer or str(path), name or path.resolve().name, context)
-    model, _ = load_trained(path, device)
-    run = checkpoint.find(path).resolve().parents[1]
-    return _voice(model, tokenizer or "bytes", name or run.name, context)
+    model, recipe = load_trained(path, device)
+    folder = checkpoint.find(path).resolve()
+    own = "bytes" if recipe.data.tokenizer == "bytes" else str(folder)
+    return _voice(model, tokenizer or own, name or folder.parents[1].name, context)
 
 
 def random_voice(

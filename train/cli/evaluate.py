@@ -17,21 +17,23 @@ def _eval(options: argparse.Namespace) -> None:
 
     import torch
 
-    from .. import evaluate
-    from ..corpus import load_corpus
-    from ..data import held_out
+    from ..checkpoint import find, tokenizer_of
     from ..loop import load_trained
+    from ..source import TextSource, open_source
 
+    tokenizer_of(options.checkpoint)  # a model that spells no text is an error before its weights are read
     model, recipe = load_trained(options.checkpoint)
     data = replace(recipe.data, source=options.source or recipe.data.source)
     data = replace(data, held_out_rows=data.held_out_rows if options.rows is None else options.rows)
-    corpus = load_corpus(data.source, data.held_out_fraction)
-    rows = held_out(corpus, data.sequence_length, data.held_out_rows)
-    bits = evaluate.bits_per_byte(model, rows, data.batch_size, getattr(torch, recipe.train.dtype))
-    print(f"corpus {data.source}: {corpus}")
-    print(f"held-out bytes           {len(rows.target_positions()):,} in {len(rows.rows)} of {rows.stream.rows} rows")
-    print(f"held-out bits per byte   {bits:.4f}")
-    print(f"trigram, same bytes      {evaluate.trigram_bits_per_byte(corpus, rows):.4f}")
+    if data.tokenizer != "bytes":
+        data = replace(data, tokenizer=str(find(options.checkpoint)))
+    source = open_source(replace(recipe, data=data, reason=None, grpo=None))
+    assert isinstance(source, TextSource)
+    scores, rows = source.evaluate(model, getattr(torch, recipe.train.dtype)), source.held_out
+    print(source.describe())
+    print(f"held-out bytes           {source.held_out_bytes():,} in {len(rows.rows)} of {rows.stream.rows} rows")
+    print(f"held-out bits per byte   {scores['held_out']:.4f}")
+    print(f"trigram, same bytes      {scores['trigram']:.4f}")
 
 
 def _needle_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from .options import Command, checkpoint_argument, flag
@@ -10,7 +11,7 @@ from .options import Command, checkpoint_argument, flag
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint_argument(parser)
     flag(parser, "--prompt", str, "", "text to continue", "'', the start of a document")
-    flag(parser, "--max-new-tokens", int, 256, "bytes to write")
+    flag(parser, "--max-new-tokens", int, 256, "tokens to write")
     flag(parser, "--temperature", float, 0.8, "divides the logits; 0 = always the likeliest")
     flag(parser, "--top-p", float, 0.95, "keep the likeliest tokens up to this probability; 1 = all")
     flag(parser, "--top-k", int, 0, "keep that many likeliest tokens; 0 = all")
@@ -28,14 +29,15 @@ def _generate(options: argparse.Namespace) -> None:
 
     from ...model import generate
     from ...model.generate import Generation
+    from ..checkpoint import tokenizer_of
     from ..loop import load_trained
-    from ..tokens import decode_stream, encode
 
     if "" in options.stop:
         raise ValueError("stop='': at least one character is needed")
+    tokenizer = tokenizer_of(options.checkpoint)
     model, _ = load_trained(options.checkpoint)
     end = [] if model.config.eos_token_id is None else [model.config.eos_token_id]
-    ids = torch.tensor([encode(options.prompt)], device=next(model.parameters()).device)
+    ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(options.prompt)]], device=next(model.parameters()).device)
     tokens = cast(
         Generation,
         generate(
@@ -47,17 +49,30 @@ def _generate(options: argparse.Namespace) -> None:
             top_k=options.top_k,
             min_p=options.min_p,
             seed=options.seed,
-            stop=[*end, *(list(text.encode()) for text in options.stop)],
+            stop=end,
             speculative=options.speculative,
             storage=options.storage,
             stream=True,
         ),
     )
     print(options.prompt, end="", flush=True)
-    for text in decode_stream(map(int, tokens)):
+    for text in _until(options.stop, tokenizer.decode_stream(map(int, tokens))):
         print(text, end="", flush=True)
     print()
     print(tokens.stats, file=sys.stderr)
+
+
+def _until(stops: Sequence[str], pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text, up to where it first ends with one of `stops`, in whatever pieces that comes."""
+    written = ""
+    for piece in pieces:
+        before, written = len(written), written + piece
+        found = [(written.find(stop, max(0, before - len(stop) + 1)), stop) for stop in stops]
+        ends = [place + len(stop) for place, stop in found if place >= 0]
+        if ends:
+            yield written[before : min(ends)]
+            return
+        yield piece
 
 
 COMMANDS = {

@@ -11,7 +11,16 @@ from .bpe import BPETokenizer, read_bpe, train_bpe
 from .byte import ByteTokenizer
 from .special import COUNT as SPECIAL_TOKENS
 
-__all__ = ["SPECIAL_TOKENS", "BPETokenizer", "ByteTokenizer", "Tokenizer", "load_tokenizer", "train_bpe"]
+__all__ = [
+    "SPECIAL_TOKENS",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "Tokenizer",
+    "bpe_size",
+    "load_tokenizer",
+    "read_bpe",
+    "train_bpe",
+]
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -23,3 +32,13 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         ModuleNotFoundError: the `tokenizers` library is needed and not installed.
     """
     return ByteTokenizer() if str(name_or_path) == "bytes" else read_bpe(Path(name_or_path).expanduser())
+
+
+def bpe_size(name: str) -> int | None:
+    """The vocabulary that `bpe:N` asks for, None for another name. Raises ValueError where N is no size."""
+    kind, colon, size = name.partition(":")
+    if (kind, colon) != ("bpe", ":"):
+        return None
+    if not size.isdecimal() or int(size) <= 256 + SPECIAL_TOKENS:
+        raise ValueError(f"tokenizer={name!r}: allowed after 'bpe:' is a size above {256 + SPECIAL_TOKENS}")
+    return int(size)

@@ -1,0 +1,128 @@
+"""A tokenised corpus in files that are mapped into memory: written once, read where a batch needs them.
+
+    CACHE/tokens/KEY/train.tokens  held_out.tokens       uint16 (uint32 above 65,536 tokens): bos d0 d0 bos d1 d1 d1 ...
+                     train.starts  held_out.starts       int64 [documents + 1]: where each begins, and the end
+                     contents.json                       what KEY stands for: corpus and tokenizer
+    CACHE/tokenizers/KEY/tokenizer.json ...              a tokenizer trained on a corpus's training documents
+
+A folder is written under another name, flushed to the disk, and renamed when it is whole: a process that is killed
+leaves none that looks finished, and of several that write the same one, the first to finish wins.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .corpus import CHUNK, AnyDocument, Corpus
+from .tokenizers import BPETokenizer, Tokenizer, read_bpe, train_bpe
+
+CACHE = "ABYSSAL_CACHE"  # the environment variable that says where the cache is
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """The tokens of documents in order, each document behind its bos. len() counts documents."""
+
+    tokens: np.ndarray  # mapped, read-only
+    starts: np.ndarray  # int64 [documents + 1]
+    bos: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenised:
+    """A corpus's training and held-out documents as tokens."""
+
+    train: TokenFile
+    held_out: TokenFile
+
+
+def cache_folder() -> Path:
+    """$ABYSSAL_CACHE, else abyssal in $XDG_CACHE_HOME, else ~/.cache/abyssal."""
+    if os.environ.get(CACHE):
+        return Path(os.environ[CACHE]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "abyssal"
+
+
+def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> Tokenised:
+    """The corpus as tokens, from the cache, or written into it first."""
+    contents = {"corpus": corpus.digest, "tokenizer": tokenizer.digest}
+
+    def write(folder: Path) -> None:
+        for part in ("train", "held_out"):
+            _write_tokens(folder, part, getattr(corpus, part), tokenizer)
+
+    folder = _whole(cache_folder() / "tokens", contents, write)
+    return Tokenised(_map(folder, "train", tokenizer), _map(folder, "held_out", tokenizer))
+
+
+def trained_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
+    """BPE of the corpus's training documents, from the cache, or trained first.
+
+    Raises:
+        ValueError: a size that is too small, or too large for the documents.
+        ModuleNotFoundError: the `tokenizers` library is not installed.
+    """
+    contents = {"corpus": corpus.digest, "vocabulary": str(vocab_size)}
+    chunks = (chunk for document in corpus.train for chunk in document.chunks(CHUNK))
+    folder = _whole(cache_folder() / "tokenizers", contents, lambda folder: train_bpe(chunks, vocab_size).save(folder))
+    return read_bpe(folder, f"bpe:{vocab_size}")
+
+
+def _whole(parent: Path, contents: dict[str, str], write: Callable[[Path], None]) -> Path:
+    """The folder of these contents, which `write` fills if it is not there."""
+    key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
+    folder, writing = parent / key, parent / f".{key}.{os.getpid()}"
+    if folder.is_dir():
+        return folder
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir(parents=True)
+    try:
+        write(writing)
+        (writing / "contents.json").write_text(json.dumps(contents, indent=1) + "\n")
+        for path in (*writing.iterdir(), writing):
+            _flush(path)
+        try:
+            os.rename(writing, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return folder
+
+
+def _write_tokens(folder: Path, part: str, documents: Sequence[AnyDocument], tokenizer: Tokenizer) -> None:
+    kind, starts = _dtype(tokenizer), [0]
+    with (folder / f"{part}.tokens").open("wb") as file:
+        for document in documents:
+            count = file.write(np.array([tokenizer.bos], kind).tobytes())
+            for chunk in document.chunks(CHUNK):
+                count += file.write(np.array(tokenizer.encode_bytes(chunk), kind).tobytes())
+            starts.append(starts[-1] + count // kind.itemsize)
+    (folder / f"{part}.starts").write_bytes(np.array(starts, np.int64).tobytes())
+
+
+def _map(folder: Path, part: str, tokenizer: Tokenizer) -> TokenFile:
+    tokens = np.memmap(folder / f"{part}.tokens", _dtype(tokenizer), mode="r")
+    return TokenFile(tokens, np.fromfile(folder / f"{part}.starts", np.int64), tokenizer.bos)
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
