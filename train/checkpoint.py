@@ -25,6 +25,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def save(
         if memory.tensors:
             _write(writing / "memory.safetensors", lambda path: save_file(memory.tensors, path))
         for name, text in tokenizer.files().items() if tokenizer else ():
-            _write(writing / name, lambda path, text=text: path.write_text(text))
+            _write(writing / name, partial(Path.write_text, data=text))
         _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
         _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n"))
         _flush(writing)

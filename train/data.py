@@ -99,7 +99,7 @@ def stream(documents: Sequence[AnyDocument] | TokenFile, length: int, order: np.
     order = np.arange(len(documents)) if order is None else order
     if isinstance(documents, TokenFile):
         return MappedStream(documents, order, length)
-    return Stream([documents[i] for i in order], length)
+    return Stream([documents[int(i)] for i in order], length)
 
 
 def train_rows(corpus: Corpus | Tokenised, length: int, seed: int, rows: range, stage: int = 0) -> Batch:

@@ -27,8 +27,11 @@ class Source(Protocol):
     """What training asks of its data."""
 
     vocabulary: int  # token ids are below this
-    tokenizer: Tokenizer | None  # what its tokens spell; None where they spell no text
     digest: str  # two sources of the same digest and recipe give the same batches
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What its tokens spell; None where they spell no text."""
 
     def describe(self) -> str:
         """One line about the data."""

@@ -98,7 +98,7 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> BPETokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
     library.train_from_iterator(_texts(documents), trainer)
-    merges = [tuple(pair) for pair in json.loads(library.to_str())["model"]["merges"]]
+    merges = [(first, second) for first, second in json.loads(library.to_str())["model"]["merges"]]
     spelt = list(dict.fromkeys([*SPELLING, *map("".join, merges)]))
     if len(spelt) < room:
         raise ValueError(f"vocab_size={vocab_size}: the documents have pairs for {len(spelt) + COUNT} tokens only")
@@ -118,7 +118,7 @@ def read_bpe(path: Path, name: str = "") -> BPETokenizer:
     return BPETokenizer(file.read_text(), name or str(path))
 
 
-def _contents(spelt: list[str], merges: list[tuple[str, ...]]) -> str:
+def _contents(spelt: list[str], merges: list[tuple[str, str]]) -> str:
     """tokenizer.json of our order of tokens."""
     from tokenizers import AddedToken, decoders, models
 
