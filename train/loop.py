@@ -33,7 +33,7 @@ from .stability import Stability
 from .step import Experts, Outcome, Stepper
 from .tables import Tables, places
 from .tensorboard import TensorBoard
-from .tokenizers import Tokenizer
+from .tokenizers import ByteTokenizer, Tokenizer
 
 SAMPLE = "sample.txt"
 
@@ -174,7 +174,8 @@ class Run:
             )
         self._open_metrics(resumed.parents[1] if resumed else None)
         steps, every = self.recipe.train.steps, self.recipe.train.log_every
-        self.line = ProgressLine(step, steps, every, shown) if self.world.first else Nowhere()
+        in_bytes = isinstance(self.source.tokenizer, ByteTokenizer)
+        self.line = ProgressLine(step, steps, every, shown, in_bytes) if self.world.first else Nowhere()
         if shown:
             start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
             where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
@@ -307,7 +308,7 @@ class Run:
         """A checkpoint of the run as it is; never one of weights that are not finite."""
         weight = self.world.heard(bad_weight(self.model))
         if weight:
-            self._stop(f"after step {self.progress.step}: {weight} holds numbers that are not finite")
+            self._stop(f"after step {self.progress.step}: {weight} holds numbers that are not finite;")
         self.metrics.sync()
         self.progress = Progress(self.progress.step, self.progress.tokens, self.seconds())
         keep = self.recipe.train.keep

@@ -7,10 +7,10 @@ from typing import Any
 
 
 class ProgressLine:
-    """A bar, or a line every `every` steps; `shown=False` keeps quiet but for `say`."""
+    """A bar, or a line every `every` steps; `shown=False` keeps quiet but for `say`. `in_bytes`: a token is a byte."""
 
-    def __init__(self, start: int, steps: int, every: int, shown: bool = True):
-        self.steps, self.every, self.shown = steps, every, shown
+    def __init__(self, start: int, steps: int, every: int, shown: bool = True, in_bytes: bool = True):
+        self.steps, self.every, self.shown, self.in_bytes = steps, every, shown, in_bytes
         self.bar: Any = None
         if shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
@@ -18,7 +18,7 @@ class ProgressLine:
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def step(self, record: dict[str, Any]) -> None:
-        text = _describe(record)
+        text = _describe(record, self.in_bytes)
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix_str(text, refresh=False)
@@ -41,14 +41,14 @@ class ProgressLine:
             self.bar.close()
 
 
-def _describe(record: dict[str, Any]) -> str:
+def _describe(record: dict[str, Any], in_bytes: bool) -> str:
     speed = f"{record['tokens_per_second']:,.0f} tokens/s"
     if "reward" in record:
         return (
             f"reward {record['reward']:.3f}  kl {record['kl']:.4f}  entropy {record['entropy']:.3f}"
             f"  length {record['length']:.0f}  clipped {record['clip_fraction']:.1%}  {speed}"
         )
-    bits = record["lm"] / math.log(2)
-    text = f"loss {record['loss']:.4f}  {bits:.3f} bits/byte  lr {record['lr']:.1e}  {speed}"
+    bits = f"{record['lm'] / math.log(2):.3f} bits/byte  " if in_bytes else ""
+    text = f"loss {record['loss']:.4f}  {bits}lr {record['lr']:.1e}  {speed}"
     loads = [load for load in record.get("load_max", []) if load is not None]
     return text + (f"  load {max(loads):.1f}x" if loads else "")

@@ -250,10 +250,13 @@ def test_a_recipe_round_trips():
     assert a_recipe("recall").planted is None
 
 
-def test_a_run_learns_answers_only_and_reports_them(tmp_path):
+def test_a_run_learns_answers_only_and_reports_them(tmp_path, capsys):
     recipe = a_recipe("recall", "train.steps=2", "train.eval_every=1", "planted.nearest=4")
     recipe = replace(recipe, train=replace(recipe.train, checkpoint_every=0))
-    summary = train(recipe, tmp_path / "run", shown=False)
+    summary = train(recipe, tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "planted recall: density=0.0625, nearest=4" in shown and "held-out answers right" in shown
+    assert "step 2/2  loss" in shown and "bits/byte" not in shown
     assert 0 <= summary.scores["accuracy"] <= 1 and set(summary.scores) >= {"accuracy_at", "answer_nats"}
     assert not summary.sample and not (tmp_path / "run" / "sample.txt").exists()
     source = open_source(recipe)
