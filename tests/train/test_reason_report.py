@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from abyssal.train.reason.report import markdown, recipes, spread, table, verdict
+from abyssal.train.reason.report import changes, markdown, recipes, spread, table, verdict
 
 
 def score(right):
@@ -85,14 +85,25 @@ def test_the_table_has_a_row_for_each_task_and_recipe(found):
 def test_the_page_says_what_the_numbers_say(found):
     page = markdown(found)
     assert "- addition-3: thinking +0.50, helps after sft; +0.80, helps after grpo." in page
-    assert "- From sft to grpo, think: addition-3 0.60 to 0.90, sorting-6 0.30 to 0.45." in page
-    assert "- From sft to grpo, non-think: addition-3 0.10 to 0.10, sorting-6 0.05 to 0.05." in page
+    assert "| addition-3 | think | 0.60 (0.50 to 0.70) | 0.90 (0.90 to 0.90) | +0.30, helps |" in page
+    assert "| sorting-6 | non-think | 0.05 (0.05 to 0.05) | 0.05 (0.00 to 0.10) | +0.00, no clear difference |" in page
     assert "| grpo | 0, 1, 2 | 12 | 5.0 (4.0 to 6.0) | 1.50 (1.50 to 1.50) M |" in page
     assert "1,234 parameters" in page and "up to 0.05 of standard error" in page
     assert page.count("| addition-3 | sft |") == 2
     for run in found["runs"]:
         run["scores"]["1.0"], run["scores"]["0.0"] = run["scores"]["0.0"], run["scores"]["1.0"]
-    assert "0.60 to 0.90" not in markdown(found)
+    assert "| 0.60 (0.50 to 0.70) | 0.90 (0.90 to 0.90) |" not in markdown(found)
+    found["runs"] = [run for run in found["runs"] if not run["rewarded"]]
+    assert "rewards changed" not in markdown(found)
+
+
+def test_changes_pair_seeds_by_number():
+    runs = [made_run("sft", seed, 0.2 + 0.3 * seed, 0.1) for seed in range(3)]
+    runs += [made_run("grpo", seed, 0.3 + 0.3 * seed, 0.1, rewarded=True) for seed in (2, 0, 1)]
+    found = {"problems": 100, "runs": runs}
+    assert changes(found)[1] == ["addition-3", "think", "0.50 (0.20 to 0.80)", "0.60 (0.30 to 0.90)", "+0.10, helps"]
+    runs[-1]["seed"] = 9
+    assert changes(found)[1][-1] == "other seeds"
 
 
 def test_the_picture_comes_from_the_json_alone(found, tmp_path):

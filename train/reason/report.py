@@ -13,9 +13,9 @@ def recipes(found: Results) -> list[str]:
 
 
 def scores(found: Results, recipe: str, mode: str, task: str, temperature: float, what: str = "right") -> list[float]:
-    """One number of each seed; empty where the runs do not have the mode."""
-    runs = [run["scores"][str(temperature)] for run in found["runs"] if run["recipe"] == recipe]
-    return [run[mode][task][what] for run in runs if mode in run]
+    """One number of each seed, seeds in order; empty where the runs do not have the mode."""
+    runs = sorted((run for run in found["runs"] if run["recipe"] == recipe), key=lambda run: run["seed"])
+    return [run["scores"][str(temperature)][mode][task][what] for run in runs if mode in run["modes"]]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -28,11 +28,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def verdict(thinking: Sequence[float], chat: Sequence[float]) -> str:
-    """What thinking did: said of differences of one sign in three seeds or more, above twice their standard error."""
-    if not thinking or not chat:
+def verdict(with_it: Sequence[float], without: Sequence[float]) -> str:
+    """What something did, seed by seed; said where three or more have one sign and a mean above two standard errors."""
+    if not with_it or not without:
         return "-"
-    differences = [a - b for a, b in zip(thinking, chat)]
+    differences = [a - b for a, b in zip(with_it, without)]
     n, mean = len(differences), sum(differences) / len(differences)
     text = f"{mean:+.2f}"
     if n < 3:
@@ -70,15 +70,17 @@ def table(found: Results, temperature: float) -> str:
 
 def markdown(found: Results) -> str:
     """The results page: what was trained, the tables, the verdicts, and what a toy cannot tell."""
-    runs, tasks = found["runs"], found["runs"][0]["tasks"]
+    tasks = found["runs"][0]["tasks"]
     lines = ["# Reasoning at toy scale", "", _opening(found), "", "![accuracy, reward, KL, length](reasoning.png)", ""]
     for temperature, title in ((1.0, "Answers drawn at temperature 1"), (0.0, "Greedy answers")):
         lines += [f"## {title}", "", *_pipes(HEAD, rows(found, temperature)), ""]
     lines += ["## What held, what did not", "", *_findings(found), ""]
+    if changes(found):
+        lines += ["## What rewards changed (temperature 1)", "", *_pipes(CHANGES, changes(found)), ""]
     lines += [
         "## The runs",
         "",
-        *_pipes(["recipe", "seeds", "steps", "minutes each", "tokens learnt from"], _runs(found)),
+        *_pipes(RUNS, _runs(found)),
         "",
     ]
     sampling = math.sqrt(0.25 / found["problems"])
@@ -91,9 +93,10 @@ def markdown(found: Results) -> str:
         " three seeds this is a hint, not a proof.",
         "- A model of this size learns the form of the working as a task of its own, next to the answer: where working"
         " is long and the answer easy, it has more places to slip. Nothing here says how that changes with size.",
+        "- Both modes have the same examples, not the same tokens: working is most of what the loss counts. Nor is the"
+        " gain from rewards held against as much more fine-tuning.",
         f"- {len(tasks)} tasks with one fixed way of working each; the model never chooses how to think, or how long.",
     ]
-    assert runs
     return "\n".join(lines) + "\n"
 
 
@@ -103,12 +106,14 @@ def _opening(found: Results) -> str:
         f"One model of {run['parameters']:,} parameters learns {', '.join(run['tasks'])} in both modes of V4's prompt"
         " format: with visible working between `<think>` and `</think>`, and with the answer at once. Fine-tuning sees"
         " every problem once in each mode; GRPO then rewards right answers in both, equally often. The numbers and the"
-        " picture are drawn from `reasoning.json`."
+        " picture are drawn from `reasoning.json`.\n\n"
+        "    addition   347+586       7+6=13;4+8+1=13;3+5+1=9       933     columns from the units up\n"
+        "    sorting    sort dbca     d,bd,bcd,abcd                 abcd    letter after letter put in its place"
     )
 
 
 def _findings(found: Results) -> list[str]:
-    """A line for each task and recipe, and what rewards changed."""
+    """A line for each task."""
     lines, names = [], recipes(found)
     for task in found["runs"][0]["tasks"]:
         said = []
@@ -117,33 +122,45 @@ def _findings(found: Results) -> list[str]:
             if all(modes):
                 said.append(f"{verdict(*modes)} after {name}")
         lines.append(f"- {task}: thinking {'; '.join(said)}.")
-    pairs = [(a, b) for a in names for b in names if not _rewarded(found, a) and _rewarded(found, b)]
-    for before, after in pairs[:1]:
-        for mode, label in (("thinking", "think"), ("chat", "non-think")):
-            moved = []
-            for task in found["runs"][0]["tasks"]:
-                old, new = (_mean(scores(found, name, mode, task, 1.0)) for name in (before, after))
-                moved.append(f"{task} {old:.2f} to {new:.2f}")
-            lines.append(f"- From {before} to {after}, {label}: {', '.join(moved)}.")
     return lines
+
+
+CHANGES = ["task", "mode", "before", "after", "rewards"]
+
+
+def changes(found: Results) -> list[list[str]]:
+    """Task, mode, accuracy in the first recipe without rewards and in the first with, and what rewards did."""
+    without = [name for name in recipes(found) if not _rewarded(found, name)]
+    rewarded = [name for name in recipes(found) if _rewarded(found, name)]
+    lines = []
+    for task in found["runs"][0]["tasks"] if without and rewarded else ():
+        for mode, label in (("chat", "non-think"), ("thinking", "think")):
+            before, after = (scores(found, name, mode, task, 1.0) for name in (without[0], rewarded[0]))
+            paired = _seeds(found, without[0]) == _seeds(found, rewarded[0])
+            said = verdict(after, before) if paired else "other seeds"
+            lines.append([task, label, spread(before), spread(after), said])
+    return lines
+
+
+def _seeds(found: Results, recipe: str) -> list[int]:
+    return sorted(run["seed"] for run in found["runs"] if run["recipe"] == recipe)
 
 
 def _rewarded(found: Results, recipe: str) -> bool:
     return any(run["rewarded"] for run in found["runs"] if run["recipe"] == recipe)
 
 
+RUNS = ["recipe", "seeds", "steps", "wall-clock minutes", "tokens learnt from"]
+
+
 def _runs(found: Results) -> list[list[str]]:
     lines = []
     for name in recipes(found):
         mine = [run for run in found["runs"] if run["recipe"] == name]
-        seeds = ", ".join(str(run["seed"]) for run in mine)
+        seeds = ", ".join(map(str, _seeds(found, name)))
         minutes, tokens = spread([run["minutes"] for run in mine], 1), spread([run["tokens"] / 1e6 for run in mine])
         lines.append([name, seeds, str(mine[0]["steps"]), minutes, f"{tokens} M"])
     return lines
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _pipes(head: list[str], lines: list[list[str]]) -> list[str]:
