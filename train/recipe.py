@@ -230,8 +230,8 @@ class StabilityConfig(Table):
         8.0, "a spike is a loss above the window's median by more than this many deviations (1.4826 x the median one)"
     )
     least: float = _positive(0.25, "and by more than this many nats, however even the losses before")
-    anticipatory_steps: int = _not_negative(
-        100, "steps after the spike's own until which experts are chosen by earlier weights; 0 = by the present ones"
+    anticipatory_steps: int = _positive(
+        100, "steps after the spike's own until which experts are chosen by earlier weights"
     )
     lag: int = _positive(4, "steps between the weights that choose the experts and those that use them")
 

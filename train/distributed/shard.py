@@ -97,12 +97,19 @@ def clip(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
 
 
 def clip_gradients(model: nn.Module, limit: float, world: World) -> float:
-    """Scales the whole gradient to a norm of at most `limit` (0 = as it is); its norm before."""
-    parameters = list(model.parameters())
-    if world.size == 1:
-        return nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
-    norm = gradient_norm(parameters, world)
-    clip(parameters, norm, limit or math.inf)
+    """Scales the whole gradient to a norm of at most `limit` (0 = as it is); its norm before.
+
+    A norm that is not finite scales nothing: it would spread to gradients that are not to blame for it.
+    """
+    parameters, limit = [p for p in model.parameters() if p.grad is not None], limit or math.inf
+    if world.size > 1:
+        norm = gradient_norm(parameters, world)
+        if norm.isfinite():
+            clip(parameters, norm, limit)
+        return norm.item()
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm.isfinite():
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
 
 
