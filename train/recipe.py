@@ -15,6 +15,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -524,9 +525,11 @@ def _check_schedule(recipe: Recipe) -> None:
     total = sum(stage.steps for stage in stages)
     if stages and steps != total:
         raise ValueError(f"train.steps={steps}: allowed is {total}, the sum of the stages (or leave it out)")
-    sizes = [stage.batch_size or recipe.data.batch_size for stage in stages] or [recipe.data.batch_size]
+    starts = accumulate((stage.steps for stage in stages), initial=0)
+    ramped = [stage for first, stage in zip(starts, stages) if first < ramp.batch_ramp_steps]
+    sizes = [stage.batch_size or recipe.data.batch_size for stage in ramped] or [recipe.data.batch_size]
     if ramp.batch_ramp_steps and ramp.batch_start > min(sizes):
-        raise ValueError(f"schedule.batch_start={ramp.batch_start}: allowed are 1 to {min(sizes)}, the smallest batch")
+        raise ValueError(f"schedule.batch_start={ramp.batch_start}: allowed are 1 to {min(sizes)}, the ramp's batch")
     sparse = "compressed_sparse_attention" in recipe.model.layer_types
     for number, stage in enumerate(stages):
         if stage.attention == "warmup" and not sparse:

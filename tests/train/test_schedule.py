@@ -97,7 +97,7 @@ def test_weights_change_with_the_tail_and_in_the_warmup():
     ("change", "message"),
     [
         ({"train": {"steps": 7}}, r"train.steps=7: allowed is 20, the sum of the stages"),
-        ({"schedule": {"batch_start": 4, "batch_ramp_steps": 2}}, r"batch_start=4: allowed are 1 to 3"),
+        ({"schedule": {"batch_start": 7, "batch_ramp_steps": 5}}, r"batch_start=7: allowed are 1 to 6"),
         ({"stages": []}, r"stages=\[\]: allowed are one or more"),
         ({"stages": {"steps": 3}}, r"allowed are one or more tables \[\[stages\]\]"),
         ({"stages": [{"attention": "thick"}]}, "stages.attention='thick': allowed is dense, warmup or sparse"),
@@ -146,6 +146,16 @@ def test_the_plan_is_printed(capsys):
     assert "MTP weight: 0.3, from step 11 on 0.15" in text and "biases" not in text
     assert main(["info", "toy", "--schedule"]) == 0
     assert "1 to 300" in capsys.readouterr().out
+
+
+def test_the_shipped_example_shows_every_stage():
+    recipe = load_recipe("stages", ["stages.4.steps=31"])
+    phases = [Schedule(recipe).phase(step) for step in range(recipe.train.steps)]
+    assert list(dict.fromkeys(phase.attention for phase in phases)) == ["dense", "warmup", "sparse"]
+    lengths = [phase.length for phase in phases]
+    assert lengths == sorted(lengths) and len(set(lengths)) == 4
+    assert [len(phases[step].rows) for step in (0, 20, 30)] == [4, 12, 16]
+    assert sum(len(phase.rows) * phase.length for phase in phases) == sum(map(Schedule(recipe).tokens, range(5)))
 
 
 @pytest.fixture(scope="module")
