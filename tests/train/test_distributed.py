@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import abyssal
 from abyssal.train import checkpoint, metrics
+from abyssal.train.distributed.world import World, check
 from abyssal.train.loop import load_trained, train
 from abyssal.train.recipe import Recipe
 
@@ -266,3 +267,35 @@ def worker(parent: int, rank: int) -> int:
         if int(own[1]) == parent and f"RANK={rank}" in told:
             return int(folder.name)
     raise AssertionError(f"torchrun has no child of rank {rank}")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.batch_size=5", "data.batch_size=5: allowed are multiples of 2"),
+        ("stability.lag=2", r"\[stability\]: allowed on one process"),
+        ("schedule.batch_ramp_steps=3", "schedule.batch_start=1: allowed are multiples of 2"),
+        ("data.batch_size=6", None),
+    ],
+)
+def test_a_recipe_that_processes_cannot_share_is_refused(tiny, override, message):
+    recipe = tiny("data.batch_size=4", override)
+    check(recipe, World())
+    if message is None:
+        check(recipe, World(size=2))
+    else:
+        with pytest.raises(ValueError, match=message):
+            check(recipe, World(size=2))
+
+
+def test_a_stage_of_odd_batches_is_named(recipe_of):
+    stages = [*STAGES, {"steps": 1, "batch_size": 3}]
+    values = recipe_of("stages").to_dict()
+    recipe = Recipe.from_dict({**values, "stages": stages, "train": {**values["train"], "steps": 4}})
+    with pytest.raises(ValueError, match=r"stages\.2\.batch_size=3: allowed are multiples of 2"):
+        check(recipe, World(size=2))
+
+
+def test_experts_in_parallel_need_processes(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.expert_parallel=2: allowed are divisors of 1.*torchrun"):
+        train(tiny("train.expert_parallel=2"), tmp_path / "run", shown=False)
