@@ -6,7 +6,6 @@ import torch
 
 from abyssal.train.corpus import Corpus, Document
 from abyssal.train.data import BOS, IGNORED, PADDING, Stream, held_out, train_batch
-from abyssal.train.tokens import decode, encode
 
 LENGTHS = (1, 7, 30, 2, 2, 13, 64, 5)
 
@@ -128,9 +127,3 @@ def test_a_row_that_is_not_there_is_an_error(corpus):
     for rows in ([stream.rows], [-1], [0, 99]):
         with pytest.raises(IndexError, match=f"rows 0 to {stream.rows - 1}"):
             stream.batch(rows)
-
-
-def test_text_to_tokens_and_back():
-    assert encode("é") == [BOS, 0xC3, 0xA9]
-    assert decode([BOS, 0xC3, 0xA9, 259]) == "é"
-    assert decode([65, 0xFF]) == "A\ufffd"

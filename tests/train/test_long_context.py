@@ -13,7 +13,8 @@ from abyssal.model import decode as decode_module
 from abyssal.train import long_context
 from abyssal.train.corpus import load_corpus
 from abyssal.train.long_context import Stopwatch, long_text, main, measure, report, watched, watched_steps
-from abyssal.train.tokens import BOS, decode
+from abyssal.train.tokenizers import ByteTokenizer
+from abyssal.train.tokens import BOS
 
 
 def nano(**changes):
@@ -136,7 +137,7 @@ def test_long_text_is_real_text_and_goes_round(texts):
     ids = long_text(str(texts), size + 100)
     assert ids.shape == (1, size + 100) and ids.dtype == torch.int64 and ids[0, 0] == BOS
     assert torch.equal(ids[0, size:], ids[0, :100])
-    assert decode(ids[0, 1:200].tolist()) == documents.train[0].text.decode()[:199]
+    assert ByteTokenizer().decode(ids[0, 1:200].tolist()) == documents.train[0].text.decode()[:199]
 
 
 def test_the_command_writes_its_file(texts, tmp_path, capsys):

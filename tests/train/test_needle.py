@@ -11,7 +11,8 @@ from abyssal.model import ModelConfig, Transformer, generate
 from abyssal.model.transformer import Output
 from abyssal.train import needle
 from abyssal.train.corpus import Corpus, Document
-from abyssal.train.tokens import BOS, decode
+from abyssal.train.tokenizers import ByteTokenizer
+from abyssal.train.tokens import BOS
 
 TEXT = b"".join(b"line %d of the text, of some length\n" % i for i in range(200))
 CORPUS = Corpus((Document("a", TEXT),), (Document("b", TEXT),))
@@ -59,7 +60,7 @@ def test_a_prompt_is_what_it_says(length, depth):
     for seed in range(5):
         got = needle.plant(TEXT, length, depth, random.Random(seed))
         assert len(got.prompt) == len(got.control) == length and got.prompt[0] == got.control[0] == BOS
-        prompt, control, code = (decode(tokens) for tokens in (got.prompt, got.control, got.code))
+        prompt, control, code = (ByteTokenizer().decode(tokens) for tokens in (got.prompt, got.control, got.code))
         colour = prompt.rpartition("The code of the ")[2].split()[0]
         assert colour in needle.COLOURS and prompt.endswith(f"\nThe code of the {colour} key is ")
         fact = f"The code of the {colour} key is {code}.\n"
@@ -72,7 +73,7 @@ def test_a_prompt_is_what_it_says(length, depth):
 
 
 def test_facts_stand_at_line_starts_where_there_are_lines():
-    got = decode(needle.plant(TEXT, 2000, 0.5, random.Random(0)).prompt)
+    got = ByteTokenizer().decode(needle.plant(TEXT, 2000, 0.5, random.Random(0)).prompt)
     assert "\nThe code" in got[:1990].rpartition(" is ")[0]
     unbroken = needle.plant(b"x" * 5000, 2000, 0.5, random.Random(0))
     assert abs(unbroken.distance - 1000) < 60
@@ -81,7 +82,7 @@ def test_facts_stand_at_line_starts_where_there_are_lines():
 def test_the_code_is_one_that_the_text_does_not_hold():
     text = b" ".join(b"%04d" % number for number in range(10_000) if number != 42)
     for seed in range(3):
-        assert decode(needle.plant(text, 60_000, 0.5, random.Random(seed)).code) == "0042"
+        assert ByteTokenizer().decode(needle.plant(text, 60_000, 0.5, random.Random(seed)).code) == "0042"
 
 
 def test_a_needle_does_not_depend_on_the_others():
