@@ -9,6 +9,9 @@ captured               [csa layers]   share of attention mass on compressed entr
 tokens_per_second, peak_memory_gib    of this step; of the process so far (on CUDA: of the device's allocator)
 grad_by, update_by, sinkhorn, gain, recall, gate, collisions      of mechanisms, every `train.observe_every` steps:
                                       see `observe.py`
+stage, attention, rows, length        of the step, in runs with stages or a batch that grows
+went_back                             spikes of the loss that led back to the step before this one (`stability.py`)
+anticipatory, anticipation_seconds    1, and the time it took, where experts are chosen by earlier weights
 held_out, trigram                     bits per byte, only on steps that evaluated; other sources have other scores
 """
 

@@ -7,7 +7,7 @@ Between the two the caller may look at losses and norm, and drop the step (`forg
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class Stepper:
         losses, measured = [], []
         with only_indexers(self.model) if phase.indexer_only else nullcontext():
             for part, chosen in zip(parts, experts or [{}] * len(parts), strict=True):
-                with replay_routing(self.model, chosen):
+                with self._taking(chosen):
                     found, metrics = self._pass(phase, part, look)
                 losses.append(found)
                 measured.append(metrics)
@@ -106,8 +106,12 @@ class Stepper:
         """The forward passes of a step once more, for those who watch the model."""
         parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch)
         for part, chosen in zip(parts, experts or [{}] * len(parts), strict=True):
-            with replay_routing(self.model, chosen):
+            with self._taking(chosen):
                 self._forward(part.batch, shares=part.shares)
+
+    def _taking(self, chosen: Experts) -> AbstractContextManager[None]:
+        """Passes within take these experts, which a checkpoint has given back on the host."""
+        return replay_routing(self.model, {layer: experts.to(self.device) for layer, experts in chosen.items()})
 
     def _pass(self, phase: Phase, part: Pass, look: Observer | Blind) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with look.watching():

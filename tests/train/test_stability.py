@@ -185,7 +185,8 @@ def chosen(model: Transformer, batch: Batch) -> list[torch.Tensor]:
 @pytest.mark.parametrize("place", ["resident", "host"])
 def test_old_weights_choose_and_new_ones_compute(recipe, poisoned, tmp_path, place):
     """The loss of each anticipatory step from two models of the checkpoints of their steps."""
-    tables = ("optim.engram_rows=touched", f"train.engram_tables={place}") if place != "resident" else ()
+    host = ("optim.engram_rows=touched", "train.engram_tables=host", "train.micro_batch=1")
+    tables = host if place == "host" else ()
     asked = recipe("train.checkpoint_every=1", *tables)
     run = Run(asked, tmp_path / "run", None, shown=False)
     run.loop(asked.train.steps)
