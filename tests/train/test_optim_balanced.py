@@ -140,8 +140,11 @@ def test_the_meter_names_the_rows_that_a_step_holds():
     for rule, rms in (("balanced", GAMMA), ("adam", 1.0)):
         with row_tables():
             model = Transformer(ModelConfig.load("nano"))
-        config = OptimConfig(engram_rule=rule, update_scale=GAMMA)
+        config = OptimConfig(engram_rule=rule, update_scale=GAMMA, momentum=BETA)
         optimizer = build_optimizer(model, config)
+        set_learning_rate(optimizer, 0.1)
+        group = optimizer.param_groups[-1]
+        assert group["lr"] == 0.5 and group.get("momentum", BETA) == BETA
         table = model.layers[1].engram.table
         table.prefetch(lambda: torch.tensor([1, 5, 9]))
         table.begin()
