@@ -179,7 +179,7 @@ class Reader:
         self._state: Literal["reasoning", "content", "calls"] = "reasoning" if thinking else "content"
         self._guards = (*self._stop, *([BLOCK + DSML[0]] if tools else []))
         self._pending = self._block = ""
-        self._position = self._since = 0  # characters so far, and since the last special token
+        self._position = 0
         self._finished = False
 
     def feed(self, token: int) -> list[Delta]:
@@ -228,7 +228,7 @@ class Reader:
         return [{"id": f"call_{uuid.uuid4().hex[:24]}", **call} for call in calls]
 
     def _text(self, text: str) -> list[Delta]:
-        self._position, self._since = self._position + len(text), self._since + len(text)
+        self._position += len(text)
         if self._state == "reasoning":
             return self._emit("reasoning", text)
         if self._state == "calls":
@@ -246,12 +246,10 @@ class Reader:
     def _end_text(self) -> list[Delta]:
         """The part of a character that was left, as U+FFFD."""
         rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
         return self._text(rest) if rest and not self.ended else []
 
     def _special(self, string: str) -> list[Delta]:
-        at, since, self._since = self._position, self._since, 0
-        self._position += len(string)
+        at, self._position = self._position, self._position + len(string)
         if string == EOS:
             self.ended = True
             return []
@@ -263,8 +261,7 @@ class Reader:
         if self._state == "reasoning" and string == END_THINK:
             self._state = "content"
             return []
-        opens = self._pending.endswith(BLOCK) and since >= len(BLOCK)
-        if self._state == "content" and string == DSML and self._tools and opens:
+        if self._state == "content" and string == DSML and self._tools and self._pending.endswith(BLOCK):
             deltas = self._release(len(BLOCK))
             self._state, self._block, self._pending = "calls", self._pending + DSML, ""
             return deltas

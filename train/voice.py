@@ -43,7 +43,8 @@ def open_voice(
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it that says which tokenizer to take.
-        ValueError: a context or a device that the model cannot have, a tokenizer that does not fit it.
+        ValueError: a context or a device that the model cannot have, a tokenizer that does not fit it, a run whose
+            tokens are no text.
     """
     from ..model import load_pretrained
     from . import checkpoint
@@ -53,11 +54,10 @@ def open_voice(
         if tokenizer is None and not (path / "tokenizer.json").is_file():
             raise FileNotFoundError(f"{str(path)!r} has no tokenizer.json: say which tokenizer to take (--tokenizer)")
         model = load_pretrained(path, device=choose_device(device)).eval()
-        return _voice(model, tokenizer or str(path), name or path.resolve().name, context)
-    model, recipe = load_trained(path, device)
-    folder = checkpoint.find(path).resolve()
-    own = "bytes" if recipe.data.tokenizer == "bytes" else str(folder)
-    return _voice(model, tokenizer or own, name or folder.parents[1].name, context)
+        return _voice(model, load_tokenizer(tokenizer or path), name or path.resolve().name, context)
+    model, _ = load_trained(path, device)
+    tokens = checkpoint.tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
+    return _voice(model, tokens, name or checkpoint.find(path).resolve().parents[1].name, context)
 
 
 def random_voice(
@@ -76,17 +76,16 @@ def random_voice(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Transformer(config).to(choose_device(device)).eval()
-    return _voice(model, "bytes", name or f"{preset}-random", context)
+    return _voice(model, tokens, name or f"{preset}-random", context)
 
 
-def _voice(model: "Transformer", tokenizer: str, name: str, context: int | None) -> Voice:
-    longest = model.config.max_position_embeddings
+def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int | None) -> Voice:
+    longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if context is not None and not 2 <= context <= longest:
         raise ValueError(f"context={context}: allowed are 2 to the model's max_position_embeddings={longest}")
-    tokens = load_tokenizer(tokenizer)
-    if tokens.bos >= model.config.vocab_size:
+    if tokenizer.eos >= vocabulary:
         raise ValueError(
-            f"tokenizer={tokenizer!r}: it has {tokens.bos} tokens of text, the model a vocabulary of only "
-            f"{model.config.vocab_size}"
+            f"tokenizer={tokenizer.name!r} has {tokenizer.bos} tokens of text and eos {tokenizer.eos}: {name} has a "
+            f"vocabulary of {vocabulary}"
         )
-    return Voice(model, tokens, name, context or min(longest, CONTEXT))
+    return Voice(model, tokenizer, name, context or min(longest, CONTEXT))

@@ -83,6 +83,7 @@ def test_half_a_character_is_a_replacement_character():
     (("ENDED",), "one E EN END, two", False),
     (("two!",), "one E EN END, two", False),
     (("o",), "", True),
+    (("D", "ND"), "one E EN E", True),
 ])  # fmt: skip
 def test_stop_texts_end_the_answer_and_are_not_in_it(stop, content, ended):
     completion = "one E EN END, two"

@@ -16,8 +16,11 @@ import torch
 from lively import lively
 
 from abyssal.model import generate
+from abyssal.model.constrain import json_schema, tool_calls
 from abyssal.train.chatting import prompt
 from abyssal.train.serve.app import Limits
+from abyssal.train.serve.prepare import grammar_of
+from abyssal.train.serve.request import read_chat
 from abyssal.train.serve.run import bind, build_server, is_local
 from abyssal.train.tokenizers import ByteTokenizer
 from abyssal.train.voice import Voice
@@ -221,6 +224,19 @@ def test_a_tool_call_in_a_stream_and_its_result(client):
     assert reply.choices[0].finish_reason in ("stop", "tool_calls", "length")
 
 
+@pytest.mark.parametrize(("fields", "grammar"), [
+    ({}, None),
+    ({"tools": [ADD]}, tool_calls([ADD])),
+    ({"tools": [ADD], "tool_choice": "none"}, None),
+    ({"tools": [ADD], "tool_choice": "required"}, tool_calls([ADD], "required")),
+    ({"tools": [ADD], "parallel_tool_calls": False}, tool_calls([ADD], parallel=False)),
+    ({"response_format": {"type": "json_object"}}, json_schema({"type": "object"})),
+    ({"response_format": {"type": "text"}}, None),
+])  # fmt: skip
+def test_what_answers_are_held_to(fields, grammar):
+    assert grammar_of(read_chat({"model": "tiny", "messages": HI, **fields})) == grammar
+
+
 def test_json_as_a_schema_says(client):
     schema = {
         "type": "object",
@@ -415,39 +431,48 @@ def wait_for(condition, seconds=60):
     assert condition()
 
 
-async def crowd(address, there):
-    """Clients with long requests, whole and streamed, who go away when all of them are there."""
+async def leave(address, turned_away):
+    """A client whose long request runs, three behind it, and one too many; the three go away, then the first."""
+    url = f"{address}/v1/chat/completions"
+
+    def busy():
+        now = health(address)
+        return now["running"], now["queued"]
+
+    async def until(running, queued):
+        await asyncio.to_thread(wait_for, lambda: busy() == (running, queued), 20)
+
     async with httpx.AsyncClient(timeout=60) as http:
-        fields = {"model": "tiny", "messages": HI, "max_tokens": 2000, "temperature": 0}
 
         async def one(stream):
-            url = f"{address}/v1/chat/completions"
-            async with http.stream("POST", url, json={**fields, "stream": stream}) as reply:
+            fields = {"model": "tiny", "messages": HI, "max_tokens": 2000, "temperature": 0, "stream": stream}
+            async with http.stream("POST", url, json=fields) as reply:
                 await reply.aread()
 
-        tasks = [asyncio.create_task(one(stream)) for stream in (True, False, True, False)]
-        await asyncio.to_thread(wait_for, there)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async def cancel(*tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        first = asyncio.create_task(one(True))
+        await until(1, 0)
+        others = [asyncio.create_task(one(stream)) for stream in (True, False, False)]
+        await until(1, 3)
+        turned_away.append(await asyncio.to_thread(post, address, messages=HI))
+        await cancel(*others)
+        await until(1, 0)
+        await cancel(first)
+        await until(0, 0)
 
 
 def test_clients_that_go_away_free_their_places(voice, caplog):
     caplog.set_level(logging.INFO, "abyssal.serve")
+    turned_away = []
     with serving(voice, queue=3) as address:
-        full = []
-
-        def there():
-            now = health(address)
-            if not full and (now["running"], now["queued"]) == (1, 3):
-                full.append(post(address, messages=HI))
-            return bool(full)
-
-        asyncio.run(crowd(address, there))
-        wait_for(lambda: (health(address)["running"], health(address)["queued"]) == (0, 0), 5)
+        asyncio.run(leave(address, turned_away))
         assert post(address, messages=HI).status_code == 200
     assert caplog.text.count("client gone") == 4
-    assert (full[0].status_code, full[0].json()["error"]["code"]) == (429, "queue_full")
+    assert (turned_away[0].status_code, turned_away[0].json()["error"]["code"]) == (429, "queue_full")
 
 
 def test_a_request_that_takes_too_long(voice):

@@ -86,7 +86,7 @@ def _constraint(voice: Voice, asked: ChatRequest) -> Constraint | None:
     """Calls are of the tools at hand with arguments that fit their schemas; answers in JSON fit theirs."""
     param = "tools" if asked.tools else "response_format"
     try:
-        grammar = _grammar(asked)
+        grammar = grammar_of(asked)
         if grammar is None:
             return None
         return Constraint(grammar.after_thinking() if asked.thinking else grammar, voice.tokenizer)
@@ -94,7 +94,8 @@ def _constraint(voice: Voice, asked: ChatRequest) -> Constraint | None:
         raise invalid(param, str(error), "unsupported_schema") from None
 
 
-def _grammar(asked: ChatRequest) -> Grammar | None:
+def grammar_of(asked: ChatRequest) -> Grammar | None:
+    """What the answer is held to: calls or a text, calls only, JSON, or nothing."""
     if not asked.tools:
         return None if asked.schema is None else json_schema(asked.schema)
     if asked.schema is not None and not asked.must_call:
