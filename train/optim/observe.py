@@ -6,7 +6,9 @@
 
 Where processes share the parameters, all of them look or none: every number is of the whole.
 An update is counted per unit of learning rate and without the decay: ΔW = - η (update + λ W). Muon's and the balanced
-rule's have a root mean square of γ wherever the gradient has full rank; AdamW's is at most about 1.
+rule's have a root mean square of γ wherever the gradient has full rank; AdamW's is at most about 1. Of the n² rows of
+mHC's comb the gradient never has full rank: a constant added to a row of its logits changes nothing, so n singular
+values stay near 0.
 """
 
 import math
