@@ -31,7 +31,7 @@ class LossShares(NamedTuple):
     mtp: float
     balance: float  # of the layers
     mtp_balance: float  # of the MTP module's router
-    index: tuple[float, ...]  # of each CSA layer
+    indexer: tuple[float, ...]  # of each CSA layer
 
 
 def loss_counts(config: ModelConfig, ids: Tensor, targets: Tensor, documents: Tensor | None) -> Tensor:
@@ -54,8 +54,8 @@ def loss_counts(config: ModelConfig, ids: Tensor, targets: Tensor, documents: Te
 
 def loss_shares(part: Tensor, whole: Tensor) -> LossShares:
     """Of a part with counts `part` in a step with counts `whole`, as `loss_counts` gives them; 0 of 0 is 0."""
-    shares = (part.double() / whole.clamp_min(1)).tolist()
-    return LossShares(*shares[:4], tuple(shares[4:]))
+    lm, mtp, balance, mtp_balance, *indexer = (part.double() / whole.clamp_min(1)).tolist()
+    return LossShares(lm, mtp, balance, mtp_balance, tuple(indexer))
 
 
 def has_next(ids: Tensor, layout: Layout) -> Tensor:

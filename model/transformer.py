@@ -242,7 +242,7 @@ class Transformer(nn.Module):
         share = [shares.balance] * len(self.layers) + [shares.mtp_balance] * len(self.mtp)
         out.losses["balance"] = torch.stack([r.balance * part for r, part in zip(routers, share)]).sum()
         if index:
-            out.losses["index"] = torch.stack([i.loss * part for i, part in zip(index, shares.index)]).sum()
+            out.losses["index"] = torch.stack([i.loss * part for i, part in zip(index, shares.indexer)]).sum()
         out.loss = sum(weights[name] * part for name, part in out.losses.items())
         out.metrics["load"] = torch.stack([r.load for r in routers])
         out.metrics["captured"] = torch.stack([i.captured for i in index]) if index else hidden.new_zeros(0)
