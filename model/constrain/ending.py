@@ -10,8 +10,9 @@ then only what closes. Which way is found depends on the text and the budget alo
 Finding one: the way known before often still fits, whole or its last part (within a string any letter leaves it as it
 is). Otherwise a search breadth first over single bytes joins it again. Texts count as one if in the last two steps they
 took bytes of a kind and were allowed the same next; what was not allowed before comes first. Where anything may be
-written on the way to a pattern, texts that match it are tried (hints). Not finding any way means that a token is not
-written, never that an answer is wrong.
+written on the way to a pattern, texts that match it are tried (hints). Where a run of tokens is forced that was not met
+before (a property's name, a tag), the search goes on from there alone, or if that fails without such landmarks. Not
+finding any way means that a token is not written, never that an answer is wrong.
 """
 
 from collections import Counter
@@ -20,9 +21,12 @@ from typing import Any
 
 import numpy as np
 
-SEARCHES = ((2, 1000), (16, 8000), (64, 32000))  # texts side by side and steps at most; the last tries all letters
+# one search after the other: texts side by side, steps at most (to the next landmark), whether landmarks are kept to
+SEARCHES = ((2, 500, False), (16, 2000, True), (64, 6000, True), (64, 8000, False))
+LONGER = 128  # tokens than the known way that a way may be without a look for a shorter one
+STEPS_PER_TOKEN = 64  # steps at most for each token that is left beyond the known way
+WIDE = 64  # such searches try all letters
 FEW = 16  # choices; of more some are left out
-STEPS_PER_TOKEN = 64  # at most, for each token that is left beyond the known way
 REST = {**dict.fromkeys(range(0xC2, 0xE0), "80"), 0xE0: "a080", 0xF0: "908080"}  # of a character, after its first byte
 REST |= {**dict.fromkeys(range(0xE1, 0xF0), "8080"), **dict.fromkeys(range(0xF1, 0xF5), "808080")}
 CLOSING = '</"}],:'  # signs that are tried first
@@ -67,7 +71,7 @@ class Alphabet:
             plain = np.array([token for token in plain if self._is_worth(chr(self.byte[token]))])
         if not len(plain):
             plain = allowed[(byte >= 128) & (byte < 256)][:2]
-        chosen = [*special.tolist(), *sorted(plain.tolist(), key=self._turn)]
+        chosen = [*sorted(plain.tolist(), key=self._turn), *special.tolist()]
         return chosen or allowed[:2].tolist()  # tokens of several bytes, where the library forces their way
 
     def kind(self, token: int) -> str:
@@ -93,12 +97,16 @@ def way_to_the_end(
         known: a way that was valid before the last token, or [eos].
         hints: texts to try where much is allowed, or their ends.
     """
-    for width, steps in SEARCHES:
+    best: list[int] | None = None
+    for width, steps, landmarks in SEARCHES:
         steps = min(steps, STEPS_PER_TOKEN * (limit - len(known)))
-        found = _search(matcher, alphabet, list(known), limit, hints, width, steps)
+        found = _search(matcher, alphabet, list(known), limit, hints, width, steps, landmarks)
         if found is not None:
-            return found
-    return None
+            found = _shortened(matcher, found)
+            best = found if best is None or len(found) < len(best) else best
+            if len(best) <= len(known) + LONGER:
+                break
+    return best
 
 
 def is_way(matcher: Any, tokens: Sequence[int]) -> bool:
@@ -116,43 +124,88 @@ def _search(
     hints: Sequence[list[int]],
     width: int,
     steps: int,
+    landmarks: bool,
 ) -> list[int] | None:
-    everything = width == SEARCHES[-1][0]
+    everything, left = width >= WIDE, steps
     seen: Counter[bytes] = Counter()
+    met: set[tuple[int, ...]] = set()
     level: dict[Any, list[int]] = {("", ""): []}  # by what was allowed and taken in the last two steps
-    while level and steps > 0:
+    here: list[int] = []
+    while level and left > 0:
         after: dict[Any, list[int]] = {}
+        before: set[bytes] = set()
+        landmark: tuple[tuple[int, ...], Any] | None = None
         for (_, last), path in level.items():
-            matcher.consume_tokens(path)
+            here = _move(matcher, here, path)
             rest = _joined(matcher, known, limit - len(path))
-            if rest is None and len(path) < limit:
-                for more in _next(matcher, alphabet, hints, everything):
-                    steps -= 1
-                    matcher.consume_tokens(more)
-                    mask = matcher.compute_bitmask()
-                    matcher.rollback(len(more))
-                    kind = more[-1] if everything else alphabet.kind(more[-1])
-                    after.setdefault((last, (mask, kind)), [*path, *more])
-            matcher.rollback(len(path))
             if rest is not None:
+                _move(matcher, here, [])
                 return path + rest
+            if len(path) >= limit:
+                continue
+            before.add(matcher.compute_bitmask())
+            for more, kind in _next(matcher, alphabet, hints, everything):
+                if last and kind == last[1] and isinstance(kind, tuple):
+                    continue  # a hint twice leads nowhere
+                left -= 1
+                matcher.consume_tokens(more)
+                mask = matcher.compute_bitmask()
+                matcher.rollback(len(more))
+                key = last, (mask, kind)
+                after.setdefault(key, [*path, *more])
+                run = tuple(more[-8:])  # the end of what is forced tells where it leads
+                if landmark is None and kind == "forced" and len(run) > 1 and run not in met:
+                    landmark = run, key
+        if landmarks and landmark is not None:
+            met.add(landmark[0])
+            level, left = {landmark[1]: after[landmark[1]]}, steps
+            seen.clear()
+            continue
         masks = {key: key[1][0] for key in after}
-        new_first = sorted(after, key=lambda key: (seen[masks[key]], int.from_bytes(masks[key], "little").bit_count()))
+        seen.update(before)
+        new_first = sorted(after, key=lambda key: (seen[masks[key]], _size(masks[key])))
         level = {key: after[key] for key in new_first[:width]}
-        seen.update(set(masks.values()))
+    _move(matcher, here, [])
     return None
 
 
-def _next(matcher: Any, alphabet: Alphabet, hints: Sequence[list[int]], everything: bool) -> list[list[int]]:
-    """What may come next: all tokens that are forced, or one of those worth trying, or (the end of) a hint."""
+def _move(matcher: Any, here: list[int], there: list[int]) -> list[int]:
+    """From one text to another: back to where they part, and on. Returns where it is then."""
+    shared = next((i for i, (one, other) in enumerate(zip(here, there)) if one != other), min(len(here), len(there)))
+    matcher.rollback(len(here) - shared)
+    matcher.consume_tokens(there[shared:])
+    return there
+
+
+def _next(
+    matcher: Any, alphabet: Alphabet, hints: Sequence[list[int]], everything: bool
+) -> list[tuple[list[int], Any]]:
+    """What may come next, and of what kind it is: all that is forced, else a token, or (the end of) a hint."""
     forced = matcher.compute_ff_tokens()
     if forced:
-        return [forced]
-    choices = [[token] for token in alphabet.choices(matcher.compute_bitmask(), everything)]
-    if len(choices) <= FEW:
+        return [(forced, "forced")]
+    mask = matcher.compute_bitmask()
+    tokens = alphabet.choices(mask, everything)
+    choices = [([token], token if everything else alphabet.kind(token)) for token in tokens]
+    if _size(mask) <= FEW:
         return choices
-    ends = [hint[start:] for hint in hints for start in range(len(hint) - 1)]
-    return [end for end in ends if matcher.validate_tokens(end) == len(end)] + choices
+    ends = [(start, hint[start:]) for hint in hints for start in range(len(hint))]
+    valid = [end for _, end in sorted(ends) if matcher.validate_tokens(end) == len(end)]
+    return [(end, tuple(end)) for end in valid] + choices
+
+
+def _size(mask: bytes) -> int:
+    return int.from_bytes(mask, "little").bit_count()
+
+
+def _shortened(matcher: Any, way: list[int]) -> list[int]:
+    """The way without runs of tokens that it is a way without."""
+    for run in (6, 1):
+        start = 0
+        while start + run < len(way):
+            rest = way[:start] + way[start + run :]
+            way, start = (rest, start) if is_way(matcher, rest) else (way, start + 1)
+    return way
 
 
 def _joined(matcher: Any, known: list[int], limit: int) -> list[int] | None:

@@ -7,7 +7,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,22 +109,27 @@ def patterns(schema: Any) -> tuple[str, ...]:
 
 
 def alternatives(pattern: str) -> list[str]:
-    """The alternatives of a pattern, outside of groups and classes."""
-    parts, depth, in_class, escaped = [""], 0, False, False
+    """The alternatives of a pattern, outside of groups."""
+    parts, depth = [""], 0
+    for sign, written in zip(signs(pattern), pattern):
+        depth += {"(": 1, ")": -1}.get(sign, 0)
+        if sign == "|" and not depth:
+            parts.append("")
+        else:
+            parts[-1] += written
+    return parts
+
+
+def signs(pattern: str) -> Iterator[str]:
+    """The characters of a pattern, nothing in place of those that are escaped or in a class."""
+    escaped = in_class = False
     for character in pattern:
+        plain = not escaped and not in_class
+        yield character if plain and character not in "[\\" else ""
         if escaped or character == "\\":
             escaped = not escaped
-        elif in_class:
-            in_class = character != "]"
-        elif character == "[":
-            in_class = True
-        elif character in "()":
-            depth += 1 if character == "(" else -1
-        elif character == "|" and not depth:
-            parts.append("")
-            continue
-        parts[-1] += character
-    return parts
+        else:
+            in_class = character == "[" if plain else character != "]"
 
 
 def expression(pattern: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..chat import DSML
-from .grammar import Grammar, GrammarError, alternatives, expression, json_rule, literal, patterns
+from .grammar import Grammar, GrammarError, alternatives, expression, json_rule, literal, patterns, signs
 
 TAG = f"<{DSML}>"  # the token, as the notation names it
 OTHER = ("null", "boolean", "number", "integer", "array", "object")
@@ -26,6 +26,7 @@ NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly"
 DEFINITIONS = ("$defs", "definitions")
 WHOLE = {"type", "properties", "required", "additionalProperties", "strict", "$schema", "$id", *DEFINITIONS, *NOTES}
 TEXT_KEYS = {"pattern", "minLength", "maxLength", "format"}
+ANCHORS = ("^", "$")
 
 DATE, TIME = r"[1-9][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])", r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
 ZONE, BYTE = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])", r"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
@@ -68,15 +69,15 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], choice: str = "auto", paralle
     chosen = {choice: functions[choice]} if choice in functions else functions
     rules = _Rules()
     names = [rules.call(name, parameters) for name, parameters in chosen.items()]
-    more = '("\\n" call)*' if parallel else ""
+    calls = '(call "\\n")+' if parallel else 'call "\\n"'
     start = ["answer: TEXT | TEXT_AND_TAG block", 'TEXT_AND_TAG: TEXT "\\n\\n<"']
     lines = [
         *(start if choice == "auto" else ['answer: "\\n\\n<" block']),
-        f'block: {TAG} "tool_calls>\\n" call {more} "\\n</" {TAG} "tool_calls>"',
+        f'block: {TAG} "tool_calls>\\n" {calls} "</" {TAG} "tool_calls>"',
         f"call: {' | '.join(names)}",
         *rules.lines,
     ]
-    return Grammar("\n".join(lines), f"calls of {', '.join(chosen)}", patterns(list(chosen.values())))
+    return Grammar("\n".join(lines), f"calls of {', '.join(chosen)}", ("</", *patterns(list(chosen.values()))))
 
 
 class _Rules:
@@ -215,7 +216,7 @@ def _search(pattern: str, where: str) -> str:
         start = "" if part.startswith("^") else "(?s:.*)"
         anchored = re.search(r"(?<!\\)(\\\\)*\$$", part) is not None
         body = part.removeprefix("^")[: -1 if anchored else None]
-        if re.search(r"(?<![\\\[])(\\\\)*[\^$]", re.sub(r"\[\^", "[", body)):
+        if any(sign in ANCHORS for sign in signs(body)):
             raise GrammarError(f"{where}: pattern {pattern!r}: ^ and $ are allowed at the ends of an alternative")
         found.append(f"{start}({body})" + ("" if anchored else "(?s:.*)"))
     return "|".join(found)

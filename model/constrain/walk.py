@@ -3,6 +3,7 @@
 b rows · v vocabulary · w words of 32 tokens, a bit each
 """
 
+import re
 import time
 from collections.abc import Sequence
 from types import ModuleType
@@ -55,11 +56,13 @@ class Constraint:
         lark = library.LLMatcher.grammar_from_lark(grammar.lark(tokenizer.special))
         self._start = library.LLMatcher(self.vocabulary.library_tokenizer, lark, log_level=0)
         if self._start.is_error():
-            raise GrammarError(f"{grammar.source}: {self._start.get_error().splitlines()[0]}")
+            raise GrammarError(f"{grammar.source}: {_reason(self._start)}")
+        self._start.compute_bitmask()
         if self._start.is_stopped() and not self._start.is_accepting():
             raise GrammarError(f"{grammar.source}: allows no text")
         self._hints = self._texts(grammar.hints)
         self._way: list[int] | None = None
+        self._searched = 0
 
     def walk(self, budget: int) -> "Walk":
         """The beginning of a text of at most `budget` tokens, eos included.
@@ -73,10 +76,12 @@ class Constraint:
         return Walk(self, self._start.deep_copy(), budget, way)
 
     def _shortest(self, budget: int) -> list[int]:
-        if self._way is None:
-            self._way = self.way(self._start.deep_copy(), [self.vocabulary.eos], LONGEST)
+        limit = max(budget, LOOKED_FOR)
+        if self._way is None and limit > self._searched:
+            self._way = self.way(self._start.deep_copy(), [self.vocabulary.eos], limit)
+            self._searched = limit
         if self._way is None or len(self._way) > budget:
-            least = f"up to {LONGEST}" if self._way is None else f"fewer than {len(self._way)}"
+            least = f"up to {limit}" if self._way is None else f"fewer than {len(self._way)}"
             raise GrammarError(
                 f"{self.grammar.source}: no text of {least} tokens was found, and max_new_tokens={budget}"
             )
@@ -147,8 +152,7 @@ class Walk:
         self.way, self._tail = self._before
 
     def _dead_end(self) -> DeadEndError:
-        why = self._matcher.get_error().splitlines() or ["no token is allowed, and the text is not complete"]
-        return DeadEndError(f"{self.constraint.grammar.source}: {why[0]}")
+        return DeadEndError(f"{self.constraint.grammar.source}: cannot go on: {_reason(self._matcher)}")
 
     def _way_after(self, token: int, known: list[int]) -> list[int] | None:
         """A way from after the token that fits."""
@@ -224,7 +228,8 @@ class Guide:
         return tuple(None if walk is None else walk.complete for walk in self.walks)
 
 
-LONGEST, LONGEST_HINT = 4096, 64  # tokens of the shortest text that is looked for, and of a hint's
+LOOKED_FOR = 512  # tokens of the shortest text, even if fewer are allowed: to say how many it takes
+LONGEST_HINT = 64
 
 
 class _Vocabulary:
@@ -279,6 +284,12 @@ def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
     if tokenizer not in _vocabularies:
         _vocabularies[tokenizer] = _Vocabulary(tokenizer)
     return _vocabularies[tokenizer]
+
+
+def _reason(matcher: Any) -> str:
+    """What the library says, in a line, without the places in our text and its own state."""
+    said = re.split(r"\n\s*\d+ \||<state>", matcher.get_error())[0]
+    return " ".join(said.split()) or "no token is allowed, and the text is not complete"
 
 
 def _llguidance() -> ModuleType:
