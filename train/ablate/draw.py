@@ -133,8 +133,8 @@ def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
     axis.text(window, 0.5, f"window {window}", color=GREY, **at)
     if found["scale"].get("chance"):
         axis.axhline(found["scale"]["chance"], color=GREY, linestyle=":", linewidth=1.2)
-        right = {"transform": axis.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        axis.text(1.0, found["scale"]["chance"], "chance", color=GREY, fontsize=9, **right)
+        left = {"transform": axis.get_yaxis_transform(), "ha": "left", "va": "bottom"}
+        axis.text(0.07, found["scale"]["chance"], "chance", color=GREY, fontsize=9, **left)
     axis.set_ylim(-0.04, 1.08)
     axis.set(xlabel="tokens from the evidence to the question (log scale)", ylabel=panel["axis"])
 

@@ -68,7 +68,8 @@ ENGRAM = Suite(
     question="Does a table of n-grams earn its parameters, or would more experts, or the gate and the projections"
     " around a table that remembers nothing, do as well?",
     caveat=f"{SMALL} Bytes have few n-grams; facts about the world, which the memory is meant for, are not in this"
-    " text. The table learns at five times the learning rate, as in the paper; experts do not.",
+    " text. So short a run favours what learns at once: a row learns its n-gram from a few occurrences, layers do not."
+    " The table learns at five times the learning rate, as in the paper; experts do not.",
     recipe="nano",
     set=TEXT,
     full=FULL_TEXT,
@@ -221,7 +222,8 @@ INDEXER = Suite(
     question="Facts are planted and asked for beyond the window, and a query may read 16 of up to 1,024 compressed"
     " entries: does it matter who picks them?",
     caveat=f"{RECALL} The random indexer's model has learned dense reading like the trained one's, and more of it: it"
-    " learns while the other warms its indexer up.",
+    " learns while the other warms its indexer up. Both have an HCA layer, which reads all of its coarse entries, so"
+    " that a random indexer's model is not blind.",
     recipe="indexer",
     full=FULL_RECALL,
     arms=(
