@@ -87,14 +87,15 @@ def _examined(path: Path | str, problems: int) -> dict[str, Any]:
 
 
 def _curves(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every step's numbers, rounded; and the examinations on the way."""
-    kept = {name: [_short(r[name]) for r in records] for name in CURVES if all(name in r for r in records)}
+    """Every step's numbers of a run with rewards, rounded; and the examinations on the way."""
+    rewarded = all("reward" in r for r in records)
+    kept = {name: [_short(r[name]) for r in records] for name in CURVES} if rewarded else {}
     exams = [
         {"step": r["step"], **{k: _short(v) for k, v in r.items() if k.startswith("accuracy_")}}
         for r in records
         if "accuracy" in r
     ]
-    return {"step": [r["step"] for r in records], **kept, "exams": exams}
+    return {**kept, "exams": exams}
 
 
 def _short(value: float) -> float:

@@ -43,7 +43,7 @@ def plot(results: Path | str, path: Path | str | None = None) -> Path:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=9)
     seeds = len({run["seed"] for run in found["runs"]})
-    title = f"{found['runs'][0]['parameters']:,} parameters   ·   {seeds} seeds (faint)   ·   strong: their mean"
+    title = f"{found['runs'][0]['parameters']:,} parameters   ·   seeds (faint): {seeds}   ·   strong: their mean"
     figure.suptitle(title, fontsize=11, color=GREY)
     path = Path(path) if path else results.with_name(FILE)
     figure.savefig(path, dpi=100)
@@ -65,7 +65,8 @@ def _accuracy(axis: Any, found: Results) -> None:
                     axis.bar(x, mean, 0.9 * width, color=colour, alpha=0.35 + 0.45 * i / len(names), label=named)
                     axis.scatter([x] * len(values), values, s=9, color=GREY, zorder=3)
     axis.set_xticks(range(len(tasks)), tasks)
-    axis.set(title="Held-out accuracy at temperature 1 (dots: seeds)", ylim=(0, 1.25), ylabel="share answered right")
+    axis.set(title="Held-out accuracy at temperature 1 (dots: seeds)", ylim=(0, 1.35), ylabel="share answered right")
+    axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axis.legend(ncols=2, frameon=False, fontsize=8, loc="upper right")
 
 
