@@ -8,10 +8,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import ablate, bench, chat, evaluate, generate, inspect, profile, reasoning, serve, train
+from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, serve, train
 from .options import Command
 
-FAMILIES = (train, generate, chat, serve, evaluate, reasoning, inspect, profile, bench, ablate)
+FAMILIES = (train, generate, chat, serve, evaluate, constrained, reasoning, inspect, profile, bench, ablate)
 COMMANDS: dict[str, Command] = {name: command for family in FAMILIES for name, command in family.COMMANDS.items()}
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
