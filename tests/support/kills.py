@@ -6,8 +6,8 @@ The run is small and has everything that must survive: three stages of attention
 that spikes the loss, the way back from it, experts chosen ahead, evaluations, a checkpoint every other step of which
 two are kept. This process imports torch once and never trains; each attempt is a fork of it that starts the run, or
 resumes it, and is killed (SIGKILL) after a random time, wherever it is: building the model, in a step, while it writes
-a line or a checkpoint, or removes one. When the run is done, checkpoint, metrics and sample are compared, and another
-one begins, until there were enough kills.
+a line; every third time or so while it writes a checkpoint. When the run is done, checkpoint, metrics and sample are
+compared, and another one begins, until there were enough kills.
 """
 
 import argparse
@@ -92,8 +92,10 @@ def poison_sources() -> None:
     loop.open_source = open_source
 
 
-def attempt(recipe: Recipe, out: Path, lifetime: float | None) -> bool:
-    """Starts or resumes the run in a fork; False if it was killed after `lifetime` seconds."""
+def attempt(recipe: Recipe, out: Path, lifetime: float | None, writing: bool = False) -> bool:
+    """Starts or resumes the run in a fork; False if it was killed after `lifetime` seconds, or then with the next
+    checkpoint that it writes.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -105,11 +107,11 @@ def attempt(recipe: Recipe, out: Path, lifetime: float | None) -> bool:
             os._exit(status)
     if lifetime is not None:
         until = time.monotonic() + lifetime
-        while time.monotonic() < until:
+        while time.monotonic() < until or (writing and not any((out / checkpoint.FOLDER).glob(".writing-*"))):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 break
-            time.sleep(0.002)
+            time.sleep(0.001)
         else:
             os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
@@ -167,7 +169,7 @@ def newest(run: Path) -> int:
 def kill_until_done(recipe: Recipe, out: Path, draw: random.Random, longest: float, most: int) -> list[str]:
     """Runs `recipe` in `out` to its end, killed up to `most` times; where the kills hit."""
     hits: list[str] = []
-    while not attempt(recipe, out, draw.uniform(0, longest) if len(hits) < most else None):
+    while not attempt(recipe, out, draw.uniform(0, longest) if len(hits) < most else None, draw.random() < 1 / 3):
         hits.append(state(out))
     return hits
 
@@ -187,7 +189,7 @@ def experiment(folder: Path, kills: int, seed: int, per_run: int = 1000) -> dict
     runs = 0
     while len(hits) < kills:
         out, runs = folder / f"killed{runs}", runs + 1
-        hits += kill_until_done(recipe, out, draw, took, min(per_run, kills - len(hits)))
+        hits += kill_until_done(recipe, out, draw, took / 2, min(per_run, kills - len(hits)))
         found = differences(folder / "whole", out)
         if found:
             raise AssertionError(f"{out} differs from {folder / 'whole'} in {found}, killed {hits}")
