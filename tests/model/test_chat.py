@@ -1,6 +1,7 @@
 """The chat format: the released conversations byte for byte, every rule, and a parser that says where it stops."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,27 @@ def test_any_string_parses_or_says_where(text, mode):
     assert parse_message_from_completion_text(again, mode) == message
     if not message["tool_calls"]:
         assert again == text
+
+
+def test_ten_thousand_broken_completions_parse_or_say_where():
+    """Good completions with pieces cut out, doubled, moved and replaced, one to four times; some are good still."""
+    draw = random.Random(9)
+    good = [f"hm</think>text{BLOCK}{EOS}", f"{BLOCK}{EOS}", f"a</think>b{EOS}", f"b{EOS}"]
+    parts = [*good, chat.DSML, "</think>", "\n", '"', ">", "<", "x", 'string="true"', 'string="false"', "\ud800", ""]
+    parsed = 0
+    for _ in range(10_000):
+        text = draw.choice(good)
+        for _ in range(draw.randint(1, 4)):
+            first, last = sorted(draw.randint(0, len(text)) for _ in range(2))
+            text = text[:first] + draw.choice([draw.choice(parts), text[first:last] * 2, text[last:]]) + text[last:]
+        try:
+            message = parse_message_from_completion_text(text, draw.choice(chat.MODES))
+        except ChatFormatError as error:
+            assert 0 <= error.position <= len(text)
+        else:
+            assert message["role"] == "assistant"
+            parsed += 1
+    assert 100 < parsed < 9900
 
 
 @settings(max_examples=300, deadline=None)
