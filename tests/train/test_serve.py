@@ -46,7 +46,7 @@ def serving(voice, **limits):
     """The address of a real server in a thread."""
     listening = bind("127.0.0.1", 0)
     server = build_server(voice, Limits(**limits))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
