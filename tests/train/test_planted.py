@@ -101,21 +101,27 @@ def test_selective_copy_has_episodes_up_to_the_end():
     assert any(row.ids.tolist().count(MARK) > 3 for row in rows("selective_copy", 400, nearest=8))
 
 
-@pytest.mark.parametrize(("order", "nearest", "farthest"), [(1, 1, 0), (2, 1, 0), (2, 40, 90), (3, 10, 0)])
-def test_induction(order, nearest, farthest):
-    values = 60
+@pytest.mark.parametrize(
+    ("order", "nearest", "farthest", "values", "length", "density"),
+    [
+        *((1, 1, 0, 60, 256, 0.0625), (2, 1, 0, 60, 256, 0.0625), (2, 40, 90, 60, 256, 0.0625)),
+        *((3, 10, 0, 60, 256, 0.0625), (3, 1, 3, 4, 40, 0.3)),  # the last: copies that almost meet what they copy
+    ],
+)
+def test_induction(order, nearest, farthest, values, length, density):
+    options = {"order": order, "nearest": nearest, "farthest": farthest, "values": values, "density": density}
     total = 0
-    for row in rows("induction", 256, order=order, nearest=nearest, farthest=farthest, values=values):
+    for row in rows("induction", length, **options):
         ids = row.ids.tolist()
         for position, answer, distance in answers_of(row):
             context = ids[position - order + 1 : position + 1]
             ends = [end for end in range(order, position) if ids[end - order + 1 : end + 1] == context]
             assert len(ends) == 1 and ids[ends[0] + 1] == answer
             assert distance == position - (ends[0] + 1)
-            assert nearest <= distance <= (farthest or 256)
+            assert nearest <= distance <= (farthest or length)
             total += 1
         assert min(ids[1:]) >= 1 and max(ids) <= values and ids[0] == BOS
-    assert total > (20 if order == 1 else 120)
+    assert total > (20 if order == 1 or length == 40 else 120)
 
 
 def test_ngram_facts_are_one_table_for_all_rows():

@@ -222,8 +222,10 @@ def change(contents: dict, what: str) -> str:
         vocabulary["!"], vocabulary["A"] = vocabulary["A"], vocabulary["!"]
     elif what == "special":
         contents["added_tokens"][0]["content"] = "<s>"
-    elif what == "gap":
+    elif what == "missing":
         contents["added_tokens"].pop(3)
+    elif what == "gap":
+        contents["added_tokens"][-1]["id"] += 1
     elif what == "spelling":
         vocabulary = contents["model"]["vocab"]
         last = max(vocabulary, key=vocabulary.get)
@@ -233,7 +235,7 @@ def change(contents: dict, what: str) -> str:
     return json.dumps(contents)
 
 
-@pytest.mark.parametrize("what", ["order", "special", "gap", "spelling", "kind", "list", "text"])
+@pytest.mark.parametrize("what", ["order", "special", "missing", "gap", "spelling", "kind", "list", "text"])
 def test_another_tokenizer_is_an_error(tmp_path: Path, what: str):
     text = {"list": "[1]", "text": "{"}.get(what) or change(json.loads(TRAINED.files()["tokenizer.json"]), what)
     (tmp_path / "tokenizer.json").write_text(text)

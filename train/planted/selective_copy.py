@@ -3,8 +3,8 @@
     bos . a . b c . . (wait) . . ! a b                 targets: a at !, b at the shown a, c at the shown b
 
 A row is a chain of such episodes. The farthest an answer of an episode can be from its item is drawn log-uniformly,
-d = nearest + 1 ... farthest; n = density · d items (never so many that one would come nearer than `nearest`) stand
-within 2 n tokens, then a wait of d - 2 n, so that every distance of the episode is in [d - n, d].
+d = nearest + 1 ... farthest; n = density · d items (at most half of d, and never so many that one would come nearer
+than `nearest`) stand within 2 n tokens, then a wait of d - 2 n, so that every distance of the episode is in [d - n, d].
 
 Tokens: 0 bos · 1 the mark · fillers · values
 """
@@ -44,7 +44,7 @@ class SelectiveCopy(Task):
         """Writes an episode at `start`; returns where it ends."""
         nearest = self.config.nearest
         farthest = int(self.log_uniform(draw, self._room(len(row.ids) - start), 1, least=nearest + 1)[0])
-        count = max(1, min(int(self.config.density * farthest), farthest - nearest, farthest // 2))
+        count = max(1, min(int(self.config.density * farthest), farthest - nearest))
         items = draw.integers(self.first_value, self.vocabulary, count)
         places = start + np.sort(draw.permutation(2 * count)[:count])
         mark = start + farthest
