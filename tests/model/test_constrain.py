@@ -208,7 +208,8 @@ def tool_text(calls, content="", reasoning=None) -> str:
 CALLS = [
     [{"name": "now", "arguments": {}}],
     [{"name": "get_weather", "arguments": {"city": "Köln <b> </x> \n\n<"}}],
-    [{"name": "get_weather", "arguments": {"city": "", "days": 14, "unit": "celsius"}}, {"name": "now", "arguments": {}}],
+    [{"name": "get_weather", "arguments": {"city": "", "days": 14, "unit": "celsius"}},
+     {"name": "now", "arguments": {}}],
     [{"name": "search", "arguments": {}}],
     [{"name": "search", "arguments": {"filter": {"a": [1, None, "ü"]}, "since": "2024-02-28"}}],
     [{"name": "search", "arguments": {"query": "x", "filter": "text"}}],
@@ -282,8 +283,10 @@ def parameter_values(schema, *values, **root) -> list[bool]:
     {}, True, {"type": "string", "pattern": "^ab|c$|d"}, {"type": "string", "pattern": r"^a[$^]\$$"},
     {"type": "string", "pattern": "[^a]b"}, {"type": "string", "minLength": 2}, {"type": "string", "maxLength": 1},
     {"enum": ["ab", 3, None]}, {"const": "c"}, {"const": 3}, {"type": ["string", "integer"]}, {"type": "number"},
-    {"oneOf": [{"type": "string", "maxLength": 1}, {"type": "integer", "maximum": 2}]}, {"allOf": [{"type": "boolean"}]},
-    {"$ref": "#/$defs/s"}, {"anyOf": [{"$ref": "#/$defs/s"}, {"type": "null"}]}, {"type": "array", "items": {"$ref": "#/$defs/s"}},
+    {"oneOf": [{"type": "string", "maxLength": 1}, {"type": "integer", "maximum": 2}]},
+    {"allOf": [{"type": "boolean"}]},
+    {"$ref": "#/$defs/s"}, {"anyOf": [{"$ref": "#/$defs/s"}, {"type": "null"}]},
+    {"type": "array", "items": {"$ref": "#/$defs/s"}},
     {"type": "string", "enum": ["ab", "abc"]}, {"type": "string", "format": "date"},
 ], ids=str)  # fmt: skip
 def test_parameters_of_every_kind(schema):
@@ -305,6 +308,9 @@ def test_optional_parameters_that_allow_nothing_are_left_out():
     assert accepts(Constraint(named, BYTES), tool_text([{"name": "f", "arguments": {"x": None}}])[: -len(EOS)])
 
 
+ITSELF = {"$ref": "#/$defs/q"}
+
+
 @pytest.mark.parametrize("tools, choice, message", [
     ([{}], "auto", r"tools\[0\]"),
     (["f"], "auto", r"tools\[0\]"),
@@ -316,7 +322,7 @@ def test_optional_parameters_that_allow_nothing_are_left_out():
     (tool(properties={"p": False}, required=["p"]), "auto", "allows no value"),
     (tool(properties={"p": 3}), "auto", "no schema"),
     (tool(properties={"p": {"$ref": "#/$defs/q"}}), "auto", "leads nowhere"),
-    (tool(properties={"p": {"$ref": "#/$defs/q"}}, **{"$defs": {"q": {"$ref": "#/$defs/q"}}}), "auto", "refers to itself"),
+    (tool(properties={"p": ITSELF}, **{"$defs": {"q": ITSELF}}), "auto", "refers to itself"),
     (tool(properties={"p": {"anyOf": [{}], "minLength": 3}}), "auto", "anyOf beside minLength"),
     (tool(properties={"p": {"allOf": [{}, {}]}}), "auto", "allOf"),
     (tool(properties={"p": {"type": "string", "format": "colour"}}), "auto", "colour.*date"),
@@ -332,11 +338,14 @@ def test_tools_that_calls_have_no_form_for(tools, choice, message):
 # special tokens ------------------------------------------------------------------------------------------------------
 
 
+FILTER = tool_text([{"name": "search", "arguments": {"filter": {"a": 1}}}]).split("1}")[0] + '"'
+
+
 @pytest.mark.parametrize("grammar, start", [
     (tool_calls(TOOLS), "text "),
     (tool_calls(TOOLS).after_thinking(), "hm "),
     (json_object(), '{"a":"'),
-    (tool_calls(TOOLS, "search"), tool_text([{"name": "search", "arguments": {"filter": {"a": 1}}}]).split("1}")[0] + '"'),
+    (tool_calls(TOOLS, "search"), FILTER),
 ], ids=["text", "reasoning", "json", "json in a call"])  # fmt: skip
 @pytest.mark.parametrize("spelled", ["｜DSML｜", "</think>", EOS])
 def test_no_text_spells_a_special_token(grammar, start, spelled):
@@ -363,10 +372,6 @@ def test_long_tokens_neither():
 
 
 def test_what_a_schema_wants_spelled_is_spelled():
-    assert (
-        accepts(Constraint(json_schema({"const": "</think>"}), BYTES), "".join('"</think>"').replace("</think>", ""))
-        is False
-    )
     walk = Constraint(json_schema({"const": "</think>"}), BYTES).walk(20)
     for byte in b'"</think>"':
         assert allowed(walk) == [byte]
@@ -377,7 +382,7 @@ def test_what_a_schema_wants_spelled_is_spelled():
 
 
 def test_each_token_leaves_a_way_to_the_end():
-    """After any allowed tokens the rest of the budget is enough, and what is written is what was drawn until it is not."""
+    """After any allowed tokens the rest of the budget is enough."""
     constraint = Constraint(json_schema(SCHEMAS["nested objects"]), BYTES)
     generator = torch.Generator().manual_seed(0)
     for budget in (60, 61, 64, 90, 200):
@@ -410,7 +415,8 @@ def test_the_least_budget():
 
 
 @pytest.mark.parametrize("pattern, most", [
-    ("[a-z]+END", 5), ("(foo|bar)[0-9]{4}", 8), ("(?s:.*)needle", 7), ("a{50}", 51), ("(a|b)*c(d|e){2}", 4), ("[äöü]x", 4),
+    ("[a-z]+END", 5), ("(foo|bar)[0-9]{4}", 8), ("(?s:.*)needle", 7), ("a{50}", 51), ("(a|b)*c(d|e){2}", 4),
+    ("[äöü]x", 4),
     (r"[a-z0-9]+(\.[a-z0-9]+)*@[a-z]+(-[a-z]+)*\.[a-z]{2,}", 7), ("(?s:.)+ and (?s:.)+ and (?s:.)+", 14),
 ])  # fmt: skip
 def test_ways_are_found_and_short(pattern, most):
@@ -483,7 +489,7 @@ def test_greedy_takes_the_best_of_what_is_allowed(small):
     constraint = Constraint(regex("(ab?a|b)*"), AB, finish=False)
     prompts = [[4], [0, 1, 2], [2, 2], [1, 5, 0], [5, 5, 5, 1], [0, 0]]
     want = [oracle(small, prompt, 12) for prompt in prompts]
-    assert len({tuple(row) for row in want}) >= 3 and {len(row) < 12 for row in want} == {True, False} or True
+    assert len({tuple(row) for row in want}) >= 3
     alone = [generate(small, prompt, max_new_tokens=12, constraint=constraint, temperature=0) for prompt in prompts]
     assert alone == want
     assert generate(small, prompts, max_new_tokens=12, constraint=constraint, temperature=0) == want
