@@ -59,6 +59,7 @@ def found():
         ([0.9, 0.8], [0.1, 0.1], "+0.75, too few seeds"),
         ([], [0.1], "-"),
         ([0.1], [], "-"),
+        ([0.100, 0.101, 0.1], [0.1, 0.104, 0.1], "+0.00, no clear difference"),
     ],
 )
 def test_verdicts(thinking, chat, said):

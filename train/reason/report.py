@@ -34,7 +34,7 @@ def verdict(with_it: Sequence[float], without: Sequence[float]) -> str:
         return "-"
     differences = [a - b for a, b in zip(with_it, without)]
     n, mean = len(differences), sum(differences) / len(differences)
-    text = f"{mean:+.2f}"
+    text = f"{round(mean, 2) + 0.0:+.2f}"  # + 0.0: no minus before zero
     if n < 3:
         return f"{text}, too few seeds"
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
