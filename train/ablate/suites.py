@@ -23,8 +23,8 @@ FULL_TEXT = ("train.steps=2000", "train.eval_every=100", "train.checkpoint_every
 HELD_OUT = Measure("held_out", "held-out bits per byte", "lower")
 CURVE = Panel("curve", "Held-out text over the steps", ("held_out",), "bits per byte")
 SMALL = (
-    "A million parameters and a fifth of a million bytes: differences that need depth, long training or a large"
-    " vocabulary cannot show. The learning rate is the recipe's, tuned for no arm."
+    "A small model and a short run: differences that need depth, long training or a large vocabulary cannot show. The"
+    " learning rate is the recipe's, tuned for no arm."
 )
 
 STREAMS = Suite(
@@ -32,7 +32,7 @@ STREAMS = Suite(
     title="Residual streams: mHC against a plain residual and static mixing",
     question="Do several residual streams with mixing that each token computes learn better than one, or than streams"
     " whose mixing is the same for every token?",
-    caveat=f"{SMALL} mHC is a remedy for deep models: five layers hardly need one, whatever the verdict says.",
+    caveat=f"{SMALL} mHC is a remedy for deep models: so few layers hardly need one, whatever the verdict says.",
     recipe="nano",
     set=TEXT,
     full=FULL_TEXT,
@@ -129,7 +129,7 @@ BIAS = Suite(
     name="bias",
     title="The router's bias against none",
     question="Does the bias that moves against the load even it out, and what does that cost?",
-    caveat=f"{SMALL} Eight experts, of which each token takes two, spread more evenly by themselves than hundreds do."
+    caveat=f"{SMALL} So few experts spread more evenly by themselves than hundreds do."
     " Both arms have the weak balance loss of V3.",
     recipe="nano",
     set=TEXT,
@@ -159,7 +159,7 @@ MTP = Suite(
     name="mtp",
     title="Multi-token prediction against none",
     question="Does predicting one more token help the next one, and how many of its drafts are accepted?",
-    caveat=f"{SMALL} The module is a sixth of this model and takes a sixth of its time; in V4 it is one layer"
+    caveat=f"{SMALL} The module is a large part of this model and of its time; in V4 it is one layer"
     " in dozens. Without MTP, drafts are those of an untrained module. Drafts of bytes are easier to accept than drafts"
     " of words.",
     recipe="nano",
@@ -210,9 +210,9 @@ FULL_RECALL = (
     "stages.4.steps=400",
 )
 RECALL = (
-    "A hundred tokens, facts that stand whole within one entry, two layers: the task is made so that one hop is enough."
-    " That an indexer can learn where to look says nothing about what looking is worth on natural text, which at this"
-    " size hardly needs it."
+    "Few different tokens, facts that stand whole within one entry, few layers: the task is made so that one hop is"
+    " enough. That an indexer can learn where to look says nothing about what looking is worth on natural text, which"
+    " at this size hardly needs it."
 )
 BY_DISTANCE = Panel("distance", "Planted facts asked for at a distance", ("accuracy_at",), "answers right")
 
