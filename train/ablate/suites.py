@@ -279,8 +279,10 @@ ATTENTION = Suite(
     title="CSA and HCA against a window, and against reading everything",
     question="What do compressed entries and the choice of 16 of them cost and bring, against a window only, against"
     " all entries, and against all tokens uncompressed?",
-    caveat=f"{RECALL} All arms take the same steps, not the same time: reading all tokens costs more with every token"
-    " of the row.",
+    caveat=f"{RECALL} An entry holds key and value together; among uncompressed tokens an answer takes two hops, to the"
+    " key and to the token after it, and two hops take many more steps to be learned: that arm tells of the steps, not"
+    " of what such attention can do. All arms take the same steps, not the same time: reading all tokens costs more"
+    " with every token of the row.",
     recipe="indexer",
     full=FULL_RECALL,
     arms=(
