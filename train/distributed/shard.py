@@ -29,6 +29,8 @@ from .world import World
 def shard(model: Transformer, world: World) -> None:
     """Shares out the parameters of a model that has the same weights in every process; nothing in a world of one.
 
+    Every process draws all weights from the recipe's seed before it keeps its part of them.
+
     Raises:
         ValueError: Engram tables that keep their rows apart, or experts that cannot be shared out.
     """
@@ -81,10 +83,10 @@ def _share_experts(model: Transformer, world: World) -> set[nn.Parameter]:
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
-    """The norm of the whole gradient, float32: the same number in every process, and that of one process."""
-    squares = [_own_square(p.grad, world) for p in parameters if p.grad is not None]
-    total = world.total(torch.stack(squares).sum())
-    return total.sqrt().float()
+    """The norm of the whole gradient, summed in float64: the same number in every process, and that of one process."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    total = world.total(torch.stack([_own_square(grad, world) for grad in grads]).sum())
+    return total.sqrt().to(grads[0].dtype)
 
 
 @torch.no_grad()
