@@ -113,6 +113,17 @@ def test_a_writer_that_fails_leaves_nothing_that_looks_finished(corpus, cache):
     assert tokenised(corpus, ByteTokenizer()).train.tokens.size
 
 
+def test_files_are_on_the_disk_before_they_get_their_name(corpus, cache, monkeypatch):
+    flushed, named = [], []
+    flush, rename = mapped._flush, mapped.os.rename
+    monkeypatch.setattr(mapped, "_flush", lambda path: flushed.append(path) or flush(path))
+    monkeypatch.setattr(mapped.os, "rename", lambda a, b: named.append((list(flushed), b)) or rename(a, b))
+    tokenised(corpus, ByteTokenizer())
+    ((before, folder),) = named
+    assert {path.name for path in before[:-1]} == {path.name for path in folder.iterdir()}
+    assert before[-1] == before[0].parent != folder
+
+
 def test_of_two_writers_the_first_to_finish_wins(corpus, cache):
     class Slow(ByteTokenizer):
         other = None
