@@ -21,6 +21,7 @@ TEXT = (
 )
 FULL_TEXT = ("train.steps=2000", "train.eval_every=100", "train.checkpoint_every=200", "data.held_out_rows=128")
 HELD_OUT = Measure("held_out", "held-out bits per byte", "lower")
+TRIGRAM = Measure("trigram", "a trigram model's, same bytes")
 CURVE = Panel("curve", "Held-out text over the steps", ("held_out",), "bits per byte")
 SMALL = (
     "A small model and a short run: differences that need depth, long training or a large vocabulary cannot show. The"
@@ -43,6 +44,7 @@ STREAMS = Suite(
     ),
     measures=(
         HELD_OUT,
+        TRIGRAM,
         Measure("gain_forward", "composite gain, forward"),
         Measure("gain_backward", "composite gain, backward"),
         Measure("spread", "stream spread"),
@@ -81,6 +83,7 @@ ENGRAM = Suite(
     ),
     measures=(
         HELD_OUT,
+        TRIGRAM,
         Measure("gate", "mean gate"),
         Measure("collisions", "n-grams that share a row", percent=True),
         Measure("load_cv", "variation of the experts' load"),
@@ -111,6 +114,7 @@ MUON = Suite(
     arms=(Arm("adamw", "AdamW"), Arm("muon", "Muon (8 + 2)", set=("optim.rule=muon",))),
     measures=(
         HELD_OUT,
+        TRIGRAM,
         Measure("reach", "share of the steps to AdamW's final score", "lower", percent=True),
         Measure("grad_norm", "gradient norm"),
     ),
@@ -142,6 +146,7 @@ BIAS = Suite(
         Measure("load_max", "load of the busiest expert / mean", "lower"),
         Measure("load_cv", "variation of the load", "lower"),
         HELD_OUT,
+        TRIGRAM,
     ),
     claims=(
         Claim("the bias lowers the busiest expert's load", "load_max", "bias", "none"),
@@ -172,6 +177,7 @@ MTP = Suite(
     ),
     measures=(
         HELD_OUT,
+        TRIGRAM,
         Measure("acceptance", "drafts accepted", "higher", percent=True),
         Measure("same_tokens", "drafts change no token", percent=True),
     ),
@@ -265,7 +271,12 @@ WARMUP = Suite(
     measures=(*ACCURACY, *INDEX),
     claims=(
         Claim("dense training and a warm-up find more than sparse training", "accuracy", "trained", "never-dense"),
-        Claim("2,048 tokens and more back, too", FAR, "trained", "never-dense"),
+        Claim(
+            "2,048 tokens and more back, dense training and a warm-up find more than sparse",
+            FAR,
+            "trained",
+            "never-dense",
+        ),
     ),
     panels=(
         BY_DISTANCE,
