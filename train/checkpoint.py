@@ -85,8 +85,7 @@ def save(
         return folder
     if world.first:
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in (*parent.glob(".writing-*"), *parent.glob(".removing-*")):
-            shutil.rmtree(leftover)
+        tidy(run, keep)
         writing.mkdir()
     world.barrier()
     _write_tensors(writing / "model", model.state_dict(), world)
@@ -103,10 +102,17 @@ def save(
         _flush(writing)
         os.rename(writing, folder)
         _flush(parent)
-        for old in checkpoints(run)[:-keep]:
-            remove(old)
+        tidy(run, keep)
     world.barrier()
     return folder
+
+
+def tidy(run: Path, keep: int) -> None:
+    """Removes what a killed run left behind, and all checkpoints but the newest `keep`."""
+    for leftover in (*(run / FOLDER).glob(".writing-*"), *(run / FOLDER).glob(".removing-*")):
+        shutil.rmtree(leftover)
+    for old in checkpoints(run)[:-keep]:
+        remove(old)
 
 
 def remove(folder: Path) -> None:

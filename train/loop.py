@@ -169,6 +169,7 @@ class Run:
         self.world.barrier()  # every process has looked at the folder as it was
         if self.world.first:
             self.out.mkdir(parents=True, exist_ok=True)
+            checkpoint.tidy(self.out, self.recipe.train.keep)
             provenance.write(
                 self.out, self.recipe, self.source, self.device, parameters, step, processes=self.world.size
             )

@@ -84,6 +84,20 @@ def test_a_removed_checkpoint_is_gone_at_once(recipe, whole, tmp_path, monkeypat
     assert kills.records(out) == kills.records(whole.out)
 
 
+def test_what_was_to_be_removed_is_removed_by_the_resumed_run(tiny, tmp_path, monkeypatch):
+    recipe, out = (
+        tiny("train.steps=2", "train.checkpoint_every=1", "train.keep=1", "train.sample_tokens=0"),
+        tmp_path / "run",
+    )
+    with monkeypatch.context() as patch:
+        stop_in(patch, checkpoint, "remove", 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, out, shown=False)
+    assert len(checkpoint.checkpoints(out)) == 2
+    train(recipe, out, resume=out, shown=False)
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-000002"]
+
+
 def half_done(path, ignore_errors: bool = False) -> None:
     """`shutil.rmtree`, killed after its first file."""
     if not ignore_errors:
