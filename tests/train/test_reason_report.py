@@ -59,11 +59,13 @@ def found():
         ([0.9, 0.8], [0.1, 0.1], "+0.75, too few seeds"),
         ([], [0.1], "-"),
         ([0.1], [], "-"),
+        ([0.92, 0.93, 0.94], [0.9, 0.91, 0.92], "+0.02, no clear difference"),  # 0.02 below twice 0.023, of the answers
+        ([0.97, 0.98, 0.99], [0.9, 0.91, 0.92], "+0.07, helps"),
         ([0.100, 0.101, 0.1], [0.1, 0.104, 0.1], "+0.00, no clear difference"),
     ],
 )
 def test_verdicts(thinking, chat, said):
-    assert verdict(thinking, chat) == said
+    assert verdict(thinking, chat, 100) == said
 
 
 def test_spread_is_mean_and_range():

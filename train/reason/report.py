@@ -28,8 +28,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def verdict(with_it: Sequence[float], without: Sequence[float]) -> str:
-    """What something did, seed by seed; said where three or more have one sign and a mean above two standard errors."""
+def verdict(with_it: Sequence[float], without: Sequence[float], problems: int) -> str:
+    """What something did, seed by seed; said where three or more have one sign and a mean above two standard errors.
+
+    The standard error is the larger of two: over seeds, and of shares of `problems` answers each.
+    """
     if not with_it or not without:
         return "-"
     differences = [a - b for a, b in zip(with_it, without)]
@@ -37,7 +40,9 @@ def verdict(with_it: Sequence[float], without: Sequence[float]) -> str:
     text = f"{round(mean, 2) + 0.0:+.2f}"  # + 0.0: no minus before zero
     if n < 3:
         return f"{text}, too few seeds"
-    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    over_seeds = sum((d - mean) ** 2 for d in differences) / (n - 1) / n
+    of_answers = sum(p * (1 - p) for p in (sum(with_it) / n, sum(without) / n)) / (problems * n)
+    error = math.sqrt(max(over_seeds, of_answers))
     same = min(differences) > 0 or max(differences) < 0
     if not same or abs(mean) <= 2 * error:
         return f"{text}, no clear difference"
@@ -50,7 +55,7 @@ def rows(found: Results, temperature: float) -> list[list[str]]:
     for task in found["runs"][0]["tasks"]:
         for recipe in recipes(found):
             by_mode = [scores(found, recipe, mode, task, temperature) for mode in ("chat", "thinking")]
-            lines.append([task, recipe, *map(spread, by_mode), verdict(by_mode[1], by_mode[0])])
+            lines.append([task, recipe, *map(spread, by_mode), verdict(by_mode[1], by_mode[0], found["problems"])])
     return lines
 
 
@@ -89,8 +94,8 @@ def markdown(found: Results) -> str:
         "",
         f"- Each share is of {found['problems']} questions: up to {sampling:.2f} of standard error from the questions"
         " alone, the same questions for every run.",
-        "- `helps` and `hurts` ask for one sign in all seeds and a mean above twice its standard error over seeds; with"
-        " three seeds this is a hint, not a proof.",
+        "- `helps` and `hurts` ask for one sign in all seeds and a mean above twice its standard error, over seeds and"
+        " of the answers drawn; with three seeds this is a hint, not a proof.",
         "- A model of this size learns the form of the working as a task of its own, next to the answer: where working"
         " is long and the answer easy, it has more places to slip. Nothing here says how that changes with size.",
         "- Both modes have the same examples, not the same tokens: working is most of what the loss counts. Nor is the"
@@ -120,7 +125,7 @@ def _findings(found: Results) -> list[str]:
         for name in names:
             modes = [scores(found, name, mode, task, 1.0) for mode in ("thinking", "chat")]
             if all(modes):
-                said.append(f"{verdict(*modes)} after {name}")
+                said.append(f"{verdict(*modes, found['problems'])} after {name}")
         lines.append(f"- {task}: thinking {'; '.join(said)}.")
     return lines
 
@@ -137,7 +142,7 @@ def changes(found: Results) -> list[list[str]]:
         for mode, label in (("chat", "non-think"), ("thinking", "think")):
             before, after = (scores(found, name, mode, task, 1.0) for name in (without[0], rewarded[0]))
             paired = _seeds(found, without[0]) == _seeds(found, rewarded[0])
-            said = verdict(after, before) if paired else "other seeds"
+            said = verdict(after, before, found["problems"]) if paired else "other seeds"
             lines.append([task, label, spread(before), spread(after), said])
     return lines
 
