@@ -89,7 +89,7 @@ def _toml(values):
 
 
 def test_load_names_what_ships(tmp_path):
-    with pytest.raises(ValueError, match=r"'tooy'.*long, nano, small, toy, v4-flash, v4-pro"):
+    with pytest.raises(ValueError, match=r"'tooy'.*indexer, .*nano, .*small, .*toy, v4-flash, v4-pro"):
         ModelConfig.load("tooy")
     with pytest.raises(ValueError, match="otherwise give"):
         ModelConfig.load(tmp_path)
