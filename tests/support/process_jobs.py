@@ -36,7 +36,7 @@ def _work(rank: int, jobs: list[Job], folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.pop("WORLD_SIZE", None)
     store = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=300))
     for job in jobs:
         try:
             result = job.do(**job.arguments)

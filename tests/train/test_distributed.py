@@ -244,7 +244,7 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_goes_on(recipe_of, alo
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not checkpoint.checkpoints(out) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     began = time.monotonic()
