@@ -109,7 +109,7 @@ class Attention(nn.Module):
         out, lse = attention(q, kv, compressed, self.attn_sink, **reach, **seen)
         if not learn or self.stage == "dense":
             return out, None
-        learned = index_loss(*inputs, q, compressed, lse, scale=reach["scale"], **seen)
+        learned = index_loss(*inputs, q, compressed, lse, scale=reach["scale"], **seen)  # type: ignore[call-arg, misc]
         return out, IndexSignal(*learned)
 
     def _project(self, out: Tensor) -> Tensor:

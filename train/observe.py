@@ -69,7 +69,7 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Hooks for the forward pass of this step, whose record is a new one; of micro-batches the last one counts."""
         combs: list[Tensor] = []
-        found: dict[str, list[float]] = {"recall": [], "gate": [], "collisions": []}
+        found: dict[str, list[Any]] = {"recall": [], "gate": [], "collisions": []}
         hooks = []
         for block in self.model.layers:
             for connection in (block.hc_attn, block.hc_ffn):
@@ -136,7 +136,7 @@ def _keep_comb(combs: list[Tensor]) -> Any:
     return hook
 
 
-def _measure_engram(found: dict[str, list[float]]) -> Any:
+def _measure_engram(found: dict[str, list[Any]]) -> Any:
     @torch.no_grad()
     def hook(engram: Engram, inputs: tuple[Any, ...], _: Tensor) -> None:
         streams, ids, layout = inputs[:3]
@@ -176,7 +176,7 @@ def collision_rate(engram: Engram, ids: Tensor, layout: Layout) -> float:
     return sum(rates) / len(rates)
 
 
-def _measure_recall(found: list[float | None]) -> Any:
+def _measure_recall(found: list[Any]) -> Any:
     @torch.no_grad()
     def hook(attn: Attention, inputs: tuple[Any, ...], _: Any) -> None:
         value = index_recall(attn, inputs[0], inputs[1])
