@@ -7,9 +7,7 @@ from .options import Command, flag
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    text = (
-        "runs or checkpoints of recipes with [reason], all seeds; or a reasoning.json, to be shown anew (paths)"
-    )
+    text = "runs or checkpoints of recipes with [reason], all seeds; or a reasoning.json, to be shown anew (paths)"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=text)
     flag(parser, "--problems", int, 256, "held-out problems of each task, asked in each mode")
     flag(parser, "--out", Path, None, "folder for reasoning.json, RESULTS.md and reasoning.png", "the first RUN")

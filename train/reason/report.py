@@ -125,7 +125,7 @@ def _findings(found: Results) -> list[str]:
         for name in names:
             modes = [scores(found, name, mode, task, 1.0) for mode in ("thinking", "chat")]
             if all(modes):
-                said.append(f"{verdict(*modes, found['problems'])} after {name}")
+                said.append(f"{verdict(modes[0], modes[1], found['problems'])} after {name}")
         lines.append(f"- {task}: thinking {'; '.join(said)}.")
     return lines
 
