@@ -226,6 +226,22 @@ def test_commands_use_the_runs_tokenizer(run, capsys):
     assert "was trained on the tokens of a trained tokenizer: a needle is planted in bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("stops", "pieces", "shown"),
+    [
+        (["cd"], ["ab", "cde", "f"], ["ab", "cd"]),
+        (["bcd", "never"], ["ab", "c", "def", "bcd"], ["ab", "c", "d"]),
+        (["f", "e"], ["a", "cdef"], ["a", "cde"]),
+        (["aa"], ["a", "ba", "c"], ["a", "ba", "c"]),
+        ([], ["a", "b"], ["a", "b"]),
+    ],
+)
+def test_text_ends_where_a_stop_does_whatever_the_pieces(stops, pieces, shown):
+    from abyssal.train.cli.generate import _until
+
+    assert list(_until(stops, iter(pieces))) == shown
+
+
 def test_a_run_can_be_talked_to(run):
     from abyssal.train.voice import open_voice
 
