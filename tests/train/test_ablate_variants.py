@@ -196,3 +196,9 @@ def test_text_suites_share_their_baseline_and_a_seed_is_the_same_data():
     rows = [open_source(job.recipe).batch(range(2), 64).ids for job in jobs(SUITES["indexer"], [1])]
     other = open_source(jobs(SUITES["indexer"], [2])[0].recipe).batch(range(2), 64).ids
     assert all(torch.equal(rows[0], row) for row in rows) and not torch.equal(rows[0], other)
+
+
+def test_an_override_reaches_all_arms_and_undoes_none():
+    adamw, muon = jobs(SUITES["muon"], [0], overrides=["optim.rule=adamw", "optim.lr=1e-3", "train.steps=20"])
+    assert (adamw.recipe.optim.rule, muon.recipe.optim.rule) == ("adamw", "muon")
+    assert {(j.recipe.optim.lr, j.recipe.train.steps, j.recipe.train.seed) for j in (adamw, muon)} == {(1e-3, 20, 0)}
