@@ -5,7 +5,8 @@ Each measurement runs in a process of its own, all with the same threads and all
 which also carries gradients: the best way to use it. A training step is forward, loss and backward; ours is measured
 with the whole objective (language model, balance, indexer), and with the language-model loss alone, which is all that
 transformers computes. Decoding is measured with both models in one process, which take turns every 16 tokens: the
-median token of each, after a context of T.
+median token of each, after a context of T. `--train-loop` is training itself: all sides in one process, the same rows,
+AdamW and clipping, a step of each in turn; the median step by the clock and by the processor's time.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 CHUNK = 512
+ALL = ("ours", "peer", "chunked")
+LOOP_SIDES, LOOP_LENGTH = (*ALL, "ours-lm"), 2048
 BURSTS, BURST = 12, 16  # turns of each side, tokens of a turn
 CONTEXTS = (1024, 32768)
 # with --keep-memory freed memory is kept instead of given back: about half of the peer's one-shot time is page faults
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-ALL = ("ours", "peer", "chunked")
 PLAN = {
     "forward": {2048: ALL, 4096: ALL, 8192: ("ours", "chunked"), 16384: ("ours", "chunked")},
     "train": {4096: (*ALL, "ours-lm"), 8192: ("ours", "chunked", "ours-lm"), 16384: ("ours", "ours-lm")},
@@ -122,6 +124,46 @@ def measure_decode(t: int, folder: str, threads: int) -> None:
     print(json.dumps({**found, "same_argmax": (best[0] == best[1]).float().mean().item()}))
 
 
+def measure_loop(t: int, folder: str, threads: int, repeats: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    models = {side: load(side, folder).train() for side in LOOP_SIDES}
+    optimizers = {side: torch.optim.AdamW(model.parameters(), lr=1e-4) for side, model in models.items()}
+    rows = torch.randint(0, 512, (repeats + 1, 1, t), generator=torch.Generator().manual_seed(t))
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in LOOP_SIDES}
+    for row in rows:
+        for side, model in models.items():
+            clock, work = time.perf_counter(), time.process_time()
+            optimizers[side].zero_grad(set_to_none=True)
+            run(model, side, "train", row, row.roll(-1, 1))
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers[side].step()
+            times[side].append((time.perf_counter() - clock, time.process_time() - work))
+    found = {}
+    for side, measured in times.items():
+        clock, work = (sorted(column)[repeats // 2] for column in zip(*measured[1:]))
+        found[side] = {"seconds": clock, "tokens_per_second": t / clock, "processor_seconds": work}
+    print(json.dumps(found))
+
+
+def loop_row(folder: str, threads: int, repeats: int) -> dict:
+    found = child("all", "loop", LOOP_LENGTH, folder, threads, repeats)
+    row = {"task": "train-loop", "T": LOOP_LENGTH, **found}
+    if "error" in found:
+        print(f"train-loop T={LOOP_LENGTH} {found['error']}", flush=True)
+        return row
+    ours = found["ours"]
+    for side, x in found.items():
+        clock, work = (x[key] / ours[key] for key in ("seconds", "processor_seconds"))
+        print(
+            f"train-loop T={LOOP_LENGTH} {side:8s} {x['tokens_per_second']:8,.0f} tokens/s   {x['seconds']:.2f} s, "
+            f"{x['processor_seconds']:.2f} s of processors a step   ours faster: {clock:.1f} x ({work:.1f} x)",
+            flush=True,
+        )
+    return row
+
+
 def decode_row(t: int, folder: str, threads: int) -> dict:
     found = child("both", "decode", t, folder, threads, 1)
     if "error" in found:
@@ -150,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="T = 2048 and 4096 only")
     parser.add_argument("--decode", action="store_true", help="decoding only")
+    parser.add_argument("--train-loop", action="store_true", help=f"training steps at T = {LOOP_LENGTH} only")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, the fastest counts (default 3)")
     parser.add_argument("--keep-memory", action="store_true", help="let the allocator keep freed memory (default: off)")
@@ -161,14 +204,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_peer(peer_config()).save_pretrained(folder)
         rows = []
+        if args.train_loop:
+            rows.append(loop_row(folder, args.threads, args.repeats))
         for task, sizes in PLAN.items():
             for t, sides in sizes.items():
-                if args.decode or (args.quick and t > 4096):
+                if args.decode or args.train_loop or (args.quick and t > 4096):
                     continue
                 found = {side: child(side, task, t, folder, args.threads, args.repeats) for side in sides}
                 rows.append({"task": task, "T": t, **found})
                 print(line(task, t, found), flush=True)
-        rows += [decode_row(t, folder, args.threads) for t in CONTEXTS]
+        if not args.train_loop:
+            rows += [decode_row(t, folder, args.threads) for t in CONTEXTS]
     if args.out:
         args.out.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n")
 
@@ -207,6 +253,8 @@ if __name__ == "__main__":
         side, task, t, folder, threads, repeats = sys.argv[sys.argv.index("--child") + 1 :]
         if task == "decode":
             measure_decode(int(t), folder, int(threads))
+        elif task == "loop":
+            measure_loop(int(t), folder, int(threads), int(repeats))
         else:
             measure(side, task, int(t), folder, int(threads), int(repeats))
     else:
