@@ -232,7 +232,8 @@ class Transformer(nn.Module):
         c = self.config
         targets = targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED)
         shares = shares or LossShares(1.0, 1.0, 1.0, 1.0, (1.0,) * len(signals))
-        out.losses["lm"] = self._cross_entropy(hidden, targets) * shares.lm
+        lm = self._cross_entropy(hidden, targets)
+        out.losses["lm"] = lm * shares.lm
         weights = {"lm": 1.0, "mtp": c.mtp_loss_weight, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
         for mtp in self.mtp:
             loss, signal = self._mtp_loss(mtp, streams, ids, targets, layout)

@@ -170,7 +170,7 @@ PLACES = (  # the first that a node's traceback shows is what made it
     ("model/engram.py", "Engram"),
     ("model/indexer.py", "indexer"),
     ("return self._cross_entropy(", "loss and head"),
-    ('out.losses["lm"] = self._cross_entropy(', "loss and head"),
+    ("lm = self._cross_entropy(", "loss and head"),
     ("kernels/index_loss/", "index loss"),
     ("model/compressor.py", "compressor"),
     ("model/hyper.py", "mHC"),
