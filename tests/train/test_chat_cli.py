@@ -22,6 +22,7 @@ BYTES = ByteTokenizer()
 TOOLS = '''
 """Tools for tests."""
 from pathlib import Path
+from textwrap import dedent
 from typing import Literal
 
 LOG = Path(__file__).with_suffix(".log")
@@ -48,6 +49,9 @@ def names(of: list[str], ages: dict[str, int], nick: str | None = None) -> dict:
 
 def fails(why: str):
     raise OSError(why)
+
+def long() -> str:
+    return dedent("x" * 5000)
 
 def _hidden(x): ...
 '''
@@ -144,6 +148,12 @@ def test_a_prompt_that_differs_further_back_than_the_cache_can_go(voice):
     list(conversation.answer(answers))
     ids = prompt(voice, [{"role": "user", "content": "other"}])
     assert conversation._read == [*ids, *generate(voice.model, ids, max_new_tokens=8, temperature=0)][:-1]
+
+
+def test_the_same_question_after_a_reset(voice):
+    _, out, remarks = talk(voice, ["hi", "/reset", "hi"])
+    first, second = out.splitlines()
+    assert first == second and "not sent" not in remarks
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -247,7 +257,7 @@ def test_an_answer_out_of_format_is_remarked(voice, monkeypatch):
 
 
 def test_the_schemas_of_functions(tools):
-    assert list(tools) == ["add", "names", "fails"]
+    assert list(tools) == ["add", "names", "fails", "long"]
     assert tools["add"].schema == {"type": "function", "function": {
         "name": "add",
         "description": "Adds two numbers.\n\nThe second may be left out.",
@@ -328,6 +338,12 @@ def test_every_call_is_asked_for_and_its_result_goes_to_the_model(voice, tools, 
     assert "<tool_result>1.5</tool_result>\n\n<tool_result>error" in BYTES.decode(
         prompt(voice, session.conversation.messages[:4], tools=session.conversation.tools)
     )
+
+
+def test_a_turn_whose_results_do_not_fit_is_taken_back_whole(voice, tools, monkeypatch):
+    scripted(monkeypatch, calling(call("long")))
+    session, _, remarks = talk(voice, ["go", "y"], tools)
+    assert "not sent: the conversation has" in remarks and session.conversation.messages == []
 
 
 def test_a_model_that_only_calls_tools_is_stopped(voice, tools, monkeypatch):
