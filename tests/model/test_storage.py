@@ -374,10 +374,12 @@ def test_generation(single):
 
 
 def test_the_command_passes_it_on(single, monkeypatch, capsys):
-    from abyssal.train import cli, loop
+    from abyssal.train import checkpoint, cli, loop
+    from abyssal.train.tokenizers import ByteTokenizer
 
     made, original = [], Transformer.new_cache
     monkeypatch.setattr(loop, "load_trained", lambda _: (single, None))
+    monkeypatch.setattr(checkpoint, "tokenizer_of", lambda _: ByteTokenizer())
     monkeypatch.setattr(Transformer, "new_cache", lambda *args, **kw: made.append(original(*args, **kw)) or made[-1])
     for words in ([], ["--storage", "released"]):
         assert cli.main(["generate", "run", "--prompt", "a", "--max-new-tokens", "2", *words]) == 0

@@ -255,6 +255,7 @@ def command(tmp_path: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *words],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
     )  # fmt: skip
 
 
