@@ -1,14 +1,14 @@
 """The support matrix: the suite in throw-away environments, one for each Python, torch and triton that we name.
 
     pip install uv
-    python tests/matrix                         every row, one after another; the table in CONTRIBUTING.md is written anew
+    python tests/matrix                         every row in turn; the table in CONTRIBUTING.md is written anew
     python tests/matrix 3.12-torch2.14.1        one row; --list prints their names
     python tests/matrix --pytest '-k attention' with arguments for pytest; nothing is recorded
 
 A row is a fresh environment that uv fills from the public index under its own defaults, and a fresh clone of the last
 commit, so that nothing local helps. Rows take turns with the kernels of OpenBLAS, because bits that lean on one of them
-are bits that only hold here. Python 3.11 to 3.13 are found, or fetched, by uv. An environment takes 6 to 7 GB while its row
-runs; downloads are kept in uv's cache.
+are bits that only hold here. Python 3.11 to 3.13 are found, or fetched, by uv. An environment takes 6 to 7 GB while its
+row runs; downloads are kept in uv's cache.
 """
 
 import argparse
@@ -62,7 +62,7 @@ ROWS = [
 
 
 def runs_here(blas: str) -> bool:
-    """Whether this processor has what a kernel of OpenBLAS needs: SkylakeX' dies of an illegal instruction elsewhere."""
+    """Whether this processor can run a kernel of OpenBLAS: SkylakeX' is an illegal instruction on many."""
     return blas != "SkylakeX" or "avx512f" in Path("/proc/cpuinfo").read_text()
 
 
