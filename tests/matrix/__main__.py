@@ -63,7 +63,7 @@ ROWS = [
 
 def runs_here(blas: str) -> bool:
     """Whether this processor can run a kernel of OpenBLAS: SkylakeX' is an illegal instruction on many."""
-    return blas != "SkylakeX" or "avx512f" in Path("/proc/cpuinfo").read_text()
+    return blas != "SkylakeX" or "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
 def environment(blas: str) -> dict[str, str]:
@@ -109,7 +109,7 @@ def run(row: Row, arguments: list[str]) -> dict[str, Any]:
 
 
 def processor() -> str:
-    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
