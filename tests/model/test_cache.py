@@ -99,6 +99,7 @@ def assert_untouched(cache, before):
 # every split
 
 
+@pytest.mark.slow("every split means 139 of them")
 def test_every_split_of_a_sequence(nano):
     """140 tokens: window 16, m 4 (2m 8) and 16, with all their neighbours."""
     ids = draw(1, 140)

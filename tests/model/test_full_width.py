@@ -1,7 +1,7 @@
 """One layer of each kind at the released widths, on a CPU: forward and backward, with four experts.
 
-In bfloat16 where the processor multiplies it. Elsewhere its products take fifty times as long as those of float32, which
-then stands in.
+In bfloat16 where the processor multiplies it. Elsewhere its products take fifty times as long as those of float32,
+which then stands in.
 """
 
 import math
@@ -36,6 +36,7 @@ def repeated_numbers(monkeypatch):
 FLASH, PRO = "v4-flash", "v4-pro"  # which has no sliding layer
 
 
+@pytest.mark.slow("up to a billion weights")
 @pytest.mark.parametrize(("name", "kind"), [*((FLASH, kind) for kind in KINDS), (PRO, "sparse"), (PRO, "heavy")])
 def test_a_layer_of_v4(name, kind):
     released = ModelConfig.load(name)
@@ -51,6 +52,7 @@ def test_a_layer_of_v4(name, kind):
     assert model.layers[0].attn.kind == config.layer_types[0]
 
 
+@pytest.mark.slow("up to a billion weights")
 @pytest.mark.parametrize("name", ["v3", "v3.2"])
 def test_a_layer_of_the_lineage(name):
     few = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 4, "num_experts_per_tok": 2}

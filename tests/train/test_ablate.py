@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import patience
 import pytest
+from patience import wait_for
 
 import abyssal
 from abyssal.train import metrics
@@ -259,17 +260,15 @@ def command(tmp_path: Path, *words: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.slow("four processes that train, twice")
 def test_two_workers_find_what_one_finds_and_an_interrupt_ends_them(done, tmp_path):
     words = ["ablate", "--seeds", "2", "--workers", "2", "--out", str(tmp_path / "out")]
     first = command(tmp_path, *words)
-    until = time.time() + 100
-    while time.time() < until and not list((tmp_path / "out" / RUNS).glob("*/metrics.jsonl")):
-        time.sleep(0.05)
+    wait_for(lambda: list((tmp_path / "out" / RUNS).glob("*/metrics.jsonl")), first)
     os.kill(first.pid, signal.SIGINT)  # the parent alone: it ends its workers itself
-    assert first.wait(60) == 130
+    assert first.wait(patience.SECONDS) == 130
     second = command(tmp_path, *words)
-    text, errors = second.communicate(timeout=200)
+    text, errors = second.communicate(timeout=patience.SECONDS)
     assert second.returncode == 0, errors
     found = json.loads((tmp_path / "out" / "small.json").read_text())
     for name, arm in done[1]["arms"].items():

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import wait_for
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -92,9 +92,7 @@ def test_killed_without_warning_resumes_to_the_same_bits(whole, tiny, texts, tmp
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    while not checkpoint.checkpoints(tmp_path / "run") and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for(lambda: checkpoint.checkpoints(tmp_path / "run"), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     found = checkpoint.checkpoints(tmp_path / "run")

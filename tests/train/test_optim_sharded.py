@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import patience
+
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
@@ -73,7 +75,7 @@ def test_two_processes_make_the_steps_of_one(tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
+        outputs = [child.communicate(timeout=patience.SECONDS)[0] for child in children]
     finally:
         for child in children:
             child.kill()

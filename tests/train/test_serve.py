@@ -6,14 +6,15 @@ import itertools
 import json
 import logging
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
+import patience
 import pytest
 import torch
 from lively import lively
+from patience import wait_for
 
 from abyssal.model import generate
 from abyssal.model.constrain import json_schema, tool_calls
@@ -72,7 +73,7 @@ def ask(client, messages=HI, **options):
     return client.chat.completions.create(model="tiny", messages=messages, **options)
 
 
-HTTP = httpx.Client(timeout=60)
+HTTP = httpx.Client(timeout=patience.SECONDS)
 
 
 def post(address, **fields):
@@ -418,13 +419,6 @@ def test_many_clients_at_once_get_what_each_would_get_alone(client, voice):
     assert len(set(together)) > 50
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert condition()
-
-
 async def leave(address, turned_away):
     """A client whose long request runs, three behind it, and one too many; the three go away, then the first."""
     url = f"{address}/v1/chat/completions"
@@ -434,9 +428,9 @@ async def leave(address, turned_away):
         return now["running"], now["queued"]
 
     async def until(running, queued):
-        await asyncio.to_thread(wait_for, lambda: busy() == (running, queued), 20)
+        await asyncio.to_thread(wait_for, lambda: busy() == (running, queued))
 
-    async with httpx.AsyncClient(timeout=60) as http:
+    async with httpx.AsyncClient(timeout=patience.SECONDS) as http:
 
         async def one(stream):
             fields = {"model": "tiny", "messages": HI, "max_tokens": 2000, "temperature": 0, "stream": stream}
@@ -475,7 +469,7 @@ def test_a_request_that_takes_too_long(voice):
         whole, stream = post(address, **long), post(address, stream=True, **long)
         assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
         assert '"code": "timeout"' in stream.text and stream.text.endswith("data: [DONE]\n\n")
-        wait_for(lambda: not health(address)["running"], 5)
+        wait_for(lambda: not health(address)["running"])
 
 
 def test_a_server_that_is_told_to_stop_cuts_off_what_takes_too_long(voice, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import wait_for
 from safetensors.torch import load_file
 from torch import nn
 
@@ -188,7 +189,7 @@ train(recipe, folder, resume=resume, shown=False)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow("two children are killed, one after the other")
 @pytest.mark.parametrize("place", ["mapped", "host"])
 def test_killed_in_the_middle_of_writing_rows_back(whole, recipe, tmp_path, place):
     """Twice, with half of the rows written in some columns: the last checkpoint stands, and leads to the same end."""
@@ -201,9 +202,7 @@ def test_killed_in_the_middle_of_writing_rows_back(whole, recipe, tmp_path, plac
         arguments = [str(out), str(flag), str(writes), str(tmp_path / "recipe.json")]
         with (tmp_path / "errors").open("w") as errors:
             child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, stderr=errors)
-        deadline = time.monotonic() + 120
-        while not flag.exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for(flag.exists, child)
         time.sleep(0.02 * number)
         child.send_signal(signal.SIGKILL)
         child.wait()
