@@ -36,7 +36,7 @@ def page(text: str) -> str:
 
 def compiled() -> Iterator[str]:
     """A summary for each op and architecture, and the matrix products on one architecture one by one."""
-    found = json.loads((FOLDER / "compiled.json").read_text())
+    found = json.loads((FOLDER / "compiled.json").read_text("utf-8"))
     yield from table(
         "op", "architecture", "kernels", "spilled bytes", "registers, at most", "shared KiB, at most", "float atomics"
     )
@@ -75,7 +75,7 @@ def grouped(names: dict[str, str]) -> dict[str, list[str]]:
 def measured() -> Iterator[str]:
     """A table for each benchmark."""
     for path in sorted(FOLDER.glob("*.json")):
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text("utf-8"))
         if "op" not in found:
             continue
         machine, peak = found["provenance"]["machine"], found["peaks"]["datasheet"] or found["peaks"]["measured"]
@@ -159,7 +159,7 @@ def compile_ops(ops: list[str]) -> None:
 
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / "compiled.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     for op in ops:
         print(f"compiling {op}", flush=True)
         found[op] = {
@@ -169,7 +169,7 @@ def compile_ops(ops: list[str]) -> None:
             "rows": compile_op(op),
         }
         ordered = {name: found[name] for name in OPS if name in found}
-        path.write_text(json.dumps(ordered).replace('{"target"', '\n{"target"') + "\n")
+        path.write_text(json.dumps(ordered).replace('{"target"', '\n{"target"') + "\n", "utf-8")
 
 
 def compile_op(op: str) -> Rows:
@@ -184,4 +184,4 @@ def compile_op(op: str) -> Rows:
 if __name__ == "__main__":
     if "--compile" in sys.argv[1:]:
         compile_ops(sys.argv[2:] or OPS)
-    PAGE.write_text(page(PAGE.read_text()))
+    PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")

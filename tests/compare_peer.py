@@ -216,7 +216,7 @@ def main() -> None:
         if not args.train_loop:
             rows += [decode_row(t, folder, args.threads) for t in CONTEXTS]
     if args.out:
-        args.out.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({**provenance(args), "rows": rows}, indent=1) + "\n", "utf-8")
 
 
 def line(task: str, t: int, found: dict) -> str:

@@ -39,7 +39,7 @@ def test_imports_flow_one_way(folder, path):
 @pytest.mark.parametrize("folder, path", FILES, ids=[str(p.relative_to(ROOT)) for _, p in FILES])
 def test_triton_and_transformers_stay_where_they_belong(folder, path):
     tops = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             tops |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

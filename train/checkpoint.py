@@ -96,9 +96,9 @@ def save(
         if memory.tensors:
             _write(writing / "memory.safetensors", lambda path: save_file(memory.tensors, path))
         for name, text in tokenizer.files().items() if tokenizer else ():
-            _write(writing / name, partial(Path.write_text, data=text))
+            _write(writing / name, partial(Path.write_text, data=text, encoding="utf-8"))
         _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
-        _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n"))
+        _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n", "utf-8"))
         _flush(writing)
         os.rename(writing, folder)
         _flush(parent)
@@ -158,14 +158,14 @@ def find(path: Path | str) -> Path:
 
 def read_state(folder: Path) -> tuple[Recipe, Progress]:
     """The recipe and the progress of a checkpoint."""
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE).read_text("utf-8"))
     return Recipe.from_dict(state["recipe"]), Progress(**state["progress"])
 
 
 def read_memory(folder: Path) -> Memory:
     """What the run remembered at a checkpoint."""
     path = folder / "memory.safetensors"
-    values = json.loads((folder / STATE).read_text()).get("memory", {})
+    values = json.loads((folder / STATE).read_text("utf-8")).get("memory", {})
     return Memory(values, load_file(path) if path.is_file() else {})
 
 

@@ -291,7 +291,7 @@ def _run(options: argparse.Namespace) -> None:
     print(report(result))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        options.out.write_text(json.dumps(result.to_dict(), indent=1) + "\n", "utf-8")
         print(f"\n{options.out}")
 
 

@@ -87,7 +87,7 @@ def _whole(parent: Path, contents: dict[str, str], write: Callable[[Path], None]
     writing.mkdir(parents=True)
     try:
         write(writing)
-        (writing / "contents.json").write_text(json.dumps(contents, indent=1) + "\n")
+        (writing / "contents.json").write_text(json.dumps(contents, indent=1) + "\n", "utf-8")
         for path in (*writing.iterdir(), writing):
             _flush(path)
         try:

@@ -59,7 +59,7 @@ class MetricsFile:
         self.path = folder / FILE
         kept = [record for record in read(source or folder) if record["step"] <= step] if step else []
         writing = folder / f".{FILE}"
-        writing.write_text("".join(map(_line, kept)))
+        writing.write_text("".join(map(_line, kept)), "utf-8")
         os.replace(writing, self.path)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open as long as the run)
 
@@ -80,7 +80,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {FILE}; give the folder of a training run")
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text("utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

@@ -259,7 +259,7 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     out.mkdir(parents=True, exist_ok=True)
     facts = {"checkpoint": str(folder), "source": recipe.data.source, "trials": trials, "seed": seed}
     window = recipe.model.sliding_window
-    (out / FILE).write_text(json.dumps({**facts, "window": window, **report.to_dict()}, indent=1) + "\n")
+    (out / FILE).write_text(json.dumps({**facts, "window": window, **report.to_dict()}, indent=1) + "\n", "utf-8")
     print(f"\nfound and margin in nats, by depth and length\n{table(report)}\n\n{summary(report)}\n{out / FILE}")
     try:
         title = f"{folder.parents[1].resolve().name} · {folder.name} · {trials} needles per cell · seed {seed}"

@@ -26,7 +26,7 @@ def write(
 ) -> None:
     """Writes run.json, or adds this start to the `starts` of the one that is there (a resumed run)."""
     path = folder / FILE
-    earlier = json.loads(path.read_text())["starts"] if path.is_file() else []
+    earlier = json.loads(path.read_text("utf-8"))["starts"] if path.is_file() else []
     start = {
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -40,14 +40,14 @@ def write(
         "processes": processes,
     }
     writing = folder / f".{FILE}"
-    writing.write_text(json.dumps({"starts": [*earlier, start]}, indent=1) + "\n")
+    writing.write_text(json.dumps({"starts": [*earlier, start]}, indent=1) + "\n", "utf-8")
     os.replace(writing, path)
 
 
 def recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of the latest start of the run in that folder, None if there is no run."""
     path = folder / FILE
-    return json.loads(path.read_text())["starts"][-1]["recipe"] if path.is_file() else None
+    return json.loads(path.read_text("utf-8"))["starts"][-1]["recipe"] if path.is_file() else None
 
 
 def source() -> dict[str, Any]:

@@ -115,15 +115,15 @@ def processor() -> str:
 
 def record(name: str, line: dict[str, Any]) -> None:
     """Files a row's result, and writes the table of all of them into the page."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     results[name] = line
     results = {row.name: results[row.name] for row in ROWS if row.name in results}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     shown = ("python", "torch", "triton", "BLAS kernel", "passed", "failed", "skipped", "suite s", "date", "commit")
     lines = ["| " + " | ".join(shown) + " |", "|" + " --- |" * len(shown)]
     lines += ["| " + " | ".join(str(line[key]) for key in shown) + " |" for line in results.values()]
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + "\n".join(["", *lines, "", MARKS[1]]) + rest.partition(MARKS[1])[2])
+    before, _, rest = PAGE.read_text("utf-8").partition(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + "\n".join(["", *lines, "", MARKS[1]]) + rest.partition(MARKS[1])[2], "utf-8")
 
 
 def main(arguments: list[str]) -> int:

@@ -27,7 +27,7 @@ def test_shipped_configurations_survive_a_round_trip(name):
 
 @pytest.mark.parametrize("name", ["v4-flash", "v4-pro"])
 def test_released_json_is_reproduced_key_by_key(name):
-    text = (resources.files("abyssal.configs") / f"{name}.json").read_text()
+    text = (resources.files("abyssal.configs") / f"{name}.json").read_text("utf-8")
     assert ModelConfig.load(name).to_dict() == json.loads(text)
 
 
@@ -74,10 +74,10 @@ def test_the_small_recipes_have_every_mechanism():
 
 def test_load_reads_paths_and_folders(tmp_path):
     config = ModelConfig.load("nano")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
     assert ModelConfig.load(tmp_path) == ModelConfig.load(tmp_path / "config.json") == config
     recipe = tmp_path / "mine.toml"
-    recipe.write_text(f"[model]\n{_toml(config.to_dict())}")
+    recipe.write_text(f"[model]\n{_toml(config.to_dict())}", "utf-8")
     assert ModelConfig.load(str(recipe)) == config
     assert set(read_recipe(recipe)) == {"model"}
 
@@ -93,7 +93,7 @@ def test_load_names_what_ships(tmp_path):
         ModelConfig.load("tooy")
     with pytest.raises(ValueError, match="otherwise give"):
         ModelConfig.load(tmp_path)
-    (tmp_path / "r.toml").write_text("[optim]\nlr = 1")
+    (tmp_path / "r.toml").write_text("[optim]\nlr = 1", "utf-8")
     with pytest.raises(ValueError, match=r"needs a table \[model\]; it has optim"):
         ModelConfig.load(tmp_path / "r.toml")
 

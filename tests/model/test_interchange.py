@@ -198,7 +198,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(tmp_path, layout, name, want):
 def test_folders_without_what_is_needed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         load_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()), "utf-8")
     with pytest.raises(FileNotFoundError, match=r"has no model.safetensors"):
         load_pretrained(tmp_path)
     save_file({"wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
@@ -218,7 +218,7 @@ def test_folders_without_what_is_needed(tmp_path):
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "state.pkl"])
 def test_pickles_are_refused_and_not_opened(tmp_path, name):
-    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()), "utf-8")
     torch.save({"embed.weight": torch.zeros(2)}, tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}: pickled weights are refused"):
         load_pretrained(tmp_path)
@@ -245,27 +245,27 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path, where):
 
 def edit_index(folder, change):
     path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text("utf-8"))
     change(index["weight_map"])
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index), "utf-8")
 
 
 def test_an_index_that_is_wrong(tmp_path):
     folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
     path = folder / "model.safetensors.index.json"
-    good = path.read_text()
+    good = path.read_text("utf-8")
     files = sorted(set(json.loads(good)["weight_map"].values()))
     edit_index(folder, lambda places: places.update({"embed.weight": files[-1], "more": files[0]}))
     with pytest.raises(ValueError, match=r"promises tensors that their files do not hold: embed\.weight, more"):
         load_pretrained(folder)
     for broken in ("{{", "[]", "{}", '{"weight_map": 3}'):
-        path.write_text(broken)
+        path.write_text(broken, "utf-8")
         with pytest.raises(ValueError, match="is no index of shards"):
             load_pretrained(folder)
-    path.write_text('{"weight_map": {}}')
+    path.write_text('{"weight_map": {}}', "utf-8")
     with pytest.raises(ValueError, match="lists no tensor"):
         load_pretrained(folder)
-    path.write_text(good)
+    path.write_text(good, "utf-8")
     edit(folder, lambda t: t.update({"layers.3.attn_norm.weight": torch.zeros(24)}), files[0])
     with pytest.raises(ValueError, match=rf"layers.3.attn_norm.weight is in {files[0]} and in model-0"):
         load_pretrained(folder)
@@ -322,7 +322,7 @@ def test_released_formats(tmp_path, weights):
     config = released()
     model = Transformer(config)
     save_pretrained(model, tmp_path / "x", "official", weights=weights, max_shard_size=200_000)
-    data = json.loads((tmp_path / "x/config.json").read_text())
+    data = json.loads((tmp_path / "x/config.json").read_text("utf-8"))
     assert data["expert_dtype"] == weights and data["quantization_config"]["weight_block_size"] == [128, 128]
     tensors = {}
     for file in (tmp_path / "x").glob("model-*.safetensors"):
@@ -432,7 +432,7 @@ def test_converting_keeps_dtypes_and_refuses_its_source(tmp_path):
 def test_saving_again_replaces_weights_and_keeps_other_files(tmp_path):
     config, folder = tiny(), tmp_path / "x"
     write(folder, config, "official", limit=4096)
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}", "utf-8")
     other = {name: tensor + 1 for name, tensor in made_up(config).items()}
     write(folder, config, "huggingface", other)
     assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
@@ -463,7 +463,7 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
 
 def test_shards_respect_their_limit(tmp_path):
     folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
-    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))["weight_map"]
     for file in set(weight_map.values()):
         with safe_open(folder / file, "pt") as tensors:
             names = list(tensors.keys())

@@ -322,6 +322,6 @@ def test_keys_that_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"v3, v3\.2"):
         LineageConfig.load("v2")
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), "utf-8")
     assert LineageConfig.load(path) == config("deepseek_v3")
     assert replace(LineageConfig.load(path), rope_scaling=None).temperature == 1.0

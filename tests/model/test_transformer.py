@@ -188,7 +188,10 @@ def test_every_config_key_is_read():
     """A key that nothing reads is a promise that nothing keeps."""
     root = Path(__file__).parents[2]
     sources = "".join(
-        p.read_text() for folder in ("model", "train") for p in (root / folder).glob("*.py") if p.name != "config.py"
+        p.read_text("utf-8")
+        for folder in ("model", "train")
+        for p in (root / folder).glob("*.py")
+        if p.name != "config.py"
     )
     from dataclasses import fields
 

@@ -48,7 +48,7 @@ def write_texts(folder: Path) -> None:
     draw = random.Random(0)
     for i in range(8):
         text = "\n".join(" ".join(draw.choices(words, k=8)) for _ in range(20))
-        (folder / f"text{i}.txt").write_text(text + "\n")
+        (folder / f"text{i}.txt").write_text(text + "\n", "utf-8")
 
 
 def make_recipe(texts: Path) -> Recipe:
@@ -142,7 +142,7 @@ def differences(a: Path, b: Path) -> list[str]:
         found.append("memory")
     if records(a) != records(b):
         found.append("metrics")
-    if (a / "sample.txt").read_text() != (b / "sample.txt").read_text():
+    if (a / "sample.txt").read_text("utf-8") != (b / "sample.txt").read_text("utf-8"):
         found.append("sample")
     return found
 

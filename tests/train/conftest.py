@@ -19,7 +19,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = random.Random(0)
     for i in range(12):
         lines = [" ".join(words.choices(SENTENCE.split(), k=8)) for _ in range(20 + 3 * i)]
-        (folder / f"text{i:02d}.txt").write_text("\n".join(lines) + "\n")
+        (folder / f"text{i:02d}.txt").write_text("\n".join(lines) + "\n", "utf-8")
     return folder
 
 

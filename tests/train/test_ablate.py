@@ -161,9 +161,9 @@ def done(tmp_path_factory):
 
 def test_a_suite_ends_in_means_spreads_and_verdicts_of_its_runs(done):
     out, found = done
-    assert found == json.loads((out / "small.json").read_text())
+    assert found == json.loads((out / "small.json").read_text("utf-8"))
     for name, arm in found["arms"].items():
-        runs = [json.loads((out / RUNS / run["key"] / RESULT).read_text()) for run in arm["runs"]]
+        runs = [json.loads((out / RUNS / run["key"] / RESULT).read_text("utf-8")) for run in arm["runs"]]
         assert [run["seed"] for run in runs] == [0, 1] and {run["recipe"]["model"]["index_topk"] for run in runs} == {
             16 if name == "few" else 32
         }
@@ -189,7 +189,7 @@ def test_finished_runs_are_not_run_again_and_a_new_seed_is(done, monkeypatch):
 def test_a_run_that_was_cut_off_goes_on_to_the_same_result(done, tmp_path):
     out, _ = done
     job = jobs(suite(), [0])[0]
-    whole = json.loads((out / RUNS / job.key / RESULT).read_text())
+    whole = json.loads((out / RUNS / job.key / RESULT).read_text("utf-8"))
     folder = tmp_path / RUNS / job.key
     runner.train(job.recipe, folder, stop_at=2, shown=False)
     resumed = runner.run_job(job, tmp_path / RUNS)
@@ -199,14 +199,14 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_result(done, tmp_path):
         [{k: v for k, v in r.items() if k not in clock} for r in metrics.read(f)]
         for f in (folder, out / RUNS / job.key)
     ]
-    assert lines[0] == lines[1] and len(json.loads((folder / "run.json").read_text())["starts"]) == 2
+    assert lines[0] == lines[1] and len(json.loads((folder / "run.json").read_text("utf-8"))["starts"]) == 2
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
     job = jobs(suite(set=(*TINY, "train.steps=1", "train.eval_every=0")), [0])[0]
     folder = tmp_path / job.key
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"step": 1, "lm": 99.0}\n')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "lm": 99.0}\n', "utf-8")
     assert runner.run_job(job, tmp_path)["measures"]["train.lm"] < 9
 
 
@@ -250,7 +250,7 @@ COMMAND = (
 
 def command(tmp_path: Path, *words: str) -> subprocess.Popen:
     """`abyssal WORDS` in a process group of its own, with the small suite as the only one."""
-    (tmp_path / "tests_ablate_suite.py").write_text(Path(__file__).read_text(encoding="utf-8"))
+    (tmp_path / "tests_ablate_suite.py").write_text(Path(__file__).read_text(encoding="utf-8"), "utf-8")
     paths = os.pathsep.join([str(tmp_path), str(Path(abyssal.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -270,7 +270,7 @@ def test_two_workers_find_what_one_finds_and_an_interrupt_ends_them(done, tmp_pa
     second = command(tmp_path, *words)
     text, errors = second.communicate(timeout=patience.SECONDS)
     assert second.returncode == 0, errors
-    found = json.loads((tmp_path / "out" / "small.json").read_text())
+    found = json.loads((tmp_path / "out" / "small.json").read_text("utf-8"))
     for name, arm in done[1]["arms"].items():
         assert [run["measures"] for run in found["arms"][name]["runs"]] == [run["measures"] for run in arm["runs"]]
     assert "few are better" in text and (tmp_path / "out" / "small.png").stat().st_size > 10_000
@@ -297,14 +297,14 @@ def test_the_command_lists_and_refuses(capsys, tmp_path):
 def test_the_picture_is_drawn_from_the_json_alone(done, tmp_path):
     pytest.importorskip("matplotlib")
     out, _ = done
-    (tmp_path / "small.json").write_text((out / "small.json").read_text())
+    (tmp_path / "small.json").write_text((out / "small.json").read_text("utf-8"), "utf-8")
     assert draw(tmp_path / "small.json") == tmp_path / "small.png"
     picture = (tmp_path / "small.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    found = json.loads((tmp_path / "small.json").read_text())
+    found = json.loads((tmp_path / "small.json").read_text("utf-8"))
     for run in found["arms"]["few"]["runs"]:
         run["measures"]["accuracy"] = 0.9
-    (tmp_path / "small.json").write_text(json.dumps(found))
+    (tmp_path / "small.json").write_text(json.dumps(found), "utf-8")
     assert draw(tmp_path / "small.json").read_bytes() != picture
 
 
@@ -340,8 +340,8 @@ def test_the_page_says_what_the_json_says(done, tmp_path):
         changed["arms"][name]["summary"]["accuracy"] = {"mean": sum(values) / 2, "deviation": 0.01, "values": values}
     changed["claims"][0]["verdict"] = judge([0.91, 0.92], [0.11, 0.12], "higher").to_dict()
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "small.json").write_text(json.dumps(changed))
-    page = write_page(tmp_path / "results", tmp_path / "RESULTS.md", ["missing", "small"]).read_text()
+    (tmp_path / "results" / "small.json").write_text(json.dumps(changed), "utf-8")
+    page = write_page(tmp_path / "results", tmp_path / "RESULTS.md", ["missing", "small"]).read_text("utf-8")
     assert "| [small](#small) | few are better | **holds** |" in page and "(results/small.png)" in page
     assert (
         "91.5% ± 1.0%" in page and "11.5% ± 1.0%" in page and "few are better: **holds** (answers right: +80.0%" in page

@@ -99,7 +99,7 @@ def test_without_memory_for_the_reference_nothing_is_timed(monkeypatch, tmp_path
     monkeypatch.setattr(measure, "measure", large)
     monkeypatch.setattr(measure, "measured_peak", lambda *arguments: Peak(1e11, 1e10, "invented"))
     run.run("moe", shape="8x8x4x2", tokens="5", device="cpu", out=tmp_path, tests=False)
-    found = json.loads((tmp_path / "moe-8x8x4x2-cpu.json").read_text())["rows"]
+    found = json.loads((tmp_path / "moe-8x8x4x2-cpu.json").read_text("utf-8"))["rows"]
     assert {row["note"] for row in found} == {"the reference runs out of memory"}
     text = capsys.readouterr().out
     assert "triton                    not run: the reference runs out of memory" in text
@@ -171,13 +171,13 @@ def result(tmp_path_factory):
             "--no-tests",
         ]
         assert main(["bench", "moe", *given, "--out", str(out)]) == 0
-    (out / "printed").write_text(printed.getvalue())
-    (out / "progress").write_text(progress.getvalue())
+    (out / "printed").write_text(printed.getvalue(), "utf-8")
+    (out / "progress").write_text(progress.getvalue(), "utf-8")
     return out / "moe-32x16x6x3-cpu.json"
 
 
 def test_the_json_holds_all_numbers_and_where_they_come_from(result):
-    found = json.loads(result.read_text())
+    found = json.loads(result.read_text("utf-8"))
     assert found["op"] == "moe" and found["dtype"] == "float32" and found["data"] == "zipf" and found["repeats"] == 2
     assert found["shapes"]["32x16x6x3"] == {
         "width": 32, "expert_width": 16, "experts": 6, "slots": 3, "tokens": [1024, 4096]
@@ -213,12 +213,12 @@ def test_the_picture_is_drawn_from_the_json(result, tmp_path):
 
 
 def test_the_table_says_what_ran(result):
-    text = result.with_name("printed").read_text()
+    text = result.with_name("printed").read_text("utf-8")
     assert "32x16x6x3 experts  T=40   limit: forward" in text
     assert "triton                    not run: needs a CUDA device" in text
     assert text.count("\nreference ") == 4
     assert max(map(len, text.splitlines()[5:-2])) <= 120
-    assert "32x16x6x3 experts T=40 ..." in result.with_name("progress").read_text()
+    assert "32x16x6x3 experts T=40 ..." in result.with_name("progress").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_the_page_holds_the_numbers_of_the_files():
     spec = importlib.util.spec_from_file_location("benchmark_page", path)
     benchmark_page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark_page)
-    text = benchmark_page.PAGE.read_text()
+    text = benchmark_page.PAGE.read_text("utf-8")
     assert benchmark_page.page(text) == text, "run python tests/benchmark_page.py"
 
 

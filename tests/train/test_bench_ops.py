@@ -174,7 +174,7 @@ def test_a_loss_over_ignored_targets_is_wrong():
 
 def test_where_nothing_is_learned_the_forward_pass_alone_is_measured(quick, tmp_path, capsys):
     path = run.run("newton_schulz", shape="24x16", tokens="3", repeats=1, device="cpu", out=tmp_path, tests=False)
-    rows = json.loads(path.read_text())["rows"]
+    rows = json.loads(path.read_text("utf-8"))["rows"]
     assert {tuple(row["stages"]) for row in rows} == {("forward",)}
     assert all(row["milliseconds"].keys() == {"forward"} for row in rows if row["status"] == "ok")
     assert path.with_suffix(".png").stat().st_size > 10_000
@@ -202,8 +202,8 @@ def red_for(op):
 def test_tests_run_first_and_red_ones_stop_the_clock(tmp_path, monkeypatch):
     folder = tmp_path / "tests" / "kernels"
     folder.mkdir(parents=True)
-    (folder / "test_good.py").write_text("def test_it(): pass\n")
-    (folder / "test_bad.py").write_text("def test_it(): assert 1 == 2\n")
+    (folder / "test_good.py").write_text("def test_it(): pass\n", "utf-8")
+    (folder / "test_bad.py").write_text("def test_it(): assert 1 == 2\n", "utf-8")
     monkeypatch.setattr(checks, "ROOT", tmp_path)
     on_gpu = "triton/test_absent_gpu.py"
     assert "1 passed" in checks.check(SimpleNamespace(tests=("test_good.py", on_gpu)), "good", "cpu")
@@ -226,14 +226,14 @@ def checkout(tmp_path, monkeypatch):
     shutil.copytree(base.ROOT / "kernels", root / "kernels", ignore=shutil.ignore_patterns("__pycache__", "*.json"))
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
     reference = root / "kernels/hyper/reference.py"
-    now = reference.read_text()
+    now = reference.read_text("utf-8")
     started = now.index("def hyper_recombine")
     body = now[started:].replace(
         "    n, d = streams.shape[-2:]\n", "    n, d = streams.shape[-2:]\n    post = 2 * post\n", 1
     )
     subprocess.run([*git, "init", "-q"], check=True)
     for text in (now[:started] + body, now):
-        reference.write_text(text)
+        reference.write_text(text, "utf-8")
         subprocess.run([*git, "add", "-A"], check=True)
         subprocess.run([*git, "commit", "-q", "-m", "kernels"], check=True)
     monkeypatch.setattr(base, "ROOT", root)
@@ -242,7 +242,7 @@ def checkout(tmp_path, monkeypatch):
 
 def test_two_commits_are_compared_in_one_run(checkout, quick, tmp_path, capsys):
     shape = {"shape": "24x3", "tokens": "50", "repeats": 2, "device": "cpu", "out": tmp_path, "tests": False}
-    found = json.loads(run.run("hyper", base="HEAD", **shape).read_text())
+    found = json.loads(run.run("hyper", base="HEAD", **shape).read_text("utf-8"))
     rows = {row["contender"]: row for row in found["rows"]}
     assert len(found["base"]) == 40 and rows["base reference"]["status"] == "ok"
     ratio = rows["reference"]["times_as_fast_as_base"]
@@ -250,7 +250,7 @@ def test_two_commits_are_compared_in_one_run(checkout, quick, tmp_path, capsys):
     assert ratio.keys() == set(measure.STAGES) and ratio["forward"] == pytest.approx(ms[0] / ms[1])
     text = capsys.readouterr().out
     assert f"base: commit {found['base'][:8]}" in text and "reference, times as fast as the base: forward" in text
-    found = json.loads(run.run("hyper", base="HEAD~1", **shape).read_text())
+    found = json.loads(run.run("hyper", base="HEAD~1", **shape).read_text("utf-8"))
     rows = {row["contender"]: row for row in found["rows"]}
     assert rows["base reference"]["status"] == "wrong" and "times_as_fast_as_base" not in rows["reference"]
 
@@ -270,7 +270,7 @@ def test_the_other_commits_operators_have_a_namespace_of_their_own(checkout):
     with base.kernels_at("HEAD") as (package, _):
         path = Path(package.__file__).parent / "moe_route/triton.py"
         name = package.__name__.partition(".")[0]
-        assert f'"{name}::moe_route"' in path.read_text() and "abyssal::" not in path.read_text()
+        assert f'"{name}::moe_route"' in path.read_text("utf-8") and "abyssal::" not in path.read_text("utf-8")
     assert not path.exists()
 
 
@@ -286,7 +286,7 @@ def test_a_base_needs_a_checkout(tmp_path, monkeypatch):
 def test_clocks_are_told_or_not(monkeypatch, tmp_path):
     monkeypatch.setattr(clocks, "GOVERNOR", tmp_path / "governor")
     assert "governor" not in clocks.clocks(CPU)
-    clocks.GOVERNOR.write_text("powersave\n")
+    clocks.GOVERNOR.write_text("powersave\n", "utf-8")
     assert clocks.clocks(CPU)["governor"] == "powersave"
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="ab-cd"))
     answers = iter([SimpleNamespace(returncode=0, stdout="1 MHz, 2 MHz, 3 MHz, 4 W, 5 W, 6, P0\n"), OSError()])

@@ -65,7 +65,7 @@ def voice():
 
 @pytest.fixture
 def tools(tmp_path):
-    (tmp_path / "tools.py").write_text(TOOLS)
+    (tmp_path / "tools.py").write_text(TOOLS, "utf-8")
     return load_tools(tmp_path / "tools.py")
 
 
@@ -196,7 +196,7 @@ def test_a_session(voice, tmp_path):
     saved = tmp_path / "talk.json"
     lines = ["hi", "", "/what", f"/save {saved}", f"/save {saved}", "/reset", "/help", "again", "/quit", "never read"]
     session, out, remarks = talk(voice, lines, system="Be brief.")
-    messages = json.loads(saved.read_text())["messages"]
+    messages = json.loads(saved.read_text("utf-8"))["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert [message["content"] for message in session.conversation.messages[:2]] == ["Be brief.", "again"]
     assert out == messages[-1]["content"] + "\n" + session.conversation.messages[-1]["content"] + "\n"
@@ -308,7 +308,7 @@ def test_calls_and_what_goes_wrong_in_them(tools, name, arguments, result):
     ("def f(x: dict[int, int]): ...", r"f\(x\): dict\[int, int\] has no JSON schema"),
 ])  # fmt: skip
 def test_files_without_tools(tmp_path, code, message):
-    (tmp_path / "bad.py").write_text(code)
+    (tmp_path / "bad.py").write_text(code, "utf-8")
     with pytest.raises(ValueError, match=message):
         load_tools(tmp_path / "bad.py")
     with pytest.raises(FileNotFoundError, match="no such file"):
@@ -320,7 +320,7 @@ def test_a_tool_runs_only_after_a_yes(voice, tools, tmp_path, monkeypatch, said,
     scripted(monkeypatch, "so" + calling(call("add", a=1, b=2, how="down")), "three<｜end▁of▁sentence｜>")
     session, out, remarks = talk(voice, ["add", said] if said is not None else ["add"], tools)
     log = tmp_path / "tools.log"
-    assert (log.read_text() if log.exists() else "") == "1 2 down\n" * runs
+    assert (log.read_text("utf-8") if log.exists() else "") == "1 2 down\n" * runs
     assert 'the model wants to call add({"a": 1, "b": 2, "how": "down"})' in remarks
     results = [message["content"] for message in session.conversation.messages if message["role"] == "tool"]
     assert results == (["3"] if runs else [DECLINED])

@@ -1,5 +1,6 @@
 """The command line: help that helps, a whole round of commands, and errors in one line."""
 
+import os
 import re
 import subprocess
 import sys
@@ -174,3 +175,13 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "abyssal.train", "info", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0 and "abyssal info v4-pro" in result.stdout
+
+
+def test_a_locale_of_ascii_alone_changes_no_file(tiny, tmp_path):
+    """Files are UTF-8, as the special tokens in a run's tokenizer need it; what a terminal cannot show is escaped."""
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "abyssal.train", "train", "nano", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, **ascii_alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, *settings(tiny(), "train.steps=1")], env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "run" / "sample.txt").read_text("utf-8").startswith("def ")

@@ -57,7 +57,7 @@ def test_folder_leaves_out_empty_binary_hidden_and_copied_files(tmp_path: Path):
     for name, text in files.items():
         (tmp_path / name).write_bytes(text)
     (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "config").write_text("hidden")
+    (tmp_path / ".git" / "config").write_text("hidden", "utf-8")
     corpus = load_corpus(str(tmp_path))
     assert {d.name for d in (*corpus.train, *corpus.held_out)} == {"a.txt", "b.txt"}
 

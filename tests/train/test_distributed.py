@@ -52,7 +52,9 @@ def recipe_of(tiny, tmp_path_factory):
     """`recipe_of("adamw", "train.steps=3", ...)`: short documents, so that rows differ in what they count."""
     folder, draw = tmp_path_factory.mktemp("short"), random.Random(0)
     for i in range(80):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choices(["sum", "of", "the", "parts"], k=draw.randint(1, 12))))
+        (folder / f"{i}.txt").write_text(
+            " ".join(draw.choices(["sum", "of", "the", "parts"], k=draw.randint(1, 12))), "utf-8"
+        )
 
     def make(name: str, *overrides: str) -> Recipe:
         recipe = tiny(f"data.source='{folder}'", *BASE, *RECIPES[name], *overrides)
@@ -258,8 +260,8 @@ def worker(parent: int, rank: int) -> int:
     """The process of that rank among torchrun's children."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            folder, own = status.parent, status.read_text().rpartition(")")[2].split()
-            told = (folder / "environ").read_text().split("\0")
+            folder, own = status.parent, status.read_text("utf-8").rpartition(")")[2].split()
+            told = (folder / "environ").read_text("utf-8").split("\0")
         except OSError:
             continue
         if int(own[1]) == parent and f"RANK={rank}" in told:

@@ -121,7 +121,7 @@ def test_the_command_starts_a_run_over_that_has_no_checkpoint(recipe, tmp_path, 
 def test_kills_are_seen_by_their_files(tmp_path):
     """The script's own eyes."""
     assert kills.state(tmp_path) == "before the first line"
-    (tmp_path / metrics.FILE).write_text('{"step": 3}\n')
+    (tmp_path / metrics.FILE).write_text('{"step": 3}\n', "utf-8")
     assert kills.state(tmp_path) == "before the first checkpoint"
     (tmp_path / checkpoint.FOLDER / ".writing-000001").mkdir(parents=True)
     assert kills.state(tmp_path) == "writing a checkpoint"

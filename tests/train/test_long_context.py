@@ -146,7 +146,7 @@ def test_the_command_writes_its_file(texts, tmp_path, capsys):
     assert main([*arguments, "--chunk", "2048"]) == 0
     text = capsys.readouterr().out
     assert "prefill     9,000 tokens" in text and str(out) in text and "9,000 of 9,000 tokens" in text
-    stored = json.loads(out.read_text())
+    stored = json.loads(out.read_text("utf-8"))
     assert stored["config"] == "nano" and stored["cache"] == stored["formula"] and len(stored["text"]) == 3
     assert [piece["end"] for piece in stored["decode"]] == [4096 + 16, 9003]
 
@@ -163,7 +163,7 @@ def test_the_command_takes_a_checkpoint(tiny, texts, tmp_path, capsys):
 
     model = load_trained(run)[0]
     prompt = long_text(str(texts), 60)[0]
-    assert json.loads(out.read_text())["text"] == list(generate(model, prompt, max_new_tokens=5, temperature=0))
+    assert json.loads(out.read_text("utf-8"))["text"] == list(generate(model, prompt, max_new_tokens=5, temperature=0))
 
 
 @pytest.mark.parametrize(

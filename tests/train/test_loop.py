@@ -62,7 +62,7 @@ def test_three_steps_and_three_resumed_equal_six(whole, tiny, tmp_path):
     assert without_clock(out) == without_clock(whole.out)
     assert_same_bits(whole.checkpoint, resumed.checkpoint)
     assert resumed.scores["held_out"] == whole.scores["held_out"]
-    starts = json.loads((out / "run.json").read_text())["starts"]
+    starts = json.loads((out / "run.json").read_text("utf-8"))["starts"]
     assert [start["step"] for start in starts] == [0, 3]
 
 
@@ -225,7 +225,7 @@ def test_a_device_that_is_not_here_is_named(device):
 
 
 def test_run_json_says_what_made_the_run(whole, tiny):
-    start = json.loads((whole.out / "run.json").read_text())["starts"][0]
+    start = json.loads((whole.out / "run.json").read_text("utf-8"))["starts"][0]
     assert start["recipe"] == tiny().to_dict()
     assert len(start["source"]["digest"]) == len(start["data"]["digest"]) == 64
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in start["versions"]["torch"]

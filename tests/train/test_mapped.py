@@ -184,9 +184,9 @@ def test_chunks_are_cut_at_line_ends(texts, size):
 
 def test_a_file_that_changed_is_an_error(tmp_path):
     path = tmp_path / "book.txt"
-    path.write_text("".join(f"line {i}\n" for i in range(500)))
+    path.write_text("".join(f"line {i}\n" for i in range(500)), "utf-8")
     named, read = load_corpus(str(path), in_memory=False), load_corpus(str(path))
-    path.write_text("other" + path.read_text()[5:])
+    path.write_text("other" + path.read_text("utf-8")[5:], "utf-8")
     with pytest.raises(ValueError, match=r"book.txt' has changed since the corpus was read"):
         _ = named.train[0].text
     assert read.train[0].text.startswith(b"line")

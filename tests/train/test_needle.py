@@ -192,7 +192,7 @@ def test_the_files_of_a_checkpoint(tiny, tmp_path, capsys):
     train(tiny("train.steps=1", "train.eval_every=0", "train.sample_tokens=0"), run, shown=False)
     needle.run(run, "80,120", "0,1", trials=2, batch=2, seed=0, out=None)
     text = capsys.readouterr().out
-    report = json.loads((run / needle.FILE).read_text())
+    report = json.loads((run / needle.FILE).read_text("utf-8"))
     assert [(cell["depth"], cell["length"]) for cell in report["cells"]] == [(0, 80), (0, 120), (1, 80), (1, 120)]
     assert report["trials"] == 2 and report["window"] == 16 and report["checkpoint"].endswith("step-000001")
     assert sum(cell["trials"] for cell in report["by_distance"]) == 8

@@ -204,8 +204,8 @@ def test_info_shows_the_rules_of_a_recipe_or_under_another(capsys, tmp_path):
     assert ("layers.*.attn.wq_a.weight", "adamw") in shown and ("layers.*.engram.table.weight", "adam") in shown
     shown = {(words[0], words[2]) for words in rules_shown(capsys, "v4-flash", "--rules", "muon")}
     assert ("layers.*.attn.wq_a.weight", "muon") in shown and ("head.weight", "adamw") in shown
-    text = (files("abyssal.configs") / "nano.toml").read_text()
-    (tmp_path / "mine.toml").write_text(text.replace("[optim]", "[optim]\nrule = 'muon'\nhead_wise = true"))
+    text = (files("abyssal.configs") / "nano.toml").read_text("utf-8")
+    (tmp_path / "mine.toml").write_text(text.replace("[optim]", "[optim]\nrule = 'muon'\nhead_wise = true"), "utf-8")
     maps = [words for words in rules_shown(capsys, str(tmp_path / "mine.toml"), "--rules") if words[2] == "muon"]
     assert [words[3] for words in maps if words[0] == "layers.*.attn.wq_b.weight"] == ["4"], "a matrix per head"
 

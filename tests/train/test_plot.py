@@ -23,7 +23,7 @@ def record(step: int, **more) -> dict:
 
 def write(folder, records) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / metrics.FILE).write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / metrics.FILE).write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
 
 
 def colours(path) -> set[tuple]:

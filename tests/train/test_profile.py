@@ -82,7 +82,7 @@ def test_tables_that_are_kept_apart(place, given, tmp_path):
 
 def test_a_released_configuration_trains_on_random_tokens(tmp_path):
     config = ModelConfig.load("nano").to_dict() | {"bos_token_id": 0, "vocab_size": 300}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     preset = load_preset(str(tmp_path / "config.json"), CPU, tokens=32)
     assert not preset.reads_text and preset.tokens == 32 and preset.dtype == "float32"
     losses = TrainingStep(preset, CPU, Path()).run(Observer())
@@ -561,12 +561,12 @@ def profile(given, tmp_path_factory):
     options = ["--repeats", "1", "--decode-length", "40", "--device", "cpu", "--out", str(out)]
     with redirect_stdout(StringIO()) as printed:
         assert main(["profile", "nano", *options, *(word for text in given for word in ("--set", text))]) == 0
-    (out / "printed").write_text(printed.getvalue())
+    (out / "printed").write_text(printed.getvalue(), "utf-8")
     return out
 
 
 def test_the_json_holds_all_numbers(profile):
-    found = json.loads((profile / "profile.json").read_text())
+    found = json.loads((profile / "profile.json").read_text("utf-8"))
     assert found["provenance"].keys() == {"time", "source", "versions", "machine"}
     assert found["preset"]["name"] == "nano" and found["preset"]["data"]["sequence_length"] == 48
     training, decode = found["training"], found["decode"]
@@ -590,7 +590,7 @@ def test_the_json_holds_all_numbers(profile):
 
 
 def test_the_table_has_a_line_for_each_mechanism(profile):
-    text = (profile / "printed").read_text()
+    text = (profile / "printed").read_text("utf-8")
     lines = text.splitlines()
     for mechanism in MECHANISMS:
         assert any(line.startswith(f"{mechanism} ") for line in lines), mechanism
@@ -606,10 +606,10 @@ def test_the_picture_is_drawn_from_the_json(profile, tmp_path):
 
 
 def test_the_traces_hold_a_range_for_each_mechanism(profile):
-    events = json.loads((profile / "trace.json").read_text())["traceEvents"]
+    events = json.loads((profile / "trace.json").read_text("utf-8"))["traceEvents"]
     names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
     assert names >= IN_TRAINING - {"optimizer", REST} | {"phase: forward", "phase: backward", "phase: optimizer"}
-    events = json.loads((profile / "trace-decode.json").read_text())["traceEvents"]
+    events = json.loads((profile / "trace-decode.json").read_text("utf-8"))["traceEvents"]
     names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
     assert names >= {"phase: decode", "indexer", "mHC", "experts", "loss and head"}
 
@@ -661,7 +661,7 @@ def test_errors_name_what_is_allowed(options, message, capsys):
 def test_a_profile_on_a_gpu(given, tmp_path):
     options = ["--repeats", "2", "--decode-length", "40", "--device", "cuda", "--out", str(tmp_path)]
     assert main(["profile", "nano", *options, *(word for text in given for word in ("--set", text))]) == 0
-    found = json.loads((tmp_path / "profile.json").read_text())
+    found = json.loads((tmp_path / "profile.json").read_text("utf-8"))
     for step_found in (found["training"], found["decode"]):
         rows = step_found["mechanisms"].values()
         kernels = sum(row["kernel_ms"] for row in rows)

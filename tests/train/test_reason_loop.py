@@ -297,7 +297,7 @@ def test_an_evaluation_examines_every_run_and_writes_what_it_found(tuned, whole,
     from abyssal.train.reason.evaluate import run
 
     path = run([tuned.out, whole.out], 3, tmp_path / "results")
-    found, page = json.loads(path.read_text()), (tmp_path / "results" / "RESULTS.md").read_text()
+    found, page = json.loads(path.read_text("utf-8")), (tmp_path / "results" / "RESULTS.md").read_text("utf-8")
     assert path == tmp_path / "results" / "reasoning.json" and page.startswith("# Reasoning")
     sft, grpo = found["runs"]
     assert (sft["recipe"], sft["rewarded"], grpo["recipe"], grpo["rewarded"]) == (
@@ -309,8 +309,10 @@ def test_an_evaluation_examines_every_run_and_writes_what_it_found(tuned, whole,
     shown = capsys.readouterr().out
     assert "greedy" in shown
     (tmp_path / "results" / "RESULTS.md").unlink()
-    assert run([path], 999) == path and json.loads(path.read_text()) == found  # its own numbers, no new examination
-    assert (tmp_path / "results" / "RESULTS.md").read_text() == page and capsys.readouterr().out == shown
+    assert (
+        run([path], 999) == path and json.loads(path.read_text("utf-8")) == found
+    )  # its own numbers, no new examination
+    assert (tmp_path / "results" / "RESULTS.md").read_text("utf-8") == page and capsys.readouterr().out == shown
     with pytest.raises(ValueError, match="allowed are those of the first run"):
         other = train(
             recipe("reason.tasks=['addition-1']", "train.steps=1", "reason.modes=['chat']", name="reason-sft"),

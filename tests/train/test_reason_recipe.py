@@ -66,7 +66,7 @@ def test_rewards_need_problems():
 @pytest.mark.parametrize("table", [ReasonConfig, GrpoConfig])
 def test_every_key_is_documented_and_read_somewhere(table):
     folder = Path(recipe_module.__file__).parent / "reason"
-    code = "\n".join(path.read_text() for path in folder.glob("*.py"))
+    code = "\n".join(path.read_text("utf-8") for path in folder.glob("*.py"))
     for f in fields(table):
         assert len(f.metadata["meaning"]) > 5, f.name
         assert re.search(rf"\.{f.name}\b", code), f"{table.name}.{f.name} is read nowhere"

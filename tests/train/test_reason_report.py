@@ -113,11 +113,11 @@ def test_the_picture_comes_from_the_json_alone(found, tmp_path):
     pytest.importorskip("matplotlib")
     from abyssal.train.reason.plot import plot
 
-    (tmp_path / "reasoning.json").write_text(json.dumps(found))
+    (tmp_path / "reasoning.json").write_text(json.dumps(found), "utf-8")
     path = plot(tmp_path / "reasoning.json")
     assert path == tmp_path / "reasoning.png" and path.read_bytes()[:4] == b"\x89PNG"
     found["runs"] = found["runs"][:3]
-    (tmp_path / "reasoning.json").write_text(json.dumps(found))  # without any GRPO run
+    (tmp_path / "reasoning.json").write_text(json.dumps(found), "utf-8")  # without any GRPO run
     assert plot(tmp_path / "reasoning.json", tmp_path / "other.png").stat().st_size > 10_000
     with pytest.raises(FileNotFoundError):
         plot(tmp_path / "none.json")

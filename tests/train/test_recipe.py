@@ -39,9 +39,9 @@ def test_overrides_are_toml_and_bare_words_are_strings():
 
 
 def test_a_file_is_a_recipe_and_missing_tables_take_defaults(tmp_path: Path):
-    text = Path(recipe_module.__file__).parents[1].joinpath("configs", "nano.toml").read_text()
+    text = Path(recipe_module.__file__).parents[1].joinpath("configs", "nano.toml").read_text("utf-8")
     model_only = re.split(r"^\[data\]", text, flags=re.MULTILINE)[0]
-    (tmp_path / "mine.toml").write_text(model_only + "\n[optim]\nlr = 0.5\n")
+    (tmp_path / "mine.toml").write_text(model_only + "\n[optim]\nlr = 0.5\n", "utf-8")
     recipe = load_recipe(tmp_path / "mine.toml")
     assert recipe.name == "mine" and recipe.optim.lr == 0.5 and recipe.data == TABLES["data"]()
 
@@ -110,7 +110,7 @@ def test_differences_name_table_key_and_both_values():
 @pytest.mark.parametrize("table", TABLES.values())
 def test_every_key_is_documented_and_read_somewhere(table):
     folder = Path(recipe_module.__file__).parent
-    code = "\n".join(path.read_text() for path in folder.rglob("*.py") if path.name != "recipe.py")
+    code = "\n".join(path.read_text("utf-8") for path in folder.rglob("*.py") if path.name != "recipe.py")
     for f in fields(table):
         assert len(f.metadata["meaning"]) > 5, f.name
         assert re.search(rf"\.{f.name}\b", code), f"{table.name}.{f.name} is read nowhere"

@@ -121,7 +121,8 @@ def test_stages_are_part_of_the_recipe(tmp_path):
     recipe = staged()
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     (tmp_path / "mine.toml").write_text(
-        (open_text("nano").partition("[data]")[0]) + "\n[[stages]]\nsteps = 3\n\n[[stages]]\nattention = 'dense'\n"
+        (open_text("nano").partition("[data]")[0]) + "\n[[stages]]\nsteps = 3\n\n[[stages]]\nattention = 'dense'\n",
+        "utf-8",
     )
     mine = load_recipe(tmp_path / "mine.toml", ["stages.1.steps=5", "stages.0.lr=0.5"])
     assert mine.stages == (StageConfig(steps=3, lr=0.5), StageConfig(steps=5, attention="dense"))
@@ -134,7 +135,7 @@ def test_stages_are_part_of_the_recipe(tmp_path):
 def open_text(name: str) -> str:
     from importlib import resources
 
-    return (resources.files("abyssal.configs") / f"{name}.toml").read_text()
+    return (resources.files("abyssal.configs") / f"{name}.toml").read_text("utf-8")
 
 
 def test_the_plan_is_printed(capsys):

@@ -184,7 +184,7 @@ def test_a_checkpoint_carries_its_tokenizer(run, tiny):
     folder = find(run)
     assert {"tokenizer.json", "tokenizer_config.json"} <= {path.name for path in folder.iterdir()}
     assert tokenizer_of(run).digest == open_source(tiny(*BPE)).tokenizer.digest
-    begun = json.loads((run / "run.json").read_text())["starts"][0]
+    begun = json.loads((run / "run.json").read_text("utf-8"))["starts"][0]
     assert tokenizer_of(run).digest in begun["data"]["digest"]
 
 
@@ -219,7 +219,7 @@ def test_commands_use_the_runs_tokenizer(run, capsys):
                  "--stop", stop, "--stop", "never"]) == 0  # fmt: skip
     assert capsys.readouterr().out == "the " + written[: written.index(stop) + 2] + "\n"
     assert main(["eval", str(run)]) == 0
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     assert f"held-out bits per byte   {last['held_out']:.4f}" in capsys.readouterr().out
     assert main(["eval", "speculative", str(run), "--prompts", "1", "--tokens", "5"]) == 0
     assert main(["eval", "needle", str(run), "--lengths", "128", "--depths", "0", "--trials", "1"]) == 2

@@ -194,19 +194,19 @@ train(recipe, folder, resume=resume, shown=False)
 def test_killed_in_the_middle_of_writing_rows_back(whole, recipe, tmp_path, place):
     """Twice, with half of the rows written in some columns: the last checkpoint stands, and leads to the same end."""
     made = recipe(place, "train.checkpoint_every=1", "train.keep=2")
-    (tmp_path / "recipe.json").write_text(json.dumps(made.to_dict()))
+    (tmp_path / "recipe.json").write_text(json.dumps(made.to_dict()), "utf-8")
     out, root = tmp_path / "run", str(Path(abyssal.__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     for number, writes in enumerate((3, 2)):
         flag = tmp_path / f"writing-{number}"
         arguments = [str(out), str(flag), str(writes), str(tmp_path / "recipe.json")]
-        with (tmp_path / "errors").open("w") as errors:
+        with (tmp_path / "errors").open("w", encoding="utf-8") as errors:
             child = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], env=environment, stderr=errors)
         wait_for(flag.exists, child)
         time.sleep(0.02 * number)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        assert flag.exists(), (tmp_path / "errors").read_text()
+        assert flag.exists(), (tmp_path / "errors").read_text("utf-8")
         assert checkpoint.find(out).name == f"step-00000{2 + number}"
     resumed = train(made, out, resume=out, shown=False)
     assert_same_bits(resumed.checkpoint, whole.checkpoint)

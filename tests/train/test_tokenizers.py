@@ -238,7 +238,7 @@ def change(contents: dict, what: str) -> str:
 @pytest.mark.parametrize("what", ["order", "special", "missing", "gap", "spelling", "kind", "list", "text"])
 def test_another_tokenizer_is_an_error(tmp_path: Path, what: str):
     text = {"list": "[1]", "text": "{"}.get(what) or change(json.loads(TRAINED.files()["tokenizer.json"]), what)
-    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer.json").write_text(text, "utf-8")
     with pytest.raises(ValueError, match=f"tokenizer='{tmp_path}': no byte-level BPE whose tokens are bytes"):
         load_tokenizer(tmp_path)
 

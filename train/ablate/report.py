@@ -38,7 +38,7 @@ def write_page(folder: Path, page: Path, order: Sequence[str]) -> Path:
     paths = [folder / f"{name}.json" for name in order if (folder / f"{name}.json").is_file()]
     if not paths:
         raise FileNotFoundError(f"{str(folder)!r} holds no results of {', '.join(order)}")
-    every = [json.loads(path.read_text()) for path in paths]
+    every = [json.loads(path.read_text("utf-8")) for path in paths]
     pictures = Path(os.path.relpath(folder, page.parent))
     page.write_text("\n".join([HEAD, _overview(every), *(_section(found, pictures) for found in every)]), "utf-8")
     return page

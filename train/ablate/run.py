@@ -60,11 +60,11 @@ def run_suite(
     with Progress(suite.name, planned, out / RUNS, shown) as progress:
         for job, result in execute(planned, out / RUNS, workers, progress):
             progress.done(job, result)
-    results = [json.loads((out / RUNS / job.key / RESULT).read_text()) for job in planned]
+    results = [json.loads((out / RUNS / job.key / RESULT).read_text("utf-8")) for job in planned]
     found = summarise(suite, size, list(overrides), planned, results)
     found["wall_seconds"] = round(time.perf_counter() - began, 1)
     write_json(out / f"{suite.name}.json", found)
-    return json.loads((out / f"{suite.name}.json").read_text())
+    return json.loads((out / f"{suite.name}.json").read_text("utf-8"))
 
 
 def execute(planned: Sequence[Job], runs: Path, workers: int, progress: Progress) -> Iterator[tuple[Job, Any]]:
@@ -116,7 +116,7 @@ def run_job(job: Job, runs: Path) -> dict[str, Any]:
     try:
         with FileLock(runs / f".{job.key}.lock"):
             path = folder / RESULT
-            result = json.loads(path.read_text()) if path.is_file() else _train(job, folder)
+            result = json.loads(path.read_text("utf-8")) if path.is_file() else _train(job, folder)
             _probe(job, folder, result)
             write_json(path, result)
             return result
@@ -129,7 +129,7 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     if folder.exists() and not begun:
         shutil.rmtree(folder)  # killed before its first checkpoint
     summary = train(job.recipe, folder, folder if begun else None, shown=False, prepare=VARIANTS[job.variant])
-    records, start = metrics.read(folder), json.loads((folder / provenance.FILE).read_text())["starts"][-1]
+    records, start = metrics.read(folder), json.loads((folder / provenance.FILE).read_text("utf-8"))["starts"][-1]
     model = _built(job)
     return {
         "key": job.key,
@@ -171,5 +171,5 @@ def write_json(path: Path, values: Any) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f".{path.name}")
-    writing.write_text(json.dumps(values, indent=1) + "\n")
+    writing.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
     os.replace(writing, path)

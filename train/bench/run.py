@@ -90,7 +90,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     where = result["provenance"]["machine"]["name"] if on.type == "cuda" else "cpu"
     path = folder / f"{_slug('-'.join([op, *(shapes if shape else ()), where]))}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"\nnumbers  {path}\npicture  {_try_draw(path)}")
     return path
 

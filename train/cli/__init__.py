@@ -5,6 +5,7 @@ is imported when it runs, so that help is instant and a missing optional library
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if " ".join(words[:2]) in COMMANDS:
         words[:2] = [" ".join(words[:2])]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is no reason to stop
     options = build_parser().parse_args(words)
     try:
         options.run(options)

@@ -57,7 +57,7 @@ def run(
     result["decode"], decode_trace = profile_decode(preset, on, repeats, peak, folder)
     print("\n" + report.decode_table(result["decode"]), flush=True)
     path = folder / "profile.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"\nnumbers  {path}\npicture  {_try_draw(path)}\ntraces   {training_trace}\n         {decode_trace}")
     return path
 

@@ -35,7 +35,7 @@ def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None
     """
     stored = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_file() else None
     if stored:
-        found: dict[str, Any] = json.loads(stored.read_text())
+        found: dict[str, Any] = json.loads(stored.read_text("utf-8"))
     else:
         found = {"problems": problems, "runs": [_examined(path, problems) for path in runs]}
     for other in found["runs"]:
@@ -43,7 +43,7 @@ def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None
             raise ValueError(f"{other['folder']!r} has tasks {other['tasks']}: allowed are those of the first run")
     out = Path(out) if out else stored.parent if stored else Path(runs[0])
     out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text(json.dumps(found, indent=1) + "\n")
+    (out / FILE).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     (out / PAGE).write_text(markdown(found), "utf-8")
     for temperature in TEMPERATURES:
         print(table(found, temperature) + "\n")
@@ -68,7 +68,7 @@ def _examined(path: Path | str, problems: int) -> dict[str, Any]:
     }
     run_folder = folder.parents[1]
     records = metrics.read(run_folder)
-    start = json.loads((run_folder / provenance.FILE).read_text())["starts"][-1]
+    start = json.loads((run_folder / provenance.FILE).read_text("utf-8"))["starts"][-1]
     return {
         "folder": run_folder.name,
         "recipe": recipe.name if len(reason.modes) > 1 else f"{recipe.name}, {reason.modes[0]} only",

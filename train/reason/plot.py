@@ -21,7 +21,7 @@ def plot(results: Path | str, path: Path | str | None = None) -> Path:
         ModuleNotFoundError: matplotlib is not installed.
     """
     results = Path(results)
-    found = json.loads(results.read_text())
+    found = json.loads(results.read_text("utf-8"))
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
