@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT / "tests/support")]
 import aot  # noqa: E402
 import record  # noqa: E402
 
-SHOWN = "3.6.0", "sm_90"  # triton and architecture whose products the page lists one by one
+SHOWN = "3.7.1", "sm_90"  # triton and architecture whose products the page lists one by one
 BOTH = "forward + backward"
 Rows = list[dict[str, Any]]
 

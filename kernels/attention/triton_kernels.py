@@ -62,8 +62,8 @@ def _keys(kv, compressed, index, query, own, key, stop, p, k, d: tl.constexpr, E
     """Addresses of the keys of a step and which of them are seen: rows of kv if `own`, else entries or slots of the
     list, those before `stop`.
 
-    All that can be is a scalar, the choice between the tensors too: triton 3.8 reads from a block of chosen pointers two
-    bytes at a time.
+    All that can be is a scalar, the choice between the tensors too: triton 3.8 reads from a block of chosen pointers
+    two bytes at a time.
     """
     base, row, seen = kv, key, key < stop
     if ENTRIES == "list":
@@ -129,7 +129,6 @@ def _q_and_do(q, dout, first, h: tl.constexpr, d: tl.constexpr, D: tl.constexpr,
     head = first + row % BH
     at, real = head * d + column, (head < h) & (column < d)
     return tl.load(dout + at, mask=real & (row >= BH), other=tl.load(q + at, mask=real & (row < BH), other=0.0))
-
 
 
 @triton.jit
@@ -199,8 +198,8 @@ def attention_backward(
 def used_slots(index, used, k, K: tl.constexpr):
     """used [b t]: the slots of a query up to the last that holds a pick.
 
-    A kernel of its own because a number that is loaded is known to be that of the whole warp, and one that is reduced is
-    not: the loop that it ends would keep in registers what belongs into uniform ones.
+    A kernel of its own because a number that is loaded is known to be that of the whole warp, and one that is reduced
+    is not: the loop that it ends would keep in registers what belongs into uniform ones.
     """
     query, slot = tl.program_id(0).to(tl.int64), tl.arange(0, K)
     entry = tl.load(index + query * k + slot, mask=slot < k, other=-1)
@@ -242,8 +241,8 @@ def _who_sees(start, end, queries, begin, stop, key, KEYS: tl.constexpr, STEP: t
 @triton.jit
 def keys_backward(
     q, dout, pairs, start, end, index, out, first_tile, tiles, splits, span, chunk, n, t, past, p, k, window,
-    h: tl.constexpr, d: tl.constexpr, KIND: tl.constexpr, ATOMIC: tl.constexpr, WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr,
-    KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    h: tl.constexpr, d: tl.constexpr, KIND: tl.constexpr, ATOMIC: tl.constexpr,
+    WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """sum over (query, head) rows of p^T do + ds^T q, for a tile of keys and COLUMNS channels.
 

@@ -3,7 +3,7 @@
     python tests/support/aot.py                    a Markdown table of everything
     python tests/support/aot.py --json sm_90       one JSON document: rows of dicts, and the sources they come from
     python tests/support/aot.py --only moe sm_90   the cases of compiled_moe.py alone
-    python tests/support/aot.py --first sm_90      of each file the first case alone
+    python tests/support/aot.py --case NAME sm_90  one case alone
 
 Cases run the host code of an op at real shapes in a dry run; the rows say which case compiled them first. A file
 compiled_*.py holds those of a few ops: CASES, name: (architectures, function), and PRODUCTS, its kernels that multiply.
@@ -28,17 +28,16 @@ COLUMNS = ("target", "case", "kernel", "warps", "registers", "spilled", "shared"
 Row = dict[str, Any]
 
 
-def report(op: str, target: str, most: int | None = None) -> list[Row]:
-    """A row for each kernel that the op's cases for this target compile, or the first `most` of these cases."""
+def report(op: str, target: str, names: list[str] | None = None) -> list[Row]:
+    """A row for each kernel that the op's cases for this target compile, or those of these names alone."""
     from dryrun import gpu
 
-    cases = importlib.import_module(f"compiled_{op}").CASES
-    here = ((case, run) for case, (where, run) in cases.items() if target in where)
     rows: list[Row] = []
     with gpu(target) as (_, kernels):
-        for case, run in itertools.islice(here, most):
+        for case, (where, run) in importlib.import_module(f"compiled_{op}").CASES.items():
             start = len(kernels)
-            run()
+            if target in where and (names is None or case in names):
+                run()
             rows += [{"op": op, "target": target, "case": case, **kernel} for kernel in kernels[start:]]
     return rows
 
@@ -76,12 +75,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("targets", nargs="*", default=TARGETS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", action="append")
-    parser.add_argument("--first", action="store_true")
+    parser.add_argument("--case", action="append")
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
     rows: list[Row] = []
     for op, target in itertools.product(options.only or OPS, options.targets):
-        rows += report(op, target, 1 if options.first else None)
+        rows += report(op, target, options.case)
     if options.json:
         print(json.dumps({"sources": loaded_sources(), "rows": rows}))
         return
