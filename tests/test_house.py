@@ -17,7 +17,7 @@ def imported_folders(path: Path, folder: str) -> set[str]:
     """Our own folders that a file imports, from relative imports and from `abyssal.*`."""
     package = ("abyssal", *path.relative_to(ROOT).parts[:-1])
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1]
             names = [node.module] if node.module else [a.name for a in node.names]

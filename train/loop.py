@@ -327,7 +327,7 @@ class Run:
         saved = self.saved or self.save()
         sample = self.sample()
         if sample:
-            (self.out / SAMPLE).write_text(sample)
+            (self.out / SAMPLE).write_text(sample, "utf-8")
         steps, report = self.recipe.train.steps, self.source.report(self.scores)
         return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample)
 

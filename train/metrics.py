@@ -61,7 +61,7 @@ class MetricsFile:
         writing = folder / f".{FILE}"
         writing.write_text("".join(map(_line, kept)))
         os.replace(writing, self.path)
-        self.file = open(self.path, "a")  # noqa: SIM115 (stays open as long as the run)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open as long as the run)
 
     def write(self, record: dict[str, Any]) -> None:
         self.file.write(_line(record))

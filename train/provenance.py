@@ -80,7 +80,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _processor() -> str:
     """The CPU's model where Linux tells it, else its architecture."""
     try:
-        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         told = None
     return told[1] if told else platform.processor() or platform.machine()

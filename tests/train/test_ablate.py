@@ -249,7 +249,7 @@ COMMAND = (
 
 def command(tmp_path: Path, *words: str) -> subprocess.Popen:
     """`abyssal WORDS` in a process group of its own, with the small suite as the only one."""
-    (tmp_path / "tests_ablate_suite.py").write_text(Path(__file__).read_text())
+    (tmp_path / "tests_ablate_suite.py").write_text(Path(__file__).read_text(encoding="utf-8"))
     paths = os.pathsep.join([str(tmp_path), str(Path(abyssal.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

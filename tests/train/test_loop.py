@@ -56,7 +56,7 @@ def test_three_steps_and_three_resumed_equal_six(whole, tiny, tmp_path):
     out = tmp_path / "run"
     train(tiny(), out, stop_at=3, shown=False)
     torch.rand(17)  # whatever else happens in between
-    with open(out / metrics.FILE, "a") as file:
+    with open(out / metrics.FILE, "a", encoding="utf-8") as file:
         file.write('{"step": 4, "loss": 99}\n{"step": 5, "lo')
     resumed = train(tiny(), out, resume=out, shown=False)
     assert without_clock(out) == without_clock(whole.out)

@@ -56,7 +56,7 @@ def test_a_model_without_some_mechanisms_can_be_drawn(tmp_path):
 
 def test_a_half_written_last_line_is_left_out(tmp_path):
     write(tmp_path, [record(1), record(2)])
-    with open(tmp_path / metrics.FILE, "a") as file:
+    with open(tmp_path / metrics.FILE, "a", encoding="utf-8") as file:
         file.write('{"step": 3, "lm"')
     assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
     plot(tmp_path)

@@ -25,7 +25,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = json.loads(Path(path).read_text())
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
     panels = found["panels"]
     width = sum(1.7 if panel["kind"] == "distance" else 1.0 for panel in panels)
     figure = Figure(figsize=(max(10.5, 4.4 * width), 5.0), layout="constrained")

@@ -40,7 +40,7 @@ def write_page(folder: Path, page: Path, order: Sequence[str]) -> Path:
         raise FileNotFoundError(f"{str(folder)!r} holds no results of {', '.join(order)}")
     every = [json.loads(path.read_text()) for path in paths]
     pictures = Path(os.path.relpath(folder, page.parent))
-    page.write_text("\n".join([HEAD, _overview(every), *(_section(found, pictures) for found in every)]))
+    page.write_text("\n".join([HEAD, _overview(every), *(_section(found, pictures) for found in every)]), encoding="utf-8")
     return page
 
 

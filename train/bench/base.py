@@ -52,9 +52,9 @@ def _unpack(archive: bytes, package: Path) -> None:
         files.extractall(package, filter="data")
     (package / "__init__.py").touch()
     for path in package.rglob("*.py"):
-        text = path.read_text()
+        text = path.read_text("utf-8")
         renamed = text.replace("abyssal::", f"{package.name}::").replace("ops.abyssal.", f"ops.{package.name}.")
-        path.write_text(renamed)
+        path.write_text(renamed, "utf-8")
 
 
 def _git(*arguments: str) -> bytes:

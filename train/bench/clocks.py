@@ -32,9 +32,9 @@ def _cpu() -> dict[str, str]:
     """Governor and present frequency, where Linux tells them."""
     found = {}
     with suppress(OSError):
-        found["governor"] = GOVERNOR.read_text().strip()
+        found["governor"] = GOVERNOR.read_text(encoding="utf-8").strip()
     try:
-        told = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        told = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         told = []
     return found | ({"frequency": f"{max(map(float, told)):.0f} MHz"} if told else {})

@@ -20,7 +20,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    result = json.loads(Path(path).read_text())
+    result = json.loads(Path(path).read_text(encoding="utf-8"))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if "milliseconds" in row:

@@ -45,7 +45,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    result = json.loads(Path(path).read_text())
+    result = json.loads(Path(path).read_text(encoding="utf-8"))
     training, decode = result["training"], result["decode"]
     figure = Figure(figsize=(15, 8), layout="constrained")
     FigureCanvasAgg(figure)

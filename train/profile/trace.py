@@ -65,7 +65,7 @@ def record(steps: Callable[[], object], device: torch.device, path: Path) -> Tim
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     profiler.export_chrome_trace(str(path))
-    return kernel_times(json.loads(path.read_text())["traceEvents"]) if device.type == "cuda" else {}
+    return kernel_times(json.loads(path.read_text(encoding="utf-8"))["traceEvents"]) if device.type == "cuda" else {}
 
 
 class _Range(NamedTuple):

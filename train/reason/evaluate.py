@@ -44,7 +44,7 @@ def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None
     out = Path(out) if out else stored.parent if stored else Path(runs[0])
     out.mkdir(parents=True, exist_ok=True)
     (out / FILE).write_text(json.dumps(found, indent=1) + "\n")
-    (out / PAGE).write_text(markdown(found))
+    (out / PAGE).write_text(markdown(found), "utf-8")
     for temperature in TEMPERATURES:
         print(table(found, temperature) + "\n")
     return out / FILE

@@ -73,7 +73,7 @@ class Talk:
         """Writes the conversation to a new file."""
         saved = {"model": self.conversation.voice.name, "messages": self.conversation.messages}
         try:
-            with path.open("x") as file:
+            with path.open("x", encoding="utf-8") as file:
                 json.dump(saved, file, ensure_ascii=False, indent=1)
                 file.write("\n")
         except OSError as error:

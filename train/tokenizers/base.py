@@ -40,7 +40,7 @@ class Tokenizer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.files().items():
             writing = folder / f".{name}.{os.getpid()}"
-            writing.write_text(text)
+            writing.write_text(text, "utf-8")
             os.replace(writing, folder / name)
 
     @cached_property

@@ -115,7 +115,7 @@ def read_bpe(path: Path, name: str = "") -> BPETokenizer:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"tokenizer={str(path)!r}: no such file, and no folder with {FILE} in it")
-    return BPETokenizer(file.read_text(), name or str(path))
+    return BPETokenizer(file.read_text("utf-8"), name or str(path))
 
 
 def _contents(spelt: list[str], merges: list[tuple[str, str]]) -> str:

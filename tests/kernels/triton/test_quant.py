@@ -132,7 +132,7 @@ def test_blocks_of_every_shape(device, block, shape, format, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES, torch.float64])
-def test_every_code_under_every_scale(device, dtype):
+def test_every_code_under_every_scale(device, large_programs, dtype):
     byte = torch.arange(256, dtype=torch.uint8, device=device)
     scales = byte.view(torch.float8_e8m0fnu)[:, None]
     for codes, block in ((byte.view(torch.float8_e4m3fn), 256), (byte, 512), (byte.view(torch.int8), 512)):
