@@ -2,24 +2,28 @@
 
 python tests/benchmark_page.py              after `abyssal bench [OP] --out kernels/benchmarks`
 python tests/benchmark_page.py --compile [OP ...]   first compile the Triton configurations that ship: compiled.json
+
+The record of another triton is made with that one first on the path:
+
+pip install --no-deps --target /tmp/triton triton==3.8.0
+PYTHONPATH=/tmp/triton TRITON_CACHE_DIR=/tmp/triton-cache python tests/benchmark_page.py --compile
 """
 
 import importlib
+import itertools
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE, FOLDER = ROOT / "kernels/BENCHMARKS.md", ROOT / "kernels/benchmarks"
-TARGETS = ("sm_80", "sm_90", "sm_100")
-SUPPORT = ROOT / "tests/support"
-OPS = [path.stem.removeprefix("compiled_") for path in sorted(SUPPORT.glob("compiled_*.py"))]
-SHOWN = "sm_90"  # the architecture whose products the page lists one by one
+sys.path[:0] = [str(ROOT / "tests/support")]
+import aot  # noqa: E402
+import record  # noqa: E402
+
+SHOWN = "3.7.1", "sm_90"  # triton and architecture whose products the page lists one by one
 BOTH = "forward + backward"
 Rows = list[dict[str, Any]]
 
@@ -35,33 +39,42 @@ def page(text: str) -> str:
 
 
 def compiled() -> Iterator[str]:
-    """A summary for each op and architecture, and the matrix products on one architecture one by one."""
-    found = json.loads((FOLDER / "compiled.json").read_text("utf-8"))
-    yield from table(
-        "op", "architecture", "kernels", "spilled bytes", "registers, at most", "shared KiB, at most", "float atomics"
-    )
-    for op in found:
-        for target in TARGETS:
-            mine = [row for row in found[op]["rows"] if row["target"] == target]
-            if mine:
-                sums, most = (
-                    [f([row[key] for row in mine]) for key in keys]
-                    for f, keys in ((sum, ("spilled", "float atomics")), (max, ("registers", "shared")))
-                )
-                yield line(op, target, len(mine), sums[0], most[0], kib(most[1]), sums[1])
+    """A summary for each op, architecture and version of triton, and the matrix products of one version."""
+    entries = record.load()
+    versions = sorted({version for op in entries for version in entries[op]})
+    yield from table("op", "architecture", "kernels", *(f"triton {version}" for version in versions))
+    for op, target in itertools.product(entries, aot.TARGETS):
+        rows = [[row for row in record.rows(op, entries[op].get(v)) if row["target"] == target] for v in versions]
+        if any(rows):
+            yield line(op, target, max(map(len, rows)), *map(summary, rows))
     yield ""
-    for told, ops in grouped({op: provenance(found[op]) for op in found}).items():
+    for told, ops in grouped({op: recorded(entries[op]) for op in entries}).items():
         yield f"{', '.join(ops)}: {told}."
     yield ""
-    yield f"The matrix products on {SHOWN}:"
+    version, target = SHOWN
+    yield f"The matrix products on {target}, by triton {version}:"
     yield ""
-    yield from table("op", "case", "product", "warps", "registers", "shared KiB", "HGMMA", "MMA", "TMA")
-    for op in found:
-        for row in found[op]["rows"]:
-            if row["product"] and row["target"] == SHOWN:
-                resources = row["warps"], row["registers"], kib(row["shared"])
-                yield line(op, row["case"], row["kernel"], *resources, row.get("hgmma", "-"), row["mma"], row["tma"])
+    yield from table("op", "case", "product", "warps", "registers", "shared KiB", "HGMMA", "MMA", "async", "TMA")
+    for op in entries:
+        products = importlib.import_module(f"compiled_{op}").PRODUCTS
+        for row in record.rows(op, entries[op].get(version)):
+            if row["kernel"] in products and row["target"] == target:
+                counts = (row.get(name, "-") for name in ("hgmma", "mma", "async", "tma"))
+                yield line(op, row["case"], row["kernel"], row["warps"], row["registers"], kib(row["shared"]), *counts)
     yield ""
+
+
+def summary(rows: Rows) -> str:
+    """Of the kernels of one op, architecture and version."""
+    if not rows:
+        return "-"
+    registers, shared = (max(row[key] for row in rows) for key in ("registers", "shared"))
+    return f"{sum(row['spilled'] for row in rows)} · {registers} · {kib(shared)}"
+
+
+def recorded(entries: dict[str, Any]) -> str:
+    """When, and beside which torch."""
+    return ", ".join(f"{version} on {entry['date']} (torch {entry['torch']})" for version, entry in entries.items())
 
 
 def grouped(names: dict[str, str]) -> dict[str, list[str]]:
@@ -152,36 +165,9 @@ def kib(size: int) -> str:
     return f"{size / 1024:.1f}"
 
 
-def compile_ops(ops: list[str]) -> None:
-    """Every shipped kernel of these ops for every architecture, in processes in which no kernel is interpreted."""
-    sys.path[:0] = [str(ROOT), str(SUPPORT)]
-    from abyssal.train import provenance
-
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / "compiled.json"
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    for op in ops:
-        print(f"compiling {op}", flush=True)
-        found[op] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "source": provenance.source(),
-            "versions": provenance.versions(),
-            "rows": compile_op(op),
-        }
-        ordered = {name: found[name] for name in OPS if name in found}
-        path.write_text(json.dumps(ordered).replace('{"target"', '\n{"target"') + "\n", "utf-8")
-
-
-def compile_op(op: str) -> Rows:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, SUPPORT / "aot.py", "--json", "--only", op, *TARGETS]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    products = importlib.import_module(f"compiled_{op}").PRODUCTS
-    rows = json.loads(done.stdout.splitlines()[-1])
-    return [row | {"product": row["kernel"] in products} for row in rows]
-
-
 if __name__ == "__main__":
     if "--compile" in sys.argv[1:]:
-        compile_ops(sys.argv[2:] or OPS)
+        for op in sys.argv[2:] or aot.OPS:
+            print(f"compiling {op}", flush=True)
+            record.add(op)
     PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")

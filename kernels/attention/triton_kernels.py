@@ -4,8 +4,9 @@ program for dkv. No atomics but where they are asked for; sums in one fixed orde
     p_k = exp(s_k - lse),   ds_k = scale p_k (<do, kv_k> - <do, o>)
     dq = sum over keys of ds_k kv_k,   dkv_k = sum over queries and heads of p_k do + ds_k q
 
-What a query sees besides its window is named by ENTRIES: "none", "range" [start, end), "list" (index) or, backward,
-"counts": a range with the number of times that each of its entries was picked. Exponents are to base 2.
+What a query sees besides its window is named by ENTRIES: "none", "range" [start, end), "list" (index, its first `end`
+slots) or, backward, "counts": a range with the number of times that each of its entries was picked. Exponents are to
+base 2.
 
 b batch · t queries · n queries of a chunk · s window rows · p entries · k picks · h heads · d head dim
 D power of two that holds d · BH heads of a program · TK keys of a step · KEYS, ROWS, COLUMNS of the product for dkv
@@ -39,13 +40,11 @@ def _window(window_start, query, row, window, DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def _entries(start, end, index, query, p, k, ENTRIES: tl.constexpr, K: tl.constexpr):
-    """The entries that a query sees, from and to; of a list the slots, up to the last that holds a pick."""
+def _entries(start, end, query, p, k, ENTRIES: tl.constexpr):
+    """The entries that a query sees, from and to; of a list the slots."""
     first, last = 0, 0
     if ENTRIES == "list":
-        slot = tl.arange(0, K)
-        entry = tl.load(index + query.to(tl.int64) * k + slot, mask=slot < k, other=-1)
-        last = tl.max(tl.where(entry >= 0, slot + 1, 0), axis=0)
+        last = tl.minimum(tl.load(end + query), k).to(tl.int32)
     elif ENTRIES != "none":
         first = tl.maximum(tl.load(start + query), 0).to(tl.int32)
         last = tl.minimum(tl.load(end + query), p).to(tl.int32)
@@ -59,20 +58,20 @@ def _steps(first, last, TK: tl.constexpr):
 
 
 @triton.jit
-def _keys(
-    kv, compressed, index, query, own, key, entry, first, row, low, high, p, k,
-    d: tl.constexpr, ENTRIES: tl.constexpr
-):  # fmt: skip
-    """Addresses of the keys of a step, which of them are seen, and their entries: rows of kv if `own`, else entries."""
-    at, seen = kv + key.to(tl.int64) * d, (key >= first) & (key <= row)
+def _keys(kv, compressed, index, query, own, key, stop, p, k, d: tl.constexpr, ENTRIES: tl.constexpr):
+    """Addresses of the keys of a step and which of them are seen: rows of kv if `own`, else entries or slots of the
+    list, those before `stop`.
+
+    All that can be is a scalar, the choice between the tensors too: triton 3.8 reads from a block of chosen pointers
+    two bytes at a time.
+    """
+    base, row, seen = kv, key, key < stop
     if ENTRIES == "list":
-        inside = (entry < high) & (not own)
-        entry = tl.load(index + query.to(tl.int64) * k + entry, mask=inside, other=-1).to(tl.int32)
-        low, high = 0, p
+        entry = tl.load(index + query.to(tl.int64) * k + key, mask=seen & (not own), other=-1).to(tl.int32)
+        row, seen = tl.where(own, key, entry), tl.where(own, seen, (entry >= 0) & (entry < p))
     if ENTRIES != "none":
-        at = tl.where(own, at, compressed + entry.to(tl.int64) * d)
-        seen = tl.where(own, seen, (entry >= low) & (entry < high))
-    return at, seen, entry
+        base = tl.where(own, kv, compressed)
+    return base + row.to(tl.int64) * d, seen
 
 
 # forward -------------------------------------------------------------------------------------------------------------
@@ -80,9 +79,9 @@ def _keys(
 
 @triton.jit
 def attention_forward(
-    q, kv, compressed, sink, window_start, start, end, index, out, lse, t, s, p, k, h, window, scale,
-    d: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr,
-    D: tl.constexpr, K: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
+    q, kv, compressed, sink, window_start, start, end, index, out, lse, t, s, p, k, window, scale,
+    h: tl.constexpr, d: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr,
+    D: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
 ):  # fmt: skip
     """out and lse of one query for BH heads: the softmax starts from the sink, so that it is never empty."""
     groups = tl.cdiv(h, BH)
@@ -90,7 +89,7 @@ def attention_forward(
     batch, row = (query // t).to(tl.int64), s - t + query % t
     real, place = head < h, query.to(tl.int64) * h
     first = _window(window_start, query, row, window, DOCUMENTS)
-    low, high = _entries(start, end, index, query, p, k, ENTRIES, K)
+    low, high = _entries(start, end, query, p, k, ENTRIES)
     qs = _load(q + place * d + head * d, real, d, D)
     rest = tl.load(sink + head, mask=real, other=0.0).to(tl.float32)
     rest = tl.minimum(tl.maximum(rest, -FINITE), FINITE)
@@ -99,11 +98,11 @@ def attention_forward(
     if ENTRIES != "none":
         compressed += batch * p * d
     steps = _steps(first, row + 1, TK)
-    for i in range(0, steps + _steps(low, high, TK)):
-        key, entry = first + i * TK + tl.arange(0, TK), low + (i - steps) * TK + tl.arange(0, TK)
-        at, seen, _ = _keys(
-            kv, compressed, index, query, i < steps, key, entry, first, row, low, high, p, k, d, ENTRIES
-        )
+    for i in tl.range(0, steps + _steps(low, high, TK), disable_licm=True):
+        own = i < steps
+        key = tl.where(own, first + i * TK, low + (i - steps) * TK) + tl.arange(0, TK)
+        stop = tl.where(own, row + 1, high)
+        at, seen = _keys(kv, compressed, index, query, own, key, stop, p, k, d, ENTRIES)
         keys = _load(at, seen, d, D)
         logits = tl.dot(qs, keys.T, input_precision="ieee") * (scale * LOG2E)
         logits = tl.where(logits == float("-inf"), float("nan"), logits)  # an infinite key spoils all that see it
@@ -124,12 +123,21 @@ def attention_forward(
 
 
 @triton.jit
+def _q_and_do(q, dout, first, h: tl.constexpr, d: tl.constexpr, D: tl.constexpr, BH: tl.constexpr):
+    """[2 BH, D]: BH heads of q, then of dout: 128 rows are what eight warps of Hopper multiply at once."""
+    row, column = tl.arange(0, 2 * BH)[:, None], tl.arange(0, D)[None, :]
+    head = first + row % BH
+    at, real = head * d + column, (head < h) & (column < d)
+    return tl.load(dout + at, mask=real & (row >= BH), other=tl.load(q + at, mask=real & (row < BH), other=0.0))
+
+
+@triton.jit
 def attention_backward(
     q, kv, compressed, window_start, start, end, index, counts, out, lse, dout, dq, delta, pairs,
-    chunk, n, t, s, p, k, h, window, scale,
-    d: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr, NEED_Q: tl.constexpr, NEED_KEYS: tl.constexpr,
+    chunk, n, t, s, p, k, window, scale, h: tl.constexpr, d: tl.constexpr,
+    DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr, NEED_Q: tl.constexpr, NEED_KEYS: tl.constexpr,
     WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr,
-    D: tl.constexpr, PART: tl.constexpr, K: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
+    D: tl.constexpr, PART: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
 ):  # fmt: skip
     """delta = <do, o> and dq of one query of the chunk for BH heads; pairs [b n, 2, h, SLOTS]: its p and its ds."""
     groups = tl.cdiv(h, BH)
@@ -145,8 +153,8 @@ def attention_backward(
     tl.store(delta + place + head, d_o, mask=real)
     if NEED_Q or NEED_KEYS:
         first = _window(window_start, query, row, window, DOCUMENTS)
-        low, high = _entries(start, end, index, query, p, k, ENTRIES, K)
-        qs, do = _load(q + place * d + head * d, real, d, D), _load(dout + place * d + head * d, real, d, D)
+        low, high = _entries(start, end, query, p, k, ENTRIES)
+        both = _q_and_do(q + place * d, dout + place * d, tl.program_id(0) % groups * BH, h, d, D, BH)
         dqs = tl.zeros((BH, D), tl.float32)
         norm = tl.load(lse + place + head, mask=real, other=0.0) * LOG2E
         kv += batch * s * d
@@ -158,22 +166,25 @@ def attention_backward(
             counts += i_query.to(tl.int64) * p
         origin, low_origin, base = first // TK * TK, low // TK * TK, _first_slot(row, window, KEYS)
         steps = _steps(origin, row + 1, TK)
-        for i in range(0, steps + _steps(low_origin, high, TK)):
-            key, slot = origin + i * TK + tl.arange(0, TK), low_origin + (i - steps) * TK + tl.arange(0, TK)
-            at, seen, entry = _keys(
-                kv, compressed, index, query, i < steps, key, slot, first, row, low, high, p, k, d, ENTRIES
-            )
+        for i in tl.range(0, steps + _steps(low_origin, high, TK), disable_licm=True):
+            own = i < steps
+            key = tl.where(own, origin + i * TK, low_origin + (i - steps) * TK) + tl.arange(0, TK)
+            stop = tl.where(own, row + 1, high)
+            at, seen = _keys(kv, compressed, index, query, own, key, stop, p, k, d, ENTRIES)
+            seen = seen & (key >= tl.where(own, first, low))
             if ENTRIES == "counts":
-                times = tl.load(counts + entry, mask=seen & (i >= steps), other=1)
+                times = tl.load(counts + key, mask=seen & (not own), other=1)
                 seen = seen & (times > 0)
             keys = _load(at, seen, d, D)
-            logits, dp = tl.dot(qs, keys.T, input_precision="ieee"), tl.dot(do, keys.T, input_precision="ieee")
+            hits = tl.dot(both, keys.T, input_precision="ieee").reshape(2, BH, TK)
+            logits, dp = tl.split(hits.permute(1, 2, 0))
             ps = tl.where(seen[None, :], tl.exp2(logits * (scale * LOG2E) - norm[:, None]), 0.0)
             if ENTRIES == "counts":
                 ps *= times.to(tl.float32)[None, :]
             ds = tl.where(seen[None, :], ps * (dp - d_o[:, None]) * scale, 0.0).to(keys.dtype)
             if NEED_KEYS:
-                to = pairs + head[:, None] * SLOTS + tl.where(i < steps, key - base, WINDOW_SLOTS + slot)[None, :]
+                slot = key + tl.where(own, -base, WINDOW_SLOTS)
+                to = pairs + head[:, None] * SLOTS + slot[None, :]
                 tl.store(to, ps, mask=real[:, None])
                 tl.store(to + h * SLOTS, ds, mask=real[:, None])
             if NEED_Q:
@@ -181,6 +192,18 @@ def attention_backward(
         if NEED_Q:
             column = tl.arange(0, D)[None, :]
             tl.store(dq + place * d + head[:, None] * d + column, dqs, mask=real[:, None] & (column < d))
+
+
+@triton.jit
+def used_slots(index, used, k, K: tl.constexpr):
+    """used [b t]: the slots of a query up to the last that holds a pick.
+
+    A kernel of its own because a number that is loaded is known to be that of the whole warp, and one that is reduced
+    is not: the loop that it ends would keep in registers what belongs into uniform ones.
+    """
+    query, slot = tl.program_id(0).to(tl.int64), tl.arange(0, K)
+    entry = tl.load(index + query * k + slot, mask=slot < k, other=-1)
+    tl.store(used + query, tl.max(tl.where(entry >= 0, slot + 1, 0), axis=0))
 
 
 @triton.jit
@@ -217,11 +240,11 @@ def _who_sees(start, end, queries, begin, stop, key, KEYS: tl.constexpr, STEP: t
 
 @triton.jit
 def keys_backward(
-    q, dout, pairs, start, end, index, out, first_tile, tiles, splits, span, chunk, n, t, past, p, k, h, window,
-    d: tl.constexpr, KIND: tl.constexpr, ATOMIC: tl.constexpr, WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr,
-    KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    q, dout, pairs, start, end, index, out, first_tile, tiles, splits, span, chunk, n, t, past, p, k, window,
+    h: tl.constexpr, d: tl.constexpr, KIND: tl.constexpr, ATOMIC: tl.constexpr,
+    WINDOW_SLOTS: tl.constexpr, SLOTS: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """sum over (query, head) rows of p^T do + ds^T q, as one product, for a tile of keys and COLUMNS channels.
+    """sum over (query, head) rows of p^T do + ds^T q, for a tile of keys and COLUMNS channels.
 
     KIND "window" and "range": queries of one split, ascending; out [splits, b, tiles KEYS, d]. "list": the picks of one
     query; out [b n, k, d], or added to the entries out [b, p, d] in any order.
@@ -242,13 +265,12 @@ def keys_backward(
         batch = owner // n
         begin = chunk + owner % n
         stop = begin + 1
-    half = tl.arange(0, 2 * ROWS) // ROWS  # p do, then ds q
-    source = tl.where(half == 0, dout, q) + batch.to(tl.int64) * t * h * d
+    dout += batch.to(tl.int64) * t * h * d
+    q += batch.to(tl.int64) * t * h * d
     total = tl.zeros((KEYS, COLUMNS), tl.float32)
     for at in range(begin * h, stop * h, ROWS):
-        pair = at + tl.arange(0, 2 * ROWS) % ROWS
+        pair = at + tl.arange(0, ROWS)
         real, query = pair < stop * h, pair // h
-        place = ((batch * n + query - chunk).to(tl.int64) * 2 + half) * h + pair % h
         if KIND == "window":
             row = past + query
             slot = key[:, None] - _first_slot(row, window, KEYS)[None, :]
@@ -256,10 +278,14 @@ def keys_backward(
         else:
             slot = WINDOW_SLOTS + key[:, None]
             seen = real[None, :]
-        shares = tl.load(pairs + place[None, :] * SLOTS + slot, mask=seen, other=0.0)
-        at_row = source[:, None] + pair.to(tl.int64)[:, None] * d + column[None, :]
-        rows = tl.load(at_row, mask=real[:, None] & (column < d)[None, :], other=0.0)
-        total = tl.dot(shares, rows, total, input_precision="ieee")
+        place = ((batch * n + query - chunk).to(tl.int64) * 2 * h + pair % h) * SLOTS
+        shares = pairs + place[None, :] + slot
+        rows = pair.to(tl.int64)[:, None] * d + column[None, :]
+        inside = real[:, None] & (column < d)[None, :]
+        ps, do = tl.load(shares, mask=seen, other=0.0), tl.load(dout + rows, mask=inside, other=0.0)
+        total = tl.dot(ps, do, total, input_precision="ieee")
+        ds, qs = tl.load(shares + h * SLOTS, mask=seen, other=0.0), tl.load(q + rows, mask=inside, other=0.0)
+        total = tl.dot(ds, qs, total, input_precision="ieee")
     inside = (column < d)[None, :]
     if ATOMIC:
         entry = tl.load(index + (batch.to(tl.int64) * t + begin) * k + key, mask=key < k, other=-1)

@@ -108,6 +108,10 @@ def _inputs(q: Tensor, kv: Tensor, compressed: Tensor | None, sight: Sight, scal
     if compressed is None or compressed.shape[1] == 0 or (index is not None and index.shape[2] == 0):
         compressed, entries = None, "none"
     compressed = None if compressed is None else compressed.contiguous()
+    if index is not None and entries == "list":
+        end = index.new_empty(b, t, dtype=torch.int32)
+        with on_device(q):
+            kernels.used_slots[b * t,](index, end, index.shape[2], K=next_power(index.shape[2]))
     return _Inputs(
         q.contiguous(), kv.contiguous(), compressed, Sight(sight.window, first, start, end, index), entries, scale
     )
@@ -118,7 +122,7 @@ def _by_query(x: _Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
     h, width = x.sizes["h"], next_power(x.sizes["d"], 16)
     heads = min(next_power(h, 16), b.heads)
     warps = b.warps if heads * width * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
-    blocks = {"D": width, "K": next_power(x.sizes["k"]), "BH": heads, "TK": b.keys}
+    blocks = {"D": width, "BH": heads, "TK": b.keys}
     return triton.cdiv(h, heads), {**blocks, "num_warps": warps, "num_stages": b.stages}
 
 
@@ -212,7 +216,7 @@ def _queries(
     if x.entries == "counts":
         sizes = {"chunk": first, "n": n, **{key: x.sizes[key] for key in "tpk"}}
         counts = delta.new_zeros(b, n, x.sizes["p"], dtype=torch.int32)
-        kernels.count_picks[b * n,](x.sight.picks, counts, **sizes, K=blocks["K"])
+        kernels.count_picks[b * n,](x.sight.picks, counts, **sizes, K=next_power(sizes["k"]))
     kernels.attention_backward[b * n * groups,](
         x.q, x.kv, x.compressed, *x.sight[1:], counts, out, lse, dout, dq, delta, pairs,
         first, n, **x.sizes, NEED_Q=dq is not None, NEED_KEYS=need_keys,

@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def project(
-    u, fn, partial, t, w, m,
+    u, fn, partial, t, w: tl.constexpr, m: tl.constexpr,
     SPLIT: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """partial [splits, t, m + 1]: fn u and, last, sum(u^2), over SPLIT of the w columns of u."""
@@ -36,7 +36,7 @@ def project(
 
 @triton.jit
 def project_backward(
-    x, fn, scaled, shrink, du, pre, dx, parts, t, d, m, steps,
+    x, fn, scaled, shrink, du, pre, dx, parts, t, d: tl.constexpr, m: tl.constexpr, steps,
     READ: tl.constexpr, DX: tl.constexpr, DFN: tl.constexpr, N: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -50,21 +50,21 @@ def project_backward(
     weight = row[:, None] * (N * d) + j * d + at[None, :]
     f = tl.load(fn + weight, mask=known, other=0.0).to(tl.float32)
     dfn = tl.zeros((M, BK), tl.float32)
-    for step in range(group * steps, tl.minimum((group + 1) * steps, tl.cdiv(t, BT))):
+    for step in tl.range(group * steps, tl.minimum((group + 1) * steps, tl.cdiv(t, BT)), disable_licm=True):
         token = (step * BT + tl.arange(0, BT)).to(tl.int64)
         real = token < t
         inside = real[:, None] & (at < d)[None, :]
         where = token[:, None] * (N * d) + j * d + at[None, :]
         s = tl.load(scaled + token[:, None] * m + row[None, :], mask=real[:, None] & (row < m)[None, :], other=0.0)
         xs = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+        if DFN:
+            dfn = tl.dot(tl.trans(s), xs, dfn, input_precision=PRECISION)
         if DX:
             out = tl.dot(s, f, input_precision=PRECISION) + tl.load(shrink + token, mask=real, other=0.0)[:, None] * xs
             if READ:
                 weighted = tl.load(du + token[:, None] * d + at[None, :], mask=inside, other=0.0).to(tl.float32)
                 out += tl.load(pre + token * N + j, mask=real, other=0.0)[:, None] * weighted
             tl.store(dx + where, out, mask=inside)
-        if DFN:
-            dfn = tl.dot(tl.trans(s), xs, dfn, input_precision=PRECISION)
     if DFN:
         tl.store(parts + group.to(tl.int64) * m * N * d + weight, dfn, mask=known)
 

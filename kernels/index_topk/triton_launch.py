@@ -35,7 +35,7 @@ HALF = {  # bf16 and fp16, d <= 128
 }
 FEW = 64  # queries for which a tile of so many will do; Hopper's tensor cores take no fewer and sum them alike
 WIDE = Blocks(32, 32, 4, 2)  # heads of more channels
-PLAIN = Blocks(32, 32, 4, 2)  # float32, whose products take no tensor cores
+PLAIN = Blocks(16, 16, 8, 2)  # float32, whose products take no tensor cores; of larger ones triton 3.9 spills
 
 
 def blocks_for(q: Tensor) -> Blocks:

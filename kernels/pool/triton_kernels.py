@@ -50,7 +50,7 @@ def _softmax(z):
 
 @triton.jit
 def pool_forward(
-    kv, gate, bias, first, follows, out, n, p, t, m, d,
+    kv, gate, bias, first, follows, out, n, p, t, m: tl.constexpr, d: tl.constexpr,
     GATHERED: tl.constexpr, OVERLAP: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr
 ):  # fmt: skip
     """out [n, D] = sum_s softmax_s(gate + bias) kv, RUN entries to a program."""
@@ -73,8 +73,9 @@ def pool_forward(
 
 @triton.jit
 def pool_backward(
-    kv, gate, bias, first, follows, dout, dkv, dgate, dslots, tops, scales, means, n, p, real, t, m, d,
-    GATHERED: tl.constexpr, OVERLAP: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr
+    kv, gate, bias, first, follows, dout, dkv, dgate, dslots, tops, scales, means, n, p, real, t,
+    m: tl.constexpr, d: tl.constexpr, GATHERED: tl.constexpr, OVERLAP: tl.constexpr,
+    S: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """With a = softmax(z), c = sum a kv:  dkv = a dc,  dgate = a dc (kv - c),  and dgate summed over some entries.
 
@@ -118,8 +119,8 @@ def pool_backward(
 
 @triton.jit
 def pool_rows(
-    kv, gate, bias, first, follows, order, counts, tops, scales, means, dkv, dgate, p, t, m, d, blocks,
-    OVERLAP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    kv, gate, bias, first, follows, order, counts, tops, scales, means, dkv, dgate, p, t,
+    m: tl.constexpr, d: tl.constexpr, blocks, OVERLAP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """Gradients of a block of rows, from all entries that read them, which may be none or several.
 

@@ -43,7 +43,8 @@ def _tool(name: str, *options: str, binary: bytes) -> str:
 def resources(kernel: Any) -> dict[str, Any]:
     """What a compiled kernel takes: registers, bytes of spilled ones, shared bytes, matrix and copy instructions.
 
-    `hgmma` counts Hopper's matrix instructions in the machine code, the others are counted in PTX.
+    `hgmma` counts Hopper's matrix instructions in the machine code, the others are counted in PTX: `async` the
+    asynchronous copies of single addresses (LDGSTS), `tma` those of tiles.
     """
     row = {"kernel": kernel.metadata.name, "warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
     if "cubin" not in kernel.asm:
@@ -56,13 +57,14 @@ def resources(kernel: Any) -> dict[str, Any]:
     found = dict(re.findall(r"\b(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", binary=cubin)))
     counted = {
         "mma": r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)",
+        "async": r"\bcp\.async\.c[ag]\.shared\.global",
         "tma": r"\bcp\.async\.bulk\.tensor",
         "float atomics": r"\b(?:atom|red)\.[\w.]*\.b?f(?:16|32|64)",
     }
     row |= {"registers": int(found["REG"]), "spilled": int(found["STACK"])}
     row |= {name: len(re.findall(pattern, ptx)) for name, pattern in counted.items()}
     if "wgmma" in ptx:
-        row["hgmma"] = len(re.findall(r"\bHGMMA\b", _tool("nvdisasm", "-c", binary=cubin)))
+        row["hgmma"] = len(re.findall(r"\bHGMMA\b", _tool("nvdisasm", "-c", "-ndf", binary=cubin)))
     return row
 
 

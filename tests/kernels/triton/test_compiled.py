@@ -1,39 +1,96 @@
 """Every shipped kernel compiles for every architecture: no spilled registers, within shared memory, wgmma on Hopper.
 
-In processes of their own, as the interpreter's functions cannot be compiled; the first time takes about a minute, later
-ones come from triton's cache.
+What has been shown for this version of triton and these sources is on record (tests/support/record.py) and not shown
+again, but for a sample; the rest compiles here, in processes of its own.
 """
 
 import importlib
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
+import aot
 import pytest
+import record
 
-SUPPORT = Path(__file__).parents[2] / "support"
-OPS = sorted(path.stem.removeprefix("compiled_") for path in SUPPORT.glob("compiled_*.py"))
+SAMPLE = {  # of each op a case that is soon compiled
+    "attention": "attention, bf16, h=6 d=40 k=5",
+    "elementwise": "e4m3, 1 by 128, bf16",
+    "engram": "engram, bf16, n=3 d=52 rows of 20",
+    "hyper": "mHC, bf16, n=1 d=64",
+    "indexer": "top-k, bf16, h=64 d=128 k=512 p=8192, one query",
+    "loss": "loss, to bf16, V=129280",
+    "moe": "experts, bf16, d=128 n=64 K=4",
+    "newton_schulz": "newton_schulz, bf16, 128 x 64",
+}
+PLANTED = """
+import torch
+
+def wide():
+    from abyssal.kernels.hyper import triton_launch as launch
+    launch.panel = lambda n, width: (width, 1)
+    launch.collapse_backward(torch.empty(8, 1024), torch.empty(8, 4, 1024), torch.empty(8, 4))
+
+CASES, PRODUCTS = {"wide panels": (["sm_90"], wide)}, set()
+"""
+
+
+def check(row: dict[str, Any]) -> None:
+    """One kernel on one architecture."""
+    case = importlib.import_module(f"compiled_{row['op']}")
+    product = row["kernel"] in case.PRODUCTS
+    atomic = product and row["case"] in getattr(case, "ATOMIC_CASES", ())
+    assert row["spilled"] == 0, row
+    assert (row["float atomics"] > 0) == atomic, row
+    half = "bf16" in row["case"] or "fp16" in row["case"]
+    if product:
+        by_tensor_cores = half or row["kernel"] in getattr(case, "TF32X3", ())
+        assert bool(row["mma"]) == by_tensor_cores, f"half precision by tensor cores, float32 exactly: {row}"
+        if row["target"] == "sm_90" and half:
+            case.check_hopper(row)
 
 
 @pytest.mark.parametrize("targets", [["sm_90"], ["sm_80", "sm_86", "sm_100", "gfx942"]], ids="-".join)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", aot.OPS)
 def test_shipped_kernels(op, targets):
+    rows = record.fresh(op) or aot.compiled("--only", op, *targets)["rows"]
+    rows = [row for row in rows if row["target"] in targets]
     case = importlib.import_module(f"compiled_{op}")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, SUPPORT / "aot.py", "--json", "--only", op, *targets]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]  # also where a kernel needs more shared memory than there is
-    rows = json.loads(done.stdout.splitlines()[-1])
     for target in {target for where, _ in case.CASES.values() for target in where} & set(targets):
         assert {row["kernel"] for row in rows if row["target"] == target} >= case.PRODUCTS
     for row in rows:
-        atomic = row["case"] in getattr(case, "ATOMIC_CASES", ()) and row["kernel"] in case.PRODUCTS
-        assert row["spilled"] == 0 and (row["float atomics"] > 0) == atomic, row
-        half = "bf16" in row["case"] or "fp16" in row["case"]
-        if row["kernel"] in case.PRODUCTS:
-            by_tensor_cores = half or row["kernel"] in getattr(case, "TF32X3", ())
-            assert bool(row["mma"]) == by_tensor_cores, f"half precision by tensor cores, float32 exactly: {row}"
-            if row["target"] == "sm_90" and half:
-                case.check_hopper(row)
+        check(row)
+
+
+def test_record_is_what_compiling_shows():
+    """A case of each op on sm_90, whose kernels may be on record for a case that came before it."""
+    known = {op: rows for op in aot.OPS if (rows := record.fresh(op))}
+    if not known:
+        pytest.skip("nothing is on record: everything is compiled")
+    arguments = [x for op in known for x in ("--only", op, "--case", SAMPLE[op])]
+    found = aot.compiled(*arguments, "sm_90")["rows"]
+    assert {row["op"] for row in found} == set(known)
+    for row in found:
+        assert any(row == other | {"case": row["case"]} for other in known[row["op"]]), row
+
+
+@pytest.mark.parametrize("op", aot.OPS)
+def test_a_changed_source_makes_the_record_stale(op):
+    for entry in record.load().get(op, {}).values():
+        sources = entry["sources"]
+        assert {f"tests/support/compiled_{op}.py", "tests/support/dryrun.py", "kernels/triton_launch.py"} <= set(
+            sources
+        )
+        assert record.holds(entry, sources.get)
+        for changed in sources:
+            assert not record.holds(entry, {**sources, changed: "another text"}.get)
+
+
+def test_a_spill_is_seen(tmp_path, monkeypatch):
+    """Of panels that one warp cannot hold in its registers."""
+    (tmp_path / "compiled_planted.py").write_text(PLANTED, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (row,) = aot.compiled("--only", "planted", "sm_90")["rows"]
+    assert row["spilled"] > 0
+    with pytest.raises(AssertionError):
+        check(row)
