@@ -49,8 +49,8 @@ def digest(path: str) -> str | None:
 
 
 def loaded_sources() -> dict[str, str | None]:
-    """Digests of the files of kernels/ and tests/support/ that this process has loaded; the public functions, which lead
-    to launches but do not make them, are left out.
+    """Digests of the files of kernels/ and tests/support/ that this process has loaded, without the public functions,
+    which lead to launches but do not make them.
     """
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     paths = {Path(file).resolve() for file in files if file}
