@@ -13,9 +13,9 @@ from abyssal.kernels.attention import triton_launch as launch
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(device, monkeypatch):
+def small_blocks(emulated, monkeypatch):
     """Blocks so small that a few queries need several, in the interpreter; the shipped ones on a GPU."""
-    if device == "cpu":
+    if emulated:
         blocks = tiles.Blocks(16, 16, 4, 1)
         monkeypatch.setattr(
             launch, "tiles_for", lambda q: tiles.Tiles(blocks, blocks, blocks, tiles.Owned(16, 16, 16, 4, 1))

@@ -16,9 +16,9 @@ NAMES = ("loss", "share", "dq", "dweights", "dkeys")
 
 
 @pytest.fixture(autouse=True)
-def blocks(device, monkeypatch):
+def blocks(emulated, monkeypatch):
     """Blocks so small that all loops go round; the shipped ones on a GPU."""
-    if device == "cpu":
+    if emulated:
         small = launch.Blocks(8, 4, 4, 2)
         monkeypatch.setattr(launch, "table_for", lambda q, width: launch.Table(small, small, small))
         monkeypatch.setattr(launch, "next_power", lambda n, least=1: max(1 << (n - 1).bit_length(), min(least, 4)))
