@@ -28,7 +28,9 @@ PYTHONS = ((3, 12), (3, 13))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python tests/sanitize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python tests/sanitize", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--here", action="store_true", help="use the present environment, which holds the versions")
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-sanitize", help="where its own one is kept")
     parser.add_argument("--stale", action="store_true", help="run what the record does not cover any more")

@@ -47,7 +47,15 @@ class Sanitizer:
     @property
     def part(self) -> dict[str, Any]:
         name = sanitized.part_of(self.path) if self.path else "collection"
-        new = {"passed": 0, "skipped": 0, "failed": 0, "launches": 0, "races_unchecked": 0, "seconds": 0.0, "kernels": {}}
+        new = {
+            "passed": 0,
+            "skipped": 0,
+            "failed": 0,
+            "launches": 0,
+            "races_unchecked": 0,
+            "seconds": 0.0,
+            "kernels": {},
+        }
         return self.parts.setdefault(name, new)
 
     # launches ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What a GPU does and ttsem 0.1.0 does not stand in for, as little of it as the tests need.
 
 Its function mode sends `device="cuda"` to the CPU, says `cuda` of every tensor and fills new memory with NaN, but only
-while the mode is on: not in a backward pass, which therefore gets it here too.
+while the mode is on: not in a backward pass, which therefore gets it here too, nor inside a custom operator.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -22,6 +22,7 @@ def standins():
     with ExitStack() as stack:
         for name in ("torch.autograd._engine_run_backward", "torch.autograd.graph._engine_run_backward"):
             stack.enter_context(patch(name, _under(mode, torch.autograd.graph._engine_run_backward)))
+        stack.enter_context(patch("torch.Tensor.new_empty", _unwritten(torch.Tensor.new_empty)))
         kept = torch.utils.checkpoint._allowed_determinism_checks_to_fns
         stack.enter_context(patch.dict(kept, default=lambda x: (x.shape, x.dtype)))  # not its device: see above
         stack.enter_context(patch("torch.mm", _mm(torch.mm)))
@@ -43,8 +44,18 @@ def _under(mode: Any, run_backward: Any) -> Any:
     return run
 
 
+def _unwritten(stock: Any) -> Any:
+    """New memory holds NaN, or an absurd id: what operators allocate, all of it by `new_empty`."""
+
+    def new_empty(x: Tensor, *shape: Any, **options: Any) -> Tensor:
+        out = stock(x, *shape, **options)
+        return out.fill_(float("nan") if out.is_floating_point() else 10**6 if out.itemsize > 1 else 0xA5)
+
+    return new_empty
+
+
 def _mm(stock: Any) -> Any:
-    """Half precisions with sums in float32, `out_dtype`, exist on CUDA only; products of halves are exact in float32."""
+    """`out_dtype`, sums of half precisions in float32, is CUDA's; products of halves are exact in float32."""
 
     def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
         return stock(a, b, **options) if out_dtype is None else stock(a.to(out_dtype), b.to(out_dtype), **options)

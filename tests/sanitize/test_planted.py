@@ -32,7 +32,7 @@ def test_the_kernel_without_a_fault():
 
 def test_a_race_between_programs():
     out = torch.zeros(40, dtype=torch.int32, device="cuda")
-    with pytest.raises(KernelFault, match="program instances .* both touch element"):
+    with pytest.raises(KernelFault, match=r"program instances .* both touch element"):
         racing[4,](out, BLOCK=16)
 
 

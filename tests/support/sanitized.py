@@ -1,6 +1,6 @@
 """What `tests/sanitize` keeps of its runs: which kernels were executed, from which sources, with what result.
 
-A part is a test file: `attention` is `tests/kernels/triton/test_attention.py`, `models` is `tests/sanitize/test_models.py`.
+A part is a test file: `attention` is `tests/kernels/triton/test_attention.py`, `models` `tests/sanitize/test_models.py`.
 Its digest is of what decides a launch: `triton*.py` and `tiles.py` of the op's folder and `triton*.py` beside the
 folders; where a test file belongs to no single op, of all of them.
 """
@@ -21,7 +21,9 @@ def launched(folder: Path) -> set[str]:
     """The kernels launched from a folder's own files: every `name[grid](...)` or `module.name[grid](...)`."""
     trees = [ast.parse(path.read_text()) for path in sorted(folder.glob("triton*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
-    kernels = {n.name for n in nodes if isinstance(n, ast.FunctionDef) and "triton.jit" in map(ast.unparse, n.decorator_list)}
+    kernels = {
+        n.name for n in nodes if isinstance(n, ast.FunctionDef) and "triton.jit" in map(ast.unparse, n.decorator_list)
+    }
     calls = [n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
     return kernels & {ast.unparse(call).rpartition(".")[2] for call in calls}
 
