@@ -1,8 +1,7 @@
 """What `tests/sanitize` keeps of its runs: which kernels were executed, from which sources, with what result.
 
-A part is a test file: `attention` is `tests/kernels/triton/test_attention.py`, `models` `tests/sanitize/test_models.py`.
-Its digest is of what decides a launch: `triton*.py` and `tiles.py` of the op's folder and `triton*.py` beside the
-folders; where a test file belongs to no single op, of all of them.
+A part is a test file, by its name: `attention`, `models`. Its digest is of what decides a launch: `triton*.py` and
+`tiles.py` of the op's folder and `triton*.py` beside the folders; of all of them, where it belongs to no single op.
 """
 
 import ast

@@ -17,7 +17,7 @@ NAMES = ("loss", "share", "dq", "dweights", "dkeys")
 
 @pytest.fixture(autouse=True)
 def blocks(device, emulated, monkeypatch):
-    """Blocks so small that all loops go round; the shipped ones on a GPU. Compiled, a product's sides are 16 at least."""
+    """Blocks so small that all loops go round; the shipped ones on a GPU. Products have sides of 16 once compiled."""
     if emulated:
         side = 4 if device == "cpu" else 16
         small = launch.Blocks(max(side, 8), side, 4, 2)
