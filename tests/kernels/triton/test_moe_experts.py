@@ -40,6 +40,12 @@ def test_output_and_gradients(small_blocks, device, n, k, e, d, f, limit):
     check(make(n, k, e, d, f, device=device), limit)
 
 
+def test_more_rows_than_one_program_sums_shares_of(small_blocks, emulated, device):
+    if emulated:
+        small_blocks(rows=128)
+    check(make(87, 3, 3, 16, 8, device=device), 1.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precisions(small_blocks, device, dtype):
     check(make(17, 3, 4, dtype=dtype, device=device), 1.0, slack=1.5)
@@ -97,6 +103,16 @@ def test_swiglu_keeps_nan(device):
     out.sum().backward()
     assert out[:, 0].isnan().tolist() == [True, True, False]
     assert h.grad.isnan().any(1).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(40, 2 * 60), (3, 2 * 1030)], ids=["many-rows", "wide-rows"])
+def test_swiglu_by_several_programs(device, shape):
+    h = torch.randn(shape, device=device).requires_grad_()
+    weight = torch.rand(len(h), device=device, requires_grad=True)
+    got, want = (swiglu(h, 1.0, weight, backend=b) for b in ("triton", "reference"))
+    assert error(got, want) < 1e-6
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (h, weight)) for y in (got, want))):
+        assert error(a, b) < 1e-6
 
 
 def test_swiglu_of_any_leading_shape(device):
