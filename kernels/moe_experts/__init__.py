@@ -67,7 +67,8 @@ def moe_experts(
 def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """`silu(min(g, limit)) * clamp(u, -limit, limit) * weight` for `h = [g, u]`, in fp32, rounded once.
 
-    The clamp's gradient is that of `torch.clamp`: zero outside, passed on at equality. (V4 4.2.3.)
+    The clamp passes gradients on where its input lies within the bounds or on one, and none outside, whatever
+    `torch.clamp` does at a bound (it passed them on up to torch 2.13, not since). (V4 4.2.3.)
 
     Args:
         h: `[..., 2 f]`, gate and up side by side.

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from moe_cases import gate_up
 
 from abyssal.kernels.moe_experts import moe_experts, reference, swiglu
 
@@ -128,7 +129,7 @@ def test_one_expert_takes_all(monkeypatch):
         assert grad[2].any()
 
 
-def test_the_clamp_is_reached_and_its_slope_is_that_of_torch():
+def test_the_clamp_is_reached():
     args = case(60, 2, 4, scale=4.0)
     h = torch.einsum("nd,efd->nef", args[0], args[3])
     assert (h[..., :12] > 3.0).float().mean() > 0.05 and (h[..., 12:].abs() > 3.0).float().mean() > 0.05
@@ -143,14 +144,14 @@ def test_swiglu_at_and_around_the_limit(dtype):
     grad = torch.randn(2, h.shape[1] // 2, dtype=dtype)
     swiglu(h, 2.0, weight).backward(grad)
     h64, weight64 = h.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    g, u = h64.chunk(2, -1)
-    want = F.silu(g.clamp(max=2.0)) * u.clamp(-2.0, 2.0) * weight64[:, None]
+    g, u = gate_up(h64, 2.0)
+    want = F.silu(g) * u * weight64[:, None]
     want.backward(grad.double())
     tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-6
     relative_rms("swiglu", swiglu(h, 2.0, weight).detach(), want.detach(), tolerance)
     relative_rms("dh", h.grad, h64.grad, tolerance)
     relative_rms("dweight", weight.grad, weight64.grad, tolerance)
-    assert torch.equal(h.grad == 0, h64.grad == 0), "zero exactly where torch.clamp's gradient is"
+    assert torch.equal(h.grad == 0, h64.grad == 0), "a slope at the bounds, none outside"
 
 
 @pytest.mark.parametrize("limit", [1.0, None])

@@ -2,11 +2,13 @@
 
 The interpreter keeps bfloat16 and float8 as bit patterns in numpy, so that out of the box products, sums and
 comparisons of bfloat16 are integer arithmetic on those patterns and conversions to it truncate. `range(0, n)` with a
-run-time n fails with numpy >= 2.4 (triton 3.6), a comparison of scalars is no mask (3.9), libdevice returns None.
+run-time n fails with numpy >= 2.4 (triton 3.6), a comparison of scalars is no mask (3.9), libdevice returns None, and a
+product goes through a BLAS, whose bits for one row depend on the others.
 `install()` repairs this; call it once, with the variable set before triton was imported.
 """
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,20 @@ def narrowed(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
 
 
+def added_in_order(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a b + c in float32, one product after another along k.
+
+    The bits of an element depend on its own row and column alone; those of a BLAS also on how many others there are,
+    and on the processor.
+    """
+    columns, total = np.ascontiguousarray(np.swapaxes(a, -1, -2), dtype=np.float32), c.copy()
+    rows, product = np.ascontiguousarray(b, dtype=np.float32), np.empty_like(c)
+    for k in range(rows.shape[-2]):
+        np.multiply(columns[..., k, :, None], rows[..., k, None, :], out=product)
+        total += product
+    return total
+
+
 def install() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
@@ -37,6 +53,7 @@ def install() -> None:
         _repair_reductions(interpreter)
         _repair_ranges(interpreter)
         _repair_libdevice(interpreter)
+        _patch_once(interpreter)
 
 
 def _repair_arithmetic(interpreter: Any) -> None:
@@ -97,8 +114,9 @@ def _repair_arithmetic(interpreter: Any) -> None:
         return stock["create_fp_to_fp"](self, source, to, rounding)
 
     def create_dot(self, a, b, c, precision, imprecise):
-        a, b = (handle(wide(h).astype(np.float32), tl.float32) if h.data.itemsize == 2 else h for h in (a, b))
-        return stock["create_dot"](self, a, b, c, precision, imprecise)
+        if c.data.dtype != np.float32 or a.data.itemsize == 1:
+            return stock["create_dot"](self, a, b, c, precision, imprecise)
+        return handle(added_in_order(wide(a), wide(b), c.data), tl.float32)
 
     for function in (binary_op, ternary_op, unary_op, create_fma, cast_impl, create_fp_to_fp, create_dot):
         setattr(builder, function.__name__, function)
@@ -167,3 +185,13 @@ def _repair_libdevice(interpreter: Any) -> None:
 
     for name in ("tanh", "exp", "expm1", "log", "log1p", "sqrt", "round", "rint", "trunc", "arctan2"):
         setattr(libdevice, {"arctan2": "atan2"}.get(name, name), lifted(getattr(np, name)))
+
+
+def _patch_once(interpreter: Any) -> None:
+    """The language is made to interpret once for all: stock does it anew in every call of a device function, a third of
+    the time.
+    """
+    import triton.language as tl
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()

@@ -18,11 +18,23 @@ def make(n, k, e, d=40, f=24, dtype=torch.float32, device="cpu", scale=1.0, seed
     return [t.to(device) for t in (x.to(dtype), experts, weights, w13.to(dtype), w2.to(dtype))]
 
 
+def clamp(x, low, high):
+    """`min(max(x, low), high)` with the slope that the op promises: 1 from low to high, both included, 0 outside.
+
+    torch.clamp's own slope at a bound was 1 up to 2.13 and is 0 since 2.14.
+    """
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
+def gate_up(h, limit):
+    """The halves of h after the SwiGLU clamp: gate from above alone, up from both sides."""
+    g, u = h.chunk(2, -1)
+    return (g, u) if limit is None else (clamp(g, -torch.inf, limit), clamp(u, -limit, limit))
+
+
 def oracle(x, experts, weights, w13, w2, limit):
     """`sum_k w2 (silu(min(w1 x, limit)) clamp(w3 x, -limit, limit) weight_k)`, all pairs at once."""
-    g, u = torch.einsum("nd,nkfd->nkf", x, w13[experts]).chunk(2, -1)
-    if limit is not None:
-        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    g, u = gate_up(torch.einsum("nd,nkfd->nkf", x, w13[experts]), limit)
     return torch.einsum("nkf,nkdf->nd", F.silu(g) * u * weights[..., None], w2[experts])
 
 

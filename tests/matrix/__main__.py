@@ -1,0 +1,156 @@
+"""The support matrix: the suite in throw-away environments, one for each Python, torch and triton that we name.
+
+    pip install uv
+    python tests/matrix                         every row in turn; the table in CONTRIBUTING.md is written anew
+    python tests/matrix 3.12-torch2.14.1        one row; --list prints their names
+    python tests/matrix --pytest '-k attention' with arguments for pytest; nothing is recorded
+
+A row is a fresh environment that uv fills from the public index under its own defaults, and a fresh clone of the last
+commit, so that nothing local helps. Rows take turns with the kernels of OpenBLAS, because bits that lean on one of them
+are bits that only hold here. Python 3.11 to 3.13 are found, or fetched, by uv. An environment takes 6 to 7 GB while its
+row runs; downloads are kept in uv's cache.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS = ROOT / "CONTRIBUTING.md", Path(__file__).with_name("results.json")
+MARKS = "<!-- matrix -->\n", "<!-- end of matrix -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A Python with a torch and the triton that this torch asks for (None: uninstalled), and the BLAS kernel to use."""
+
+    python: str
+    torch: str
+    triton: str | None
+    blas: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.python}-torch{self.torch}" + ("" if self.triton else "-without-triton")
+
+
+ROWS = [
+    Row("3.11", "2.13.0", "3.7.1"),
+    Row("3.12", "2.13.0", "3.7.1", "Haswell"),
+    Row("3.13", "2.13.0", "3.7.1", "Zen"),
+    Row("3.11", "2.14.1", "3.8.0", "Sandybridge"),
+    Row("3.12", "2.14.1", "3.8.0"),
+    Row("3.13", "2.14.1", "3.8.0", "Haswell"),
+    Row("3.11", "2.15.0", "3.9.0", "Zen"),
+    Row("3.12", "2.15.0", "3.9.0", "Nehalem"),
+    Row("3.13", "2.15.0", "3.9.0", "SkylakeX"),
+    Row("3.12", "2.11.0", "3.6.0"),
+    Row("3.12", "2.13.0", None),
+]
+
+
+def runs_here(blas: str) -> bool:
+    """Whether this processor can run a kernel of OpenBLAS: SkylakeX' is an illegal instruction on many."""
+    return blas != "SkylakeX" or "avx512f" in Path("/proc/cpuinfo").read_text()
+
+
+def environment(blas: str) -> dict[str, str]:
+    """That of the caller without what it tells pip, uv, Python and the BLAS."""
+    theirs = ("PIP_", "UV_", "PYTHON", "OPENBLAS_", "ABYSSAL_", "TRITON_", "VIRTUAL_ENV")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(theirs)}
+    return {**kept, "UV_NO_CONFIG": "1", **({"OPENBLAS_CORETYPE": blas} if blas else {})}
+
+
+def run(row: Row, arguments: list[str]) -> dict[str, Any]:
+    """Installs and tests one row; its line of the table."""
+    blas = row.blas if runs_here(row.blas) else ""
+    settings = environment(blas)
+    with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
+        clone, python = f"{folder}/clone", f"{folder}/env/bin/python"
+        start = time.time()
+        for command in (
+            ["git", "clone", "--quiet", str(ROOT), clone],
+            ["uv", "venv", "--quiet", "--python", row.python, f"{folder}/env"],
+            ["uv", "pip", "install", "--quiet", "--python", python, "-e", f"{clone}[test]", f"torch=={row.torch}"]
+            + ([f"triton=={row.triton}"] if row.triton else []),
+            *([] if row.triton else [["uv", "pip", "uninstall", "--quiet", "--python", python, "triton"]]),
+        ):
+            subprocess.run(command, env=settings, check=True)
+        installed = time.time()
+        command = [python, "-m", "pytest", "-q", "-n", "2", "-rf", *arguments]
+        done = subprocess.run(command, env=settings, cwd=clone, stdout=subprocess.PIPE, text=True)
+        print(done.stdout[-3000:], flush=True)
+    counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])}
+    return {
+        "python": row.python,
+        "torch": row.torch,
+        "triton": row.triton or "none",
+        "BLAS kernel": blas or "its own choice",
+        **{k: counts.get(k, 0) for k in ("passed", "failed", "skipped")},
+        "exit": done.returncode,
+        "install s": round(installed - start),
+        "suite s": round(time.time() - installed),
+        "date": str(date.today()),
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "processor": processor(),
+    }
+
+
+def processor() -> str:
+    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def record(name: str, line: dict[str, Any]) -> None:
+    """Files a row's result, and writes the table of all of them into the page."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[name] = line
+    results = {row.name: results[row.name] for row in ROWS if row.name in results}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    shown = ("python", "torch", "triton", "BLAS kernel", "passed", "failed", "skipped", "suite s", "date", "commit")
+    lines = ["| " + " | ".join(shown) + " |", "|" + " --- |" * len(shown)]
+    lines += ["| " + " | ".join(str(line[key]) for key in shown) + " |" for line in results.values()]
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + "\n".join(["", *lines, "", MARKS[1]]) + rest.partition(MARKS[1])[2])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="names of rows; all by default")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument(
+        "--pytest", type=shlex.split, default=[], metavar="ARGUMENTS", help="passed on; records nothing"
+    )
+    options = parser.parse_args(arguments)
+    named = {row.name: row for row in ROWS}
+    if options.list:
+        print("\n".join(named))
+        return 0
+    unknown = set(options.rows) - named.keys()
+    if unknown or not shutil.which("uv"):
+        parser.error(f"no row {sorted(unknown)}; see --list" if unknown else "uv is missing: pip install uv")
+    worst = 0
+    for i, name in enumerate(options.rows or named):
+        print(f"[{i + 1}/{len(options.rows or named)}] {name}", flush=True)
+        line = run(named[name], options.pytest)
+        print(json.dumps(line), flush=True)
+        worst = max(worst, line["exit"])
+        if not options.pytest:
+            record(name, line)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
