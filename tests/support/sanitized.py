@@ -61,6 +61,12 @@ def save(record: dict[str, Any]) -> None:
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def parts() -> list[str]:
+    """Every op with kernels, those beside the ops, their operators together, and whole models."""
+    return [*sorted(path.parent.name for path in KERNELS.glob("*/triton.py")), "scatter", "operators", "models"]
+
+
 def stale() -> list[str]:
-    """Parts whose kernels' sources are not those that were executed last."""
-    return [part for part, entry in load()["parts"].items() if digest(part) != entry["digest"]]
+    """Parts that were not executed yet, or from other sources than there are now."""
+    known = load()["parts"]
+    return [part for part in parts() if digest(part) != known.get(part, {}).get("digest")]
