@@ -115,6 +115,8 @@ class Sanitizer:
             self.reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
         if report.when == "call" or not report.passed:
             self.part[report.outcome] += 1
+        if report.failed:
+            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)  # at once: a run takes long
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("executed by ttsem")
