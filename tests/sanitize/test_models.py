@@ -49,29 +49,37 @@ def trained(model: Transformer, ids: torch.Tensor, **options) -> tuple[torch.Ten
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(model: Transformer, by, ids: torch.Tensor, loss: float, gradients: float, **options) -> None:
+def compare(model: Transformer, by, ids: torch.Tensor, **options) -> None:
     by("triton")
     got = trained(model, ids, **options)
     by("reference")
     want = trained(model, ids, **options)
-    assert error(got[0], want[0]) <= loss and got[1].keys() == want[1].keys()
+    assert error(got[0], want[0]) <= 2e-7 and got[1].keys() == want[1].keys()
     worst = max((error(grad, want[1][name]), name) for name, grad in got[1].items())
-    assert worst[0] <= gradients, worst
+    assert worst[0] <= 2e-4, worst
 
 
 def test_a_training_pass_of_nano(by):
-    compare(lively("nano").train(), by, IDS, 2e-7, 2e-4)
+    compare(lively("nano").train(), by, IDS)
 
 
 def test_a_training_pass_under_autocast(short, by):
-    with torch.autocast("cuda", torch.bfloat16):
-        compare(short, by, IDS[:1, :41], 1e-3, 0.1)
+    """Its gradients are as near to those in float32 as the references' under autocast, within a factor."""
+    by("reference")
+    want, away = trained(short, IDS[:1, :41]), {}
+    for backend in ("reference", "triton"):
+        by(backend)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, gradients = trained(short, IDS[:1, :41])
+        assert error(loss, want[0]) < 1e-2
+        away[backend] = error(*(torch.cat([x.flatten() for x in g.values()]) for g in (gradients, want[1])))
+    assert away["triton"] <= 1.5 * away["reference"] < 0.3, away
 
 
 def test_packed_documents_with_padding_on_both_sides_and_layers_run_again(short, by):
     documents = torch.tensor([[-1] * 3 + [0] * 30 + [1] * 19 + [-1] * 2 + [2] * 11 + [-1] * 5])
     short.recompute = 2
-    compare(short, by, IDS[:1], 2e-7, 2e-4, documents=documents)
+    compare(short, by, IDS[:1], documents=documents)
 
 
 def test_steps_of_muon(short, by):
