@@ -73,7 +73,7 @@ def test_a_training_pass_under_autocast(short, by):
             loss, gradients = trained(short, IDS[:1, :41])
         assert error(loss, want[0]) < 1e-2
         away[backend] = error(*(torch.cat([x.flatten() for x in g.values()]) for g in (gradients, want[1])))
-    assert away["triton"] <= 1.5 * away["reference"] < 0.3, away
+    assert away["triton"] <= 1.5 * away["reference"] < 0.5, away
 
 
 def test_packed_documents_with_padding_on_both_sides_and_layers_run_again(short, by):
