@@ -86,7 +86,7 @@ def execute(options: argparse.Namespace, rest: list[str]) -> int:
     import sanitized
 
     if options.stale and not (rest := [*rest, *sanitized.stale()]):
-        print("every part of the record is of the present kernels")
+        print(sanitized.describe())
         return 0
     named = {word: sanitized.file_of(word) for word in rest}
     arguments = [str(path) if path.exists() else word for word, path in named.items()]

@@ -70,3 +70,13 @@ def stale() -> list[str]:
     """Parts that were not executed yet, or from other sources than there are now."""
     known = load()["parts"]
     return [part for part in parts() if digest(part) != known.get(part, {}).get("digest")]
+
+
+def describe() -> str:
+    """The record in a line."""
+    entries = load()["parts"].values()
+    passed, launches, faults, seconds = (
+        sum(entry[name] for entry in entries) for name in ("passed", "launches", "faults", "seconds")
+    )
+    numbers = f"{passed} tests, {launches} launches, {faults} faults, {seconds} s"
+    return f"on record: {numbers}; not of the present kernels: {', '.join(stale()) or 'none'}"
