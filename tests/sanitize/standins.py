@@ -27,7 +27,8 @@ def standins():
         stack.enter_context(patch.dict(kept, default=lambda x: (x.shape, x.dtype)))  # not its device: see above
         stack.enter_context(patch("torch.mm", _mm(torch.mm)))
         stack.enter_context(patch("torch.addmm", _addmm(torch.addmm)))
-        stack.enter_context(patch("torch.cuda.is_current_stream_capturing", lambda: False))  # torch's own AdamW asks
+        asked = "torch.optim.Optimizer._accelerator_graph_capture_health_check"
+        stack.enter_context(patch(asked, lambda optimizer: None))  # what AdamW asks of a stream
         stack.enter_context(patch.object(torch.autocast, "__enter__", _enter))
         stack.enter_context(patch.object(torch.autocast, "__exit__", _exit))
         stack.enter_context(patch.dict(ops.OPS, {"tt.descriptor_load": _load(ops.OPS["tt.descriptor_load"])}))
