@@ -7,6 +7,7 @@ A part is a test file, by its name: `attention`, `models`. Its digest is of what
 import ast
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ def launched(folder: Path) -> set[str]:
     return kernels & {ast.unparse(call).rpartition(".")[2] for call in calls}
 
 
-def launched_kernels() -> set[str]:
+@cache
+def launched_kernels() -> frozenset[str]:
     """All kernels of the project that are launched, as `op.kernel`; `kernels.sum_lists` is one beside the folders."""
     folders = [KERNELS, *(path.parent for path in KERNELS.glob("*/triton.py"))]
-    return {f"{folder.name}.{name}" for folder in folders for name in launched(folder)}
+    return frozenset(f"{folder.name}.{name}" for folder in folders for name in launched(folder))
 
 
 def part_of(path: Path) -> str:
