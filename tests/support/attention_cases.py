@@ -58,6 +58,7 @@ def results(run, tensors, dout, dtype=None, **options):
     return [out.detach(), lse.detach(), *(x if x is None else x.grad for x in leaves)]
 
 
-def error(got, want):
+def error(got, want, least=1e-30):
+    """Relative, to a length of at least `least`."""
     got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+    return float((got - want).norm() / want.norm().clamp(min=least))

@@ -12,9 +12,9 @@ from abyssal.kernels.cross_entropy import triton as op
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(device, monkeypatch, backend):
+def small_blocks(emulated, monkeypatch, backend):
     """A vocabulary of a few hundred takes several steps in the interpreter."""
-    if device == "cpu":
+    if emulated:
         monkeypatch.setattr(op, "next_power", lambda n, least=1: 64)
 
 

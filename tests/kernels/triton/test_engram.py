@@ -22,9 +22,9 @@ GRADIENTS = ("dstreams", "dkey", "dvalue", "dweight_h", "dweight_k")
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(device, monkeypatch):
+def small_blocks(emulated, monkeypatch):
     """In the interpreter a few tokens fill several blocks, strips and rounds of a loop."""
-    if device == "cpu":
+    if emulated:
         for name, value in {"ELEMENTS": 64, "STRIP": 3, "STRIPS": 3, "SHARES": 2}.items():
             monkeypatch.setattr(kernels, name, value)
         monkeypatch.setattr(triton_scatter, "ROWS", 2)

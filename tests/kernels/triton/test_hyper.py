@@ -17,9 +17,9 @@ PUBLIC = [hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_read, hy
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(device, monkeypatch):
+def small_blocks(emulated, monkeypatch):
     """In the interpreter 16 tokens and a few columns make a tile, so that a handful of tokens takes several."""
-    if device == "cpu":
+    if emulated:
         blocks = tiles.Blocks(16, 32, 4, 2)
         monkeypatch.setattr(triton_launch, "tiles_for", lambda rows: tiles.Tiles(blocks, blocks))
         monkeypatch.setattr(triton_launch, "panel", lambda n, d: (32, 1))

@@ -16,12 +16,13 @@ NAMES = ("loss", "share", "dq", "dweights", "dkeys")
 
 
 @pytest.fixture(autouse=True)
-def blocks(device, monkeypatch):
-    """Blocks so small that all loops go round; the shipped ones on a GPU."""
-    if device == "cpu":
-        small = launch.Blocks(8, 4, 4, 2)
+def blocks(device, emulated, monkeypatch):
+    """Blocks so small that all loops go round; the shipped ones on a GPU. Products have sides of 16 once compiled."""
+    if emulated:
+        side = 4 if device == "cpu" else 16
+        small = launch.Blocks(max(side, 8), side, 4, 2)
         monkeypatch.setattr(launch, "table_for", lambda q, width: launch.Table(small, small, small))
-        monkeypatch.setattr(launch, "next_power", lambda n, least=1: max(1 << (n - 1).bit_length(), min(least, 4)))
+        monkeypatch.setattr(launch, "next_power", lambda n, least=1: max(1 << (n - 1).bit_length(), min(least, side)))
         monkeypatch.setattr(launch, "QUERIES", 4)
         monkeypatch.setattr(launch, "ROW", 8)
         monkeypatch.setattr(launch, "LEAST", 5)

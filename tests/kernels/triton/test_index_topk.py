@@ -12,9 +12,9 @@ from abyssal.kernels.index_topk import triton_launch as launch
 
 
 @pytest.fixture(autouse=True)
-def blocks(device, monkeypatch):
+def blocks(emulated, monkeypatch):
     """Blocks so small that all loops go round; the shipped ones on a GPU."""
-    if device == "cpu":
+    if emulated:
         monkeypatch.setattr(launch, "blocks_for", lambda q: launch.Blocks(8, 32, 4, 2))
         monkeypatch.setattr(launch, "STREAMED", 32)
     monkeypatch.setattr(launch, "SCRATCH", 4 * 3 * 8 * 48)  # a few tiles

@@ -16,14 +16,14 @@ SHORT = HYBRID[:1] + HYBRID[-1:]
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(device, monkeypatch, backend):
+def small_blocks(emulated, monkeypatch, backend):
     """Blocks so small that a small matrix needs several, in the interpreter; the shipped ones on a GPU."""
 
     def use(rows=16, columns=32, inner=16, tma=False):
         blocks = tiles.Blocks(rows, columns, inner, 4, 2)
         monkeypatch.setattr(launch, "tiles_for", lambda *_: tiles.Tiles(blocks, blocks, tma=tma, group=2))
 
-    if device == "cpu":
+    if emulated:
         use()
         monkeypatch.setattr(launch, "PANEL", {"ROWS": 8, "COLUMNS": 16})
     return use
@@ -75,8 +75,8 @@ def test_dtypes_are_as_near_to_float64_as_the_reference(device, dtype, compute):
 
 @pytest.mark.parametrize("blocks", [(16, 16, 16), (32, 16, 16), (16, 32, 32)], ids=str)
 @pytest.mark.parametrize("tma", [False, True])
-def test_tiles_of_any_shape_fill_both_triangles(small_blocks, device, blocks, tma):
-    if device == "cuda":
+def test_tiles_of_any_shape_fill_both_triangles(small_blocks, device, emulated, blocks, tma):
+    if not emulated:
         pytest.skip("the shipped blocks are what runs there")
     small_blocks(*blocks, tma=tma)
     x = normal(2, 48, 40 if tma else 37, device=device)
@@ -91,8 +91,8 @@ def test_tiles_of_any_shape_fill_both_triangles(small_blocks, device, blocks, tm
     assert error(out, 3.4445 * x.double() + b.double() @ x.double()) < 1e-6
 
 
-def test_descriptors_change_nothing(small_blocks, device):
-    if device == "cuda":
+def test_descriptors_change_nothing(small_blocks, device, emulated):
+    if not emulated:
         pytest.skip("the shipped blocks are what runs there")
     x = normal(2, 24, 40, dtype=torch.bfloat16, device=device)
     want = newton_schulz(x, coefficients=SHORT, compute_dtype=torch.bfloat16)

@@ -18,10 +18,10 @@ EPS = 0.1  # large enough to matter
 
 
 @pytest.fixture(autouse=True)
-def several_blocks(device, monkeypatch):
+def several_blocks(emulated, monkeypatch):
     """Programs so few and small that rows need several."""
     torch.manual_seed(0)
-    if device == "cpu":
+    if emulated:
         monkeypatch.setattr(kernels, "VALUES", 64)
         monkeypatch.setattr(kernels, "PROGRAMS", 3)
 

@@ -21,9 +21,9 @@ FOLLOWS = [[True, False, True, True, True, False], [True, False, True, True, Fal
 
 
 @pytest.fixture(autouse=True)
-def several_blocks(device, monkeypatch):
+def several_blocks(emulated, monkeypatch):
     """Programs so few and small that entries and channels need several."""
-    if device == "cpu":
+    if emulated:
         monkeypatch.setattr(launch, "VALUES", 128)
         monkeypatch.setattr(launch, "PROGRAMS", 6)
 

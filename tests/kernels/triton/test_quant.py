@@ -31,10 +31,10 @@ SHAPES = [  # block, shape
 
 
 @pytest.fixture(autouse=True)
-def several_blocks(device, monkeypatch):
+def several_blocks(emulated, monkeypatch):
     """Programs so small that the larger blocks need several rounds, and that there are several programs."""
     torch.manual_seed(0)
-    if device == "cpu":
+    if emulated:
         monkeypatch.setattr(kernels, "HELD", 128)
         monkeypatch.setattr(kernels, "FEW", 64)
 

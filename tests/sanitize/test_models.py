@@ -1,0 +1,116 @@
+"""Whole models with every launch executed, against the references: training, Muon, prefill and decode, documents.
+
+Blocks are those that ship. `nano` has every mechanism: sliding, CSA and HCA layers, the indexer and its loss, hash and
+score routing, Engram, MTP; so has `short`, with one layer of each kind and small tables, for the sake of time.
+"""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from lively import draw_ids, lively
+
+from abyssal.model import Transformer
+from abyssal.train.optim import build_optimizer, set_learning_rate
+from abyssal.train.recipe import OptimConfig
+
+IDS = draw_ids(2, 71)
+ENGRAM = {
+    "layers": [1],
+    "max_ngram": 3,
+    "heads": 2,
+    "head_dim": 8,
+    "vocab_size": 100,
+    "kernel_size": 4,
+    "pad_token_id": 258,
+}
+
+
+@pytest.fixture
+def short() -> Transformer:
+    return lively("nano", num_hidden_layers=3, compress_ratios=[0, 4, 16], engram=ENGRAM).train()
+
+
+@pytest.fixture
+def by(monkeypatch):
+    """Chooses who computes."""
+    return lambda backend: monkeypatch.setenv("ABYSSAL_BACKEND", backend)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+
+
+def trained(model: Transformer, ids: torch.Tensor, **options) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and every gradient."""
+    model.zero_grad()
+    loss = model(ids[:, :-1], targets=ids[:, 1:], **options).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(model: Transformer, by, ids: torch.Tensor, **options) -> None:
+    by("triton")
+    got = trained(model, ids, **options)
+    by("reference")
+    want = trained(model, ids, **options)
+    assert error(got[0], want[0]) <= 2e-7 and got[1].keys() == want[1].keys()
+    worst = max((error(grad, want[1][name]), name) for name, grad in got[1].items())
+    assert worst[0] <= 2e-4, worst
+
+
+def test_a_training_pass_of_nano(by):
+    compare(lively("nano").train(), by, IDS)
+
+
+def test_a_training_pass_under_autocast(short, by):
+    """Its gradients are as near to those in float32 as the references' under autocast, within a factor."""
+    by("reference")
+    want, away = trained(short, IDS[:1, :41]), {}
+    for backend in ("reference", "triton"):
+        by(backend)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, gradients = trained(short, IDS[:1, :41])
+        assert error(loss, want[0]) < 1e-2
+        away[backend] = error(*(torch.cat([x.flatten() for x in g.values()]) for g in (gradients, want[1])))
+    assert away["triton"] <= 1.5 * away["reference"] < 0.5, away
+
+
+def test_packed_documents_with_padding_on_both_sides_and_layers_run_again(short, by):
+    documents = torch.tensor([[-1] * 3 + [0] * 30 + [1] * 19 + [-1] * 2 + [2] * 11 + [-1] * 5])
+    short.recompute = 2
+    compare(short, by, IDS[:1], documents=documents)
+
+
+def test_steps_of_muon(short, by):
+    """The losses agree, not each update: what a gradient of few tokens leaves open is noise that Muon blows up."""
+    losses: dict[str, list[float]] = {}
+    for backend in ("triton", "reference"):
+        by(backend)
+        model = deepcopy(short)
+        optimizer = build_optimizer(model, OptimConfig(rule="muon"))
+        set_learning_rate(optimizer, 1e-3)
+        for _ in range(2):
+            loss = model(IDS[:1, :30], targets=IDS[:1, 1:31]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.setdefault(backend, []).append(float(loss))
+        with torch.no_grad():
+            losses[backend].append(float(model(IDS[:1, :30], targets=IDS[:1, 1:31]).loss))
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=2e-3)
+    assert losses["triton"][2] < losses["triton"][0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_in_pieces_and_decoding(short, by, dtype):
+    short.eval()
+    logits = {}
+    for backend in ("triton", "reference"):
+        by(backend)
+        cache = short.new_cache(batch_size=2, max_length=50)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            pieces = [short(part, cache=cache).logits for part in IDS[:, :44].split([21, 17, 3, 1, 1, 1], 1)]
+        logits[backend] = torch.cat(pieces, 1)
+    assert error(logits["triton"], logits["reference"]) < (2e-6 if dtype == torch.float32 else 2e-2)

@@ -1,0 +1,84 @@
+"""What `tests/sanitize` keeps of its runs: which kernels were executed, from which sources, with what result.
+
+A part is a test file, by its name: `attention`, `models`. Its digest is of what decides a launch: `triton*.py` and
+`tiles.py` of the op's folder and `triton*.py` beside the folders; of all of them, where it belongs to no single op.
+"""
+
+import ast
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+KERNELS, TESTS = ROOT / "kernels", ROOT / "tests/kernels/triton"
+MODELS = ROOT / "tests/sanitize/test_models.py"
+RECORD = ROOT / "tests/sanitize/record.json"
+
+
+def launched(folder: Path) -> set[str]:
+    """The kernels launched from a folder's own files: every `name[grid](...)` or `module.name[grid](...)`."""
+    trees = [ast.parse(path.read_text()) for path in sorted(folder.glob("triton*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    kernels = {
+        n.name for n in nodes if isinstance(n, ast.FunctionDef) and "triton.jit" in map(ast.unparse, n.decorator_list)
+    }
+    calls = [n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+    return kernels & {ast.unparse(call).rpartition(".")[2] for call in calls}
+
+
+@cache
+def launched_kernels() -> frozenset[str]:
+    """All kernels of the project that are launched, as `op.kernel`; `kernels.sum_lists` is one beside the folders."""
+    folders = [KERNELS, *(path.parent for path in KERNELS.glob("*/triton.py"))]
+    return frozenset(f"{folder.name}.{name}" for folder in folders for name in launched(folder))
+
+
+def part_of(path: Path) -> str:
+    return path.stem.removeprefix("test_")
+
+
+def file_of(part: str) -> Path:
+    return MODELS if part == "models" else TESTS / f"test_{part}.py"
+
+
+def digest(part: str) -> str:
+    """Of the sources that the part's launches come from."""
+    folders = [KERNELS / part] if (KERNELS / part).is_dir() else sorted(p.parent for p in KERNELS.glob("*/triton.py"))
+    sources = [path for folder in (KERNELS, *folders) for path in folder.glob("*.py")]
+    sources = sorted(path for path in sources if path.name.startswith("triton") or path.name == "tiles.py")
+    sha = hashlib.sha256()
+    for path in sources:
+        sha.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return sha.hexdigest()[:16]
+
+
+def load() -> dict[str, Any]:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {"versions": {}, "parts": {}}
+
+
+def save(record: dict[str, Any]) -> None:
+    record["parts"] = dict(sorted(record["parts"].items()))
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parts() -> list[str]:
+    """Every op with kernels, those beside the ops, their operators together, and whole models."""
+    return [*sorted(path.parent.name for path in KERNELS.glob("*/triton.py")), "scatter", "operators", "models"]
+
+
+def stale() -> list[str]:
+    """Parts that were not executed yet, or from other sources than there are now."""
+    known = load()["parts"]
+    return [part for part in parts() if digest(part) != known.get(part, {}).get("digest")]
+
+
+def describe() -> str:
+    """The record in a line."""
+    entries = load()["parts"].values()
+    passed, launches, faults, seconds = (
+        sum(entry[name] for entry in entries) for name in ("passed", "launches", "faults", "seconds")
+    )
+    numbers = f"{passed} tests, {launches} launches, {faults} faults, {seconds} s"
+    return f"on record: {numbers}; not of the present kernels: {', '.join(stale()) or 'none'}"
