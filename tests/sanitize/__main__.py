@@ -57,12 +57,12 @@ def environment(folder: Path) -> Path:
     """The Python of a virtual environment with the pinned versions and what the tests import, made if need be."""
     done, python = folder / "complete", folder / "bin/python"
     needs = [f"{name}=={pin}" for name, pin in PINS.items()] + ["pytest>=8"]
-    needs += tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    if not done.exists() or done.read_text() != "\n".join(needs):
+    needs += tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    if not done.exists() or done.read_text("utf-8") != "\n".join(needs):
         print(f"making {folder}: {', '.join(needs)}", flush=True)
         subprocess.run([python_for_it(), "-m", "venv", "--clear", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *needs], check=True)
-        done.write_text("\n".join(needs))
+        done.write_text("\n".join(needs), "utf-8")
     return python
 
 

@@ -19,7 +19,7 @@ RECORD = ROOT / "tests/sanitize/record.json"
 
 def launched(folder: Path) -> set[str]:
     """The kernels launched from a folder's own files: every `name[grid](...)` or `module.name[grid](...)`."""
-    trees = [ast.parse(path.read_text()) for path in sorted(folder.glob("triton*.py"))]
+    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(folder.glob("triton*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     kernels = {
         n.name for n in nodes if isinstance(n, ast.FunctionDef) and "triton.jit" in map(ast.unparse, n.decorator_list)
@@ -55,12 +55,12 @@ def digest(part: str) -> str:
 
 
 def load() -> dict[str, Any]:
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {"versions": {}, "parts": {}}
+    return json.loads(RECORD.read_text("utf-8")) if RECORD.exists() else {"versions": {}, "parts": {}}
 
 
 def save(record: dict[str, Any]) -> None:
     record["parts"] = dict(sorted(record["parts"].items()))
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 def parts() -> list[str]:
