@@ -140,6 +140,7 @@ def attention_backward(
     D: tl.constexpr, PART: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
 ):  # fmt: skip
     """delta = <do, o> and dq of one query of the chunk for BH heads; pairs [b n, 2, h, SLOTS]: its p and its ds."""
+    SCALAR: tl.constexpr = q.dtype.element_ty == tl.float32  # whose products take no tensor cores: joined ones spill
     groups = tl.cdiv(h, BH)
     i_query, head = tl.program_id(0) // groups, tl.program_id(0) % groups * BH + tl.arange(0, BH)
     batch, query = (i_query // n).to(tl.int64), i_query // n * t + chunk + i_query % n
@@ -154,7 +155,10 @@ def attention_backward(
     if NEED_Q or NEED_KEYS:
         first = _window(window_start, query, row, window, DOCUMENTS)
         low, high = _entries(start, end, query, p, k, ENTRIES)
-        both = _q_and_do(q + place * d, dout + place * d, tl.program_id(0) % groups * BH, h, d, D, BH)
+        if SCALAR:
+            qs, do = _load(q + place * d + head * d, real, d, D), _load(dout + place * d + head * d, real, d, D)
+        else:
+            both = _q_and_do(q + place * d, dout + place * d, tl.program_id(0) % groups * BH, h, d, D, BH)
         dqs = tl.zeros((BH, D), tl.float32)
         norm = tl.load(lse + place + head, mask=real, other=0.0) * LOG2E
         kv += batch * s * d
@@ -176,8 +180,10 @@ def attention_backward(
                 times = tl.load(counts + key, mask=seen & (not own), other=1)
                 seen = seen & (times > 0)
             keys = _load(at, seen, d, D)
-            hits = tl.dot(both, keys.T, input_precision="ieee").reshape(2, BH, TK)
-            logits, dp = tl.split(hits.permute(1, 2, 0))
+            if SCALAR:
+                logits, dp = tl.dot(qs, keys.T, input_precision="ieee"), tl.dot(do, keys.T, input_precision="ieee")
+            else:
+                logits, dp = tl.split(tl.dot(both, keys.T).reshape(2, BH, TK).permute(1, 2, 0))
             ps = tl.where(seen[None, :], tl.exp2(logits * (scale * LOG2E) - norm[:, None]), 0.0)
             if ENTRIES == "counts":
                 ps *= times.to(tl.float32)[None, :]

@@ -70,8 +70,9 @@ def python_for_it() -> str:
     """This Python, or one on the path."""
     if sys.version_info[:2] in PYTHONS:
         return sys.executable
-    for major, minor in PYTHONS:
-        if found := shutil.which(f"python{major}.{minor}"):
+    for major, minor in PYTHONS:  # a name on the path may be a shim that leads nowhere
+        found = shutil.which(f"python{major}.{minor}")
+        if found and not subprocess.run([found, "--version"], capture_output=True).returncode:
             return found
     sys.exit("tests/sanitize needs Python 3.12 or 3.13, as ttsem does; `uv venv --python 3.12`, for one, gets it")
 
