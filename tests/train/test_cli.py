@@ -181,7 +181,10 @@ def test_a_locale_of_ascii_alone_changes_no_file(tiny, tmp_path):
     """Files are UTF-8, as the special tokens in a run's tokenizer need it; what a terminal cannot show is escaped."""
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "abyssal.train", "train", "nano", "--out", str(tmp_path / "run")]
-    environment = {**os.environ, **ascii_alone, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *settings(tiny(), "train.steps=1")], env=environment, capture_output=True)
+    environment = {**os.environ, **ascii_alone, "PYTHONPATH": str(ROOT), "ABYSSAL_CACHE": str(tmp_path / "cache")}
+    special = ("bos_token_id=288", "eos_token_id=289", "pad_token_id=290", "engram.pad_token_id=290")
+    tokens = ("data.tokenizer=bpe:320", "model.vocab_size=320", *(f"model.{key}" for key in special))
+    words = settings(tiny(), "train.steps=1", *tokens)
+    result = subprocess.run([*command, *words], env=environment, capture_output=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "run" / "sample.txt").read_text("utf-8").startswith("def ")
