@@ -251,7 +251,8 @@ COMMAND = (
 def command(tmp_path: Path, *words: str) -> subprocess.Popen:
     """`abyssal WORDS` in a process group of its own, with the small suite as the only one."""
     (tmp_path / "tests_ablate_suite.py").write_text(Path(__file__).read_text(encoding="utf-8"), "utf-8")
-    paths = os.pathsep.join([str(tmp_path), str(Path(abyssal.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    ours = tmp_path, Path(abyssal.__file__).parents[1], Path(patience.__file__).parent
+    paths = os.pathsep.join([*map(str, ours), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *words],
@@ -265,6 +266,7 @@ def test_two_workers_find_what_one_finds_and_an_interrupt_ends_them(done, tmp_pa
     words = ["ablate", "--seeds", "2", "--workers", "2", "--out", str(tmp_path / "out")]
     first = command(tmp_path, *words)
     wait_for(lambda: list((tmp_path / "out" / RUNS).glob("*/metrics.jsonl")), first)
+    assert first.poll() is None, first.stderr.read()
     os.kill(first.pid, signal.SIGINT)  # the parent alone: it ends its workers itself
     assert first.wait(patience.SECONDS) == 130
     second = command(tmp_path, *words)
