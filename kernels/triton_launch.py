@@ -24,6 +24,16 @@ def on_device(x: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(x)
 
 
+def registers(warps: int, programs: int = 1) -> dict[str, int]:
+    """Options of a launch whose threads may take all registers that so many programs at once leave to each.
+
+    Of the 65,536 of a multiprocessor, 255 at most. NVIDIA's assembler makes its own guess of how many programs are to
+    fit, and now and then puts a few bytes on the stack for the sake of one more.
+    """
+    most = min(65536 // (32 * warps * programs), 255)
+    return {"num_warps": warps} | ({} if architecture() == "hip" else {"maxnreg": most})
+
+
 def next_power(n: int, least: int = 1) -> int:
     """The power of two that `n` fits in, as Triton's blocks need."""
     return max(triton.next_power_of_2(n), least)

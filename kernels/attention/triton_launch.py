@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_launch import architecture, next_power, on_device
+from ..triton_launch import architecture, next_power, on_device, registers
 from ..triton_scatter import atomics, entry_lists, scatter_sum
 from . import triton_kernels as kernels
 from .tiles import HALF, SINGLE, Blocks, Owned, Tiles
@@ -123,7 +123,7 @@ def _by_query(x: _Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
     heads = min(next_power(h, 16), b.heads)
     warps = b.warps if heads * width * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
     blocks = {"D": width, "BH": heads, "TK": b.keys}
-    return triton.cdiv(h, heads), {**blocks, "num_warps": warps, "num_stages": b.stages}
+    return triton.cdiv(h, heads), {**blocks, "num_stages": b.stages, **registers(warps)}
 
 
 # backward ------------------------------------------------------------------------------------------------------------
@@ -282,5 +282,5 @@ def _owned(
         x.q, dout, chunk.pairs, x.sight.start, x.sight.end, x.sight.picks, out, first_tile, tiles, splits, span,
         chunk.first, chunk.n, past=x.sizes["s"] - x.sizes["t"], **sizes, KIND=kind, ATOMIC=atomic,
         WINDOW_SLOTS=_slots(x)[0], SLOTS=sum(_slots(x)), KEYS=b.keys, ROWS=rows, COLUMNS=columns,
-        num_warps=b.warps, num_stages=b.stages,
+        num_stages=b.stages, **registers(b.warps, 1 if x.q.itemsize == 2 else 4),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_launch import architecture, next_power, on_device
+from ..triton_launch import architecture, next_power, on_device, registers
 from ..triton_scatter import entry_lists, scatter_sum
 from . import triton_kernels as kernels
 from .reference import FLOOR, measured_queries
@@ -47,7 +47,7 @@ HALF = {  # bf16 and fp16
 }
 _SMALL = Blocks(16, 16, 4, 2)
 PLAIN = Table(
-    _SMALL, _SMALL, Blocks(16, 16, 8, 2)
+    _SMALL, _SMALL, Blocks(16, 16, 16, 1)
 )  # float32, whose products take no tensor cores, and heads of more channels
 
 
@@ -133,7 +133,7 @@ def _gradients(
     """Writes dq and dweights of the chunk, adds to `dkeys [b, p, e]`."""
     (b, t, h, d), width, picked = dq.shape, dscores.shape[1], over.picks is not None
     p, blocks = dkeys.shape[1], table_for(dq, 128).gradient
-    options = _options(blocks._replace(heads=next_power(h, 16)), h, d)
+    options = _options(blocks._replace(heads=next_power(h, 16)), h, d) | registers(blocks.warps)
     rows = dq.new_empty(b, n if picked else 0, width, d)
     kernels.query_gradient[b * n,](
         dscores, *student, *over, dq, dweights, rows, first, n, t, h, d, p, width, width, PICKED=picked, **options

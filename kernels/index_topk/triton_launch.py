@@ -86,7 +86,8 @@ def select(
     (_, t), width = start.shape, scores.shape[1]
     held = width <= LONGEST_HELD
     n = next_power(width, 32) if held else STREAMED
+    most = 16 if architecture() == "hip" else 32  # warps of a program
     kernels.select[tiles * queries,](
         scores, start, end, picks, first, t, k, picks.shape[2], width,
-        BQ=queries, HELD=held, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), 16),
+        BQ=queries, HELD=held, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), most),
     )  # fmt: skip

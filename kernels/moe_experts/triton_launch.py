@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_launch import architecture, next_power, on_device
+from ..triton_launch import architecture, next_power, on_device, registers
 from . import triton_kernels as kernels
 from .tiles import HALF, PLAIN, Blocks, Tiles
 
@@ -102,7 +102,7 @@ def _schedule(counts: Tensor, r: int, rows: int) -> _Schedule:
     e, total = len(counts), r // rows + min(len(counts), r)
     tiles, offsets = (counts.new_empty(shape, dtype=torch.int32) for shape in ((total, 2), (e + 1,)))
     grid = (max(triton.cdiv(total, 16), 1),)
-    kernels.schedule[grid](counts, offsets, tiles, e, total, BM=rows, E=next_power(e), TILES=16)
+    kernels.schedule[grid](counts, offsets, tiles, e, total, BM=rows, E=next_power(e), TILES=16, **registers(4))
     return _Schedule(tiles, offsets, total)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..triton_launch import next_power, on_device
 from . import triton_kernels as kernels
 
-VALUES = 4096  # of kv that a program holds: 16 to a thread in the forward pass, 8 in the backward pass
+VALUES = 4096  # of kv that a program holds, 16 to a thread; in the backward pass half as many, 8 to a thread
 PROGRAMS = 256  # of the backward pass, about: each leaves a partial gradient of the bias
 
 
@@ -60,7 +60,7 @@ def forward(kv: Tensor, gate: Tensor, bias: Tensor, w: Windows) -> Tensor:
     kv, gate, bias, w = _contiguous(kv, gate, bias, w)
     out = output(kv, w)
     n, p, d = len(kv) * out.shape[1], out.shape[1], out.shape[2]
-    tile = _tile(w, d, per_warp=512)
+    tile = _tile(w, d, VALUES, per_warp=512)
     run = 4 if tile.slots <= 16 else 1  # entries of a program, which share its bias
     with on_device(kv):
         kernels.pool_forward[triton.cdiv(n, run), tile.blocks](
@@ -76,7 +76,7 @@ def backward(dout: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, w: Windows) -
     dout = dout.contiguous()
     (b, real, d), t, gathered = dout.shape, kv.shape[1], w.first is not None
     p = real if gathered else real + _halves(w)  # entries past the last: the rest of the rows, and its first half
-    tile = _tile(w, d, per_warp=256)
+    tile = _tile(w, d, VALUES // 2, per_warp=256)
     programs = min(b * p, max(PROGRAMS // tile.blocks, 1))
     dkv, dgate = kv.new_empty(kv.shape), gate.new_empty(gate.shape)
     partial = kv.new_empty(programs, _halves(w), w.ratio, d, dtype=torch.float32)
@@ -116,8 +116,8 @@ def _halves(w: Windows) -> int:
     return 2 if w.overlap else 1
 
 
-def _tile(w: Windows, d: int, per_warp: int) -> _Tile:
+def _tile(w: Windows, d: int, values: int, per_warp: int) -> _Tile:
     """All slots, and as many channels as keep the tile small."""
     slots = next_power(_halves(w) * w.ratio)
-    channels = min(next_power(d), max(VALUES // slots, 16))
+    channels = min(next_power(d), max(values // slots, 16))
     return _Tile(slots, channels, triton.cdiv(d, channels), min(max(slots * channels // per_warp, 1), 16))

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_launch import next_power, on_device
+from ..triton_launch import next_power, on_device, registers
 from . import reference
 from . import triton_kernels as kernels
 
@@ -171,6 +171,7 @@ def _fold(codes: Tensor, scales: Tensor, group: int, r: int, c: int) -> tuple[Te
     folded, common, lost = _folded(codes, scales, group, r, c)
     b = _Blocks.of(folded.shape, r, c, lines=False)
     grid, tile = b.options()
+    tile |= registers(tile["num_warps"])
     with on_device(codes):
         kernels.fold[grid](
             codes.contiguous(), scales.contiguous(), folded, common, lost, b.number, *b.arguments(), group, **tile
