@@ -14,9 +14,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_launch import architecture, next_power, on_device, registers
+from ..triton_launch import architecture, next_power, on_device
 from . import triton_kernels as kernels
 from .tiles import HALF, PLAIN, Blocks, Tiles
+
+TILES = 8  # that a program schedules
 
 
 class Rows(NamedTuple):
@@ -101,8 +103,8 @@ def _schedule(counts: Tensor, r: int, rows: int) -> _Schedule:
     """Tiles of `rows` rows: an expert with c rows has cdiv(c, rows), all of them at most r // rows + min(e, r)."""
     e, total = len(counts), r // rows + min(len(counts), r)
     tiles, offsets = (counts.new_empty(shape, dtype=torch.int32) for shape in ((total, 2), (e + 1,)))
-    grid = (max(triton.cdiv(total, 16), 1),)
-    kernels.schedule[grid](counts, offsets, tiles, e, total, BM=rows, E=next_power(e), TILES=16, **registers(4))
+    grid = (max(triton.cdiv(total, TILES), 1),)
+    kernels.schedule[grid](counts, offsets, tiles, e, total, BM=rows, E=next_power(e), TILES=TILES, num_warps=8)
     return _Schedule(tiles, offsets, total)
 
 

@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton_launch import next_power, on_device
+from ..triton_launch import next_power, on_device, registers
 from . import triton_kernels as kernels
 
-VALUES = 4096  # of kv that a program holds, 16 to a thread; in the backward pass half as many, 8 to a thread
+VALUES = 4096  # of kv that a program holds: 16 to a thread in the forward pass, 8 in the backward pass
 PROGRAMS = 256  # of the backward pass, about: each leaves a partial gradient of the bias
 
 
@@ -46,7 +46,7 @@ class _Tile(NamedTuple):
     warps: int
 
     def options(self) -> dict[str, int]:
-        return {"S": self.slots, "CHANNELS": self.channels, "num_warps": self.warps}
+        return {"S": self.slots, "CHANNELS": self.channels}
 
 
 def output(kv: Tensor, w: Windows) -> Tensor:
@@ -60,12 +60,12 @@ def forward(kv: Tensor, gate: Tensor, bias: Tensor, w: Windows) -> Tensor:
     kv, gate, bias, w = _contiguous(kv, gate, bias, w)
     out = output(kv, w)
     n, p, d = len(kv) * out.shape[1], out.shape[1], out.shape[2]
-    tile = _tile(w, d, VALUES, per_warp=512)
+    tile = _tile(w, d, per_warp=512)
     run = 4 if tile.slots <= 16 else 1  # entries of a program, which share its bias
     with on_device(kv):
         kernels.pool_forward[triton.cdiv(n, run), tile.blocks](
             kv, gate, bias, w.first, w.follows, out, n, p, kv.shape[1], w.ratio, d,
-            GATHERED=w.first is not None, OVERLAP=w.overlap, RUN=run, **tile.options(),
+            GATHERED=w.first is not None, OVERLAP=w.overlap, RUN=run, **tile.options(), num_warps=tile.warps,
         )  # fmt: skip
     return out
 
@@ -76,7 +76,7 @@ def backward(dout: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, w: Windows) -
     dout = dout.contiguous()
     (b, real, d), t, gathered = dout.shape, kv.shape[1], w.first is not None
     p = real if gathered else real + _halves(w)  # entries past the last: the rest of the rows, and its first half
-    tile = _tile(w, d, VALUES // 2, per_warp=256)
+    tile = _tile(w, d, per_warp=256)
     programs = min(b * p, max(PROGRAMS // tile.blocks, 1))
     dkv, dgate = kv.new_empty(kv.shape), gate.new_empty(gate.shape)
     partial = kv.new_empty(programs, _halves(w), w.ratio, d, dtype=torch.float32)
@@ -84,7 +84,7 @@ def backward(dout: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, w: Windows) -
     with on_device(kv):
         kernels.pool_backward[programs, tile.blocks](
             kv, gate, bias, w.first, w.follows, dout, dkv, dgate, partial, *sums, b * p, p, real, t, w.ratio, d,
-            GATHERED=gathered, OVERLAP=w.overlap, **tile.options(),
+            GATHERED=gathered, OVERLAP=w.overlap, **tile.options(), **registers(tile.warps, 16 // tile.warps),
         )  # fmt: skip
         if gathered:
             _rows(kv, gate, bias, w, sums, dkv, dgate)
@@ -116,8 +116,8 @@ def _halves(w: Windows) -> int:
     return 2 if w.overlap else 1
 
 
-def _tile(w: Windows, d: int, values: int, per_warp: int) -> _Tile:
+def _tile(w: Windows, d: int, per_warp: int) -> _Tile:
     """All slots, and as many channels as keep the tile small."""
     slots = next_power(_halves(w) * w.ratio)
-    channels = min(next_power(d), max(values // slots, 16))
+    channels = min(next_power(d), max(VALUES // slots, 16))
     return _Tile(slots, channels, triton.cdiv(d, channels), min(max(slots * channels // per_warp, 1), 16))
