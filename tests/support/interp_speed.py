@@ -14,7 +14,7 @@ from typing import Any
 def hasten(interpreter: Any) -> None:
     _leave_out_unread_checks(interpreter)
     _remember_types(interpreter)
-    _remember_shapes()
+    _remember_shapes(interpreter)
     _call_directly(interpreter)
     _patch_once(interpreter)
 
@@ -44,16 +44,24 @@ def _remember_types(interpreter: Any) -> None:
     tl.dtype.is_int = lambda self: self.name in integers
 
 
-def _remember_shapes() -> None:
-    """Types of one shape, and tensors, share their tuples, which nobody writes to."""
+def _remember_shapes(interpreter: Any) -> None:
+    """Blocks of one type share it, those of one shape its tuples, to which nobody writes; of one shape are those that
+    share it.
+    """
     import triton.language as tl
 
-    core, stock = tl.core, tl.block_type.__init__
+    core, semantic, stock = tl.core, interpreter.TritonSemantic, tl.block_type.__init__
+    broadcast, no_shape, one = semantic.broadcast_impl_value, core.tuple([]), core.constexpr(1)
+    tl.pointer_type.__hash__ = tl.dtype.__hash__
 
     @functools.cache
-    def shaped(*shape: int) -> tuple[Any, Any, int, str, Any]:
+    def shaped(*shape: int) -> tuple[Any, int, str, Any]:
         stock(block := object.__new__(tl.block_type), tl.int1, list(shape))
         return block.shape, block.numel, str(block.shape), core.tuple([core.constexpr(n) for n in shape])
+
+    @functools.cache
+    def block(element_ty, *shape: int) -> Any:
+        return tl.block_type(element_ty, list(shape))
 
     def init_block(self, element_ty, shape):
         shape = [core._unwrap_if_constexpr(n) for n in core._unwrap_if_constexpr(shape)]
@@ -61,14 +69,19 @@ def _remember_shapes() -> None:
         self.shape, self.numel, name, self.shape_of_tensors = shaped(*shape)
         self.name = f"<{name}, {element_ty}>"
 
-    no_shape, one = core.tuple([]), core.constexpr(1)
-
     def init_tensor(self, handle, type):
         self.handle, self.type, self.dtype, self.shape, self.numel = handle, type, type.scalar, no_shape, one
         if type.is_block():
             self.shape, self.numel = type.shape_of_tensors, core.constexpr(type.numel)
 
+    def broadcast_impl_value(self, lhs, rhs):
+        same = getattr(lhs.type, "shape", self) is getattr(rhs.type, "shape", None)
+        return (lhs, rhs) if same else broadcast(self, lhs, rhs)
+
     tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor
+    tl.block_type.with_element_ty = lambda self, element_ty: block(element_ty, *self.shape.values)
+    tl.block_type.to_ir = lambda self, builder: self
+    semantic.broadcast_impl_value = broadcast_impl_value
 
 
 def _call_directly(interpreter: Any) -> None:
