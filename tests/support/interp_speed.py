@@ -15,6 +15,7 @@ def hasten(interpreter: Any) -> None:
     _leave_out_unread_checks(interpreter)
     _remember_types(interpreter)
     _remember_shapes(interpreter)
+    _index_plainly()
     _call_directly(interpreter)
     _patch_once(interpreter)
 
@@ -82,6 +83,19 @@ def _remember_shapes(interpreter: Any) -> None:
     tl.block_type.with_element_ty = lambda self, element_ty: block(element_ty, *self.shape.values)
     tl.block_type.to_ir = lambda self, builder: self
     semantic.broadcast_impl_value = broadcast_impl_value
+
+
+def _index_plainly() -> None:
+    """Triton's tuples make a constant of an index, and a tuple of a list that they are compared with."""
+    from triton.language import core
+
+    item, equal = core.tuple.__getitem__, core.tuple.__eq__
+
+    def compare(self, other):
+        return core.constexpr(self.values == other) if other.__class__ is list else equal(self, other)
+
+    core.tuple.__getitem__ = lambda self, i: self.values[i] if i.__class__ is int else item(self, i)
+    core.tuple.__eq__ = compare
 
 
 def _call_directly(interpreter: Any) -> None:
