@@ -1,5 +1,5 @@
-"""Makes Triton's interpreter (TRITON_INTERPRET=1) take less time, and nothing else: the same operations of numpy run on
-the same arrays.
+"""Makes Triton's interpreter (TRITON_INTERPRET=1) take less time, and nothing else: every result comes from the same
+operations of numpy on the same arrays.
 
 Most of the interpreter's time goes to Python around numpy: types and shapes that are made anew for every value, and a
 check of integers for overflow that nobody reads.
