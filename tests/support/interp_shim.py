@@ -8,9 +8,9 @@ product goes through a BLAS, whose bits for one row depend on the others.
 """
 
 import os
-from types import SimpleNamespace
 from typing import Any
 
+import interp_speed
 import numpy as np
 import torch
 
@@ -53,7 +53,7 @@ def install() -> None:
         _repair_reductions(interpreter)
         _repair_ranges(interpreter)
         _repair_libdevice(interpreter)
-        _patch_once(interpreter)
+        interp_speed.hasten(interpreter)
 
 
 def _repair_arithmetic(interpreter: Any) -> None:
@@ -123,9 +123,7 @@ def _repair_arithmetic(interpreter: Any) -> None:
 
 
 def _is_bf16(h: Any) -> bool:
-    import triton.language as tl
-
-    return h.dtype.scalar == tl.bfloat16 and h.data.dtype == np.uint16
+    return h.data.dtype == np.uint16 and h.dtype.scalar.name == "bf16"
 
 
 def _repair_reductions(interpreter: Any) -> None:
@@ -185,13 +183,3 @@ def _repair_libdevice(interpreter: Any) -> None:
 
     for name in ("tanh", "exp", "expm1", "log", "log1p", "sqrt", "round", "rint", "trunc", "arctan2"):
         setattr(libdevice, {"arctan2": "atan2"}.get(name, name), lifted(getattr(np, name)))
-
-
-def _patch_once(interpreter: Any) -> None:
-    """The language is made to interpret once for all: stock does it anew in every call of a device function, a third of
-    the time.
-    """
-    import triton.language as tl
-
-    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
