@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--environment", type=Path, default=ROOT / ".venv-sanitize", help="where its own one is kept")
     parser.add_argument("--stale", action="store_true", help="run what the record does not cover any more")
     parser.add_argument("--no-record", action="store_true", help="leave record.json as it is")
+    parser.add_argument("-k", metavar="EXPRESSION", help="as pytest's; the planted faults stay")
     options, rest = parser.parse_known_args()
     if not options.here:
         python = environment(options.environment)
@@ -93,6 +94,7 @@ def execute(options: argparse.Namespace, rest: list[str]) -> int:
     arguments = [str(path) if path.exists() else word for word, path in named.items()]
     if not any(Path(word.partition("::")[0]).exists() for word in arguments):
         arguments += [str(sanitized.TESTS), str(HERE)]
+    arguments += ["-k", options.k] if options.k else []
     return plugin.run([*arguments, str(HERE / "test_planted.py")], not options.no_record)
 
 

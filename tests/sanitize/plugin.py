@@ -96,11 +96,17 @@ class Sanitizer:
 
     # pytest's hooks ---------------------------------------------------------------------------------------------------
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Iterator[None]:
+        """The planted faults are not `-k`'s to leave out."""
+        planted = [item for item in items if item.path.name == "test_planted.py"]
+        items[:] = [item for item in items if item not in planted]
         for item in items:
             reason = next((why for pattern, why in CANNOT.items() if fnmatch.fnmatch(item.nodeid, pattern)), None)
             if reason or item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason or "sizes for a GPU"))
+        yield
+        items += planted
 
     def pytest_deselected(self) -> None:
         self.whole = False

@@ -1,7 +1,10 @@
 """Whole models with every launch executed, against the references: training, Muon, prefill and decode, documents.
 
 Blocks are those that ship. `nano` has every mechanism: sliding, CSA and HCA layers, the indexer and its loss, hash and
-score routing, Engram, MTP; so has `short`, with one layer of each kind and small tables, for the sake of time.
+score routing, Engram, MTP; so has `short`, with one layer of each kind. Time goes by the program: most launches have
+one per token, Muon's one or more per matrix, a table's gradient one per row. So sequences are just long enough to leave
+a window, to fill compressed entries and begin another, and for the indexer to leave entries out; the two of `nano` have
+over 64 tokens together, so that most kernels of blocks of tokens have programs to race (all have in the kernel tests).
 """
 
 from copy import deepcopy
@@ -14,7 +17,7 @@ from abyssal.model import Transformer
 from abyssal.train.optim import build_optimizer, set_learning_rate
 from abyssal.train.recipe import OptimConfig
 
-IDS = draw_ids(2, 71)
+IDS = draw_ids(2, 41)
 ENGRAM = {
     "layers": [1],
     "max_ngram": 3,
@@ -24,11 +27,19 @@ ENGRAM = {
     "kernel_size": 4,
     "pad_token_id": 258,
 }
+SHORT = {
+    "num_hidden_layers": 3,
+    "compress_ratios": [0, 4, 8],
+    "sliding_window": 8,
+    "index_topk": 2,
+    "n_routed_experts": 4,
+    "engram": ENGRAM,
+}
 
 
 @pytest.fixture
 def short() -> Transformer:
-    return lively("nano", num_hidden_layers=3, compress_ratios=[0, 4, 16], engram=ENGRAM).train()
+    return lively("nano", **SHORT).train()
 
 
 @pytest.fixture
@@ -60,29 +71,29 @@ def compare(model: Transformer, by, ids: torch.Tensor, **options) -> None:
 
 
 def test_a_training_pass_of_nano(by):
-    compare(lively("nano").train(), by, IDS)
+    compare(lively("nano", index_topk=4, engram=ENGRAM).train(), by, IDS[:, :34])
 
 
 def test_a_training_pass_under_autocast(short, by):
     """Its gradients are as near to those in float32 as the references' under autocast, within a factor."""
     by("reference")
-    want, away = trained(short, IDS[:1, :41]), {}
+    want, away = trained(short, IDS[:1, :22]), {}
     for backend in ("reference", "triton"):
         by(backend)
         with torch.autocast("cuda", torch.bfloat16):
-            loss, gradients = trained(short, IDS[:1, :41])
+            loss, gradients = trained(short, IDS[:1, :22])
         assert error(loss, want[0]) < 1e-2
         away[backend] = error(*(torch.cat([x.flatten() for x in g.values()]) for g in (gradients, want[1])))
     assert away["triton"] <= 1.5 * away["reference"] < 0.5, away
 
 
 def test_packed_documents_with_padding_on_both_sides_and_layers_run_again(short, by):
-    documents = torch.tensor([[-1] * 3 + [0] * 30 + [1] * 19 + [-1] * 2 + [2] * 11 + [-1] * 5])
+    documents = torch.tensor([[-1] * 3 + [0] * 17 + [1] * 10 + [-1] * 2 + [2] * 5 + [-1] * 3])
     short.recompute = 2
     compare(short, by, IDS[:1], documents=documents)
 
 
-def test_steps_of_muon(short, by):
+def test_a_step_of_muon(short, by):
     """The losses agree, not each update: what a gradient of few tokens leaves open is noise that Muon blows up."""
     losses: dict[str, list[float]] = {}
     for backend in ("triton", "reference"):
@@ -90,16 +101,14 @@ def test_steps_of_muon(short, by):
         model = deepcopy(short)
         optimizer = build_optimizer(model, OptimConfig(rule="muon"))
         set_learning_rate(optimizer, 1e-3)
-        for _ in range(2):
-            loss = model(IDS[:1, :30], targets=IDS[:1, 1:31]).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.setdefault(backend, []).append(float(loss))
+        loss = model(IDS[:1, :18], targets=IDS[:1, 1:19]).loss
+        loss.backward()
+        optimizer.step()
         with torch.no_grad():
-            losses[backend].append(float(model(IDS[:1, :30], targets=IDS[:1, 1:31]).loss))
-    assert losses["triton"] == pytest.approx(losses["reference"], rel=2e-3)
-    assert losses["triton"][2] < losses["triton"][0]
+            after = model(IDS[:1, :18], targets=IDS[:1, 1:19]).loss
+        losses[backend] = [float(loss), float(after)]
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4)
+    assert losses["triton"][1] < losses["triton"][0]
 
 
 @torch.no_grad()
@@ -109,8 +118,8 @@ def test_prefill_in_pieces_and_decoding(short, by, dtype):
     logits = {}
     for backend in ("triton", "reference"):
         by(backend)
-        cache = short.new_cache(batch_size=2, max_length=50)
+        cache = short.new_cache(batch_size=2, max_length=30)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            pieces = [short(part, cache=cache).logits for part in IDS[:, :44].split([21, 17, 3, 1, 1, 1], 1)]
+            pieces = [short(part, cache=cache).logits for part in IDS[:, :24].split([11, 7, 3, 1, 1, 1], 1)]
         logits[backend] = torch.cat(pieces, 1)
     assert error(logits["triton"], logits["reference"]) < (2e-6 if dtype == torch.float32 else 2e-2)
