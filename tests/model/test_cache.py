@@ -14,6 +14,7 @@ from abyssal.model import ModelConfig, Transformer
 
 TOLERANCE = 1e-4  # of logits, absolute, float32
 NANO = {key: value for key, value in ModelConfig.load("nano").to_dict().items() if key != "engram"}
+NANO |= {"num_hidden_layers": 4, "compress_ratios": [0, 4, 16, 4], "n_routed_experts": 4, "hc_sinkhorn_iters": 3}
 ENGRAM = {"layers": [1, 3], "head_dim": 8, "vocab_size": 500, "heads": 2, "pad_token_id": 258}
 ROWS = 3
 
@@ -28,7 +29,7 @@ def one_thread():
 
 
 def make(seed=0, **changes):
-    """A nano model without Engram, changed, whose weights are not those of a start."""
+    """A nano model of four layers without Engram, changed, whose weights are not those of a start."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict({**NANO, **changes})).eval()
     with torch.no_grad():
@@ -42,7 +43,8 @@ def make(seed=0, **changes):
 
 @pytest.fixture(scope="module")
 def nano():
-    return make()
+    """Queries choose among entries from token 20 on."""
+    return make(index_topk=4)
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +101,12 @@ def assert_untouched(cache, before):
 # every split
 
 
-@pytest.mark.slow("every split means 139 of them")
 def test_every_split_of_a_sequence(nano):
-    """140 tokens: window 16, m 4 (2m 8) and 16, with all their neighbours."""
-    ids = draw(1, 140)
+    """70 tokens: window 16, m 4 (2m 8) and 16, with all their neighbours; a tail's buffer holds 47."""
+    ids = draw(1, 70)
     full = nano(ids).logits
-    for cut in range(1, 140):
-        assert_equal_logits(feed(nano, nano.new_cache(1, 140), ids, [cut]), full, f"split at {cut}")
+    for cut in range(1, 70):
+        assert_equal_logits(feed(nano, nano.new_cache(1, 70), ids, [cut]), full, f"split at {cut}")
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +132,8 @@ def test_an_entry_that_spans_three_calls(wide):
 
 
 def test_token_by_token(nano):
-    ids = draw(2, 140, seed=1)
-    assert_equal_logits(feed(nano, nano.new_cache(2, 140), ids, [1] * 140), nano(ids).logits, "one token at a time")
+    ids = draw(2, 100, seed=1)
+    assert_equal_logits(feed(nano, nano.new_cache(2, 100), ids, [1] * 100), nano(ids).logits, "one token at a time")
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4, 16])
@@ -184,11 +185,11 @@ def test_a_cache_can_be_filled_to_its_last_token(nano):
 
 def test_memory_and_convolution_across_splits(remembering):
     """n-grams reach 2 tokens back, the convolution 9."""
-    ids = draw(2, 42)
+    ids = draw(2, 26)
     full = remembering(ids).logits
-    for cut in range(1, 42):
-        assert_equal_logits(feed(remembering, remembering.new_cache(2, 42), ids, [cut]), full, f"split at {cut}")
-    assert_equal_logits(feed(remembering, remembering.new_cache(2, 42), ids, [1] * 42), full, "one token at a time")
+    for cut in range(1, 26):
+        assert_equal_logits(feed(remembering, remembering.new_cache(2, 26), ids, [cut]), full, f"split at {cut}")
+    assert_equal_logits(feed(remembering, remembering.new_cache(2, 26), ids, [1] * 26), full, "one token at a time")
 
 
 def test_memory_without_convolution():
@@ -285,14 +286,16 @@ def test_other_tokens_after_a_rewind(request, name):
     model, rewind = request.getfixturevalue(name), 9
     ids, other = draw(2, 80), draw(2, 80, seed=1)
     for length in (9, 17, 33, 66) if name == "nano" else (16, 19):
-        filled = model.new_cache(2, 80, rewind=rewind)
+        filled, end = model.new_cache(2, 80, rewind=rewind), length + 14
         feed(model, filled, ids[:, :length], [length - 5])
-        for back in range(rewind + 1):
-            cache, start = filled.fork(1), length - back
+        starts = [length - back for back in range(rewind + 1)]
+        changed = [torch.cat([ids[:, :start], other[:, start:end]], 1) for start in starts]
+        full = model(torch.cat(changed)).logits.split(2)
+        for start, tokens, logits in zip(starts, changed, full):
+            cache, stop = filled.fork(1), start + 14
             cache.truncate(start)
-            changed = torch.cat([ids[:, :start], other[:, start : start + 14]], 1)
-            got = feed(model, cache, changed[:, start:], [1, 3])
-            assert_equal_logits(got, model(changed).logits[:, start:], f"{back} back from {length}")
+            got = feed(model, cache, tokens[:, start:stop], [1, 3])
+            assert_equal_logits(got, logits[:, start:stop], f"{length - start} back from {length}")
 
 
 def test_drafting_and_taking_back_without_end(nano):
@@ -522,7 +525,7 @@ def interrupt(model, layer, call):
 
 
 @pytest.mark.parametrize("size", [1, 6, 40], ids=["in place", "m crossed", "new buffers"])
-@pytest.mark.parametrize("layer", [0, 3, 4])
+@pytest.mark.parametrize("layer", [0, 2, 3])
 def test_an_interrupted_call_leaves_no_trace(remembering, layer, size):
     """Whatever was appended before the interruption is forgotten: the same calls give the same bits afterwards."""
     ids = draw(2, 110)

@@ -13,7 +13,7 @@ pytest.importorskip("jsonschema")
 
 
 def test_the_command(capsys):
-    assert main(["eval", "constrained", "--answers", "6", "--tokens", "270", "--batch", "6", "--seed", "2"]) == 0
+    assert main(["eval", "constrained", "--answers", "6", "--tokens", "60", "--batch", "6", "--seed", "2"]) == 0
     out = capsys.readouterr().out
     assert re.findall(r"answers +([\d,]+), ([\d,]+) of them valid", out) == [("6", "6"), ("2", "2")]
     assert out.count("us per token") == 4 and "vocabulary  288 tokens" in out
