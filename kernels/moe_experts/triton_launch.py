@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton_launch import architecture, next_power, on_device
+from ..triton_launch import architecture, next_power, on_device, registers
 from . import triton_kernels as kernels
 from .tiles import HALF, PLAIN, Blocks, Tiles
 
@@ -129,7 +129,7 @@ def _outer(
     out = w.new_empty(w.shape) if into is None else into
     kernels.grouped_outer[e * triton.cdiv(m, t.rows) * triton.cdiv(n, b.columns),](
         p, q, rows.order, s.offsets, out, rows.inverse.shape[1], m, n, GATHER=gather, ADD=into is not None,
-        BM=t.rows, BN=b.columns, BK=b.inner, num_warps=b.warps, num_stages=b.stages,
+        BM=t.rows, BN=b.columns, BK=b.inner, num_stages=b.stages, **registers(b.warps),
     )  # fmt: skip
     return out
 
@@ -154,7 +154,7 @@ def _source(w: Tensor, rows: int, columns: int, t: Tiles) -> tuple[Any, bool]:
 
 def _options(b: Blocks, t: Tiles) -> dict[str, int]:
     blocks = {"BM": t.rows, "BN": b.columns, "BK": b.inner, "GROUP": t.group}
-    return {**blocks, "num_warps": b.warps, "num_stages": b.stages}
+    return {**blocks, "num_stages": b.stages, **registers(b.warps)}
 
 
 def _bound(limit: float | None) -> float:

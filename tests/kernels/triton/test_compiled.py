@@ -35,18 +35,9 @@ CASES, PRODUCTS = {"wide panels": (["sm_90"], wide)}, set()
 """
 
 
-# bytes on the stack that triton 3.7.1 leaves although registers are free; a kernel may have no more, all others none
+# bytes on the stack that a version of triton may leave; all others none
 STACK = {
-    ("attention", "sm_86", "attention_forward"): 8,
-    ("attention", "sm_86", "attention_backward"): 16,
-    ("attention", "sm_90", "keys_backward"): 8,
-    ("attention", "sm_100", "attention_forward"): 8,
-    ("elementwise", "sm_80", "pool_backward"): 16,
-    ("elementwise", "sm_86", "pool_backward"): 16,
-    ("elementwise", "sm_80", "fold"): 8,
-    ("elementwise", "sm_86", "fold"): 8,
-    ("hyper", "sm_100", "project_backward"): 8,
-    ("indexer", "sm_80", "key_gradient"): 8,
+    ("mHC, fp32, n=1 d=1", "project_backward"): 24,  # 3.8, streams of one channel
 }
 
 
@@ -55,7 +46,7 @@ def check(row: dict[str, Any]) -> None:
     case = importlib.import_module(f"compiled_{row['op']}")
     product = row["kernel"] in case.PRODUCTS
     atomic = product and row["case"] in getattr(case, "ATOMIC_CASES", ())
-    assert row["spilled"] <= STACK.get((row["op"], row["target"], row["kernel"]), 0), row
+    assert row["spilled"] <= STACK.get((row["case"], row["kernel"]), 0), row
     assert (row["float atomics"] > 0) == atomic, row
     half = "bf16" in row["case"] or "fp16" in row["case"]
     if product:
