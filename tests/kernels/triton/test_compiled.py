@@ -12,6 +12,7 @@ from typing import Any
 import aot
 import pytest
 import record
+import triton
 
 SAMPLE = {  # of each op a case that is soon compiled
     "attention": "attention, bf16, h=6 d=40 k=5",
@@ -35,9 +36,18 @@ CASES, PRODUCTS = {"wide panels": (["sm_90"], wide)}, set()
 """
 
 
-# bytes on the stack that a version of triton may leave; all others none
+# triton, architecture, case, kernel: bytes on the stack; all others have none. 3.9 holds in registers what the backward
+# pass of attention multiplies in every step, where versions before it hold that in shared memory
 STACK = {
-    ("mHC, fp32, n=1 d=1", "project_backward"): 24,  # 3.8, streams of one channel
+    ("3.8.0", "sm_90", "mHC, fp32, n=1 d=1", "project_backward"): 24,
+    ("3.9.0", "sm_80", "attention, bf16, h=64 d=512 k=512", "attention_backward"): 528,
+    ("3.9.0", "sm_80", "attention, bf16, h=128 d=512 k=1024", "attention_backward"): 528,
+    ("3.9.0", "sm_86", "attention, bf16, h=64 d=512 k=512", "attention_backward"): 32,
+    ("3.9.0", "sm_90", "attention, bf16, h=128 d=512 k=1024", "attention_backward"): 56,
+    **{
+        ("3.9.0", target, "attention, fp32, h=64 d=512 k=512", "attention_backward"): 3176
+        for target in ("sm_80", "sm_90", "sm_100")
+    },
 }
 
 
@@ -46,7 +56,8 @@ def check(row: dict[str, Any]) -> None:
     case = importlib.import_module(f"compiled_{row['op']}")
     product = row["kernel"] in case.PRODUCTS
     atomic = product and row["case"] in getattr(case, "ATOMIC_CASES", ())
-    assert row["spilled"] <= STACK.get((row["case"], row["kernel"]), 0), row
+    where = triton.__version__, row["target"], row["case"], row["kernel"]
+    assert row["spilled"] <= STACK.get(where, 0), row
     assert (row["float atomics"] > 0) == atomic, row
     half = "bf16" in row["case"] or "fp16" in row["case"]
     if product:
