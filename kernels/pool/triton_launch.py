@@ -46,7 +46,7 @@ class _Tile(NamedTuple):
     warps: int
 
     def options(self) -> dict[str, int]:
-        return {"S": self.slots, "CHANNELS": self.channels}
+        return {"S": self.slots, "CHANNELS": self.channels, **registers(self.warps, 16 // self.warps)}
 
 
 def output(kv: Tensor, w: Windows) -> Tensor:
@@ -65,7 +65,7 @@ def forward(kv: Tensor, gate: Tensor, bias: Tensor, w: Windows) -> Tensor:
     with on_device(kv):
         kernels.pool_forward[triton.cdiv(n, run), tile.blocks](
             kv, gate, bias, w.first, w.follows, out, n, p, kv.shape[1], w.ratio, d,
-            GATHERED=w.first is not None, OVERLAP=w.overlap, RUN=run, **tile.options(), num_warps=tile.warps,
+            GATHERED=w.first is not None, OVERLAP=w.overlap, RUN=run, **tile.options(),
         )  # fmt: skip
     return out
 
@@ -84,7 +84,7 @@ def backward(dout: Tensor, kv: Tensor, gate: Tensor, bias: Tensor, w: Windows) -
     with on_device(kv):
         kernels.pool_backward[programs, tile.blocks](
             kv, gate, bias, w.first, w.follows, dout, dkv, dgate, partial, *sums, b * p, p, real, t, w.ratio, d,
-            GATHERED=gathered, OVERLAP=w.overlap, **tile.options(), **registers(tile.warps, 16 // tile.warps),
+            GATHERED=gathered, OVERLAP=w.overlap, **tile.options(),
         )  # fmt: skip
         if gathered:
             _rows(kv, gate, bias, w, sums, dkv, dgate)
