@@ -39,4 +39,5 @@ HALF = {  # bf16 and fp16, widths that are multiples of 16
     "hip": Tiles(128, Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2)),
 }
 _SMALL = Blocks(32, 16, 4, 2)
-PLAIN = Tiles(64, _SMALL, _SMALL, _SMALL, _SMALL)  # float32, whose products take no tensor cores, and other widths
+# float32, whose products take no tensor cores, and other widths
+PLAIN = Tiles(64, _SMALL._replace(warps=8), _SMALL, _SMALL, _SMALL)
