@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import abyssal
-from abyssal.train.bench import OPS, measure, moe, run
+from abyssal.train.bench import OPS, measure, moe, report, run
 from abyssal.train.bench.draw import draw
 from abyssal.train.bench.task import Contender, Setting
 from abyssal.train.cli import COMMANDS, main
@@ -210,6 +210,12 @@ def test_the_picture_is_drawn_from_the_json(result, tmp_path):
     assert result.with_suffix(".png").stat().st_size > 10_000
     picture = draw(result, tmp_path / "again.png")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("rate", [0, 1.2e-4, 0.00999, 0.0123, 0.123, 9.996, 99.99, 3352.4, 99_999])
+def test_a_rate_fits_its_column(rate):
+    value = report._value(rate)
+    assert len(value) <= 6 and float(value.replace(",", "")) == pytest.approx(rate, rel=5e-3, abs=5e-5)
 
 
 def test_the_table_says_what_ran(result):

@@ -87,11 +87,16 @@ def _line(row: dict[str, Any]) -> str:
 def _rate(found: dict[str, Any]) -> tuple[str, str]:
     """Unit and value: of FLOPs, or of bytes where nothing is multiplied."""
     if not found["flops"]:
-        return "GB/s", f"{found.get('gigabytes_per_second', 0):.3g}"
+        return "GB/s", _value(found.get("gigabytes_per_second", 0))
     teraflops = found.get("teraflops", 0)
     if found["flops"] / found["limit_ms"] > 1e9:
-        return "TF/s", f"{teraflops:.3g}"
-    return "GF/s", f"{1e3 * teraflops:.3g}"
+        return "TF/s", _value(teraflops)
+    return "GF/s", _value(1e3 * teraflops)
+
+
+def _value(rate: float) -> str:
+    """As `_ms`, in at most six characters below 100,000."""
+    return f"{rate:.4f}" if rate < 0.01 else _ms(rate)
 
 
 def _ms(ms: float) -> str:
