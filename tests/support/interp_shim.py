@@ -4,7 +4,8 @@ The interpreter keeps bfloat16 and float8 as bit patterns in numpy, so that out 
 comparisons of bfloat16 are integer arithmetic on those patterns and conversions to it truncate. `range(0, n)` with a
 run-time n fails with numpy >= 2.4 (triton 3.6), a comparison of scalars is no mask (3.9), libdevice returns None, and a
 product goes through a BLAS, whose bits for one row depend on the others.
-`install()` repairs this; call it once, with the variable set before triton was imported.
+`install()` repairs this and makes it faster (interp_speed.py); call it once, with the variable set before triton was
+imported.
 """
 
 import os

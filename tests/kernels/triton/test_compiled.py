@@ -1,5 +1,5 @@
-"""Every shipped kernel compiles for every architecture: nothing spilled but a few named bytes, within shared memory,
-wgmma on Hopper.
+"""Every shipped kernel compiles for every architecture: nothing spilled but what is named, within shared memory, wgmma
+on Hopper.
 
 What has been shown for this version of triton and these sources is on record (tests/support/record.py) and not shown
 again, but for a sample; the rest compiles here, in processes of its own.
