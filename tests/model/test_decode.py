@@ -46,6 +46,7 @@ def taken(monkeypatch):
     return calls
 
 
+@torch.no_grad()
 def make(**changes):
     """A layer of each kind; few picks, so that the indexer chooses early; memory that matters, if asked for."""
     model = lively(**{"engram": None, "index_topk": 4, **SMALL, **changes})
