@@ -27,7 +27,12 @@ TINY = {
     "quant": ("256x64", 30),
 }
 CPU, GENERATOR = torch.device("cpu"), torch.Generator()
-CANNOT = {"needs a CUDA device", "not installed", "is compiled for CUDA; without that it is the dense product"}
+CANNOT = {
+    "needs a CUDA device",
+    "triton is not installed",
+    "not installed",
+    "is compiled for CUDA; without that it is the dense product",
+}
 CANNOT |= {"computes in bfloat16 only", "that commit has no such op"}
 
 
