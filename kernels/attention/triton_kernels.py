@@ -160,7 +160,7 @@ def attention_backward(
         else:
             both = _q_and_do(q + place * d, dout + place * d, tl.program_id(0) % groups * BH, h, d, D, BH)
         dqs = tl.zeros((BH, D), tl.float32)
-        norm = tl.load(lse + place + head, mask=real, other=0.0) * LOG2E
+        norm = tl.load(lse + place + head, mask=real, other=0.0)
         kv += batch * s * d
         if ENTRIES != "none":
             compressed += batch * p * d
@@ -170,7 +170,8 @@ def attention_backward(
             counts += i_query.to(tl.int64) * p
         origin, low_origin, base = first // TK * TK, low // TK * TK, _first_slot(row, window, KEYS)
         steps = _steps(origin, row + 1, TK)
-        for i in tl.range(0, steps + _steps(low_origin, high, TK), disable_licm=True):
+        IN_SHARED: tl.constexpr = BH == 64  # q and dout, for wgmma; else triton 3.9 copies them there in each step
+        for i in tl.range(0, steps + _steps(low_origin, high, TK), disable_licm=IN_SHARED):
             own = i < steps
             key = tl.where(own, origin + i * TK, low_origin + (i - steps) * TK) + tl.arange(0, TK)
             stop = tl.where(own, row + 1, high)
@@ -184,17 +185,16 @@ def attention_backward(
                 logits, dp = tl.dot(qs, keys.T, input_precision="ieee"), tl.dot(do, keys.T, input_precision="ieee")
             else:
                 logits, dp = tl.split(tl.dot(both, keys.T).reshape(2, BH, TK).permute(1, 2, 0))
-            ps = tl.where(seen[None, :], tl.exp2(logits * (scale * LOG2E) - norm[:, None]), 0.0)
+            ps = tl.where(seen[None, :], tl.exp2((logits * scale - norm[:, None]) * LOG2E), 0.0)
             if ENTRIES == "counts":
                 ps *= times.to(tl.float32)[None, :]
             ds = tl.where(seen[None, :], ps * (dp - d_o[:, None]) * scale, 0.0).to(keys.dtype)
-            if NEED_KEYS:
-                slot = key + tl.where(own, -base, WINDOW_SLOTS)
-                to = pairs + head[:, None] * SLOTS + slot[None, :]
-                tl.store(to, ps, mask=real[:, None])
-                tl.store(to + h * SLOTS, ds, mask=real[:, None])
             if NEED_Q:
                 dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
+            if NEED_KEYS:
+                to = pairs + tl.where(own, -base, WINDOW_SLOTS) + (head[:, None] * SLOTS + key[None, :])
+                tl.store(to, ps, mask=real[:, None])
+                tl.store(to + h * SLOTS, ds, mask=real[:, None])
         if NEED_Q:
             column = tl.arange(0, D)[None, :]
             tl.store(dq + place * d + head[:, None] * d + column, dqs, mask=real[:, None] & (column < d))

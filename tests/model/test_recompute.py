@@ -75,6 +75,7 @@ def peak(recompute: int) -> int:
     return live.peak
 
 
+@pytest.mark.slow("every allocation of three passes is watched")
 def test_memory_falls():
     everything, threes, single = (peak(recompute) for recompute in (0, 3, 1))
     assert single < threes < 0.7 * everything and single < 0.55 * everything, (everything, threes, single)

@@ -177,6 +177,7 @@ def test_the_module_is_the_command():
     assert result.returncode == 0 and "abyssal info v4-pro" in result.stdout
 
 
+@pytest.mark.slow("a process that trains a tokenizer and a model")
 def test_a_locale_of_ascii_alone_changes_no_file(tiny, tmp_path):
     """Files are UTF-8, as the special tokens in a run's tokenizer need it; what a terminal cannot show is escaped."""
     ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

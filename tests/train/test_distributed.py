@@ -80,7 +80,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(recipe_of, alone, pair):
-    """What two processes make of every job."""
+    """What two processes make of every job. With eight runs among them, the test that asks first waits for a minute."""
     names = ("dtype", "only", "tokens")
     work = [Job(name, jobs.expert_pass, dict(zip(names, case))) for name, case in CASES.items()]
     work += [Job("sums", jobs.sums, {}), Job("odd share", jobs.odd_share, {}), Job("odd experts", jobs.odd_experts, {})]

@@ -20,6 +20,7 @@ def run_kills(arguments, tmp_path) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow("a process is killed three times, and a run goes on each time")
 def test_every_resumption_ends_in_the_same_bits(tmp_path):
     found = run_kills(["--kills", "3", "--per-run", "3", "--seed", "7"], tmp_path)
     assert found["kills"] == 3 and sum(found["hits"].values()) == 3

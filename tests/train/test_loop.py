@@ -76,6 +76,7 @@ def test_resuming_into_another_folder_leaves_the_first_alone(whole, tiny, tmp_pa
     assert without_clock(branch.out) == without_clock(whole.out)
 
 
+@pytest.mark.slow("a process trains until it is killed, then a run goes on")
 def test_killed_without_warning_resumes_to_the_same_bits(whole, tiny, texts, tmp_path):
     recipe = tiny("train.checkpoint_every=1", "train.keep=100")
     values = recipe.to_dict()
@@ -121,6 +122,7 @@ def test_one_complete_line_per_step(whole, tiny):
     assert records[-1]["held_out"] == whole.scores["held_out"]
 
 
+@pytest.mark.slow("thirty steps")
 def test_learns(tiny, tmp_path):
     recipe = tiny("train.steps=30", "train.eval_every=0", "data.batch_size=4")
     summary = train(recipe, tmp_path / "run", shown=False)

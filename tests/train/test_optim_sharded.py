@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import patience
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +63,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow("two processes that load torch")
 def test_two_processes_make_the_steps_of_one(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", CHILD]
     children = [

@@ -135,6 +135,7 @@ def lines(run) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in CLOCK} for record in metrics.read(run.out)]
 
 
+@pytest.mark.slow("a run of eleven steps, twice")
 def test_a_spike_takes_the_run_back_and_it_goes_on(recipe, poisoned, tmp_path, capsys):
     asked = recipe("train.checkpoint_every=2", "train.micro_batch=1")
     run = train(asked, tmp_path / "run", shown=False)
