@@ -9,6 +9,7 @@ pip install --no-deps --target /tmp/triton triton==3.8.0
 PYTHONPATH=/tmp/triton TRITON_CACHE_DIR=/tmp/triton-cache python tests/benchmark_page.py --compile
 """
 
+import argparse
 import importlib
 import itertools
 import json
@@ -166,8 +167,10 @@ def kib(size: int) -> str:
 
 
 if __name__ == "__main__":
-    if "--compile" in sys.argv[1:]:
-        for op in sys.argv[2:] or aot.OPS:
-            print(f"compiling {op}", flush=True)
-            record.add(op)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", nargs="*", choices=aot.OPS, metavar="OP", help="of " + ", ".join(aot.OPS))
+    ops = parser.parse_args().compile
+    for op in [] if ops is None else ops or aot.OPS:
+        print(f"compiling {op}", flush=True)
+        record.add(op)
     PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")

@@ -177,15 +177,15 @@ def test_zero_queries():
 
 def test_memory_of_scores_is_bounded():
     """No tensor of t x p exists: with it, 2 GiB would be needed."""
-    import resource
+    from abyssal.train.metrics import peak_memory_gib
 
     t, p = 32768, 8192
     q, kv, compressed, sink = (x.detach() for x in inputs(1, t, 0, 2, 4, p, torch.float32))
     end = ((torch.arange(t) + 1) // 4)[None]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_gib(q.device)
     attention(q[:, -4096:], kv, compressed, sink, window=8, scale=0.5, start=end[:, -4096:] * 0, end=end[:, -4096:])
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 100 * 1024, f"{grown} KiB more at the peak"
+    grown = peak_memory_gib(q.device) - before
+    assert grown < 0.1, f"{grown:.2f} GiB more at the peak"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ commit, so that nothing local helps. Rows take turns with the kernels of OpenBLA
 are bits that only hold here. The whole suite runs with the newer versions of torch and without triton; the other rows
 run `PART`: the house, every kernel, the model, checkpoints and the command line. What `constraints.txt` pins runs whole
 at every push. Python 3.11 to 3.13 are found, or fetched, by uv. An environment takes 6 to 7 GB while its row runs;
-downloads are kept in uv's cache.
+downloads are kept in uv's cache. A whole row takes a quarter of an hour on two cores, a part five minutes.
 """
 
 import argparse
@@ -71,23 +71,32 @@ ROWS = [
 
 
 def runs_here(blas: str) -> bool:
-    """Whether this processor can run a kernel of OpenBLAS: SkylakeX' is an illegal instruction on many."""
-    return blas != "SkylakeX" or "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    """Whether this processor can run a kernel of OpenBLAS: all are x86's, SkylakeX' an illegal instruction on many."""
+    return platform.machine() == "x86_64" and (blas != "SkylakeX" or "avx512f" in processor_file())
 
 
-def environment(blas: str) -> dict[str, str]:
-    """That of the caller without what it tells pip, uv, Python and the BLAS."""
-    theirs = ("PIP_", "UV_", "PYTHON", "OPENBLAS_", "ABYSSAL_", "TRITON_", "VIRTUAL_ENV")
+def processor_file() -> str:
+    """What Linux tells of the processor."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def environment(blas: str, folder: str) -> dict[str, str]:
+    """That of the caller without what it tells pip, uv, Python, pytest, git, torch, triton and the BLAS; caches of its
+    own, but for downloads.
+    """
+    theirs = ("PIP_", "UV_", "PYTHON", "PYTEST_", "GIT_", "TORCH", "TRITON_", "ABYSSAL_", "VIRTUAL_ENV")
+    theirs += ("OPENBLAS_", "OMP_", "MKL_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(theirs)}
-    return {**kept, "UV_NO_CONFIG": "1", **({"OPENBLAS_CORETYPE": blas} if blas else {})}
+    own = {"UV_NO_CONFIG": "1", "TRITON_CACHE_DIR": f"{folder}/triton", "ABYSSAL_CACHE": f"{folder}/abyssal"}
+    return {**kept, **own, **({"OPENBLAS_CORETYPE": blas} if blas else {})}
 
 
 def run(row: Row, arguments: list[str]) -> dict[str, Any]:
     """Installs and tests one row; its line of the table."""
     blas = row.blas if runs_here(row.blas) else ""
-    settings = environment(blas)
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
-        clone, python = f"{folder}/clone", f"{folder}/env/bin/python"
+        clone, python, settings = f"{folder}/clone", f"{folder}/env/bin/python", environment(blas, folder)
         start = time.time()
         for command in (
             ["git", "clone", "--quiet", str(ROOT), clone],
@@ -101,25 +110,32 @@ def run(row: Row, arguments: list[str]) -> dict[str, Any]:
         command = [python, "-m", "pytest", "-q", "-n", "2", "-rf", *(arguments or PART * row.part)]
         done = subprocess.run(command, env=settings, cwd=clone, stdout=subprocess.PIPE, text=True)
         print(done.stdout[-3000:], flush=True)
-    counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])}
+        commit = subprocess.check_output(["git", "-C", clone, "rev-parse", "--short", "HEAD"], env=settings, text=True)
+    counts = {k: int(n) for n, k in re.findall(r"(\d+) (passed|failed|skipped|error)", last_line(done.stdout))}
     return {
         "python": row.python,
         "torch": row.torch,
         "triton": row.triton or "none",
         "suite": "part" if row.part else "whole",
         "BLAS kernel": blas or "its own choice",
-        **{k: counts.get(k, 0) for k in ("passed", "failed", "skipped")},
+        **{k: counts.get(k, 0) for k in ("passed", "skipped")},
+        "failed": counts.get("failed", 0) + counts.get("error", 0),
         "exit": done.returncode,
         "install s": round(installed - start),
         "suite s": round(time.time() - installed),
         "date": str(date.today()),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
+        "commit": commit.strip(),
         "processor": processor(),
     }
 
 
+def last_line(text: str) -> str:
+    """pytest's counts, nothing where it died before it could count."""
+    return text.splitlines()[-1] if text.strip() else ""
+
+
 def processor() -> str:
-    models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    models = re.findall(r"^model name\s*:\s*(.+)$", processor_file(), re.MULTILINE)
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -138,6 +154,7 @@ def record(name: str, line: dict[str, Any]) -> None:
         "passed",
         "failed",
         "skipped",
+        "exit",
         "suite s",
         "date",
         "commit",
@@ -149,11 +166,13 @@ def record(name: str, line: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python tests/matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", help="names of rows; all by default")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument(
-        "--pytest", type=shlex.split, default=[], metavar="ARGUMENTS", help="passed on; records nothing"
+        "--pytest", type=shlex.split, default=[], metavar="ARGUMENTS", help="passed on, as in --pytest=-x; no record"
     )
     options = parser.parse_args(arguments)
     named = {row.name: row for row in ROWS}
@@ -166,9 +185,14 @@ def main(arguments: list[str]) -> int:
     worst = 0
     for i, name in enumerate(options.rows or named):
         print(f"[{i + 1}/{len(options.rows or named)}] {name}", flush=True)
-        line = run(named[name], options.pytest)
+        try:
+            line = run(named[name], options.pytest)
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: not run: {error}", file=sys.stderr)
+            worst = max(worst, 1)
+            continue
         print(json.dumps(line), flush=True)
-        worst = max(worst, line["exit"])
+        worst = max(worst, abs(line["exit"]))
         if not options.pytest:
             record(name, line)
     return worst

@@ -9,11 +9,12 @@ of bounds, races between programs and undefined values fail the test at the kern
 is NaN. It goes with one version of torch and of triton, so this makes an environment of its own, once, with pip as pip
 is set up (`PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` fetches the build without CUDA, a tenth of the
 size). The exit status is 0 only if tests passed, kernels were launched, none had a fault, and the planted faults were
-found; then `record.json` keeps what ran, from which sources.
+found. `record.json` keeps which parts passed, from which sources.
 """
 
 import argparse
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -37,9 +38,18 @@ def main() -> int:
     parser.add_argument("--no-record", action="store_true", help="leave record.json as it is")
     parser.add_argument("-k", metavar="EXPRESSION", help="as pytest's; the planted faults stay")
     options, rest = parser.parse_known_args()
+    sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests/support")]
+    import sanitized
+
+    if options.stale and not (rest := [*rest, *sanitized.stale()]):
+        print(sanitized.describe())
+        return 0
     if not options.here:
         python = environment(options.environment)
         return subprocess.run([python, HERE, "--here", *sys.argv[1:]], cwd=ROOT).returncode
+    if sys.version_info[:2] not in PYTHONS:
+        print(f"--here: Python {platform.python_version()}; ttsem needs 3.12 or 3.13", file=sys.stderr)
+        return 2
     if missing := [f"{name}=={pin}" for name, pin in PINS.items() if installed(name) != pin]:
         print(f"--here: this environment lacks {', '.join(missing)}; without --here one is made", file=sys.stderr)
         return 2
@@ -83,13 +93,9 @@ def execute(options: argparse.Namespace, rest: list[str]) -> int:
     os.chdir(ROOT)
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "tests/support")]
     import plugin
     import sanitized
 
-    if options.stale and not (rest := [*rest, *sanitized.stale()]):
-        print(sanitized.describe())
-        return 0
     named = {word: sanitized.file_of(word) for word in rest}
     arguments = [str(path) if path.exists() else word for word, path in named.items()]
     if not any(Path(word.partition("::")[0]).exists() for word in arguments):

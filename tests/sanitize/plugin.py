@@ -195,12 +195,15 @@ class Sanitizer:
 
 
 def run(arguments: list[str], keep: bool) -> int:
-    """pytest's exit status, or 1 where that is 0 and the run must not pass all the same."""
+    """pytest's exit status, or 1 where that is 0 and the run must not pass all the same. Parts that passed are kept on
+    record though others did not, but for a run that would not have seen a fault.
+    """
     sanitizer = Sanitizer()
     with sanitizer.watching():
         status = int(pytest.main(["-p", "no:cacheprovider", *arguments], plugins=[sanitizer]))
     problems = list(sanitizer.problems())
-    if keep and sanitizer.whole and status in (0, 1) and not any("::" in word for word in arguments):
+    blind = not sanitizer.kernels() or bool(PLANTED - sanitizer.planted)
+    if keep and not blind and sanitizer.whole and status in (0, 1) and not any("::" in word for word in arguments):
         sanitizer.keep()
         print(sanitized.describe())
     return status or int(bool(problems))

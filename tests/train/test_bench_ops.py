@@ -230,6 +230,7 @@ def checkout(tmp_path, monkeypatch):
     root = tmp_path / "checkout"
     shutil.copytree(base.ROOT / "kernels", root / "kernels", ignore=shutil.ignore_patterns("__pycache__", "*.json"))
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
+    git += ["-c", "commit.gpgsign=false", "-c", "core.hooksPath=/dev/null"]
     reference = root / "kernels/hyper/reference.py"
     now = reference.read_text("utf-8")
     started = now.index("def hyper_recombine")

@@ -172,7 +172,7 @@ def test_generate_refuses_a_bad_setting(run, capsys):
 
 def test_the_module_is_the_command():
     result = subprocess.run(
-        [sys.executable, "-m", "abyssal.train", "info", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "abyssal.train", "info", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0 and "abyssal info v4-pro" in result.stdout
 

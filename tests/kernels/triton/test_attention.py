@@ -16,12 +16,16 @@ from abyssal.kernels.attention import triton_launch as launch
 def small_blocks(emulated, monkeypatch):
     """Blocks so small that a few queries need several, in the interpreter; the shipped ones on a GPU."""
     if emulated:
-        blocks = tiles.Blocks(16, 16, 4, 1)
-        monkeypatch.setattr(
-            launch, "tiles_for", lambda q: tiles.Tiles(blocks, blocks, blocks, tiles.Owned(16, 16, 16, 4, 1))
-        )
+        emulate(monkeypatch, keys=16)
         monkeypatch.setattr(launch, "CHUNK", 8)
         monkeypatch.setattr(launch, "PROGRAMS", 4)
+
+
+def emulate(monkeypatch, keys):
+    """Steps of 16 keys, tiles of so many."""
+    blocks = tiles.Blocks(16, 16, 4, 1)
+    table = tiles.Tiles(blocks, blocks, blocks, tiles.Owned(keys, 16, 16, 4, 1))
+    monkeypatch.setattr(launch, "tiles_for", lambda q: table)
 
 
 @pytest.fixture(params=["rows", "counts"])
@@ -69,6 +73,15 @@ def check(tensors, slack=3.0, floor=4e-7, **options):
 )
 def test_window(device, shape, past, window):
     check(make(*shape, past=past, device=device), window=window)
+
+
+@pytest.mark.parametrize("entries", ["range", "picks"])
+def test_steps_of_half_a_tile(device, emulated, monkeypatch, form, entries):
+    """As they are shipped: dq's steps and dkv's tiles lie on different grids."""
+    if emulated:
+        emulate(monkeypatch, keys=32)
+    options = causal(3, 35, device) if entries == "range" else {"index": picks(1, 3, 19, 35, device)}
+    check(make(1, 3, 2, 16, p=35, past=37, device=device), window=20, **options)
 
 
 @pytest.mark.parametrize("past", [0, 5])

@@ -7,12 +7,15 @@ again, but for a sample; the rest compiles here, in processes of its own.
 
 import importlib
 import os
+import warnings
 from typing import Any
 
 import aot
 import pytest
 import record
 import triton
+
+from abyssal.kernels import triton_launch
 
 SAMPLE = {  # of each op a case that is soon compiled
     "attention": "attention, bf16, h=6 d=40 k=5",
@@ -93,6 +96,43 @@ def test_a_changed_source_makes_the_record_stale(op):
         assert record.holds(entry, sources.get)
         for changed in sources:
             assert not record.holds(entry, {**sources, changed: "another text"}.get)
+
+
+def test_the_record_of_other_tritons_is_of_the_present_kernels():
+    """A warning alone: a fix of a kernel must not wait for them."""
+    stale = [f"{op} ({v})" for op, found in record.load().items() for v, x in found.items() if not record.holds(x)]
+    if stale:
+        warnings.warn(f"kernels changed since they were compiled: {', '.join(stale)}; see BENCHMARKS.md", stacklevel=1)
+
+
+def test_only_what_was_compiled_from_these_sources_by_this_triton_stands_for_compiling(monkeypatch):
+    def entry(**changed):
+        found = {"sources": {"kernels/triton_launch.py": aot.digest("kernels/triton_launch.py"), **changed}}
+        return {**found, "rows": {"case": {"sm_90": [["kernel", 4, 9, 0, 0, None, 0, 0, 0, 0]]}}}
+
+    for known, rows in (
+        ({triton.__version__: entry()}, 1),
+        ({triton.__version__: entry(**{"kernels/triton_scatter.py": "another text"})}, 0),
+        ({"0.0": entry()}, 0),
+    ):
+        monkeypatch.setattr(record, "load", lambda known=known: {"op": known})
+        assert len(record.fresh("op")) == rows
+
+
+def test_what_is_filed_is_what_was_found(monkeypatch, tmp_path):
+    numbers = dict(zip(record.NUMBERS, range(11, 11 + len(record.NUMBERS))))
+    found = [{"op": "loss", "target": target, "case": "c", "kernel": "k", **numbers} for target in ("sm_80", "sm_90")]
+    monkeypatch.setattr(aot, "compiled", lambda *_: {"rows": found, "sources": {}})
+    monkeypatch.setattr(record, "PATH", tmp_path / "compiled.json")
+    record.add("loss")
+    assert record.rows("loss", record.load()["loss"][triton.__version__]) == found
+
+
+def test_registers_that_programs_leave_to_each_other(monkeypatch):
+    for options, most in (((4,), 255), ((16,), 128), ((4, 4), 128)):
+        assert triton_launch.registers(*options) == {"num_warps": options[0], "maxnreg": most}
+    monkeypatch.setattr(triton_launch, "architecture", lambda: "hip")
+    assert triton_launch.registers(4) == {"num_warps": 4}
 
 
 def test_a_spill_is_seen(tmp_path, monkeypatch):
