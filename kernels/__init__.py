@@ -1,4 +1,4 @@
-"""Operations on tensors, one folder per op: public function, PyTorch reference, a Triton twin where there is one."""
+"""Operations on tensors, one folder per op: the public function, its definition, its engines."""
 
 # With the repository root on sys.path this file is found as `kernels`, the name of PyPI's package, which transformers
 # probes for: then hand over to that one, or look like an empty namespace package.

@@ -1,4 +1,4 @@
-"""Which implementation an op runs: its PyTorch reference or its Triton twin."""
+"""Which implementation an op runs: its definition, its PyTorch engine or its Triton engine."""
 
 import functools
 import importlib
@@ -10,16 +10,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "eager", "triton")
 log = logging.getLogger("abyssal.kernels")
 
 
 def implementation(op: str, backend: str | None, tensor: Tensor) -> ModuleType:
-    """The module that computes `op`: `kernels/<op>/reference.py` or `kernels/<op>/triton.py`.
+    """The module that computes `op`: `kernels/<op>/reference.py`, `eager.py` or `triton/`.
 
-    `auto` takes Triton for CUDA tensors where the op has a Triton twin, the reference otherwise, also for float64,
-    which Triton does not compute; it logs its choice once. `None` reads the environment variable `ABYSSAL_BACKEND`
-    (default `auto`).
+    `reference` is the op as the paper writes it: every pair at once, slow and exact, for reading and for doubt. `auto`
+    takes Triton for CUDA tensors where the op has such an engine, eager otherwise, also for float64, which Triton does
+    not compute; it logs its choice once. `None` reads the environment variable `ABYSSAL_BACKEND` (default `auto`).
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -51,14 +51,14 @@ def _choose(op: str, backend: str, device: str, is_double: bool) -> str:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "triton":
         if not _has_triton(op):
-            raise RuntimeError(f"backend='triton': {op} has no Triton kernel; use 'reference' or 'auto'")
+            raise RuntimeError(f"backend='triton': {op} has no Triton kernel; use 'eager' or 'auto'")
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(f"backend='triton': {op} got a {device} tensor; Triton needs a CUDA device")
         if is_double:
-            raise RuntimeError(f"backend='triton': {op} got a float64 tensor; use 'reference' or 'auto'")
+            raise RuntimeError(f"backend='triton': {op} got a float64 tensor; use 'eager' or 'auto'")
     if backend != "auto":
         return backend
-    chosen = "triton" if device == "cuda" and not is_double and _has_triton(op) else "reference"
+    chosen = "triton" if device == "cuda" and not is_double and _has_triton(op) else "eager"
     log.info("%s: %s on %s", op, chosen, device)
     return chosen
 

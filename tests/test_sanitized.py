@@ -34,15 +34,15 @@ def test_what_is_on_record_passed_and_each_kernel_was_launched_with_several_prog
 
 def test_a_changed_kernel_makes_its_part_and_the_models_stale(monkeypatch, tmp_path):
     folder = tmp_path / "kernels/pool"
-    folder.mkdir(parents=True)
-    (folder / "triton.py").write_text("", "utf-8")
-    (folder / "reference.py").write_text("", "utf-8")
+    (folder / "triton").mkdir(parents=True)
+    (folder / "triton/__init__.py").write_text("", "utf-8")
+    (folder / "eager.py").write_text("", "utf-8")
     monkeypatch.setattr(sanitized, "ROOT", tmp_path)
     monkeypatch.setattr(sanitized, "KERNELS", tmp_path / "kernels")
     before = {part: sanitized.digest(part) for part in ("pool", "models")}
-    (folder / "reference.py").write_text("# changed\n", "utf-8")
+    (folder / "eager.py").write_text("# changed\n", "utf-8")
     assert before == {part: sanitized.digest(part) for part in before}
-    (folder / "triton.py").write_text("# changed\n", "utf-8")
+    (folder / "triton/__init__.py").write_text("# changed\n", "utf-8")
     assert all(sanitized.digest(part) != old for part, old in before.items())
 
 

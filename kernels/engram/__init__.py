@@ -85,7 +85,7 @@ def engram_gather(table: Tensor, rows: Tensor, *, backend: str | None = None) ->
 
     Raises:
         ValueError: a shape or dtype does not fit.
-        IndexError: a row outside the table, in the reference on a CPU; the kernels, which cannot tell, give NaN.
+        IndexError: a row outside the table, on a CPU; Triton's kernels, which cannot tell, give NaN.
     """
     if table.ndim != 2:
         raise ValueError(f"table has shape {tuple(table.shape)}: expected [rows, width]")

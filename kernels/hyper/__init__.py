@@ -54,7 +54,7 @@ def hyper_coefficients(
         iterations: Sinkhorn rounds; a round normalises the rows, then the columns.
         eps: added to pre, to the entries that Sinkhorn starts from, and to each of its divisors.
         norm_eps: added to the mean square.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         `Coefficients(pre [..., n], post [..., n], comb [..., n, n])` in float32 (float64 for float64 streams).
@@ -106,7 +106,7 @@ def hyper_collapse(streams: Tensor, pre: Tensor, *, backend: str | None = None) 
     Args:
         streams: the residual streams as they are, not normalised, [..., n, d].
         pre: the weight of each stream, [..., n].
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         [..., d] in the dtype of `streams`.
@@ -131,7 +131,7 @@ def hyper_recombine(
         streams: the residual streams before the sublayer, [..., n, d].
         post: the weight of the output in each stream, [..., n].
         comb: source stream by target stream, [..., n, n]. The sum runs over its first axis.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         [..., n, d] in the dtype of `streams`.
@@ -170,7 +170,7 @@ def hyper_head_weights(
         scale: the weight of the dynamic part, [1].
         eps: added to the weights.
         norm_eps: added to the mean square.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         [..., n] in float32 (float64 for float64 streams).

@@ -5,7 +5,7 @@ Axes: e experts · k chosen.
 
 import numpy as np
 
-from .reference import ASYMPTOTE
+from .eager import ASYMPTOTE
 
 
 def moe_route_step(

@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str | Non
         x: [..., d].
         weight: [d], or None for the plain norm.
         eps: added to the mean square.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         [..., d] in the dtype of `x`.
@@ -126,7 +126,7 @@ def rope(x: Tensor, rotation: Tensor, *, inverse: bool = False, backend: str | N
         x: [B, T, ..., D] with D >= dim; the axes between T and D share the rotation.
         rotation: complex [B, T, dim / 2] or [1, T, dim / 2], from `rope_rotation`. It gets no gradient.
         inverse: rotate back, by the conjugate.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         A new tensor with the shape and dtype of `x`.
@@ -143,14 +143,14 @@ def rope(x: Tensor, rotation: Tensor, *, inverse: bool = False, backend: str | N
 def norm_rope(x: Tensor, weight: Tensor | None, eps: float, rotation: Tensor, *, backend: str | None = None) -> Tensor:
     """`rope(rms_norm(x, weight, eps), rotation)`: what queries, keys and entries go through, one after the other.
 
-    The reference is that composition, rounding in between as the release does; Triton reads `x` once and rounds once.
+    Eager is that composition, rounding in between as the release does; Triton reads `x` once and rounds once.
 
     Args:
         x: [B, T, ..., D], as for `rope`.
         weight: [D], or None for the plain norm.
         eps: added to the mean square.
         rotation: complex [B, T, dim / 2] or [1, T, dim / 2], from `rope_rotation`. It gets no gradient.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         A new tensor with the shape and dtype of `x`.

@@ -40,7 +40,7 @@ def pool(
             gradient. None means one sequence from row 0 on: windows at 0, m, 2 m, ... and P = T // m.
         follows: bool [B, P], true where the m rows before `first` are the previous window of the same document.
             Needed where both `first` and `overlap` are given.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         [B, P, D] in the dtype of `kv`.

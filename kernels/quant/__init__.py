@@ -44,7 +44,7 @@ def quantize(
         format: `e4m3` or `e2m1`.
         block: what shares a scale: that many channels, which must divide D, or `(rows, columns)` of the last two axes,
             where the blocks at the end may be smaller.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         `(codes, scales)`. Codes: for `e4m3` float8_e4m3fn [..., D], for `e2m1` uint8 [..., D / 2] with the even channel
@@ -77,7 +77,7 @@ def dequantize(
         scales: float8_e8m0fnu [..., D / block] or [..., R, C].
         block: as for `quantize`.
         dtype: float16, bfloat16, float32 or float64.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         [..., D] in `dtype`.
@@ -105,7 +105,7 @@ def fake_quant(x: Tensor, format: str, *, block: int | tuple[int, int], backend:
         x: as for `quantize`.
         format: `e4m3` or `e2m1`.
         block: as for `quantize`.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         A new tensor with the shape and dtype of `x`; NaN throughout each block that `quantize` gives a NaN scale, and
@@ -138,7 +138,7 @@ def e2m1_to_e4m3(
         scales: float8_e8m0fnu [..., N, K / group].
         group: columns that share a scale in `scales`; divides K and the columns of `block`.
         block: rows and columns that share a scale in the result; the blocks at the end may be smaller.
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         `(codes, scales)`: float8_e4m3fn [..., N, K] and float8_e8m0fnu [..., R, C], for `dequantize(block=block)`.
@@ -166,7 +166,7 @@ def hadamard(x: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         x: [..., d] with d a power of two (128 in V4's index queries and keys).
-        backend: `auto`, `reference` or `triton`.
+        backend: `auto`, `reference`, `eager` or `triton`.
 
     Returns:
         A new tensor with the shape and dtype of `x`, accumulated in float32 (float64 for float64) and rounded once.

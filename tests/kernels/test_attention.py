@@ -7,7 +7,7 @@ import torch
 from oracle import assert_same
 
 from abyssal.kernels.attention import attention
-from abyssal.kernels.attention.reference import sharing_pays
+from abyssal.kernels.attention.eager import sharing_pays
 
 NAMES = ("q", "kv", "compressed", "sink")
 

@@ -9,12 +9,12 @@ import torch
 
 from abyssal.kernels.engram import (
     compress_vocabulary,
+    eager,
     engram_gate,
     engram_hash,
     engram_layout,
     engram_multipliers,
     engram_primes,
-    reference,
 )
 from abyssal.kernels.engram.layout import _is_prime
 from abyssal.kernels.engram.vocabulary import normalise
@@ -230,7 +230,7 @@ def difference(x, y):
 @pytest.mark.parametrize(("t", "n", "d"), [(7, 4, 12), (1, 4, 8), (129, 1, 33), (30, 2, 256)])
 @pytest.mark.parametrize("eps", [1e-20, 1e-2])
 def test_gate_and_gradients(t, n, d, eps, monkeypatch):
-    monkeypatch.setattr(reference, "VALUES", 100)  # several blocks
+    monkeypatch.setattr(eager, "VALUES", 100)  # several blocks
     inputs = gate_case(t=t, n=n, d=d)
     got, (want, copies) = engram_gate(*inputs, eps=eps), gate_oracle(*inputs, eps)
     grad = torch.randn(want.shape, dtype=torch.float64)

@@ -11,12 +11,12 @@ from hyper_cases import EPS, MISTAKES, NAMES, check, gradients, inputs, oracle_s
 from torch import Tensor
 
 from abyssal.kernels.hyper import (
+    eager,
     hyper_coefficients,
     hyper_collapse,
     hyper_head_weights,
     hyper_read,
     hyper_recombine,
-    reference,
 )
 
 
@@ -193,8 +193,8 @@ def test_blocks_of_tokens_change_nothing(dtype: torch.dtype, monkeypatch: pytest
     arguments = [x.requires_grad_() for x in inputs((2, 37), 4, 16, dtype)]
     whole = sublayer(*arguments)
     whole_gradients = gradients(whole, arguments)
-    monkeypatch.setattr(reference, "_BLOCK_VALUES", 5 * 4 * 16)
-    monkeypatch.setattr(reference, "_BLOCK_TOKENS", 11)
+    monkeypatch.setattr(eager, "_BLOCK_VALUES", 5 * 4 * 16)
+    monkeypatch.setattr(eager, "_BLOCK_TOKENS", 11)
     blocks = sublayer(*arguments)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-3
     for name in whole:
@@ -271,7 +271,7 @@ def test_errors_name_the_argument() -> None:
 def test_the_reference_has_the_public_signature(function) -> None:
     public = dict(inspect.signature(function).parameters)
     public.pop("backend")
-    twin = inspect.signature(getattr(reference, function.__name__)).parameters
+    twin = inspect.signature(getattr(eager, function.__name__)).parameters
     assert {k: (v.kind, v.default) for k, v in public.items()} == {k: (v.kind, v.default) for k, v in twin.items()}
 
 

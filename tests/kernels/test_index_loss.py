@@ -7,7 +7,7 @@ import torch
 from oracle import assert_same
 
 from abyssal.kernels.attention import attention
-from abyssal.kernels.index_loss import index_loss, reference
+from abyssal.kernels.index_loss import eager, index_loss
 from abyssal.kernels.index_topk import index_topk
 
 WINDOW, SCALE = 6, 0.4
@@ -102,7 +102,7 @@ def test_the_share_of_blocks_without_a_measured_query(monkeypatch):
     q, _, c, _, lse = teacher
     shares = []
     for most in (1, 600):
-        monkeypatch.setattr(reference, "MEASURED", most)
+        monkeypatch.setattr(eager, "MEASURED", most)
         shares.append(index_loss(*student, q, c, lse, scale=SCALE, index=index, **seen)[1])
     mass = torch.exp(SCALE * torch.einsum("bthd,bpd->bthp", q, c) - lse[..., None]).sum(2)
     mass = mass.masked_fill(torch.arange(300) >= seen["end"][..., None], 0)

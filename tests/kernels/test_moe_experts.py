@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from moe_cases import gate_up
 
-from abyssal.kernels.moe_experts import moe_experts, reference, swiglu
+from abyssal.kernels.moe_experts import eager, moe_experts, swiglu
 
 NAMES = ("out", "dx", "dweights", "dw13", "dw2")
 
@@ -104,24 +104,24 @@ def test_output_and_gradients(n, k, e, limit):
 
 @pytest.mark.parametrize("rows", [1, 5, 64])
 def test_blocks_of_any_size_agree(rows, monkeypatch):
-    monkeypatch.setattr(reference, "ROWS", rows)
+    monkeypatch.setattr(eager, "ROWS", rows)
     check(case(40, 3, 6), 10.0)
 
 
 def test_blocks_hold_every_row_once_and_are_small(monkeypatch):
-    monkeypatch.setattr(reference, "ROWS", 10)
+    monkeypatch.setattr(eager, "ROWS", 10)
     counts = [3, 0, 4, 5, 31, 0, 1, 10, 2]
-    blocks = list(reference._blocks(counts))
+    blocks = list(eager._blocks(counts))
     assert [b.rows.start for b in blocks] == [0, *(b.rows.stop for b in blocks[:-1])] and blocks[-1].rows.stop == 56
     assert all(sum(b.sizes) == b.rows.stop - b.rows.start <= 10 for b in blocks)
     seen = [0] * len(counts)
     for expert, size in ((e, n) for b in blocks for e, n in zip(b.experts, b.sizes)):
         seen[expert] += size
-    assert seen == counts and list(reference._blocks([0, 0])) == []
+    assert seen == counts and list(eager._blocks([0, 0])) == []
 
 
 def test_one_expert_takes_all(monkeypatch):
-    monkeypatch.setattr(reference, "ROWS", 16)
+    monkeypatch.setattr(eager, "ROWS", 16)
     x, _, weights, w13, w2 = case(50, 1, 4)
     got = check((x, torch.full((50, 1), 2), weights, w13, w2), 10.0)
     for name, grad in zip(NAMES[3:], got[3:]):
@@ -173,7 +173,7 @@ def test_each_gradient_alone(needed):
 
 
 def test_swiglu_of_any_leading_shape(monkeypatch):
-    monkeypatch.setattr(reference, "ROWS", 3)
+    monkeypatch.setattr(eager, "ROWS", 3)
     h, weight = torch.randn(8, 2, 5).permute(1, 2, 0).requires_grad_(), torch.rand(2, 5, requires_grad=True)
     out = swiglu(h, 1.0, weight)
     g, u = h.double().chunk(2, -1)
@@ -216,7 +216,7 @@ def test_the_weight_multiplies_before_w2():
 
 @pytest.mark.parametrize("rows", [1024, 8])
 def test_bf16_accumulates_in_fp32(rows, monkeypatch):
-    monkeypatch.setattr(reference, "ROWS", rows)
+    monkeypatch.setattr(eager, "ROWS", rows)
     args = case(200, 6, 8, d=32, f=16, dtype=torch.bfloat16)
     got = check(args, 10.0, tolerance=8e-3)
     assert [t.dtype for t in got] == [torch.bfloat16] * 2 + [torch.float32] + [torch.bfloat16] * 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from abyssal.kernels import newton_schulz, newton_schulz_many
-from abyssal.kernels.newton_schulz import HYBRID, reference
+from abyssal.kernels.newton_schulz import HYBRID, eager
 
 SHAPES = [(16, 16), (12, 40), (40, 12), (1, 9), (9, 1), (1, 1), (33, 65), (24, 512), (64, 48)]
 
@@ -86,7 +86,7 @@ def test_a_matrix_has_the_same_bits_in_any_batch_and_orientation(dtype, shape, m
     assert torch.equal(full, newton_schulz(x.view(7, 1, *shape)).view_as(x))
     assert torch.equal(full.flip(0)[1:3], newton_schulz(x.flip(0)[1:3]))
     assert torch.equal(full, newton_schulz(x.mT).mT)
-    monkeypatch.setattr(reference, "SCRATCH", 3 * 2 * x[0].numel())
+    monkeypatch.setattr(eager, "SCRATCH", 3 * 2 * x[0].numel())
     assert torch.equal(full, newton_schulz(x)), "in chunks"
 
 
@@ -172,8 +172,8 @@ def test_many_matrices_of_any_shape():
 
 def test_many_matrices_make_few_batches_of_bounded_size(monkeypatch):
     batches = []
-    stock = reference.newton_schulz
-    monkeypatch.setattr(reference, "newton_schulz", lambda x, **o: batches.append(tuple(x.shape)) or stock(x, **o))
+    stock = eager.newton_schulz
+    monkeypatch.setattr(eager, "newton_schulz", lambda x, **o: batches.append(tuple(x.shape)) or stock(x, **o))
     matrices = [normal(4, 6), normal(6, 4), normal(2, 4, 6), normal(3, 3), normal(4, 6)]
     newton_schulz_many(matrices)
     assert batches == [(5, 4, 6), (1, 3, 3)]
@@ -184,9 +184,9 @@ def test_many_matrices_make_few_batches_of_bounded_size(monkeypatch):
 
 
 def test_scratch_does_not_grow_with_the_stack(monkeypatch):
-    monkeypatch.setattr(reference, "SCRATCH", 3 * 8 * 16 * 5)
-    sizes, iterate = [], reference._iterate
-    monkeypatch.setattr(reference, "_iterate", lambda *a: sizes.append(a[0].numel()) or iterate(*a))
+    monkeypatch.setattr(eager, "SCRATCH", 3 * 8 * 16 * 5)
+    sizes, iterate = [], eager._iterate
+    monkeypatch.setattr(eager, "_iterate", lambda *a: sizes.append(a[0].numel()) or iterate(*a))
     for e in (5, 50):
         newton_schulz(normal(e, 8, 16))
     assert sizes == [5 * 8 * 16] * 11

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.kernels.norm_rope import norm_rope, reference, rms_norm, rope, rope_frequencies, rope_rotation
+from abyssal.kernels.norm_rope import eager, norm_rope, rms_norm, rope, rope_frequencies, rope_rotation
 
 
 def check(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -105,7 +105,7 @@ def test_norm_in_blocks_under_autocast_and_of_nothing(monkeypatch: pytest.Monkey
         cast = rms_norm(*arguments, 1e-6)
         assert torch.equal(cast, whole)
         assert all(torch.equal(a, b) for a, b in zip(norm_gradients(cast, list(arguments)), grads))
-    monkeypatch.setattr(reference, "_BLOCK_VALUES", 5 * 8)
+    monkeypatch.setattr(eager, "_BLOCK_VALUES", 5 * 8)
     blocks = rms_norm(*arguments, 1e-6)
     check("normed", blocks, whole, 1e-7)
     for mine, theirs in zip(norm_gradients(blocks, list(arguments)), grads):
@@ -311,7 +311,7 @@ def test_norm_and_rotation_in_one_are_the_two_in_turn(weighted: bool, dtype: tor
 def test_the_reference_has_the_public_signature(function) -> None:
     public = dict(inspect.signature(function).parameters)
     public.pop("backend")
-    twin = inspect.signature(getattr(reference, function.__name__)).parameters
+    twin = inspect.signature(getattr(eager, function.__name__)).parameters
     assert {k: (v.kind, v.default) for k, v in public.items()} == {k: (v.kind, v.default) for k, v in twin.items()}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.kernels.pool import pool, reference
+from abyssal.kernels.pool import eager, pool
 
 MISTAKES = ("bias added to kv", "halves swapped", "softmax shared over channels", "missing window counts", "no bias")
 
@@ -254,7 +254,7 @@ def test_blocks_of_entries_change_nothing(overlap: bool, gathered: bool, monkeyp
     whole = pool(*arguments, **options)
     whole_gradients = gradients(whole, arguments)
     for entries in (1, 3):
-        monkeypatch.setattr(reference, "_BLOCK_VALUES", entries * 2 * arguments[2].numel())
+        monkeypatch.setattr(eager, "_BLOCK_VALUES", entries * 2 * arguments[2].numel())
         blocks = pool(*arguments, **options)
         assert torch.equal(whole, blocks)
         for mine, theirs in zip(gradients(blocks, arguments), whole_gradients):
@@ -317,5 +317,5 @@ def test_errors_name_the_argument() -> None:
 def test_the_reference_has_the_public_signature() -> None:
     public = dict(inspect.signature(pool).parameters)
     public.pop("backend")
-    twin = inspect.signature(reference.pool).parameters
+    twin = inspect.signature(eager.pool).parameters
     assert {k: (v.kind, v.default) for k, v in public.items()} == {k: (v.kind, v.default) for k, v in twin.items()}

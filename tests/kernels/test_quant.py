@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from abyssal.kernels import quant
-from abyssal.kernels.quant import dequantize, e2m1_to_e4m3, fake_quant, hadamard, quantize, reference
+from abyssal.kernels.quant import dequantize, e2m1_to_e4m3, eager, fake_quant, hadamard, quantize
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOPS = {"e4m3": 448.0, "e2m1": 6.0}
@@ -460,5 +460,5 @@ def test_errors_name_the_argument() -> None:
 def test_the_reference_has_the_public_signature(name: str) -> None:
     public = dict(inspect.signature(getattr(quant, name)).parameters)
     public.pop("backend")
-    twin = inspect.signature(getattr(reference, name)).parameters
+    twin = inspect.signature(getattr(eager, name)).parameters
     assert {k: (v.kind, v.default) for k, v in public.items()} == {k: (v.kind, v.default) for k, v in twin.items()}

@@ -148,7 +148,7 @@ def test_random_splits_of_two_thousand_tokens(heads):
 
 def test_ties_are_common_with_one_index_head(monkeypatch):
     """Guards the test above: the k-th score is shared by an entry that is not picked, in a good part of the queries."""
-    from abyssal.kernels.index_topk.reference import index_scores
+    from abyssal.kernels.index_topk.eager import index_scores
     from abyssal.model import attention
 
     tied = []

@@ -77,7 +77,7 @@ class Sanitizer:
         for n in launch.grid:
             programs *= int(n)
         folder = launch.fn.fn.__module__.removeprefix("abyssal.").split(".")
-        name = f"{folder[1] if len(folder) > 2 else folder[0]}.{launch.fn_name}"
+        name = f"{folder[0] if folder[1] == 'triton' else folder[1]}.{launch.fn_name}"
         kernel = self.part["kernels"].setdefault(name, {"launches": 0, "least": programs, "most": programs})
         kernel["launches"] += 1
         kernel["least"], kernel["most"] = min(kernel["least"], programs), max(kernel["most"], programs)

@@ -13,7 +13,7 @@ def attention(h: int, d: int, window: int, k: int, dtype: torch.dtype, documents
     """Forward and backward of a sliding, a heavily compressed and, in both ways, a compressed sparse layer. The numbers
     of queries and entries do not change what is compiled.
     """
-    from abyssal.kernels.attention import triton_launch as launch
+    from abyssal.kernels.attention.triton import launch
 
     t, p = 64, 8 * k
     q, kv, compressed = (

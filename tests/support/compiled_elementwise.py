@@ -12,7 +12,7 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 def pooling(ratio: int, d: int, overlap: bool, dtype: torch.dtype = fp32) -> None:
     """Forward and backward, of regular windows and of gathered ones."""
-    from abyssal.kernels.pool import triton_launch as launch
+    from abyssal.kernels.pool.triton import launch
 
     channels = 2 * d if overlap else d
     kv, gate, bias = (torch.empty(n, dtype=dtype) for n in ((2, 300, channels), (2, 300, channels), (ratio, channels)))

@@ -11,7 +11,7 @@ bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
 def site(n: int, d: int, dtype: torch.dtype, t: int = 64, iterations: int = 20) -> None:
     """Forward and backward of a site, of the head, and of each op by itself."""
-    from abyssal.kernels.hyper import triton_launch as launch
+    from abyssal.kernels.hyper.triton import launch
 
     streams, output = torch.empty(t, n, d, dtype=dtype), torch.empty(t, d, dtype=dtype)
     for m, parts, rounds in (((n + 2) * n, 3, iterations), (n, 1, 0)):

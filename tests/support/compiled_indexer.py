@@ -9,7 +9,7 @@ PRODUCTS = {"index_scores", "sum_heads", "query_gradient", "key_gradient"}
 
 def topk(dtype: torch.dtype, h: int, d: int, k: int, p: int, t: int = 256) -> None:
     """Scores and top-k of t queries."""
-    from abyssal.kernels.index_topk import triton_launch as launch
+    from abyssal.kernels.index_topk.triton import launch
 
     q, weights, keys = torch.empty(1, t, h, d, dtype=dtype), torch.empty(1, t, h), torch.empty(1, p, d, dtype=dtype)
     seen = torch.empty(1, t, dtype=torch.int64)
@@ -18,7 +18,7 @@ def topk(dtype: torch.dtype, h: int, d: int, k: int, p: int, t: int = 256) -> No
 
 def loss(dtype: torch.dtype, i: int, e: int, h: int, d: int, k: int, p: int) -> None:
     """Loss, share and gradients of a few queries, over picks and over all entries."""
-    from abyssal.kernels.index_loss import triton_launch as launch
+    from abyssal.kernels.index_loss.triton import launch
 
     q, weights, keys = torch.empty(1, 64, i, e, dtype=dtype), torch.empty(1, 64, i), torch.empty(1, p, e, dtype=dtype)
     teacher = torch.empty(1, 64, h, d, dtype=dtype), torch.empty(1, p, d, dtype=dtype), torch.empty(1, 64, h)

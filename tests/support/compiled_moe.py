@@ -12,7 +12,7 @@ WIDTHS = {"main": (2048, 768, 8), "flash": (4096, 2048, 6), "toy": (128, 64, 4),
 
 def experts(widths: str, dtype: torch.dtype) -> None:
     """Forward and backward of the experts, and SwiGLU alone."""
-    from abyssal.kernels.moe_experts import triton_launch as launch
+    from abyssal.kernels.moe_experts.triton import launch
 
     d, f, k = WIDTHS[widths]
     n, e = 64, 8
@@ -26,7 +26,7 @@ def experts(widths: str, dtype: torch.dtype) -> None:
 
 def route(e: int, k: int) -> None:
     """Router forward and backward, expert order, and the tiles of that many experts."""
-    from abyssal.kernels.moe_experts import triton_launch as launch
+    from abyssal.kernels.moe_experts.triton import launch
     from abyssal.kernels.moe_route import triton as router
 
     logits = torch.empty(4096, e)

@@ -1,7 +1,7 @@
 """What `tests/sanitize` keeps of its runs: which kernels were executed, from which sources, with what result.
 
-A part is a test file, by its name: `attention`, `models`. Its digest is of what decides a launch: `triton*.py` and
-`tiles.py` of the op's folder and `triton*.py` beside the folders; of all of them, where it belongs to no single op.
+A part is a test file, by its name: `attention`, `models`. Its digest is of what decides a launch: the op's `triton/`
+and the one that all share; of all of them, where it belongs to no single op.
 """
 
 import ast
@@ -19,7 +19,7 @@ RECORD = ROOT / "tests/sanitize/record.json"
 
 def launched(folder: Path) -> set[str]:
     """The kernels launched from a folder's own files: every `name[grid](...)` or `module.name[grid](...)`."""
-    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(folder.glob("triton*.py"))]
+    trees = [ast.parse(path.read_text("utf-8")) for path in sorted((folder / "triton").glob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     kernels = {
         n.name for n in nodes if isinstance(n, ast.FunctionDef) and "triton.jit" in map(ast.unparse, n.decorator_list)
@@ -31,8 +31,12 @@ def launched(folder: Path) -> set[str]:
 @cache
 def launched_kernels() -> frozenset[str]:
     """All kernels of the project that are launched, as `op.kernel`; `kernels.sum_lists` is one beside the folders."""
-    folders = [KERNELS, *(path.parent for path in KERNELS.glob("*/triton.py"))]
-    return frozenset(f"{folder.name}.{name}" for folder in folders for name in launched(folder))
+    return frozenset(f"{folder.name}.{name}" for folder in (KERNELS, *op_folders()) for name in launched(folder))
+
+
+def op_folders() -> list[Path]:
+    """Of the ops that have kernels."""
+    return sorted(path.parents[1] for path in KERNELS.glob("*/triton/__init__.py"))
 
 
 def part_of(path: Path) -> str:
@@ -45,9 +49,12 @@ def file_of(part: str) -> Path:
 
 def digest(part: str) -> str:
     """Of the sources that the part's launches come from."""
-    folders = [KERNELS / part] if (KERNELS / part).is_dir() else sorted(p.parent for p in KERNELS.glob("*/triton.py"))
-    sources = [path for folder in (KERNELS, *folders) for path in folder.glob("*.py")]
-    sources = sorted(path for path in sources if path.name.startswith("triton") or path.name == "tiles.py")
+    folders = (
+        [KERNELS / part]
+        if (KERNELS / part).is_dir()
+        else op_folders()
+    )
+    sources = sorted(path for folder in (KERNELS, *folders) for path in (folder / "triton").glob("*.py"))
     sha = hashlib.sha256()
     for path in sources:
         sha.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -65,7 +72,12 @@ def save(record: dict[str, Any]) -> None:
 
 def parts() -> list[str]:
     """Every op with kernels, those beside the ops, their operators together, and whole models."""
-    return [*sorted(path.parent.name for path in KERNELS.glob("*/triton.py")), "scatter", "operators", "models"]
+    return [
+        *(folder.name for folder in op_folders()),
+        "scatter",
+        "operators",
+        "models",
+    ]
 
 
 def stale() -> list[str]:

@@ -33,7 +33,7 @@ def rows_of(task, dtype=torch.float32, repeats=1):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("data", moe.OP.data)
-def test_every_contender_agrees_with_the_reference(dtype, data):
+def test_every_contender_agrees_with_eager(dtype, data):
     for task in tasks(dtype, data, tokens=333):
         rows = rows_of(task, dtype)
         assert rows["triton"]["status"] == "not run" and rows["triton"]["note"] == NO_TRITON
@@ -94,7 +94,7 @@ def test_what_fails_or_does_not_fit_is_said():
     assert rows["absent"]["note"] == "no luck"
 
 
-def test_without_memory_for_the_reference_nothing_is_timed(monkeypatch, tmp_path, capsys):
+def test_without_memory_for_eager_nothing_is_timed(monkeypatch, tmp_path, capsys):
     def large(*arguments):
         raise torch.OutOfMemoryError("not enough")
 
@@ -102,9 +102,9 @@ def test_without_memory_for_the_reference_nothing_is_timed(monkeypatch, tmp_path
     monkeypatch.setattr(measure, "measured_peak", lambda *arguments: Peak(1e11, 1e10, "invented"))
     run.run("moe", shape="8x8x4x2", tokens="5", device="cpu", out=tmp_path, tests=False)
     found = json.loads((tmp_path / "moe-8x8x4x2-cpu.json").read_text("utf-8"))["rows"]
-    assert {row["note"] for row in found} == {"the reference runs out of memory"}
+    assert {row["note"] for row in found} == {"eager runs out of memory"}
     text = capsys.readouterr().out
-    assert "triton                    not run: the reference runs out of memory" in text
+    assert "triton                    not run: eager runs out of memory" in text
     assert "not drawn: nothing was measured" in text
 
 
@@ -136,8 +136,8 @@ def test_kept_memory_is_the_formula():
     r = 200 * TINY.slots
     kept = {name: row["memory"]["kept"] for name, row in rows_of(task).items() if "memory" in row}
     assert task.kept == 4 * r * 2 * TINY.expert_width
-    assert 0 <= kept["reference"] - task.kept <= 8 * (3 * r + TINY.experts)  # order, tokens, inverse, counts
-    assert all(other > kept["reference"] for name, other in kept.items() if name != "reference")
+    assert 0 <= kept["eager"] - task.kept <= 8 * (3 * r + TINY.experts)  # order, tokens, inverse, counts
+    assert all(other > kept["eager"] for name, other in kept.items() if name != "eager")
 
 
 def test_live_tensors_are_counted_until_they_end():
@@ -224,7 +224,7 @@ def test_the_table_says_what_ran(result):
     text = result.with_name("printed").read_text("utf-8")
     assert "32x16x6x3 experts  T=40   limit: forward" in text
     assert f"triton                    not run: {NO_TRITON}" in text
-    assert text.count("\nreference ") == 4
+    assert text.count("\neager ") == 4
     assert max(map(len, text.splitlines()[5:-2])) <= 120
     assert "32x16x6x3 experts T=40 ..." in result.with_name("progress").read_text("utf-8")
 

@@ -174,7 +174,7 @@ def _select(k: int, seen: Tensor) -> Make:
 
     def make(kernels: ModuleType, backend: str) -> Run:
         def select(values: Tensor) -> tuple[Tensor, ...]:
-            launch = importlib.import_module(f"{kernels.__name__}.index_topk.triton_launch")
+            launch = importlib.import_module(f"{kernels.__name__}.index_topk.triton.launch")
             picks = values.new_empty(1, len(values), k, dtype=torch.int64)
             tiles, left = divmod(len(values), launch.FEW)
             launch.select(values, torch.zeros_like(seen), seen, picks, 0, tiles + bool(left), k, launch.FEW)

@@ -1,6 +1,6 @@
 """Correctness, time and memory of a task's contenders, in one process, on the same inputs.
 
-A contender whose output or gradients differ from the reference's is reported as wrong and not timed. Contenders take
+A contender whose output or gradients differ from those of eager is reported as wrong and not timed. Contenders take
 turns, each a forward without gradients and a training step (forward, then backward), so that what slows the machine
 down for a while slows all of them down; the first turns are not counted. On a GPU, time is that between events, with
 the caches overwritten before.
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 
 class Error(NamedTuple):
-    """Of one tensor: the norm of its difference over the reference's norm, and the same of largest elements."""
+    """Of one tensor: the norm of its difference over that of eager's result, and the same of largest elements."""
 
     tensor: str
     relative: float
@@ -51,7 +51,7 @@ class Error(NamedTuple):
 def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> list[dict[str, Any]]:
     """A row for each contender: `status` is "ok", "wrong", "failed" or "not run", with a `note` that says why.
 
-    Raises whatever the reference raises.
+    Raises whatever eager raises.
     """
     rows: list[dict[str, Any]] = []
     first: dict[int, list[float]] = {}

@@ -51,7 +51,7 @@ def tasks(setting: Setting) -> list[Task]:
     m = roofline.MoE(setting.tokens, shape.width, shape.expert_width, shape.experts, shape.slots, size)
     g = setting.generator()
     logits, bias = _logits(setting, m, g), 0.1 * setting.normal(g, m.experts, dtype=torch.float32)
-    routing = moe_route(logits, top_k=m.slots, scale=SCALE, bias=bias, backend="reference")
+    routing = moe_route(logits, top_k=m.slots, scale=SCALE, bias=bias, backend="eager")
     x = setting.normal(g, m.tokens, m.width)
     w13 = setting.normal(g, m.experts, 2 * m.expert_width, m.width).mul_(4 * m.width**-0.5)  # so that some clamp
     w2 = setting.normal(g, m.experts, m.width, m.expert_width).mul_(m.expert_width**-0.5)

@@ -1,4 +1,4 @@
-"""Our own contenders: the reference, Triton where it can run, and both of another commit where one was asked for."""
+"""Our own contenders: eager, Triton where it can run, and both of another commit where one was asked for."""
 
 import importlib.util
 from collections.abc import Callable
@@ -18,9 +18,10 @@ def ours(setting: Setting, make: Make, *ops: str) -> list[Contender]:
 
 
 def _backends(setting: Setting, package: ModuleType, make: Make, ops: tuple[str, ...], prefix: str) -> list[Contender]:
-    missing = [op for op in ops if not _has(package, op, "reference")]
+    missing = [op for op in ops if not (_has(package, op, "eager") or _has(package, op, "reference"))]
     if missing:
-        return [Contender(f"{prefix}reference", None, f"that commit has no {missing[0]}")]
+        return [Contender(f"{prefix}eager", None, f"that commit has no {missing[0]}")]
+    eager = "eager" if _has(package, ops[0], "eager") else "reference"  # what commits called it before
     without = [op for op in ops if not _has(package, op, "triton")]
     why_not = "" if setting.device.type == "cuda" else "needs a CUDA device"
     if without:
@@ -28,7 +29,7 @@ def _backends(setting: Setting, package: ModuleType, make: Make, ops: tuple[str,
     if not importlib.util.find_spec("triton"):
         why_not = "triton is not installed"
     return [
-        Contender(f"{prefix}reference", make(package, "reference")),
+        Contender(f"{prefix}eager", make(package, eager)),
         Contender(f"{prefix}triton", make(package, "triton"), why_not),
     ]
 

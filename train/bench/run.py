@@ -109,7 +109,7 @@ def _rows(module: Op, setting: Setting, name: str, result: dict[str, Any]) -> li
             with _Progress(f"{name} {task.name} T={setting.tokens:,}") as progress:
                 rows = measure.measure(task, setting.dtype, result["repeats"], progress.say)
         except torch.OutOfMemoryError:
-            note = {"status": "not run", "note": "the reference runs out of memory"}
+            note = {"status": "not run", "note": "eager runs out of memory"}
             rows = [{"contender": c.name} | note for c in task.contenders]
         at = {"shape": name, "task": task.name, "tokens": setting.tokens}
         rows = [at | row | columns(task, row, peak, measured) for row in rows]

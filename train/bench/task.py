@@ -28,7 +28,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Task:
-    """Contenders for one result, the reference first, on the same inputs; gradients go to the inputs in `learned`.
+    """Contenders for one result, eager first, on the same inputs; gradients go to the inputs in `learned`.
 
     Where nothing is learned there is no training step: the forward pass alone is measured.
     """

@@ -1,50 +1,22 @@
-"""Kernels run on the GPU where there is one; else in the interpreter, with blocks so small that all loops go round.
-
-`python tests/sanitize` runs them compiled, on a CPU that says it is a GPU, with small blocks too.
-"""
+"""Tests of Triton alone: everything in this folder runs by it."""
 
 import importlib.util
-import sys
 
-import interp_shim
-import numpy as np
 import pytest
-import torch
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 
-@pytest.fixture
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture
-def emulated(device):
-    """Whether no GPU is there, so that blocks must be small: time goes by the program, and a race takes two of them."""
-    return device == "cpu" or "ttsem" in sys.modules
-
-
 @pytest.fixture(autouse=True)
-def backend(monkeypatch):
-    """Triton by name, and memory that no kernel has written is NaN, or an absurd id."""
-    interp_shim.install()
-    monkeypatch.setenv("ABYSSAL_BACKEND", "triton")
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *shape, **options):
-        out = new_empty(self, *shape, **options)
-        return out.fill_(float("nan") if out.is_floating_point() else 10**6 if out.itemsize > 1 else 0xA5)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
-        yield
+def backend(by_triton):
+    """Triton by name."""
 
 
 @pytest.fixture
 def small_blocks(emulated, monkeypatch):
     """Blocks so small that a few tokens need several, where no GPU is; the shipped ones on a GPU."""
-    from abyssal.kernels.moe_experts import tiles, triton_launch
+    from abyssal.kernels.moe_experts.triton import launch as triton_launch
+    from abyssal.kernels.moe_experts.triton import tiles
 
     def use(rows=16, columns=16, inner=32, tma=False):
         block = tiles.Blocks(columns, inner, 4, 2)

@@ -7,9 +7,9 @@ import torch
 from attention_cases import NAMES, causal, error, make, oracle, picks, results
 from torch.utils.checkpoint import checkpoint
 
-from abyssal.kernels.attention import attention, reference, tiles
+from abyssal.kernels.attention import attention, eager
 from abyssal.kernels.attention import triton as operators
-from abyssal.kernels.attention import triton_launch as launch
+from abyssal.kernels.attention.triton import launch, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def check(tensors, slack=3.0, floor=4e-7, **options):
     """Each result is as near to float64 as the reference is, within a factor, and of its dtype."""
     options = {"scale": 0.3, "window": 6, **options}
     dout = gradient(tensors)
-    got, plain = (results(run, tensors, dout, **options) for run in (attention, reference.attention))
+    got, plain = (results(run, tensors, dout, **options) for run in (attention, eager.attention))
     exact = results(oracle, tensors, dout.double(), dtype=torch.float64, **options)
     for name, a, b, c in zip(NAMES, got, plain, exact):
         if c is not None:
@@ -180,7 +180,7 @@ def test_extreme_sinks(device, value):
     first = torch.tensor([0] * 8 + [9], device=device)[None]
     options = {"window": 4, "scale": 1.0, "window_start": first}
     tensors, dout = (q, kv, None, sink), gradient([q])
-    got, want = (results(run, tensors, dout, **options) for run in (attention, reference.attention))
+    got, want = (results(run, tensors, dout, **options) for run in (attention, eager.attention))
     assert not got[0][0, 8].any() and torch.equal(got[1][0, 8], want[1][0, 8])
     for name, a, b in zip(NAMES, got, want):
         if b is not None:
@@ -243,7 +243,7 @@ def test_mixed_dtypes_meet_in_the_wider(device):
     tensors, index = (q.bfloat16(), kv, compressed, sink.bfloat16()), picks(1, 5, 2, 4, device)
     got, want = (
         results(run, tensors, gradient(tensors), window=3, scale=0.3, index=index)
-        for run in (attention, reference.attention)
+        for run in (attention, eager.attention)
     )
     for name, a, b in zip(NAMES, got, want):
         assert a.dtype == b.dtype and error(a, b) < 1e-2, name  # the output is rounded where q is

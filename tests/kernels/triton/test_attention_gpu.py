@@ -4,8 +4,8 @@ import pytest
 import torch
 from attention_cases import NAMES, causal, error, make, picks, results
 
-from abyssal.kernels.attention import attention, reference
-from abyssal.kernels.attention import triton_launch as launch
+from abyssal.kernels.attention import attention, eager
+from abyssal.kernels.attention.triton import launch
 
 pytestmark = pytest.mark.gpu
 REACH = {"window": 128, "scale": 512**-0.5}
@@ -28,8 +28,8 @@ def case(entries, t=600, h=64, d=512, p=300, k=64, dtype=torch.bfloat16):
 @pytest.mark.parametrize(("h", "d"), [(64, 512), (128, 512), (4, 64), (6, 40)])
 def test_output_and_gradients(dtype, entries, h, d):
     tensors, options, dout = case(entries, t=200, h=h, d=d, dtype=dtype)
-    got, plain = (results(run, tensors, dout, **options) for run in (attention, reference.attention))
-    exact = results(reference.attention, tensors, dout.double(), dtype=torch.float64, **options)
+    got, plain = (results(run, tensors, dout, **options) for run in (attention, eager.attention))
+    exact = results(eager.attention, tensors, dout.double(), dtype=torch.float64, **options)
     for name, a, b, c in zip(NAMES, got, plain, exact):
         if c is not None:
             floor = 1e-6 if dtype == torch.float32 else 6e-3  # p and ds are rounded where the reference keeps float32

@@ -15,7 +15,7 @@ import pytest
 import record
 import triton
 
-from abyssal.kernels import triton_launch
+from abyssal.kernels.triton import launch as triton_launch
 
 SAMPLE = {  # of each op a case that is soon compiled
     "attention": "attention, bf16, h=6 d=40 k=5",
@@ -31,7 +31,7 @@ PLANTED = """
 import torch
 
 def wide():
-    from abyssal.kernels.hyper import triton_launch as launch
+    from abyssal.kernels.hyper.triton import launch
     launch.panel = lambda n, width: (width, 1)
     launch.collapse_backward(torch.empty(8, 1024), torch.empty(8, 4, 1024), torch.empty(8, 4))
 
@@ -90,7 +90,7 @@ def test_record_is_what_compiling_shows():
 def test_a_changed_source_makes_the_record_stale(op):
     for entry in record.load().get(op, {}).values():
         sources = entry["sources"]
-        assert {f"tests/support/compiled_{op}.py", "tests/support/dryrun.py", "kernels/triton_launch.py"} <= set(
+        assert {f"tests/support/compiled_{op}.py", "tests/support/dryrun.py", "kernels/triton/launch.py"} <= set(
             sources
         )
         assert record.holds(entry, sources.get)
@@ -107,12 +107,12 @@ def test_the_record_of_other_tritons_is_of_the_present_kernels():
 
 def test_only_what_was_compiled_from_these_sources_by_this_triton_stands_for_compiling(monkeypatch):
     def entry(**changed):
-        found = {"sources": {"kernels/triton_launch.py": aot.digest("kernels/triton_launch.py"), **changed}}
+        found = {"sources": {"kernels/triton/launch.py": aot.digest("kernels/triton/launch.py"), **changed}}
         return {**found, "rows": {"case": {"sm_90": [["kernel", 4, 9, 0, 0, None, 0, 0, 0, 0]]}}}
 
     for known, rows in (
         ({triton.__version__: entry()}, 1),
-        ({triton.__version__: entry(**{"kernels/triton_scatter.py": "another text"})}, 0),
+        ({triton.__version__: entry(**{"kernels/triton/scatter.py": "another text"})}, 0),
         ({"0.0": entry()}, 0),
     ):
         monkeypatch.setattr(record, "load", lambda known=known: {"op": known})

@@ -5,7 +5,7 @@ import torch
 from moe_cases import NAMES, error, make, results
 
 from abyssal.kernels import moe_experts, moe_permutation, moe_route
-from abyssal.kernels.moe_experts import reference
+from abyssal.kernels.moe_experts import eager
 
 pytestmark = pytest.mark.gpu
 SIZES = {"n": 2000, "k": 8, "e": 64, "d": 1024, "f": 512}
@@ -22,8 +22,8 @@ def clean_memory(monkeypatch, backend):
 def test_output_and_gradients(dtype, limit):
     arguments = make(**SIZES, dtype=dtype, device="cuda")
     dout = torch.randn_like(arguments[0])
-    got, plain = (results(run, arguments, limit, dout) for run in (moe_experts, reference.moe_experts))
-    exact = results(reference.moe_experts, arguments, limit, dout.double(), dtype=torch.float64)
+    got, plain = (results(run, arguments, limit, dout) for run in (moe_experts, eager.moe_experts))
+    exact = results(eager.moe_experts, arguments, limit, dout.double(), dtype=torch.float64)
     for name, a, b, c in zip(NAMES, got, plain, exact):
         assert error(a, c) <= 2 * error(b, c) + 1e-6, f"{name}: {error(a, c):.2e}, the reference {error(b, c):.2e}"
 
@@ -45,11 +45,11 @@ def test_the_same_bits_on_each_run_and_in_any_batch(dtype):
 
 def test_routing_is_that_of_the_reference():
     z, bias = torch.randn(5000, 256, device="cuda"), torch.randn(256, device="cuda")
-    got, want = (moe_route(z, top_k=6, scale=1.5, bias=bias, backend=b) for b in ("triton", "reference"))
+    got, want = (moe_route(z, top_k=6, scale=1.5, bias=bias, backend=b) for b in ("triton", "eager"))
     assert (got.experts == want.experts).all(-1).float().mean() > 0.999  # scores within a rounding of each other
     same = (got.experts == want.experts).all(-1)
     torch.testing.assert_close(got.weights[same], want.weights[same])
-    for a, b in zip(*(moe_permutation(got.experts, 256, backend=b) for b in ("triton", "reference"))):
+    for a, b in zip(*(moe_permutation(got.experts, 256, backend=b) for b in ("triton", "eager"))):
         assert torch.equal(a, b)
 
 

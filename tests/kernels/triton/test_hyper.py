@@ -1,4 +1,4 @@
-"""mHC in Triton against the float64 oracle, stream by stream, and the reference.
+"""mHC in Triton against the float64 oracle, stream by stream, and the eager.
 
 Axes: t tokens · n streams · d width.
 """
@@ -11,7 +11,9 @@ from hyper_cases import EPS, NAMES, check, gradients, inputs, oracle_sinkhorn, o
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.kernels import hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_read, hyper_recombine
-from abyssal.kernels.hyper import reference, tiles, triton, triton_launch
+from abyssal.kernels.hyper import eager, triton
+from abyssal.kernels.hyper.triton import launch as triton_launch
+from abyssal.kernels.hyper.triton import tiles
 
 PUBLIC = [hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_read, hyper_recombine]
 
@@ -76,7 +78,7 @@ def test_options_reach_the_arithmetic(make, iterations):
         sublayer(*arguments, at_once=True, **options), arguments, oracle_sublayer(*exact, **options), exact, 2e-6, 5e-6
     )
     assert hyper_coefficients(*arguments[:4], eps=0.5).pre.min() > 0.5
-    got, want = (hyper_coefficients(*arguments[:4], eps=0.1, backend=x) for x in ("triton", "reference"))
+    got, want = (hyper_coefficients(*arguments[:4], eps=0.1, backend=x) for x in ("triton", "eager"))
     check("comb", got.comb, want.comb, 1e-6)
 
 
@@ -109,7 +111,7 @@ def test_half_precision_streams_are_rounded_once(make, dtype):
     arguments, exact = make((9,), 4, 16, dtype)
     assert [x.dtype for x in arguments] == [dtype, *3 * [torch.float32], dtype]
     got, want = sublayer(*arguments, at_once=True), oracle_sublayer(*exact)
-    plain = sublayer_by("reference", arguments)
+    plain = sublayer_by("eager", arguments)
     step = torch.finfo(dtype).eps / 2
     for name in want:
         half = name in ("collapsed", "mixed")
@@ -132,7 +134,7 @@ def test_mixed_dtypes_as_the_reference(make, device):
     streams, fn, base, scale, y = make((5,), 4, 16, torch.float32)[0]
     arguments = [x.detach().requires_grad_() for x in (streams, fn.bfloat16(), base, scale, y.bfloat16())]
     with torch.autocast(device, torch.bfloat16):
-        got, want = (sublayer_by(backend, arguments) for backend in ("triton", "reference"))
+        got, want = (sublayer_by(backend, arguments) for backend in ("triton", "eager"))
         grads = [gradients(x, arguments) for x in (got, want)]
     for name in want:
         assert got[name].dtype == want[name].dtype
@@ -247,7 +249,7 @@ def test_three_products_of_tf32_keep_the_accuracy_of_float32():
 
 @pytest.mark.parametrize("function", PUBLIC)
 def test_the_twin_has_the_references_signature(function):
-    mine, theirs = (inspect.signature(getattr(x, function.__name__)).parameters for x in (triton, reference))
+    mine, theirs = (inspect.signature(getattr(x, function.__name__)).parameters for x in (triton, eager))
     assert {k: (v.kind, v.default) for k, v in mine.items()} == {k: (v.kind, v.default) for k, v in theirs.items()}
 
 

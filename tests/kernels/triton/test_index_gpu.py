@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from abyssal.kernels import attention, index_loss, index_topk
-from abyssal.kernels.index_loss import reference
-from abyssal.kernels.index_topk import triton_launch as launch
-from abyssal.kernels.index_topk.reference import index_scores
+from abyssal.kernels.index_loss import eager
+from abyssal.kernels.index_topk.eager import index_scores
+from abyssal.kernels.index_topk.triton import launch
 
 pytestmark = pytest.mark.gpu
 SCALE = 512**-0.5
@@ -112,7 +112,7 @@ def teacher(q, end, h=64, d=512, p=400):
     )
     sink = torch.zeros(h, device="cuda")
     start = torch.zeros_like(end)
-    _, lse = attention(heads, kv, c, sink, window=16, scale=SCALE, start=start, end=end, backend="reference")
+    _, lse = attention(heads, kv, c, sink, window=16, scale=SCALE, start=start, end=end, backend="eager")
     return heads, c, lse
 
 
@@ -132,9 +132,9 @@ def test_loss_and_gradients(dtype, h, d, i, e, picked):
     *leaves, seen = student(1, 700, i, e, 400, dtype)
     fixed = teacher(leaves[0], seen["end"], h, d)
     index = index_topk(*leaves, k=100, **seen) if picked else None
-    got, plain = (results(run, leaves, fixed, seen, index) for run in (index_loss, reference.index_loss))
+    got, plain = (results(run, leaves, fixed, seen, index) for run in (index_loss, eager.index_loss))
     double = [[x.double() for x in xs] for xs in (leaves, fixed)]
-    exact = results(reference.index_loss, *double, seen, index)
+    exact = results(eager.index_loss, *double, seen, index)
     for name, a, b, c in zip(("loss", "share", "dq", "dweights", "dkeys"), got, plain, exact):
         error, allowed = ((x.double() - c).norm() / c.norm() for x in (a, b))
         floor = 5e-6 if dtype == torch.float32 else 3e-3 if name in ("dq", "dweights", "dkeys") else 1e-4

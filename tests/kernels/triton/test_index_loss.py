@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.kernels import index_loss
-from abyssal.kernels.index_loss import reference
+from abyssal.kernels.index_loss import eager
 from abyssal.kernels.index_loss import triton as kernels
-from abyssal.kernels.index_loss import triton_launch as launch
+from abyssal.kernels.index_loss.triton import launch
 
 SCALE = 0.4
 NAMES = ("loss", "share", "dq", "dweights", "dkeys")
@@ -73,10 +73,10 @@ def oracle(student, teacher, seen):
             if seen["index"] is not None:
                 entries = seen["index"][b, t]
                 entries = entries[entries >= 0]
-                if t in range(q.shape[1])[reference.measured_queries(q.shape[1])] and mass.sum() > reference.FLOOR:
+                if t in range(q.shape[1])[eager.measured_queries(q.shape[1])] and mass.sum() > eager.FLOOR:
                     shares.append(mass[entries - start].sum() / mass.sum())
             p = mass[entries - start]
-            if p.sum() > reference.FLOOR:
+            if p.sum() > eager.FLOOR:
                 p = p / p.sum()
                 scores = (iw[b, t, :, None] * (iq[b, t] @ ik[b, entries].T).relu()).sum(0)
                 total = total + (torch.xlogy(p, p) - p * scores.log_softmax(-1)).sum()
@@ -106,7 +106,7 @@ def error(got, want):
 def check(student, teacher, seen, slack=3.0, floor=3e-6):
     """Each result is as near to float64 as the reference is, within a factor, and of its dtype."""
     got = results(index_loss, student, teacher, seen)
-    plain = results(reference.index_loss, student, teacher, seen)
+    plain = results(eager.index_loss, student, teacher, seen)
     for name, a, b, c in zip(NAMES, got, plain, exact(student, teacher, seen)):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         assert error(a, c) <= slack * error(b, c) + floor, f"{name}: {error(a, c):.2e}, the reference {error(b, c):.2e}"
@@ -168,7 +168,7 @@ def test_no_query_sees_anything(device, k):
     seen["end"] = seen["start"]
     if k:
         seen["index"] = torch.full_like(seen["index"], -1)
-    got, want = (results(run, student, teacher, seen) for run in (index_loss, reference.index_loss))
+    got, want = (results(run, student, teacher, seen) for run in (index_loss, eager.index_loss))
     assert got[0] == 0 and got[1] == want[1] and not any(g.any() for g in got[2:])
 
 
@@ -176,7 +176,7 @@ def test_no_query_sees_anything(device, k):
 @pytest.mark.parametrize(("b", "t", "p"), [(2, 0, 5), (2, 3, 0)], ids=["no-queries", "no-entries"])
 def test_empty(device, b, t, p, k):
     student, teacher, seen = make(b, t, 2, 4, 2, 4, p, k, device=device)
-    got, want = (results(run, student, teacher, seen) for run in (index_loss, reference.index_loss))
+    got, want = (results(run, student, teacher, seen) for run in (index_loss, eager.index_loss))
     for name, a, b in zip(NAMES, got, want):
         assert a.shape == b.shape and torch.equal(a, b), name
 
@@ -268,14 +268,14 @@ def test_ranges_shared_by_all_rows(device):
 
 def test_the_share_is_measured_on_evenly_spaced_queries():
     for t, count in ((0, 0), (1, 1), (32, 32), (33, 17), (64, 32), (1000, 32), (1 << 20, 32)):
-        queries = range(t)[reference.measured_queries(t)]
+        queries = range(t)[eager.measured_queries(t)]
         assert len(queries) == count and (not t or queries[-1] == t - 1)
 
 
 def test_the_share_of_many_queries(device):
     student, teacher, seen = make(1, 67, 1, 4, 1, 4, 6, 3, device=device)
     with torch.no_grad():
-        got, want = (index_loss(*student, *teacher, scale=SCALE, **seen, backend=b)[1] for b in ("triton", "reference"))
+        got, want = (index_loss(*student, *teacher, scale=SCALE, **seen, backend=b)[1] for b in ("triton", "eager"))
     assert error(got, want) < 1e-6 and 0.1 < got < 0.95
     assert error(got, oracle(student, teacher, seen)[1]) < 1e-6
 

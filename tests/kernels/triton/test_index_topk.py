@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from abyssal.kernels import index_topk
-from abyssal.kernels.index_topk import reference
+from abyssal.kernels.index_topk import eager
 from abyssal.kernels.index_topk import triton as kernels
-from abyssal.kernels.index_topk import triton_launch as launch
+from abyssal.kernels.index_topk.triton import launch
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def check(q, weights, keys, start, end, k):
     got = index_topk(q, weights, keys, k=k, start=start, end=end)
     want = oracle(scores_of(q, weights, keys), k, start, end)
     assert got.dtype == torch.int64 and torch.equal(got, want)
-    assert torch.equal(got, reference.index_topk(q, weights, keys, k=k, start=start, end=end))
+    assert torch.equal(got, eager.index_topk(q, weights, keys, k=k, start=start, end=end))
 
 
 @pytest.mark.parametrize(

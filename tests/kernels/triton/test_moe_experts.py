@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from moe_cases import NAMES, error, gate_up, make, oracle, results
 
 from abyssal.kernels import moe_experts, swiglu
-from abyssal.kernels.moe_experts import reference
+from abyssal.kernels.moe_experts import eager
 from abyssal.kernels.moe_experts import triton as kernels
-from abyssal.kernels.moe_experts import triton_launch as launch
+from abyssal.kernels.moe_experts.triton import launch
 
 
 def check(arguments, limit, slack=3.0):
     """Each result is as near to float64 as the reference is, within a factor, and of its dtype."""
     dout = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1)).to(arguments[0])
     got = results(moe_experts, arguments, limit, dout)
-    plain = results(reference.moe_experts, arguments, limit, dout)
+    plain = results(eager.moe_experts, arguments, limit, dout)
     exact = results(oracle, arguments, limit, dout.double(), dtype=torch.float64)
     for name, a, b, c in zip(NAMES, got, plain, exact):
         assert a.dtype == b.dtype and a.shape == b.shape, name
@@ -107,7 +107,7 @@ def test_swiglu_keeps_nan(device):
 def test_swiglu_by_several_programs(device, shape):
     h = torch.randn(shape, device=device).requires_grad_()
     weight = torch.rand(len(h), device=device, requires_grad=True)
-    got, want = (swiglu(h, 1.0, weight, backend=b) for b in ("triton", "reference"))
+    got, want = (swiglu(h, 1.0, weight, backend=b) for b in ("triton", "eager"))
     assert error(got, want) < 1e-6
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), (h, weight)) for y in (got, want))):
         assert error(a, b) < 1e-6
@@ -116,7 +116,7 @@ def test_swiglu_by_several_programs(device, shape):
 def test_swiglu_of_any_leading_shape(device):
     h = torch.randn(10, 2, 5, device=device).permute(1, 2, 0).requires_grad_()
     weight = torch.rand(2, 5, device=device, requires_grad=True)
-    got, want = (swiglu(h, 1.0, weight, backend=b) for b in ("triton", "reference"))
+    got, want = (swiglu(h, 1.0, weight, backend=b) for b in ("triton", "eager"))
     assert got.shape == (2, 5, 5) and error(got, want) < 1e-6
     for a, b in zip(*(torch.autograd.grad(y.square().sum(), (h, weight)) for y in (got, want))):
         assert error(a, b) < 1e-6
@@ -228,7 +228,7 @@ def test_slots_are_summed_in_float32(device):
 def test_the_shared_expert_is_added_before_rounding(small_blocks, device, dtype):
     arguments = make(9, 2, 3, d=20, f=8, dtype=dtype, device=device)
     shared = torch.randn(20, 9, generator=torch.Generator().manual_seed(2)).T.to(device, dtype).requires_grad_()
-    got, want = (moe_experts(*arguments, limit=1.0, shared=shared, backend=b) for b in ("triton", "reference"))
+    got, want = (moe_experts(*arguments, limit=1.0, shared=shared, backend=b) for b in ("triton", "eager"))
     assert error(got, want) < (1e-6 if dtype == torch.float32 else 4e-3)
     grad = torch.randn(9, 20, device=device).to(dtype)
     assert torch.equal(torch.autograd.grad(got, shared, grad)[0], grad)
@@ -310,5 +310,5 @@ def test_without_gradients_no_pre_activations(small_blocks, device, monkeypatch)
 def test_the_oracle_is_the_reference():
     arguments = [t.double() if t.is_floating_point() else t for t in make(12, 3, 6, scale=3.0)]
     dout = torch.randn(12, 40, dtype=torch.float64)
-    for a, b in zip(results(oracle, arguments, 2.0, dout), results(reference.moe_experts, arguments, 2.0, dout)):
+    for a, b in zip(results(oracle, arguments, 2.0, dout), results(eager.moe_experts, arguments, 2.0, dout)):
         assert moe_cases.error(a, b) < 1e-13

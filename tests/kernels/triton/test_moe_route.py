@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from abyssal.kernels import balance_loss, moe_permutation, moe_route
-from abyssal.kernels.moe_experts import reference as experts_reference
+from abyssal.kernels.moe_experts import eager as experts_eager
 from abyssal.kernels.moe_experts import triton as experts_triton
-from abyssal.kernels.moe_route import reference
+from abyssal.kernels.moe_route import eager
 from abyssal.kernels.moe_route import triton as kernels
 from abyssal.kernels.topk import stable_topk
 
@@ -62,7 +62,7 @@ def test_the_same_choice_as_the_reference_whatever_ties(device):
             got = moe_route(z, top_k=k, scale=1.0, bias=bias)
             scores = got.scores if bias is None else got.scores + bias
             assert torch.equal(got.experts, stable_topk(scores, k))
-            plain = moe_route(z, top_k=k, scale=1.0, bias=bias, backend="reference")
+            plain = moe_route(z, top_k=k, scale=1.0, bias=bias, backend="eager")
             assert torch.equal(got.experts, plain.experts)
             torch.testing.assert_close(got.weights, plain.weights, equal_nan=True)
 
@@ -112,7 +112,7 @@ def test_permutation_is_a_stable_sort(device, monkeypatch, n, k, e):
     experts = torch.rand(n, e, generator=torch.Generator().manual_seed(n)).topk(k).indices.to(device)
     real = torch.arange(n, device=device) % 3 > 0
     for mask in (None, real, torch.zeros_like(real)):
-        got, want = (moe_permutation(experts, e, mask, backend=b) for b in ("triton", "reference"))
+        got, want = (moe_permutation(experts, e, mask, backend=b) for b in ("triton", "eager"))
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want))
 
 
@@ -134,7 +134,7 @@ def test_no_tokens(device):
 def test_balance_loss_reaches_the_logits(device):
     z = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).to(device)
     grads = []
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "eager"):
         leaf = z.clone().requires_grad_()
         routing = moe_route(leaf.flatten(0, 1), top_k=2, scale=1.0, backend=backend)
         scores, experts = routing.scores.unflatten(0, (2, 9)), routing.experts.unflatten(0, (2, 9))
@@ -156,6 +156,6 @@ def test_a_row_has_the_same_bits_in_any_batch(device):
 
 
 def test_twins_have_the_signature_of_the_reference():
-    for plain, twin in ((reference, kernels), (experts_reference, experts_triton)):
+    for plain, twin in ((eager, kernels), (experts_eager, experts_triton)):
         for name in twin.__all__:
             assert inspect.signature(getattr(plain, name)) == inspect.signature(getattr(twin, name)), name

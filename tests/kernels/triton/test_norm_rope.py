@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.kernels import norm_rope, rms_norm, rope, rope_rotation
-from abyssal.kernels.norm_rope import reference
+from abyssal.kernels.norm_rope import eager
 from abyssal.kernels.norm_rope import triton as kernels
 
 EPS = 0.1  # large enough to matter
@@ -70,7 +70,7 @@ def test_norm_and_its_gradients(device, shape, weighted):
     leaves = [x, weight] if weighted else [x]
     got = results(lambda x, w=None: rms_norm(x, w, EPS), *leaves)
     want = results(lambda x, w=None: oracle(x, w), *(y.cpu() for y in leaves), dtype=torch.float64)
-    plain = results(lambda x, w=None: reference.rms_norm(x, w, EPS), *leaves)
+    plain = results(lambda x, w=None: eager.rms_norm(x, w, EPS), *leaves)
     for a, b, c in zip(got, want, plain):
         assert error(a, b) < 1e-6 and error(a, c) < 1e-6
 
@@ -222,4 +222,4 @@ def test_autocast_leaves_the_norm_in_float32(device, leaves):
 
 def test_twins_have_the_signature_of_the_reference():
     for name in kernels.__all__:
-        assert inspect.signature(getattr(reference, name)) == inspect.signature(getattr(kernels, name)), name
+        assert inspect.signature(getattr(eager, name)) == inspect.signature(getattr(kernels, name)), name

@@ -11,9 +11,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.kernels import pool
-from abyssal.kernels.pool import reference
+from abyssal.kernels.pool import eager
 from abyssal.kernels.pool import triton as kernels
-from abyssal.kernels.pool import triton_launch as launch
+from abyssal.kernels.pool.triton import launch
 
 NAMES = ("entries", "dkv", "dgate", "dbias")
 FIRST = [[4, 4, 6, 5, -1, 2], [-1, 4, 8, 12, 15, 0]]  # unsorted, shared rows, missing entries, gaps, the last row
@@ -72,7 +72,7 @@ def agree(arguments, **options):
     on_cpu = {key: x.cpu() if isinstance(x, torch.Tensor) else x for key, x in options.items()}
     got = results(pool, arguments, **options)
     exact = results(oracle, [x.cpu() for x in arguments], torch.float64, **on_cpu)
-    plain = results(reference.pool, arguments, first=None, follows=None, **options) if "first" not in options else None
+    plain = results(eager.pool, arguments, first=None, follows=None, **options) if "first" not in options else None
     for i, (name, a, b) in enumerate(zip(NAMES, got, exact)):
         assert a.isfinite().all() and error(a, b) < 1e-6, f"{name}: {error(a, b):.1e}"
         assert plain is None or error(a, plain[i]) < 1e-6, f"{name} of the reference"
@@ -133,7 +133,7 @@ def test_a_nan_stays_in_its_windows(device, overlap, gathered):
     for x in arguments[:2]:
         x[0, 9], x[1, 10] = math.nan, math.inf
     got = results(pool, arguments, ratio=4, overlap=overlap, **windows)
-    plain = results(reference.pool, arguments, ratio=4, overlap=overlap, **windows)
+    plain = results(eager.pool, arguments, ratio=4, overlap=overlap, **windows)
     for a, b, c in zip(got[:3], clean, plain):
         assert torch.equal(a.isnan(), c.isnan()) and torch.equal(a[~a.isnan()], b[~a.isnan()])
     assert got[3].isnan().any() and not got[0].isnan().all()
@@ -253,4 +253,4 @@ def test_some_gradients_alone_and_twice(leaves):
 
 
 def test_the_twin_has_the_signature_of_the_reference():
-    assert inspect.signature(reference.pool) == inspect.signature(kernels.pool)
+    assert inspect.signature(eager.pool) == inspect.signature(kernels.pool)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abyssal.kernels import pool
-from abyssal.kernels.pool import reference
+from abyssal.kernels.pool import eager
 
 pytestmark = pytest.mark.gpu
 SIZES = [(4, 512, True), (4, 128, True), (128, 512, False), (3, 20, True), (100, 72, False)]
@@ -50,8 +50,8 @@ def error(got, want):
 def test_entries_and_gradients(ratio, d, overlap, dtype, gathered):
     windows = documents(ratio) if gathered else {"first": None, "follows": None}
     arguments, options = make(ratio, d, overlap, dtype), {"ratio": ratio, "overlap": overlap, **windows}
-    got, plain = (results(run, arguments, **options) for run in (pool, reference.pool))
-    exact = results(reference.pool, arguments, torch.float64, **options)
+    got, plain = (results(run, arguments, **options) for run in (pool, eager.pool))
+    exact = results(eager.pool, arguments, torch.float64, **options)
     for name, a, b, c in zip(NAMES, got, plain, exact):
         assert error(a, c) <= 2 * error(b, c) + 1e-6, f"{name}: {error(a, c):.2e}, the reference {error(b, c):.2e}"
     assert all(torch.equal(a, b) for a, b in zip(got, results(pool, arguments, **options)))

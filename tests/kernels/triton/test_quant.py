@@ -1,4 +1,4 @@
-"""The number formats' kernels, bit for bit: against a search through all codes and scales, and against the reference.
+"""The number formats' kernels, bit for bit: against a search through all codes and scales, and against the eager.
 
 v values · D channels · N x K a weight
 """
@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.kernels import dequantize, e2m1_to_e4m3, fake_quant, hadamard, quantize
-from abyssal.kernels.quant import reference
+from abyssal.kernels.quant import eager
 from abyssal.kernels.quant import triton as kernels
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -64,14 +64,14 @@ def agrees(x, format, block):
     """Codes, scales, values in every dtype and the two in one, all as the reference's."""
     codes, scales = encodes(x, format, block)
     for dtype in (torch.float32, x.dtype):
-        assert same(*(dequantize(codes, scales, block=block, dtype=dtype, backend=b) for b in ("triton", "reference")))
+        assert same(*(dequantize(codes, scales, block=block, dtype=dtype, backend=b) for b in ("triton", "eager")))
 
 
 def encodes(x, format, block):
     """Codes, scales, and values without either, as the reference's, which are returned: decoding has a test of all."""
-    got, want = (quantize(x, format, block=block, backend=b) for b in ("triton", "reference"))
+    got, want = (quantize(x, format, block=block, backend=b) for b in ("triton", "eager"))
     assert all(same(a, b) and a.is_contiguous() for a, b in zip(got, want))
-    values = dequantize(*want, block=block, dtype=x.dtype, backend="reference")
+    values = dequantize(*want, block=block, dtype=x.dtype, backend="eager")
     assert same(fake_quant(x, format, block=block), values)
     return want
 
@@ -144,7 +144,7 @@ def test_every_code_under_every_scale(device, large_programs, dtype):
     scales, pairs = byte.view(torch.float8_e8m0fnu)[:, None], byte[:16] | (byte[:16] * 7 + 3) << 4
     for codes in (byte.view(torch.float8_e4m3fn), pairs, pairs.view(torch.int8)):
         codes, block = codes.expand(256, -1), len(codes) * (1 if codes.dtype == torch.float8_e4m3fn else 2)
-        got, want = (dequantize(codes, scales, block=block, dtype=dtype, backend=b) for b in ("triton", "reference"))
+        got, want = (dequantize(codes, scales, block=block, dtype=dtype, backend=b) for b in ("triton", "eager"))
         assert same(got, want)
 
 
@@ -195,7 +195,7 @@ def expert(groups, columns, group=4):
 def test_reblocking_keeps_every_value(device, low, high, stored):
     codes, scales = expert(torch.randint(low, high + 1, (2, 19, 5)), 20)
     codes, scales = codes.view(stored).to(device), scales.to(device)
-    got, want = (e2m1_to_e4m3(codes, scales, group=4, block=(16, 12), backend=b) for b in ("triton", "reference"))
+    got, want = (e2m1_to_e4m3(codes, scales, group=4, block=(16, 12), backend=b) for b in ("triton", "eager"))
     assert all(same(a, b) for a, b in zip(got, want))
     values = dequantize(codes, scales, block=4, dtype=torch.float64)
     assert same(dequantize(*got, block=(16, 12), dtype=torch.float64), values)
@@ -230,7 +230,7 @@ def test_reblocking_refuses_a_block_of_nan(device):
 @pytest.mark.parametrize("d", [1, 2, 16, 128])
 def test_hadamard_has_the_bits_of_the_reference(device, d, dtype):
     x = torch.randn(2, 5, d).to(device, dtype).requires_grad_()
-    got, want = (hadamard(x, backend=b) for b in ("triton", "reference"))
+    got, want = (hadamard(x, backend=b) for b in ("triton", "eager"))
     dy = torch.randn(d, 5, 2).to(device, dtype).permute(2, 1, 0)
     gradients = [torch.autograd.grad(y, x, dy)[0] for y in (got, want)]
     sign = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(d)] for i in range(d)], dtype=torch.float64)
@@ -293,4 +293,4 @@ def test_checkpointing_changes_nothing(device, reentrant):
 
 def test_twins_have_the_signature_of_the_reference():
     for name in kernels.__all__:
-        assert inspect.signature(getattr(reference, name)) == inspect.signature(getattr(kernels, name)), name
+        assert inspect.signature(getattr(eager, name)) == inspect.signature(getattr(kernels, name)), name

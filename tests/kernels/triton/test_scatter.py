@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from abyssal.kernels import triton_scatter
-from abyssal.kernels.triton_scatter import entry_lists, scatter_sum
+from abyssal.kernels.triton import scatter as triton_scatter
+from abyssal.kernels.triton.scatter import entry_lists, scatter_sum
 
 
 def picks_of(b, t, k, p, device, seed=0):

@@ -1,0 +1,93 @@
+"""Scores and top-k as launches, in chunks of queries whose scores fit a scratch of fixed size.
+
+b batch · t queries · h index heads · d index head dim · p entries · k picks
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...triton.launch import architecture, next_power, on_device
+from . import kernels
+
+SCRATCH = 1 << 28  # bytes of scores at a time, but at least one tile of queries with all its entries
+LONGEST_HELD = 1 << 14  # entries of a row that fits in registers
+STREAMED = 2048  # entries of a row at a time
+
+
+class Blocks(NamedTuple):
+    """Of the scores: queries and entries of a tile, warps, pipeline stages."""
+
+    queries: int
+    entries: int
+    warps: int
+    stages: int
+
+
+HALF = {  # bf16 and fp16, d <= 128
+    "sm_80": Blocks(128, 128, 8, 3),
+    "sm_86": Blocks(128, 64, 8, 2),
+    "sm_90": Blocks(128, 128, 8, 3),
+    "sm_100": Blocks(128, 128, 8, 3),
+    "hip": Blocks(64, 64, 8, 2),
+}
+FEW = 64  # queries for which a tile of so many will do; Hopper's tensor cores take no fewer and sum them alike
+WIDE = Blocks(32, 32, 4, 2)  # heads of more channels
+PLAIN = Blocks(16, 16, 8, 2)  # float32, whose products take no tensor cores; of larger ones triton 3.9 spills
+
+
+def blocks_for(q: Tensor) -> Blocks:
+    """The tile for queries of this dtype and width on the current device."""
+    if q.itemsize != 2:
+        return PLAIN
+    if q.shape[-1] > 128:
+        return WIDE
+    blocks = HALF[architecture()]
+    return blocks._replace(queries=FEW) if q.shape[1] <= FEW else blocks
+
+
+def index_topk(q: Tensor, weights: Tensor, keys: Tensor, k: int, start: Tensor, end: Tensor) -> Tensor:
+    """`picks [b, t, min(k, p)]` int64. Products are made in the dtype of q, to which keys are rounded."""
+    b, t, _, _ = q.shape
+    q, weights, keys = q.contiguous(), weights.contiguous(), keys.to(q.dtype).contiguous()
+    start, end = (x.expand(b, t).contiguous() for x in (start, end))
+    p, blocks = keys.shape[1], blocks_for(q)
+    picks = q.new_empty(b, t, min(k, p), dtype=torch.int64)
+    width, tiles = triton.cdiv(max(p, 1), 16) * 16, b * triton.cdiv(t, blocks.queries)
+    chunk = max(SCRATCH // (4 * width * blocks.queries), 1)
+    scratch = q.new_empty(min(chunk, tiles) * blocks.queries if p > k else 0, width, dtype=torch.float32)
+    with on_device(q):
+        for first in range(0, tiles, chunk):
+            count = min(chunk, tiles - first)
+            if p > k:
+                scores(q, weights, keys, start, end, scratch, first, count, k, blocks)
+            select(scratch, start, end, picks, first, count, k, blocks.queries)
+    return picks
+
+
+def scores(
+    q: Tensor, weights: Tensor, keys: Tensor, start: Tensor, end: Tensor, out: Tensor,
+    first: int, tiles: int, k: int, b: Blocks,
+) -> None:  # fmt: skip
+    """Rows of `out [tiles queries, width]`: what the crowded queries of these tiles see. All contiguous."""
+    (_, t, h, d), p = q.shape, keys.shape[1]
+    kernels.index_scores[tiles * triton.cdiv(p, b.entries),](
+        q, weights, keys, start, end, out, first, t, h, d, p, k, out.shape[1],
+        BQ=b.queries, BP=b.entries, D=next_power(d, 16), num_warps=b.warps, num_stages=b.stages,
+    )  # fmt: skip
+
+
+def select(
+    scores: Tensor, start: Tensor, end: Tensor, picks: Tensor, first: int, tiles: int, k: int, queries: int
+) -> None:
+    """The picks of these tiles from the rows `scores [tiles queries, width]`."""
+    (_, t), width = start.shape, scores.shape[1]
+    held = width <= LONGEST_HELD
+    n = next_power(width, 32) if held else STREAMED
+    most = 16 if architecture() == "hip" else 32  # warps of a program
+    kernels.select[tiles * queries,](
+        scores, start, end, picks, first, t, k, picks.shape[2], width,
+        BQ=queries, HELD=held, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), most),
+    )  # fmt: skip

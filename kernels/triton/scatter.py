@@ -1,0 +1,97 @@
+"""Gradients of picked entries: a scatter-sum in one fixed order, without atomics.
+
+    out[entry] = sum of rows[token, slot] over the pairs that picked it, tokens ascending, then slots ascending
+
+A stable sort of the picks gives each entry the list of its pairs; then every entry, not every pair, owns a program. A
+list is summed in tiles of ROWS pairs, each tile as a tree, the tiles in order: what is added to what depends on places
+in the list alone. Queries may come in chunks: each has lists of its own, and its sums are added to those before.
+
+Float atomics, which add in any order and so change the last bits from run to run, replace it where the environment
+variable ABYSSAL_ATOMICS is 1: faster with long lists of picks, and without memory for a row per pick.
+
+b batch · t queries · k slots · p entries · d channels · r = b t k pairs
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import next_power, on_device
+
+ROWS = 32  # pairs of a tile
+COLUMNS = 128  # channels of a program, at most
+
+
+class Lists(NamedTuple):
+    """Pairs `[r]` int64 in the order of their entries; those of entry j of sequence i lie from `offsets[i, j]` to
+    `offsets[i, j + 1]` (int64 `[b, p + 1]`).
+    """
+
+    pairs: Tensor
+    offsets: Tensor
+
+
+def atomics() -> bool:
+    """Whether ABYSSAL_ATOMICS asks for float atomics; they are off unless it is 1.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get("ABYSSAL_ATOMICS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"ABYSSAL_ATOMICS={value!r}: allowed are 0 (the same bits on each run) and 1 (float atomics)")
+    return value == "1"
+
+
+def entry_lists(picks: Tensor, entries: int) -> Lists:
+    """Who picked what: picks int64 `[b, t, k]`, an id outside `0..entries-1` (-1) is none, repeats are legal."""
+    b = picks.shape[0]
+    first = torch.arange(b, device=picks.device) * (entries + 1)  # what is no entry is one more per sequence, the last
+    known = torch.where((picks >= 0) & (picks < entries), picks, entries)
+    ordered, pairs = torch.sort((known + first.view(b, 1, 1)).flatten(), stable=True)
+    bounds = torch.arange(b * (entries + 1), device=picks.device)
+    return Lists(pairs, torch.searchsorted(ordered, bounds).view(b, entries + 1))
+
+
+def scatter_sum(rows: Tensor, lists: Lists, into: Tensor | None = None) -> Tensor:
+    """`out[b, p, d]` float32, `out[i, j] = sum of rows[pair] over the pairs of entry j`, zero for an empty list.
+
+    Args:
+        rows: `[b, t, k, d]`, any floating dtype; rows of no entry are never read.
+        lists: those of the same picks.
+        into: float32 `[b, p, d]`, contiguous: the sums are added to it, and it is returned.
+    """
+    rows, (b, bounds), d = rows.contiguous(), lists.offsets.shape, rows.shape[-1]
+    out = rows.new_empty(b, bounds - 1, d, dtype=torch.float32) if into is None else into
+    columns = min(next_power(d), COLUMNS)
+    with on_device(rows):
+        sum_lists[b * (bounds - 1), triton.cdiv(d, columns)](
+            rows, lists.pairs, lists.offsets, out, bounds - 1, d, ADD=into is not None, ROWS=ROWS, COLUMNS=columns
+        )
+    return out
+
+
+@triton.jit
+def sum_lists(
+    rows, pairs, offsets, out, p, d, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """out [b p, d] (+)= the sum of rows [r, d] over the list of one entry, COLUMNS channels."""
+    entry = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets += entry // p * (p + 1) + entry % p
+    last = tl.load(offsets + 1)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for start in range(tl.load(offsets), last, ROWS):
+        place = start + tl.arange(0, ROWS)
+        pair = tl.load(pairs + place, mask=place < last, other=0)
+        at = rows + pair[:, None] * d + column[None, :]
+        tile = tl.load(at, mask=(place < last)[:, None] & (column < d)[None, :], other=0.0)
+        total += tl.sum(tile.to(tl.float32), axis=0)
+    at = out + entry * d + column
+    if ADD:
+        total += tl.load(at, mask=column < d, other=0.0)
+    tl.store(at, total, mask=column < d)
