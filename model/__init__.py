@@ -1,7 +1,7 @@
 """The modules: one concept per file."""
 
 from .config import EngramConfig, ModelConfig
-from .generate import generate
+from .generation.generate import generate
 from .interchange import convert_pretrained, load_pretrained, save_pretrained
 from .transformer import Output, Transformer
 

@@ -19,11 +19,11 @@ from ..kernels import attention, index_loss, index_topk, norm_rope, rope
 from .cache import LayerCache
 from .compressor import Compressor
 from .config import ModelConfig
-from .documents import Layout
 from .indexer import Indexer
+from .layout import Layout
 from .norm import RMSNorm
+from .quantization import linear, rounded_input, rounded_weight, rounding
 from .rotary import token_rotation
-from .rounding import linear, rounded_input, rounded_weight, rounding
 from .storage import picked, values
 
 STAGES = ("dense", "warmup", "sparse")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .attention import Attention, IndexSignal
 from .cache import LayerCache
 from .config import ModelConfig
-from .documents import Layout
 from .engram import Engram
 from .hyper import HyperConnection
+from .layout import Layout
 from .moe import LoadSignal, MoE
 from .norm import RMSNorm
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .documents import Entries, Layout
+from .layout import Entries, Layout
 from .storage import Coded, CodedStep, Format, formats
 
 SLACK = 32  # rows that a tail can grow before it moves to a new buffer

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..kernels import pool, rope
 from .cache import CompressorCache, unfinished_tokens
 from .config import ModelConfig
-from .documents import Entries, Layout
-from .exact import exact_linear
-from .norm import RMSNorm
+from .layout import Entries, Layout
+from .norm import RMSNorm, exact_linear
 from .rotary import rotation
 from .storage import Coded
 

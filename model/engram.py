@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..kernels import engram_gate, engram_hash, engram_multipliers, engram_primes, rms_norm
 from .cache import LayerCache
 from .config import EngramConfig, ModelConfig
-from .documents import Layout, make_layout
+from .layout import Layout, make_layout
 from .tables import make_table
 
 

@@ -18,8 +18,8 @@ from ..kernels import hadamard, rope
 from .cache import CompressorCache
 from .compressor import Compressor
 from .config import ModelConfig
-from .documents import Layout
-from .rounding import linear, rounded_index, rounding
+from .layout import Layout
+from .quantization import linear, rounded_index, rounding
 from .storage import Coded
 
 

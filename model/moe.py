@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..kernels import Routing, balance_loss, moe_experts, moe_permutation, moe_route, swiglu
 from .config import ModelConfig
-from .documents import Layout
-from .exact import exact_linear
-from .rounding import linear, rounded_weight, rounding
+from .layout import Layout
+from .norm import exact_linear
+from .quantization import linear, rounded_weight, rounding
 
 
 class LoadSignal(NamedTuple):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from .block import Block, Signals
 from .config import ModelConfig
-from .documents import Layout
 from .hyper import HyperHead
+from .layout import Layout
 from .norm import RMSNorm
-from .rounding import linear
+from .quantization import linear
 
 
 class MTP(Block):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels import rope_frequencies, rope_rotation
 from .config import ModelConfig
-from .documents import Layout
+from .layout import Layout
 
 
 def rotation(config: ModelConfig, layer: int, positions: Tensor) -> Tensor:

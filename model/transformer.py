@@ -20,13 +20,12 @@ from .attention import STAGES
 from .block import Block, Signals
 from .cache import Cache, continue_layout
 from .config import ModelConfig
-from .counts import IGNORED, LossShares, has_next, next_targets
 from .decode import decoder
-from .documents import Layout, make_layout
-from .exact import exact_linear
 from .hyper import HyperHead, spread
+from .layout import Layout, make_layout
+from .losses import IGNORED, LossShares, has_next, next_targets
 from .mtp import MTP
-from .norm import RMSNorm
+from .norm import RMSNorm, exact_linear
 from .recompute import recomputed
 
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from ..model.config import ModelConfig, read_recipe
-from .tokenizers import SPECIAL_TOKENS, bpe_size
-from .tokens import BOS
+from .data.tokenizers import BOS, SPECIAL_TOKENS, bpe_size
 
 
 def key(default: Any, meaning: str, allowed: str = "", check: Any = None) -> Any:
@@ -368,7 +367,7 @@ def _check_data(recipe: Recipe) -> None:
     """The tokens of the data fit into the model's vocabulary, and [planted] belongs to a planted source."""
     model, source = recipe.model, recipe.data.source
     if source.startswith(PLANTED):
-        from .planted.source import planted_task
+        from .data.planted.source import planted_task
 
         least = planted_task(source, recipe.planted or PlantedConfig()).vocabulary
         if model.vocab_size < least:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import Routing, balance_loss, moe_experts, moe_permutation, stable_topk, swiglu
-from ..exact import exact_linear
 from ..moe import LoadSignal
+from ..norm import exact_linear
 from .config import LineageConfig
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import cross_entropy, rope_frequencies, rope_rotation
-from ..documents import make_layout
+from ..layout import make_layout
 from ..norm import RMSNorm
 from ..transformer import IGNORED, Output, Transformer
 from .attention import IndexSignal, LatentAttention, Reach

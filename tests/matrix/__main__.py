@@ -34,7 +34,7 @@ PAGE, RESULTS = ROOT / "CONTRIBUTING.md", Path(__file__).with_name("results.json
 MARKS = "<!-- matrix -->\n", "<!-- end of matrix -->"
 PART = [
     *("tests/test_house.py", "tests/kernels", "tests/model/test_transformer.py", "tests/model/test_config.py"),
-    *("tests/train/test_checkpoint.py", "tests/train/test_cli.py"),
+    *("tests/train/run/test_checkpoint.py", "tests/train/test_cli.py"),
 ]
 
 

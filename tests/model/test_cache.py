@@ -380,7 +380,7 @@ def test_fork_leaves_the_original_alone(nano):
 
 def mtp_logits(model, ids):
     """Position t, with token t + 1 at hand, of the whole sequence at once; and the streams that it starts from."""
-    from abyssal.model.documents import make_layout
+    from abyssal.model.layout import make_layout
 
     seen = {}
     hook = model.hc_head.register_forward_hook(lambda _, inputs, __: seen.update(streams=inputs[0]))

@@ -7,8 +7,8 @@ from lively import draw_ids, lively
 from torch import nn
 
 from abyssal.model import Transformer
-from abyssal.train.loop import Run
 from abyssal.train.recipe import load_recipe
+from abyssal.train.run.loop import Run
 
 
 def whole(recompute: int, documents: torch.Tensor | None = None) -> tuple[Transformer, list[torch.Tensor]]:

@@ -17,7 +17,7 @@ from oracle import relative_rms
 
 from abyssal.model import ModelConfig, Transformer, accounting, attention, generate, storage, transformer
 from abyssal.model.cache import CodedTail, Store, Tail
-from abyssal.model.documents import make_layout
+from abyssal.model.layout import make_layout
 from abyssal.model.storage import EntryFormat, KeyFormat
 
 TOLERANCE = 1e-5  # of logits, absolute, where all but (k, z) is float64
@@ -374,8 +374,9 @@ def test_generation(single):
 
 
 def test_the_command_passes_it_on(single, monkeypatch, capsys):
-    from abyssal.train import checkpoint, cli, loop
-    from abyssal.train.tokenizers import ByteTokenizer
+    from abyssal.train import cli
+    from abyssal.train.data.tokenizers import ByteTokenizer
+    from abyssal.train.run import checkpoint, loop
 
     made, original = [], Transformer.new_cache
     monkeypatch.setattr(loop, "load_trained", lambda _: (single, None))

@@ -79,7 +79,7 @@ def test_starts_as_the_plain_residual():
             if name.endswith(".fn"):
                 parameter.zero_()
     x = model.embed(ids)
-    from abyssal.model.documents import make_layout
+    from abyssal.model.layout import make_layout
 
     layout = make_layout(ids, None)
     for block in model.layers:

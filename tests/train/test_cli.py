@@ -125,7 +125,7 @@ def test_speculation_is_compared(run, capsys):
 
 
 def test_eval_repeats_the_training_number(run, capsys):
-    from abyssal.train import metrics
+    from abyssal.train.run import metrics
 
     assert main(["eval", str(run)]) == 0
     text = capsys.readouterr().out

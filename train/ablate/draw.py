@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..plot import BLUE, GREEN, GREY, ORANGE, PINK
+from ..plots.curves import BLUE, GREEN, GREY, ORANGE, PINK
 from .summary import values_of
 from .verdict import interval
 

@@ -18,9 +18,9 @@ def acceptance(model: Transformer, recipe: Recipe) -> dict[str, float]:
     """Share of the MTP module's drafts that greedy decoding accepts, after held-out text; a model without a module is
     given an untrained one: what drafts are accepted by chance.
     """
-    from ..corpus import load_corpus
-    from ..speculation import compare
-    from ..tokens import BOS
+    from ..data.corpus import load_corpus
+    from ..data.tokenizers import BOS
+    from ..evaluate.speculation import compare
 
     model = model if model.mtp else _with_untrained_module(model)
     documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .. import metrics
+from ..run import metrics
 from .suite import Job
 
 

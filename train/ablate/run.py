@@ -23,9 +23,9 @@ import torch
 from filelock import FileLock
 
 from ...model import Transformer
-from .. import checkpoint, metrics, provenance
-from ..loop import train
-from ..tables import places
+from ..run import checkpoint, metrics, provenance
+from ..run.loop import train
+from ..run.tables import places
 from .measures import curves, measure
 from .probes import PROBES
 from .progress import Progress

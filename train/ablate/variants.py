@@ -20,9 +20,9 @@ from ...kernels import Coefficients
 from ...model import Transformer
 from ...model.cache import LayerCache
 from ...model.config import EngramConfig, ModelConfig
-from ...model.documents import Layout
 from ...model.engram import Engram
 from ...model.hyper import HyperConnection, HyperHead
+from ...model.layout import Layout
 from ...model.tables import make_table
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..bench import OPS
+from ..measure.bench import OPS
 from .options import Command, flag
 
 
@@ -16,8 +16,8 @@ def _bench_all_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_all(options: argparse.Namespace) -> None:
-    from ..bench import OPS
-    from ..bench.run import load, run_all
+    from ..measure.bench import OPS
+    from ..measure.bench.run import load, run_all
 
     if options.op not in (None, "all"):
         load(options.op)
@@ -54,7 +54,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from ..bench.run import run
+    from ..measure.bench.run import run
 
     op = options.command.removeprefix("bench ")
     run(op, shape=options.shape, data=options.data, **_bench_common(options))

@@ -22,12 +22,12 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from ...model.sampling import Sampling
-    from ..chatting import Manner
-    from ..terminal.conversation import Conversation
-    from ..terminal.screen import Screen
-    from ..terminal.talk import HELP, Talk
-    from ..terminal.tools import load_tools
+    from ...model.generation.sampling import Sampling
+    from ..talk.dialogue import Manner
+    from ..talk.terminal.conversation import Conversation
+    from ..talk.terminal.screen import Screen
+    from ..talk.terminal.talk import HELP, Talk
+    from ..talk.terminal.tools import load_tools
 
     if options.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens={options.max_new_tokens}: allowed are positive numbers")

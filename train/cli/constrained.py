@@ -18,7 +18,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from ..constrained import json_tasks, open_model, run, tool_tasks
+    from ..evaluate.constrained import json_tasks, open_model, run, tool_tasks
 
     model, tokenizer = open_model(options.checkpoint, options.random, options.tokenizer, options.seed)
     invalid = 0

@@ -17,9 +17,9 @@ def _eval(options: argparse.Namespace) -> None:
 
     import torch
 
-    from ..checkpoint import find, tokenizer_of
-    from ..loop import load_trained
-    from ..source import TextSource, open_source
+    from ..data.source import TextSource, open_source
+    from ..run.checkpoint import find, tokenizer_of
+    from ..run.loop import load_trained
 
     tokenizer_of(options.checkpoint)  # a model that spells no text is an error before its weights are read
     model, recipe = load_trained(options.checkpoint)
@@ -47,7 +47,7 @@ def _needle_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _needle(options: argparse.Namespace) -> None:
-    from ..needle import run
+    from ..evaluate.needle import run
 
     chosen = {name: getattr(options, name) for name in ("lengths", "depths", "trials", "batch", "seed", "out")}
     run(options.checkpoint, **chosen)
@@ -61,7 +61,7 @@ def _speculative_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _speculative(options: argparse.Namespace) -> None:
-    from ..speculation import run
+    from ..evaluate.speculation import run
 
     compared = run(options.checkpoint, options.prompts, options.tokens, options.prompt_bytes)
     print(compared)

@@ -28,9 +28,9 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
 
     from ...model import generate
-    from ...model.generate import Generation
-    from ..checkpoint import tokenizer_of
-    from ..loop import load_trained
+    from ...model.generation.generate import Generation
+    from ..run.checkpoint import tokenizer_of
+    from ..run.loop import load_trained
 
     if "" in options.stop:
         raise ValueError("stop='': at least one character is needed")

@@ -12,8 +12,8 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from ..plot import plot
-    from ..plot_mechanisms import plot_mechanisms
+    from ..plots.curves import plot
+    from ..plots.mechanisms import plot_mechanisms
 
     print(plot(options.run_folder, options.out))
     mechanisms = plot_mechanisms(options.run_folder, options.out and _beside(options.out))
@@ -44,18 +44,18 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 def _info(options: argparse.Namespace) -> None:
     if options.schedule:
         from ..recipe import load_recipe
-        from ..schedule import plan
+        from ..run.schedule import plan
 
         print(plan(load_recipe(options.name)))
         return
-    from .. import cost
+    from ..measure import cost
 
     context, length, folder = cost.count(options.context), cost.count(options.length), Path(options.name)
     if folder.is_dir() and list(folder.glob("*.safetensors*")):
         import torch
 
         from ...model.interchange.describe import describe
-        from ..bench.measure import free_memory
+        from ..measure.bench.measure import free_memory
 
         print(describe(folder, free_memory(torch.device("cpu"))) + "\n")
     print(cost.accounts(cost.load(options.name), context).table())
@@ -78,7 +78,7 @@ def _rules(name: str, rule: str) -> str:
 
     from ...model import ModelConfig, Transformer
     from ...model.config import read_recipe
-    from .. import cost
+    from ..measure import cost
     from ..optim.rules import rule_lines, rule_table
     from ..recipe import OptimConfig
 

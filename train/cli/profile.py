@@ -24,7 +24,7 @@ def _profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from ..profile.run import run
+    from ..measure.profile.run import run
 
     names = ("tokens", "batch", "dtype", "decode_length", "decode_batch", "layers", "experts")
     chosen = {name: getattr(options, name) for name in ("device", "repeats", "out", *names)}

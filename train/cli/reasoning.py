@@ -14,8 +14,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from ..plots.reason import plot
     from ..reason.evaluate import run
-    from ..reason.plot import plot
 
     if options.problems < 1:
         raise ValueError(f"--problems {options.problems}: allowed are numbers from 1")

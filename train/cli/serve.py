@@ -23,8 +23,8 @@ def _serve(options: argparse.Namespace) -> None:
     try:
         import llguidance  # noqa: F401
 
-        from ..serve.app import Limits
-        from ..serve.run import is_local, serve
+        from ..talk.serve.app import Limits
+        from ..talk.serve.run import is_local, serve
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"abyssal serve needs {error.name}: pip install 'abyssal[serve]'") from None
     limits = Limits(

@@ -21,9 +21,9 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .. import provenance
     from ..distributed.world import first_process
-    from ..loop import train
+    from ..run import provenance
+    from ..run.loop import train
 
     recipe, out = _recipe_and_folder(options)
     try:
@@ -41,8 +41,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
     """The recipe asked for (a resumed run's own unless one is named), and where the run goes."""
-    from .. import checkpoint, provenance
     from ..recipe import Recipe, apply, load_recipe
+    from ..run import checkpoint, provenance
 
     if options.resume is None:
         if options.recipe is None:
@@ -61,8 +61,8 @@ def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
 
 
 def _try_plot(out: Path) -> str:
-    from ..plot import plot
-    from ..plot_mechanisms import plot_mechanisms
+    from ..plots.curves import plot
+    from ..plots.mechanisms import plot_mechanisms
 
     try:
         return ", ".join(str(path) for path in (plot(out), plot_mechanisms(out)) if path)

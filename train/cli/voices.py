@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .options import flag
 
 if TYPE_CHECKING:
-    from ..voice import Voice
+    from ..talk.voice import Voice
 
 
 def voice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def voice_arguments(parser: argparse.ArgumentParser) -> None:
 
 def voice(options: argparse.Namespace, name: str | None = None) -> "Voice":
     """The model that was asked for. Raises ValueError unless it is exactly one."""
-    from ..voice import open_voice, random_voice
+    from ..talk.voice import open_voice, random_voice
 
     if (options.folder is None) == (options.random is None):
         raise ValueError("either RUN or --random PRESET is needed" if options.folder is None else "RUN with --random")

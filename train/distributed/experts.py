@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ...kernels import Routing, moe_experts, moe_permutation
 from ...model.moe import Experts
-from ...model.rounding import rounded_weight
+from ...model.quantization import rounded_weight
 
 
 class ParallelExperts(Experts):

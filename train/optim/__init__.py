@@ -10,7 +10,6 @@ from .build import Optimizers, build_optimizer, parameter_groups, set_learning_r
 from .muon import Muon
 from .observe import UpdateMeter
 from .rows import RowAdam
-from .schedule import learning_rate
 
 __all__ = [
     "Muon",
@@ -18,7 +17,6 @@ __all__ = [
     "RowAdam",
     "UpdateMeter",
     "build_optimizer",
-    "learning_rate",
     "parameter_groups",
     "set_learning_rate",
 ]

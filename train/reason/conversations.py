@@ -8,8 +8,8 @@ The prompt ends after `<think>` or `</think>`; what follows is the completion, t
 
 from dataclasses import dataclass
 
-from ...model.chat import MODES, encode_messages
-from ..tokenizers import Tokenizer
+from ...model.text.chat import MODES, encode_messages
+from ..data.tokenizers import Tokenizer
 from .tasks import Problem
 
 __all__ = ["MODES", "Conversation", "conversation", "prompt"]

@@ -5,7 +5,7 @@ Fine-tuning keeps the panels of any training but the first, whose place held-out
 
 from typing import Any
 
-from ..plot import BLUE, GREEN, GREY, ORANGE, PINK, draw_line, series
+from ..plots.curves import BLUE, GREEN, GREY, ORANGE, PINK, draw_line, series
 
 Records = list[dict[str, Any]]
 STEPS = 10  # of a running mean: a step asks few questions

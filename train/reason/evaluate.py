@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, metrics, provenance
-from ..loop import load_trained
-from ..tokenizers import load_tokenizer
+from ..data.tokenizers import load_tokenizer
+from ..run import checkpoint, metrics, provenance
+from ..run.loop import load_trained
 from .exam import examine
 from .report import markdown, table
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ...model import Transformer, generate
-from ..tokenizers import Tokenizer
+from ..data.tokenizers import Tokenizer
 from .conversations import prompt
 from .reward import judge
 from .tasks import problem

@@ -28,16 +28,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ...model import Transformer
-from ...model.counts import LossShares, loss_counts, loss_shares
+from ...model.generation.sampling import Sampling
+from ...model.losses import LossShares, loss_counts, loss_shares
 from ...model.routing import replay_routing
-from ...model.sampling import Sampling
-from .. import metrics
-from ..checkpoint import Progress
-from ..loop import Run
+from ..data.tokenizers import load_tokenizer
 from ..optim import set_learning_rate
 from ..recipe import Recipe
-from ..schedule import Phase
-from ..tokenizers import load_tokenizer
+from ..run import metrics
+from ..run.checkpoint import Progress
+from ..run.loop import Run
+from ..run.schedule import Phase
 from .conversations import prompt
 from .grpo import Terms, advantages, grpo_terms
 from .policy import entropy, log_probabilities, of_tokens

@@ -6,8 +6,8 @@ R = 1 if parse(completion).content = answer, else 0         nothing in between, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...model.chat import ChatFormatError, parse_message_from_completion_text
-from ..tokenizers import Tokenizer
+from ...model.text.chat import ChatFormatError, parse_message_from_completion_text
+from ..data.tokenizers import Tokenizer
 from .tasks import Problem
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...model import Transformer
-from ...model.prefill import prefill
+from ...model.generation.prefill import prefill
+from ...model.generation.sampling import Draws, Sampling, pick
 from ...model.routing import Routes, record_routing
-from ...model.sampling import Draws, Sampling, pick
-from ..data import PADDING
+from ..data.rows import PADDING
 from .policy import log_probabilities, of_tokens
 
 

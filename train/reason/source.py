@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..data import IGNORED, PADDING, Batch
-from ..tokenizers import Tokenizer, load_tokenizer
+from ..data.rows import IGNORED, PADDING, Batch
+from ..data.tokenizers import Tokenizer, load_tokenizer
 from .conversations import Conversation, conversation
 from .exam import examine, mean_right
 from .tasks import check_task, problem

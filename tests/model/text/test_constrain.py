@@ -1,0 +1,721 @@
+"""Constrained generation against judges that know nothing of the grammars: jsonschema, re, the chat format's parser."""
+
+import builtins
+import itertools
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from explorer import Explorer
+from lively import lively
+from oracle import assert_same
+
+from abyssal.model import generate
+from abyssal.model.generation import speculative
+from abyssal.model.generation.sampling import Sampling
+from abyssal.model.generation.speculative import acceptance, residual
+from abyssal.model.text.chat import encode_messages, parse_message_from_completion_text
+from abyssal.model.text.constrain import (
+    Constraint,
+    DeadEndError,
+    GrammarError,
+    json_object,
+    json_schema,
+    regex,
+    tool_calls,
+)
+from abyssal.model.text.constrain.walk import Guide
+from abyssal.train.data.tokenizers import load_tokenizer
+from abyssal.train.evaluate.constrained import SCHEMAS, TOOLS, json_tasks, run, tool_tasks
+
+pytest.importorskip("llguidance")
+jsonschema = pytest.importorskip("jsonschema")
+
+BYTES = load_tokenizer("bytes")
+TINY = {"vocab_size": 288, "num_hidden_layers": 1, "compress_ratios": [0], "num_hash_layers": 0, "engram": None}
+TINY |= {"hidden_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+TINY |= {"num_attention_heads": 1, "o_groups": 1, "hc_mult": 1, "hc_sinkhorn_iters": 1}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, bytes as tokens."""
+    return lively(**TINY)
+
+
+class Few:
+    """A tokenizer of a few tokens, the last two eos and a special one."""
+
+    def __init__(self, *pieces: bytes, special: str = "<x>"):
+        self.pieces, self.vocab_size = pieces, len(pieces) + 2
+        self.eos, self.special = len(pieces), {"<eos>": len(pieces), special: len(pieces) + 1}
+
+    def token_bytes(self, token):
+        return self.pieces[token] if token < len(self.pieces) else b""
+
+    def encode_bytes(self, data):
+        ids, ranked = [], sorted(self.pieces, key=len, reverse=True)
+        while data:
+            piece = next((p for p in ranked if data.startswith(p)), None)
+            ids, data = ids if piece is None else [*ids, self.pieces.index(piece)], data[len(piece or b"x") :]
+        return ids
+
+
+def allowed(walk, vocabulary=288) -> list[int]:
+    words = np.zeros((1, -(-vocabulary // 32)), np.int32)
+    walk.fill(words, 0)
+    return np.unpackbits(words.view(np.uint8), bitorder="little", count=vocabulary).nonzero()[0].tolist()
+
+
+def accepts(constraint, text: str) -> bool:
+    """Whether the whole text, special strings as their tokens, may be written, and may end there."""
+    walk = constraint.walk(10_000)
+    for token in [*BYTES.encode(text, special=True), BYTES.eos]:
+        if token not in allowed(walk):
+            return False
+        assert walk.take(token) == token
+    return walk.complete
+
+
+# what comes out of a random model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tasks, answers, tokens", [(json_tasks, 100, 120), (tool_tasks, 48, 280)])
+def test_every_answer_of_a_random_model_is_valid(model, tasks, answers, tokens):
+    report = run(model, BYTES, tasks(BYTES), answers, tokens, batch=80)
+    assert report.failures == [] and report.valid == answers
+    assert report.tokens > 20 * answers and 0 < report.mask_seconds < report.seconds
+    assert f"{answers} of them valid" in str(report) and "us per token" in str(report)
+
+
+@pytest.mark.slow("what holds for a hundred answers may fail for one in a thousand")
+def test_a_thousand_answers_of_a_random_model_are_valid(model):
+    """Of JSON, and with them 300 of calls: 25 rounds of 40 and 12, side by side."""
+    tasks = [*2 * json_tasks(BYTES), *tool_tasks(BYTES)]
+    assert run(model, BYTES, tasks, 1300, 300, batch=1300, seed=1).failures == []
+
+
+def test_the_judges_judge():
+    """What a report calls valid is valid: each judge refuses what is not."""
+    tasks = {task.name: task for task in [*json_tasks(BYTES), *tool_tasks(BYTES)]}
+    assert tasks["integer bounds"].judge('{"age":7,"year":1900,"balance":0}') is None
+    assert "131" in tasks["integer bounds"].judge('{"age":131,"year":1900,"balance":0}')
+    assert tasks["map"].judge('{"a":1') is not None
+    call = tool_text([{"name": "get_weather", "arguments": {"city": "Bonn"}}])
+    assert tasks["required"].judge(call) is None and tasks["get_weather"].judge(call) is None
+    assert tasks["now"].judge(call) == "call of get_weather"
+    assert tasks["auto"].judge(EOS) is None and tasks["required"].judge(EOS) == "no call"
+    assert tasks["auto"].judge("a") is not None
+    assert "99" in tasks["auto"].judge(tool_text([{"name": "get_weather", "arguments": {"city": "", "days": 99}}]))
+
+
+@pytest.mark.parametrize("budget", [30, 40, 60])
+def test_complete_however_short_the_budget(model, budget):
+    constraint = Constraint(json_schema(SCHEMAS["optional properties"]), BYTES)
+    rows = generate(model, [[1]] * 20, max_new_tokens=budget, constraint=constraint, seed=budget)
+    for row in rows:
+        assert len(row) <= budget and row[-1] == BYTES.eos
+        jsonschema.validate(json.loads(BYTES.decode(row)), SCHEMAS["optional properties"])
+    assert any(len(row) == budget for row in rows), "some were to be closed at the last moment"
+
+
+# what grammars allow -------------------------------------------------------------------------------------------------
+
+VALUES = [
+    None, True, 3, -1, 2.5, "", "ab", "12345", [], [1], ["a", "b"], ["a", 1.5, True], {}, {"a": 1}, {"title": "x"},
+    {"title": "x", "pages": 0}, {"title": "x", "pages": 3, "tags": ["y"]}, {"value": 1, "children": []},
+    {"value": 1, "children": [{"value": 2, "children": []}]}, {"value": 1, "children": [{}]},
+    {"error": "e"}, {"error": 1},
+    {"shape": "circle", "radius": 2}, {"shape": "box", "radius": 2}, {"age": 130, "year": 2100, "balance": -5000},
+    {"age": 131, "year": 2100, "balance": 0}, {"age": 1, "year": 1899, "balance": 0}, {"x-a": True}, {"x-A": True},
+    {"share": 1, "celsius": -273.15}, {"share": 1.0001, "celsius": 0}, {"share": 0.5, "celsius": 1000.5}, [5, 10], [7],
+    {"größe": 1, "名前": "ab", "🙂": "да"}, {"größe": 1, "名前": "a", "🙂": "да"}, {"id": 1, "name": "n"},
+    {"id": 0, "name": "n"}, {"name": "n", "home": {"street": "s", "zip": "12345", "country": "日本"}},
+    {"name": "n", "home": {"street": "", "zip": "12345"}}, {"from": {"x": 1, "y": 2.5e-3}, "to": {"x": 0, "y": -1}},
+    {"kind": "reading", "level": None}, {"kind": "reading", "level": 4}, [[1, 2]], [[1]], ["a", "b", "c", "d", "e"],
+    {"phone": "+49301234", "code": "ab-1", "path": "x/v1/"}, {"phone": "+49301234", "code": "AB-1", "path": "a/v12/b"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_json_schemas_allow_what_they_say(name):
+    constraint = Constraint(json_schema(SCHEMAS[name]), BYTES, finish=False)
+    judge = jsonschema.Draft202012Validator(SCHEMAS[name])
+    verdicts = {judge.is_valid(value) for value in VALUES}
+    for value in VALUES:
+        for separators in ((",", ":"), (", ", ": ")):
+            text = json.dumps(value, ensure_ascii=False, separators=separators)
+            assert accepts(constraint, text) == judge.is_valid(value), text
+    assert verdicts == {True, False} or name in ("formats", "anything")
+
+
+def test_whitespace():
+    schema = {"type": "array", "items": {"type": "integer"}}
+    narrow, wide = (Constraint(json_schema(schema, any_whitespace=any_), BYTES) for any_ in (False, True))
+    assert accepts(narrow, "[1, 2]") and not accepts(narrow, "[1,  2]") and not accepts(narrow, "[ 1]")
+    assert accepts(wide, "[\n  1,\t 2 ]") and accepts(wide, "[1,2]")
+    assert accepts(Constraint(json_object(), BYTES), '{"a": [1, {}]}')
+    assert not accepts(Constraint(json_object(), BYTES), "[]")
+    assert accepts(Constraint(json_object(any_whitespace=True), BYTES), '{ "a" : 1 }')
+    assert accepts(Constraint(json_schema(True), BYTES), "null")
+
+
+@pytest.mark.parametrize("pattern", ["a{2,3}", "(ab|a)*c?", r"[0-9]+/[0-9]+", "é|ü\n", r"a\/b", r"\\", "x|"])
+def test_regular_expressions_match_the_whole(pattern):
+    constraint = Constraint(regex(pattern), BYTES)
+    texts = ["", "a", "aa", "aaa", "aaaa", "ab", "abc", "aab", "1/2", "1/", "é", "ü", "ü\n", "a/b", "\\", "x"]
+    assert [accepts(constraint, text) for text in texts] == [re.fullmatch(pattern, text) is not None for text in texts]
+
+
+def test_eos_exactly_where_the_text_is_complete():
+    walk = Constraint(json_schema({"type": "array", "items": {"type": "integer"}}), BYTES).walk(20)
+    may_end = []
+    for byte in b"[12,3]":
+        may_end.append(BYTES.eos in allowed(walk))
+        walk.take(byte)
+    assert not any(may_end) and allowed(walk) == [BYTES.eos] and not walk.complete
+    walk.take(BYTES.eos)
+    assert walk.complete
+    number = Constraint(json_schema({"type": "integer"}), BYTES).walk(20)
+    number.take(ord("1"))
+    assert BYTES.eos in allowed(number) and ord("2") in allowed(number)
+
+
+def test_reasoning_first():
+    constraint = Constraint(json_object().after_thinking(), BYTES)
+    assert accepts(constraint, "hm\n{</think>{}") and accepts(constraint, "</think>{}")
+    assert not accepts(constraint, "{}") and not accepts(constraint, "hm</think></think>{}")
+    walk = constraint.walk(50)
+    assert BYTES.special["</think>"] in allowed(walk) and BYTES.special["<think>"] not in allowed(walk)
+
+
+# tool calls ----------------------------------------------------------------------------------------------------------
+
+EOS = "<｜end▁of▁sentence｜>"
+
+
+def tool_text(calls, content="", reasoning=None) -> str:
+    """A completion as the encoder writes it, with its eos."""
+    written = [{"type": "function", "function": call} for call in calls]
+    answer = {"role": "assistant", "content": content, "tool_calls": written, "reasoning_content": reasoning}
+    mode = "chat" if reasoning is None else "thinking"
+    messages = [{"role": "system", "content": "", "tools": TOOLS}, {"role": "user", "content": "q"}]
+    prompt = encode_messages(messages, mode)
+    return encode_messages([*messages, answer], mode)[len(prompt) :]
+
+
+CALLS = [
+    [{"name": "now", "arguments": {}}],
+    [{"name": "get_weather", "arguments": {"city": "Köln <b> </x> \n\n<"}}],
+    [{"name": "get_weather", "arguments": {"city": "", "days": 14, "unit": "celsius"}},
+     {"name": "now", "arguments": {}}],
+    [{"name": "search", "arguments": {}}],
+    [{"name": "search", "arguments": {"filter": {"a": [1, None, "ü"]}, "since": "2024-02-28"}}],
+    [{"name": "search", "arguments": {"query": "x", "filter": "text"}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "abc", "priority": 1}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "abc", "priority": "hoch", "when": "tue"}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "abc", "priority": None, "when": None,
+                                         "options": {"html": True}}}],
+]  # fmt: skip
+BAD_CALLS = [
+    [{"name": "never", "arguments": {}}],
+    [{"name": "now", "arguments": {"x": 1}}],
+    [{"name": "get_weather", "arguments": {}}],
+    [{"name": "get_weather", "arguments": {"city": 1}}],
+    [{"name": "get_weather", "arguments": {"city": "x", "days": 15}}],
+    [{"name": "get_weather", "arguments": {"city": "x", "days": "3"}}],
+    [{"name": "get_weather", "arguments": {"city": "x", "unit": "kelvin"}}],
+    [{"name": "get_weather", "arguments": {"days": 3, "city": "x"}}],
+    [{"name": "search", "arguments": {"query": ""}}],
+    [{"name": "search", "arguments": {"since": "2024-02-31x"}}],
+    [{"name": "send_mail", "arguments": {"to": [], "subject": "abc", "priority": 1}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "ab", "priority": 1}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "abc", "priority": 0}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "abc", "priority": "urgent"}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "abc", "priority": 1, "when": "wed"}}],
+    [{"name": "send_mail", "arguments": {"to": ["a@b.de"], "subject": "abc", "priority": 1, "options": {}}}],
+]
+
+
+@pytest.fixture(scope="module")
+def choices():
+    named = {name: Constraint(tool_calls(TOOLS, name), BYTES) for name in ("auto", "required", "none", "now")}
+    return named | {"one": Constraint(tool_calls(TOOLS, "required", parallel=False), BYTES)}
+
+
+@pytest.mark.parametrize("calls", CALLS)
+def test_calls_as_the_encoder_writes_them_are_allowed(choices, calls):
+    text = tool_text(calls)[: -len(EOS)]
+    only_now = [call["name"] for call in calls] == ["now"]
+    assert accepts(choices["auto"], text) and accepts(choices["required"], text)
+    assert accepts(choices["now"], text) == only_now and accepts(choices["one"], text) == (len(calls) == 1)
+    assert accepts(choices["auto"], "Let me see.\n" + text) and not accepts(choices["required"], "Let me see." + text)
+    assert not accepts(choices["none"], text) and not accepts(choices["auto"], text + "x")
+    assert parse_message_from_completion_text(text + EOS)["tool_calls"]
+
+
+@pytest.mark.parametrize("calls", BAD_CALLS)
+def test_calls_that_no_tool_takes_are_not(choices, calls):
+    assert not accepts(choices["auto"], tool_text(calls)[: -len(EOS)])
+
+
+def test_text_without_calls(choices):
+    for text in ("", "hello\n\n<there", "a < b"):
+        assert accepts(choices["auto"], text) and accepts(choices["none"], text)
+        assert not accepts(choices["required"], text)
+    thinking = Constraint(tool_calls(TOOLS).after_thinking(), BYTES)
+    assert accepts(thinking, tool_text(CALLS[0], "so", "hm")[: -len(EOS)])
+    assert not accepts(thinking, tool_text(CALLS[0])[: -len(EOS)])
+
+
+def tool(name="f", **parameters):
+    return [{"type": "function", "function": {"name": name, "parameters": parameters}}]
+
+
+def parameter_values(schema, *values, **root) -> list[bool]:
+    """Which values may be given for a parameter of that schema."""
+    constraint = Constraint(tool_calls(tool(properties={"p": schema}, required=["p"], **root), "f"), BYTES)
+    return [accepts(constraint, tool_text([{"name": "f", "arguments": {"p": value}}])[: -len(EOS)]) for value in values]
+
+
+@pytest.mark.parametrize("schema", [
+    {}, True, {"type": "string", "pattern": "^ab|c$|d"}, {"type": "string", "pattern": r"^a[$^]\$$"},
+    {"type": "string", "pattern": "[^a]b"}, {"type": "string", "minLength": 2}, {"type": "string", "maxLength": 1},
+    {"enum": ["ab", 3, None]}, {"const": "c"}, {"const": 3}, {"type": ["string", "integer"]}, {"type": "number"},
+    {"oneOf": [{"type": "string", "maxLength": 1}, {"type": "integer", "maximum": 2}]},
+    {"allOf": [{"type": "boolean"}]},
+    {"$ref": "#/$defs/s"}, {"anyOf": [{"$ref": "#/$defs/s"}, {"type": "null"}]},
+    {"type": "array", "items": {"$ref": "#/$defs/s"}},
+    {"type": "string", "enum": ["ab", "abc"]}, {"type": "string", "format": "date"},
+], ids=str)  # fmt: skip
+def test_parameters_of_every_kind(schema):
+    definitions = {"$defs": {"s": {"type": "string", "pattern": "c"}}}
+    values = ["", "a", "ab", "abc", "xc", "c", "cd", "bb", "a$$", "a^$", 3, 1, 2.5, None, True, ["c"], ["a"], {}]
+    values += ["2024-12-01", "2024-13-01"]
+    judge = jsonschema.Draft202012Validator(
+        {**schema, **definitions} if isinstance(schema, dict) else schema,
+        format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER,
+    )
+    assert parameter_values(schema, *values, **definitions) == [judge.is_valid(value) for value in values]
+
+
+def test_optional_parameters_that_allow_nothing_are_left_out():
+    constraint = Constraint(tool_calls(tool(properties={"a": False, "b": {"type": "null"}}), "f"), BYTES)
+    assert accepts(constraint, tool_text([{"name": "f", "arguments": {"b": None}}])[: -len(EOS)])
+    assert accepts(constraint, tool_text([{"name": "f", "arguments": {}}])[: -len(EOS)])
+    named = tool_calls(tool(required=["x"], additionalProperties={"type": "null"}), "f")
+    assert accepts(Constraint(named, BYTES), tool_text([{"name": "f", "arguments": {"x": None}}])[: -len(EOS)])
+
+
+ITSELF = {"$ref": "#/$defs/q"}
+
+
+@pytest.mark.parametrize("tools, choice, message", [
+    ([{}], "auto", r"tools\[0\]"),
+    (["f"], "auto", r"tools\[0\]"),
+    ([], "auto", "tools are empty"),
+    (tool(), "g", "choice='g'.*f"),
+    (tool('a"b'), "auto", "name"),
+    (tool(type="array"), "auto", "type 'array'"),
+    (tool(anyOf=[]), "auto", "anyOf"),
+    (tool(properties={"p": False}, required=["p"]), "auto", "allows no value"),
+    (tool(properties={"p": 3}), "auto", "no schema"),
+    (tool(properties={"p": {"$ref": "#/$defs/q"}}), "auto", "leads nowhere"),
+    (tool(properties={"p": ITSELF}, **{"$defs": {"q": ITSELF}}), "auto", "refers to itself"),
+    (tool(properties={"p": {"anyOf": [{}], "minLength": 3}}), "auto", "anyOf beside minLength"),
+    (tool(properties={"p": {"allOf": [{}, {}]}}), "auto", "allOf"),
+    (tool(properties={"p": {"type": "string", "format": "colour"}}), "auto", "colour.*date"),
+    (tool(properties={"p": {"type": "string", "pattern": "a$b"}}), "auto", r"a\$b"),
+    (tool(properties={"p": {"type": "string", "enum": ["a"], "minLength": 1}}), "auto", "beside minLength"),
+    (tool(properties={"p\n": {}}), "auto", "name"),
+])  # fmt: skip
+def test_tools_that_calls_have_no_form_for(tools, choice, message):
+    with pytest.raises(GrammarError, match=message):
+        tool_calls(tools, choice)
+
+
+# special tokens ------------------------------------------------------------------------------------------------------
+
+
+FILTER = tool_text([{"name": "search", "arguments": {"filter": {"a": 1}}}]).split("1}")[0] + '"'
+
+
+@pytest.mark.parametrize("grammar, start", [
+    (tool_calls(TOOLS), "text "),
+    (tool_calls(TOOLS).after_thinking(), "hm "),
+    (json_object(), '{"a":"'),
+    (tool_calls(TOOLS, "search"), FILTER),
+], ids=["text", "reasoning", "json", "json in a call"])  # fmt: skip
+@pytest.mark.parametrize("spelled", ["｜DSML｜", "</think>", EOS])
+def test_no_text_spells_a_special_token(grammar, start, spelled):
+    walk = Constraint(grammar, BYTES).walk(500)
+    for token in [*BYTES.encode(start, special=True), *spelled.encode()[:-1]]:
+        assert token in allowed(walk)
+        walk.take(token)
+    assert spelled.encode()[-1] not in allowed(walk)
+    assert len(allowed(walk)) > 1
+
+
+def test_long_tokens_neither():
+    """A token that ends a special string and goes on, or that holds one."""
+    tokens = Few(b"a", b"<", b"x", b">", b"x>a", b"a<x>", b'"')
+    walk = Constraint(json_schema({"type": "string"}), tokens).walk(20)
+    walk.take(6)
+    assert allowed(walk, 9) == [0, 1, 2, 3, 4, 6]
+    walk.take(1)
+    assert allowed(walk, 9) == [0, 1, 2, 3, 6]
+    walk.take(2)
+    assert allowed(walk, 9) == [0, 1, 2, 4, 6]
+    walk.back()
+    assert allowed(walk, 9) == [0, 1, 2, 3, 6]
+
+
+def test_what_a_schema_wants_spelled_is_spelled():
+    walk = Constraint(json_schema({"const": "</think>"}), BYTES).walk(20)
+    for byte in b'"</think>"':
+        assert allowed(walk) == [byte]
+        walk.take(byte)
+
+
+# the way to the end --------------------------------------------------------------------------------------------------
+
+
+def test_each_token_leaves_a_way_to_the_end():
+    """After any allowed tokens the rest of the budget is enough."""
+    constraint = Constraint(json_schema(SCHEMAS["nested objects"]), BYTES)
+    generator = torch.Generator().manual_seed(0)
+    for budget in (60, 61, 64, 90, 200):
+        walk, text, forced = constraint.walk(budget), [], 0
+        while not walk.complete:
+            may = allowed(walk)
+            drawn = may[int(torch.randint(len(may), (), generator=generator))]
+            token = walk.take(drawn)
+            forced += token != drawn
+            text.append(token)
+            assert walk.left == budget - len(text) >= len(walk.way)
+        assert walk.way == [] and len(text) <= budget
+        jsonschema.validate(json.loads(BYTES.decode(text)), SCHEMAS["nested objects"])
+        assert forced > 0
+
+
+def test_a_model_that_ends_in_time_is_left_alone():
+    """With room, every token that is drawn is written; without `finish` always, to the last."""
+    text = b'{"title":"a \\" b","tags":["x","y"]}'
+    for finish, budget in ((True, len(text) + 1), (False, 4)):
+        walk = Constraint(json_schema(SCHEMAS["optional properties"]), BYTES, finish=finish).walk(budget)
+        assert [walk.take(byte) for byte in text] == list(text)
+
+
+def test_the_least_budget():
+    constraint = Constraint(json_schema({"type": "array", "items": {"type": "integer"}, "minItems": 3}), BYTES)
+    assert constraint.walk(8).way == [*b"[0,0,0]", BYTES.eos]
+    with pytest.raises(GrammarError, match="fewer than 8 tokens was found, and max_new_tokens=7"):
+        constraint.walk(7)
+
+
+@pytest.mark.parametrize("pattern, most", [
+    ("[a-z]+END", 5), ("(foo|bar)[0-9]{4}", 8), ("(?s:.*)needle", 7), ("a{50}", 51), ("(a|b)*c(d|e){2}", 4),
+    ("[äöü]x", 4),
+    (r"[a-z0-9]+(\.[a-z0-9]+)*@[a-z]+(-[a-z]+)*\.[a-z]{2,}", 7), ("(?s:.)+ and (?s:.)+ and (?s:.)+", 14),
+])  # fmt: skip
+def test_ways_are_found_and_short(pattern, most):
+    way = Constraint(regex(pattern), BYTES).walk(100).way
+    assert re.fullmatch(pattern, BYTES.decode(way)) and way[-1] == BYTES.eos and len(way) <= most
+
+
+def test_ways_in_as_few_tokens_as_the_tokenizer_knows():
+    tokens = Few(*(bytes([i]) for i in range(256)), b'{"', b'":', b"name", b"0}")
+    constraint = Constraint(
+        json_schema({"type": "object", "properties": {"name": {"type": "integer"}}, "required": ["name"]}), tokens
+    )
+    assert constraint.walk(9).way == [256, 258, 257, 259, tokens.eos]
+
+
+def test_back_takes_back():
+    walk = Constraint(json_schema(SCHEMAS["nested objects"]), BYTES).walk(80)
+    for byte in b'{"name":"caf':
+        walk.take(byte)
+    for token in (ord("e"), ord("\\"), 0xC3, ord('"')):
+        before = allowed(walk), walk.left, walk.way
+        walk.take(token)
+        assert allowed(walk) != before[0] or token == ord("e")
+        walk.back()
+        assert (allowed(walk), walk.left, walk.way) == before
+    for byte in b'","home":{"street":"a","zip":"12345"}}':
+        walk.take(byte)
+    walk.take(BYTES.eos)
+    walk.back()
+    assert not walk.complete and allowed(walk) == [BYTES.eos]
+
+
+# in generate ---------------------------------------------------------------------------------------------------------
+
+AB = Few(b"a", b"b", b"ab")  # ids 0 1 2, eos 3, special 4
+TEXTS = [s for n in range(5) for s in map("".join, itertools.product("ab", repeat=n)) if re.fullmatch("(ab?a|b)*", s)]
+
+
+def spelled(ids) -> str:
+    return b"".join(AB.pieces[i] for i in ids if i < 3).decode()
+
+
+def may_follow(ids) -> list[int]:
+    """The oracle: tokens after which some text of the language, of any length, can still come."""
+
+    def begins(text):
+        return any(re.fullmatch("(ab?a|b)*", text + end) for end in ("", "a", "ba"))
+
+    ok = [i for i in range(3) if begins(spelled(ids) + AB.pieces[i].decode())]
+    return ok + [3] * bool(re.fullmatch("(ab?a|b)*", spelled(ids)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    tiny = {"vocab_size": 6, "bos_token_id": 4, "pad_token_id": 5, "engram": None, "num_hidden_layers": 1}
+    return lively(seed=2, **tiny, compress_ratios=[4], sliding_window=3, num_hash_layers=0)
+
+
+@torch.no_grad()
+def oracle(model, prompt, count):
+    """Greedy: no cache, masks from `may_follow`."""
+    ids = []
+    while len(ids) < count and (not ids or ids[-1] != 3):
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, -1]
+        ids.append(max(may_follow(ids), key=lambda i: float(logits[i])))
+    return ids
+
+
+def test_greedy_takes_the_best_of_what_is_allowed(small):
+    constraint = Constraint(regex("(ab?a|b)*"), AB, finish=False)
+    prompts = [[4], [0, 1, 2], [2, 2], [1, 5, 0], [5, 5, 5, 1], [0, 0]]
+    want = [oracle(small, prompt, 12) for prompt in prompts]
+    assert len({tuple(row) for row in want}) >= 3
+    alone = [generate(small, prompt, max_new_tokens=12, constraint=constraint, temperature=0) for prompt in prompts]
+    assert alone == want
+    assert generate(small, prompts, max_new_tokens=12, constraint=constraint, temperature=0) == want
+    fast = {"speculative": True, "temperature": 0}
+    assert [generate(small, p, max_new_tokens=12, constraint=constraint, **fast) for p in prompts] == want
+
+
+def test_masks_come_before_the_filters(small):
+    """top_k=1 takes the best allowed token, though a token that is not allowed is better."""
+    constraint = Constraint(regex("(ab?a|b)*"), AB, finish=False)
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999}):
+        for prompt in ([4], [0, 1, 2], [5, 5, 5, 1]):
+            assert generate(small, prompt, max_new_tokens=12, constraint=constraint, seed=0, **settings) == oracle(
+                small, prompt, 12
+            )
+
+
+def explored(run, module_patches) -> dict[tuple, float]:
+    """Every outcome of a generation with its probability."""
+    explorer, got, going = Explorer(), {}, True
+
+    def pick(p, u):
+        return torch.tensor([explorer.choose(p[0])])
+
+    def verify(p, q, draft, u):
+        chance = acceptance(p, q)[0, draft]
+        accepted = torch.tensor([explorer.choose(torch.cat([chance, 1 - chance])) == 0])
+        return (draft if accepted else pick(residual(p, q), None)), accepted
+
+    for name, function in (("pick", pick), ("verify", verify)):
+        module_patches(name, function)
+    while going:
+        text = tuple(run())
+        got[text] = got.get(text, 0) + explorer.weight
+        going = explorer.next_run()
+    return got
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_the_joint_distribution(small, monkeypatch, finish):
+    """Plain: that of the oracle's masks. Speculative: the same, with every draft, verdict and replacement weighted."""
+    constraint = Constraint(regex("(ab?a|b)*"), AB, finish=finish)
+    settings = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.95, "constraint": constraint}
+
+    def patches(name, function):
+        for module in (speculative, sys.modules["abyssal.model.generation.generate"]):
+            monkeypatch.setattr(module, name, function, raising=False)
+
+    plain = explored(lambda: generate(small, [4, 0], **settings), patches)
+    fast = explored(lambda: generate(small, [4, 0], speculative=True, **settings), patches)
+    texts = sorted(plain.keys() | fast.keys())
+    assert_same("distribution", *(torch.tensor([p.get(t, 0.0) for t in texts]) for p in (fast, plain)), 1e-4)
+    assert len(texts) >= 5 and sum(plain.values()) == pytest.approx(1)
+    if finish:
+        assert all(text[-1] == 3 for text in texts)
+        return
+    want = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for ids, weight in want.items():
+            if ids and ids[-1] == 3:
+                longer[ids] = weight
+                continue
+            with torch.no_grad():
+                logits = small(torch.tensor([[4, 0, *ids]])).logits[:, -1]
+            mask = torch.full((6,), -torch.inf)
+            mask[may_follow(ids)] = 0
+            p = Sampling(0.5, top_p=0.95).probabilities(logits + mask)[0]
+            longer |= {(*ids, i): weight * float(p[i]) for i in range(6) if p[i] > 0}
+        want = longer
+    assert set(plain) == set(want)
+    assert_same("oracle", *(torch.tensor([p[t] for t in texts]) for p in (plain, want)), 1e-4)
+
+
+def test_speculation_with_rejected_drafts_keeps_to_the_grammar():
+    model = lively(**{**TINY, "num_nextn_predict_layers": 1})
+    constraint = Constraint(json_schema(SCHEMAS["optional properties"]), BYTES)
+    accepted = drafted = 0
+    for seed in range(3):
+        run = generate(model, [65], max_new_tokens=50, constraint=constraint, seed=seed, speculative=True, stream=True)
+        text = list(run)
+        assert run.stats.complete == (True,) and text[-1] == BYTES.eos and len(text) <= 50
+        jsonschema.validate(json.loads(BYTES.decode(text)), SCHEMAS["optional properties"])
+        accepted, drafted = accepted + run.stats.speculation.accepted, drafted + run.stats.speculation.drafted
+    assert 0 < accepted < drafted
+    plain = generate(model, [65], max_new_tokens=50, constraint=constraint, temperature=0)
+    assert generate(model, [65], max_new_tokens=50, constraint=constraint, temperature=0, speculative=True) == plain
+
+
+def test_rows_of_a_batch_follow_their_own(model):
+    """JSON of two kinds, a free row and a call side by side, as if each were alone."""
+    tasks = [
+        Constraint(json_schema(SCHEMAS["map"]), BYTES),
+        None,
+        Constraint(tool_calls(TOOLS, "get_weather"), BYTES),
+        Constraint(regex("[0-9]{3}"), BYTES),
+    ]
+    prompts = [[7], [8, 9], [7], [7, 7, 7]]
+    stream = generate(model, prompts, max_new_tokens=150, constraint=tasks, seed=3, stop=(), stream=True)
+    steps = list(stream)
+    rows = [[step[i] for step in steps if step[i] is not None] for i in range(4)]
+    assert stream.stats.complete == (True, None, True, True)
+    assert len(rows[1]) == 150 and len(rows[3]) == 4
+    jsonschema.validate(json.loads(BYTES.decode(rows[0])), SCHEMAS["map"])
+    text = BYTES.decode(rows[2], special=True)
+    assert parse_message_from_completion_text(text)["tool_calls"][0]["function"]["name"] == "get_weather"
+    assert rows[0] == generate(model, prompts[:1], max_new_tokens=150, constraint=tasks[:1], seed=3, stop=())[0]
+    assert rows[:2] == generate(model, prompts[:2], max_new_tokens=150, constraint=tasks[:2], seed=3, stop=())
+
+
+def test_a_model_with_more_rows_than_the_tokenizer_has_tokens():
+    wide = lively(**{**TINY, "vocab_size": 300})
+    constraint = Constraint(json_object(), BYTES)
+    rows = generate(wide, [[1], [1]], max_new_tokens=60, constraint=[constraint, None], seed=0, stop=())
+    json.loads(BYTES.decode(rows[0]))
+    assert max(rows[0]) < 288
+
+
+def test_one_token_at_a_time_takes_the_numpy_path(model, monkeypatch):
+    from abyssal.model.decode import Decoder
+
+    passes, original = [], Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda *given: passes.append(1) or original(*given))
+    text = generate(model, [1], max_new_tokens=40, constraint=Constraint(json_object(), BYTES), seed=1)
+    assert len(passes) == len(text), "the prompt of one token, and each written one but the last"
+
+
+def test_cut_off_texts_are_flagged(model):
+    constraint = Constraint(json_schema(SCHEMAS["nested objects"]), BYTES, finish=False)
+    run = generate(model, [1], max_new_tokens=12, constraint=constraint, stream=True, seed=0)
+    assert run.stats.complete == (False,)
+    text = list(run)
+    assert len(text) == 12 and text[-1] != BYTES.eos and run.stats.complete == (False,)
+    stopped = generate(
+        model, [1], max_new_tokens=99, constraint=Constraint(json_object(), BYTES), stop=[123], stream=True
+    )
+    assert list(stopped) == [123] and stopped.stats.complete == (False,)
+
+
+def test_stats(model):
+    run = generate(
+        model, [[1], [2]], max_new_tokens=30, constraint=[Constraint(json_object(), BYTES), None], stream=True
+    )
+    steps = list(run)
+    assert run.stats.guide.tokens == sum(step[0] is not None for step in steps)
+    each = run.stats.mask_seconds_per_token
+    assert 0 < each == run.stats.guide.seconds / run.stats.guide.tokens < 0.1
+    assert f"constraint {1e6 * each:,.0f} us per token" in str(run.stats)
+    free = generate(model, [1], max_new_tokens=2, stream=True)
+    assert list(free) and "constraint" not in str(free.stats) and free.stats.complete == (None,)
+    assert free.stats.mask_seconds_per_token == 0
+
+
+# errors --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema, message", [
+    ({"type": "string", "not": {"const": "a"}}, "not"),
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"type": "string", "format": "colour"}, "colour"),
+    ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
+    ({"enum": []}, "empty"),
+    ({"$ref": "#/$defs/missing"}, "missing"),
+    ({"type": "string", "pattern": "(?=a)b"}, "look"),
+])  # fmt: skip
+def test_schemas_that_cannot_be_followed(schema, message):
+    with pytest.raises(GrammarError, match=f"the JSON schema.*{message}"):
+        Constraint(json_schema(schema), BYTES)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: json_schema(False), "allows nothing"),
+    (lambda: json_schema("object"), "a schema is an object"),
+    (lambda: json_schema({"const": {1}}), "no JSON"),
+    (lambda: json_schema({"const": float("nan")}), "no JSON"),
+    (lambda: regex(""), "regular expression is needed"),
+    (lambda: Constraint(regex("a("), BYTES), r"a\("),
+    (lambda: Constraint(regex(r"[^\s\S]"), BYTES), "allows no text"),
+    (lambda: Constraint(regex("aé"), Few(b"a", b"b")).walk(9), "no text of up to"),
+])  # fmt: skip
+def test_grammars_that_are_none(make, message):
+    with pytest.raises(GrammarError, match=message):
+        make()
+
+
+def test_a_language_without_end():
+    endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    with pytest.raises(GrammarError, match="no text of up to 512"):
+        Constraint(json_schema(endless), BYTES).walk(100)
+
+
+def test_a_dead_end_raises(small):
+    """No token of this vocabulary can go on: the text needs a c."""
+    constraint = Constraint(regex("abc"), AB, finish=False)
+    with pytest.raises(DeadEndError, match="regular expression abc: cannot go on"):
+        generate(small, [4], max_new_tokens=9, constraint=constraint)
+
+
+def test_the_argument(model, small):
+    constraint = Constraint(json_object(), BYTES)
+    with pytest.raises(ValueError, match="288 tokens, the model 6"):
+        generate(small, [4], constraint=constraint)
+    for wrong in ([constraint], [constraint, "json"], "ab"):
+        with pytest.raises(ValueError, match="for each of 2 rows"):
+            generate(model, [[1], [2]], constraint=wrong)
+    with pytest.raises(GrammarError, match="max_new_tokens=2"):
+        generate(model, [1], max_new_tokens=2, constraint=constraint)
+
+
+def test_the_extra_is_named(monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *given, **options):
+        if name.startswith("llguidance"):
+            raise ModuleNotFoundError(name)
+        return original(name, *given, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ModuleNotFoundError, match=r"abyssal\[serve\]"):
+        Constraint(json_object(), BYTES)
+
+
+def test_a_free_guide_does_nothing():
+    logits = torch.randn(2, 5)
+    guide = Guide([None, None], 10)
+    assert guide.mask(logits, [0, 1]) is logits and guide.take(torch.tensor([1, 2]), [0, 1]).tolist() == [1, 2]
+    assert guide.complete == (None, None) and not guide.ended(0) and guide.seconds == 0

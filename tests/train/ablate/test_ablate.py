@@ -1,0 +1,355 @@
+"""Suites: verdicts against tables and by hand, runs that are made once, pictures and page from the JSON alone."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import patience
+import pytest
+from patience import wait_for
+
+import abyssal
+from abyssal.train.ablate import probes
+from abyssal.train.ablate import run as runner
+from abyssal.train.ablate.draw import draw
+from abyssal.train.ablate.measures import curves, flatten, measure
+from abyssal.train.ablate.probes import acceptance
+from abyssal.train.ablate.report import table, write_page
+from abyssal.train.ablate.run import RESULT, RUNS, run_suite
+from abyssal.train.ablate.suite import Arm, Claim, Measure, Panel, Suite, jobs
+from abyssal.train.ablate.suites import SUITES, chosen
+from abyssal.train.ablate.summary import reach
+from abyssal.train.ablate.verdict import FAILS, HOLDS, UNDECIDED, interval, judge, student_quantile
+from abyssal.train.cli import main
+from abyssal.train.run import metrics
+
+# verdicts
+
+
+@pytest.mark.parametrize(
+    "probability, freedom, point",
+    [(0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.975, 30, 2.0423), (0.95, 5, 2.0150), (0.5, 3, 0)],
+)
+def test_student_quantiles_are_those_of_the_printed_tables(probability, freedom, point):
+    assert student_quantile(probability, freedom) == pytest.approx(point, abs=6e-5)
+
+
+def test_welch_by_hand():
+    """s²/n = 1/3 and 13/12 -> ν = (17/12)² / ((1/9 + 169/144) / 2) = 3.1239, t = 3.1102 (interpolated from tables)."""
+    verdict = judge([1.0, 2.0, 3.0], [4.0, 5.0, 7.5], "lower")
+    assert verdict.difference == pytest.approx(2 - 5.5)
+    s = 1 / 3 + 3.25 / 3
+    freedom = s**2 / ((1 / 9 + (3.25 / 3) ** 2) / 2)
+    assert freedom == pytest.approx(3.1239, abs=1e-3)
+    t = 3.1824 + (freedom - 3) * (2.7764 - 3.1824)  # t is convex in ν: the chord lies a little above
+    half = (verdict.interval[1] - verdict.interval[0]) / 2
+    assert 0.98 * t * math.sqrt(s) < half <= t * math.sqrt(s)
+    assert (verdict.interval[0] + verdict.interval[1]) / 2 == pytest.approx(-3.5)
+
+
+def test_the_word_follows_the_interval_and_the_direction():
+    low, high = [1.0, 1.1, 0.9], [2.0, 2.1, 1.9]
+    assert judge(high, low, "higher").word == HOLDS and judge(high, low, "lower").word == FAILS
+    assert judge(low, high, "lower").word == HOLDS and judge(low, high, "higher").word == FAILS
+    assert judge([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "lower").word == UNDECIDED
+    assert judge([1.0], low, "lower").word == UNDECIDED and judge([1.0], low, "lower").interval is None
+    assert judge([0.5, 0.5, 0.5], [0.2, 0.2, 0.2], "higher").interval == pytest.approx((0.3, 0.3))
+
+
+def test_against_a_number_it_is_the_one_sample_interval():
+    verdict = judge([0.4, 0.5, 0.6], 0.7, "lower")
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    assert verdict.interval == pytest.approx((-0.2 - half, -0.2 + half), abs=1e-4) and verdict.word == UNDECIDED
+    assert judge([0.49, 0.5, 0.51], 0.7, "lower").word == HOLDS
+    assert interval([0.4, 0.5, 0.6]) == pytest.approx(half, abs=1e-4) and interval([1.0]) is None
+
+
+@pytest.mark.parametrize("arm, other, better", [([], [1.0], "lower"), ([1.0], [math.nan], "lower"), ([1.0], [1.0], "")])
+def test_what_cannot_be_judged_is_refused(arm, other, better):
+    with pytest.raises(ValueError, match="allowed"):
+        judge(arm, other, better)
+
+
+# measures
+
+
+def test_measures_are_means_over_the_last_tenth_and_over_layers():
+    records = [{"step": i + 1, "lm": float(i), "load_cv": [i, None, i + 2], "loss": 0.0} for i in range(20)]
+    records[5]["gain"], records[15]["gain"] = [9, 9], [1.5, 2.5]
+    found = measure(records, {"held_out": 3.0, "by": {"64": 0.5, "128": 1}, "note": "text"})
+    assert found["train.lm"] == 18.5 and found["load_cv"] == 19.5 and "spread" not in found
+    assert (found["gain_forward"], found["gain_backward"]) == (1.5, 2.5)
+    assert (found["held_out"], found["by.64"], found["by.128"]) == (3.0, 0.5, 1.0) and "note" not in found
+    assert flatten({"a": {"b": {"c": 2}}}) == {"a.b.c": 2.0}
+
+
+def test_curves_have_every_evaluation_and_at_most_sixty_stretches_of_the_loss():
+    records = [{"step": i + 1, "lm": float(i)} for i in range(130)]
+    records[64]["held_out"], records[129]["held_out"] = 2.0, 1.0
+    found = curves(records, ["held_out"])
+    assert found["held_out"] == [[65, 2.0], [130, 1.0]]
+    assert len(found["train.lm"]) <= 60 and found["train.lm"][0] == [3, 1.0] and found["train.lm"][-1][0] == 130
+
+
+def test_reach_is_linear_between_evaluations():
+    curve = [[10, 3.0], [20, 2.0], [40, 1.0]]
+    assert reach(curve, 1.0) == 1.0 and reach(curve, 1.5) == 0.75 and reach(curve, 2.25) == pytest.approx(17.5 / 40)
+    assert reach(curve, 3.5) == 0.25 and reach(curve, 0.9) is None
+
+
+# suites that say what they cannot mean
+
+
+def test_a_suite_refuses_unknown_arms_measures_and_variants():
+    with pytest.raises(ValueError, match="arm 'b'"):
+        suite(claims=(Claim("x", "accuracy", "few", "b"),))
+    with pytest.raises(ValueError, match=r"no direction for 'train\.lm'"):
+        suite(claims=(Claim("x", "train.lm", "few", "many"),))
+    with pytest.raises(ValueError, match="variant='plane residual'"):
+        Arm("a", "a", variant="plane residual")
+    with pytest.raises(ValueError, match="not in the recipe"):
+        jobs(suite(without=("model.engram",)), [0])
+    with pytest.raises(ValueError, match="size='huge'"):
+        jobs(suite(), [0], "huge")
+    with pytest.raises(ValueError, match="allowed are indexer"):
+        chosen(["indexers"])
+    assert chosen(["all"]) == chosen([]) == list(SUITES.values()) and chosen(["mtp"]) == [SUITES["mtp"]]
+
+
+# runs
+
+TINY = (
+    *("model.hidden_size=16", "model.num_attention_heads=2", "model.head_dim=8", "model.qk_rope_head_dim=4"),
+    *("model.q_lora_rank=8", "model.o_lora_rank=8", "model.index_head_dim=8", "model.moe_intermediate_size=16"),
+    *("planted.keys=8", "planted.density=0.05", "planted.nearest=4", "data.held_out_rows=2", "data.batch_size=2"),
+    *("data.sequence_length=64", "train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "train.device=cpu"),
+)
+
+
+def suite(**changes) -> Suite:
+    """Two arms on rows of 64 tokens, a moment each."""
+    values = {
+        "name": "small",
+        "title": "Few picks against many",
+        "question": "Does it matter?",
+        "caveat": "Nothing is learned in four steps.",
+        "recipe": "indexer",
+        "without": ("stages",),
+        "set": tuple(TINY),
+        "arms": (Arm("few", "few picks"), Arm("many", "many picks", set=("model.index_topk=32",))),
+        "measures": (Measure("accuracy", "answers right", "higher", percent=True), Measure("train.lm", "loss")),
+        "claims": (Claim("few are better", "accuracy", "few", "many"),),
+        "panels": (
+            Panel("distance", "By distance", ("accuracy_at",)),
+            Panel("bars", "Answers", ("accuracy",), "share"),
+            Panel("curve", "Nats", ("answer_nats",), "nats"),
+        ),
+    }
+    return Suite(**(values | {k: v if k != "without" else (*values["without"], *v) for k, v in changes.items()}))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ablate")
+    return out, run_suite(suite(), out, seeds=(0, 1), workers=1, shown=False)
+
+
+def test_a_suite_ends_in_means_spreads_and_verdicts_of_its_runs(done):
+    out, found = done
+    assert found == json.loads((out / "small.json").read_text("utf-8"))
+    for name, arm in found["arms"].items():
+        runs = [json.loads((out / RUNS / run["key"] / RESULT).read_text("utf-8")) for run in arm["runs"]]
+        assert [run["seed"] for run in runs] == [0, 1] and {run["recipe"]["model"]["index_topk"] for run in runs} == {
+            16 if name == "few" else 32
+        }
+        last = [metrics.read(out / RUNS / run["key"])[-1]["accuracy"] for run in arm["runs"]]
+        assert arm["summary"]["accuracy"]["mean"] == pytest.approx(sum(last) / 2)
+        assert [run["curves"]["answer_nats"][-1][0] for run in arm["runs"]] == [4, 4]
+    values = [[run["measures"]["accuracy"] for run in arm["runs"]] for arm in found["arms"].values()]
+    assert found["claims"][0]["verdict"] == judge(*values, "higher").to_dict()
+    assert found["scale"]["seeds"] == 2 and found["scale"]["runs"] == 4 and found["scale"]["steps"] == 4
+
+
+def test_finished_runs_are_not_run_again_and_a_new_seed_is(done, monkeypatch):
+    out, found = done
+    trained = []
+    monkeypatch.setattr(runner, "train", lambda recipe, *_, **__: trained.append(recipe.train.seed) or 1 / 0)
+    again = run_suite(suite(), out, seeds=(0, 1), workers=1, shown=False)
+    assert again["arms"] == found["arms"] and not trained
+    with pytest.raises(ZeroDivisionError):
+        run_suite(suite(), out, seeds=(0, 1, 2), workers=1, shown=False)
+    assert trained == [2]
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_result(done, tmp_path):
+    out, _ = done
+    job = jobs(suite(), [0])[0]
+    whole = json.loads((out / RUNS / job.key / RESULT).read_text("utf-8"))
+    folder = tmp_path / RUNS / job.key
+    runner.train(job.recipe, folder, stop_at=2, shown=False)
+    resumed = runner.run_job(job, tmp_path / RUNS)
+    clock = {"tokens_per_second", "peak_memory_gib", "seconds"}
+    assert resumed["measures"] == whole["measures"] and resumed["curves"] == whole["curves"]
+    lines = [
+        [{k: v for k, v in r.items() if k not in clock} for r in metrics.read(f)]
+        for f in (folder, out / RUNS / job.key)
+    ]
+    assert lines[0] == lines[1] and len(json.loads((folder / "run.json").read_text("utf-8"))["starts"]) == 2
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    job = jobs(suite(set=(*TINY, "train.steps=1", "train.eval_every=0")), [0])[0]
+    folder = tmp_path / job.key
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "lm": 99.0}\n', "utf-8")
+    assert runner.run_job(job, tmp_path)["measures"]["train.lm"] < 9
+
+
+def test_the_key_is_the_recipe_and_the_variant_and_nothing_else():
+    a, b = jobs(suite(), [0, 1]), jobs(suite(name="other", title="other"), [0, 1])
+    assert [job.key for job in a] == [job.key for job in b] and len({job.key for job in a}) == 4
+    assert replace(a[0], variant="static mHC").key != a[0].key
+    assert replace(a[0], probes=("acceptance",)).key == a[0].key
+
+
+def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkeypatch):
+    out, _ = done
+    job = replace(jobs(suite(), [0])[0], probes=("size",))
+    monkeypatch.setitem(runner.PROBES, "size", lambda model, recipe: {"size": model.embed.weight.abs().sum().item()})
+    monkeypatch.setattr(runner, "train", None)
+    found = runner.run_job(job, out / RUNS)
+    from abyssal.train.run.loop import load_trained
+
+    trained = load_trained(out / RUNS / job.key)[0]
+    assert found["measures"]["size"] == trained.embed.weight.abs().sum().item() and found["probes"] == ["size"]
+
+
+def test_drafts_of_a_model_without_mtp_are_an_untrained_modules(tiny, monkeypatch):
+    from abyssal.model import Transformer
+
+    monkeypatch.setattr(probes, "PROMPTS", 2)
+    monkeypatch.setattr(probes, "TOKENS", 10)
+    recipe = tiny("model.num_nextn_predict_layers=0")
+    model = Transformer(recipe.model).eval()
+    first, second = acceptance(model, recipe), acceptance(model, recipe)
+    assert first == second and 0 <= first["acceptance"] < 0.5 and first["same_tokens"] == 1.0 and not model.mtp
+
+
+# a whole command, its workers, and its end by Ctrl-C
+
+COMMAND = (
+    "import sys; from abyssal.train.ablate import suites; from tests_ablate_suite import suite;"
+    "suites.SUITES = {'small': suite()}; from abyssal.train.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def command(tmp_path: Path, *words: str) -> subprocess.Popen:
+    """`abyssal WORDS` in a process group of its own, with the small suite as the only one."""
+    (tmp_path / "tests_ablate_suite.py").write_text(Path(__file__).read_text(encoding="utf-8"), "utf-8")
+    ours = tmp_path, Path(abyssal.__file__).parents[1], Path(patience.__file__).parent
+    paths = os.pathsep.join([*map(str, ours), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *words],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )  # fmt: skip
+
+
+@pytest.mark.slow("four processes that train, twice")
+def test_two_workers_find_what_one_finds_and_an_interrupt_ends_them(done, tmp_path):
+    words = ["ablate", "--seeds", "2", "--workers", "2", "--out", str(tmp_path / "out")]
+    first = command(tmp_path, *words)
+    wait_for(lambda: list((tmp_path / "out" / RUNS).glob("*/metrics.jsonl")), first)
+    assert first.poll() is None, first.stderr.read()
+    os.kill(first.pid, signal.SIGINT)  # the parent alone: it ends its workers itself
+    assert first.wait(patience.SECONDS) == 130
+    second = command(tmp_path, *words)
+    text, errors = second.communicate(timeout=patience.SECONDS)
+    assert second.returncode == 0, errors
+    found = json.loads((tmp_path / "out" / "small.json").read_text("utf-8"))
+    for name, arm in done[1]["arms"].items():
+        assert [run["measures"] for run in found["arms"][name]["runs"]] == [run["measures"] for run in arm["runs"]]
+    assert "few are better" in text and (tmp_path / "out" / "small.png").stat().st_size > 10_000
+
+
+def test_the_command_lists_and_refuses(capsys, tmp_path):
+    assert main(["ablate", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in SUITES) and "random indexer, frozen" in text
+    for words, message in (
+        (["indexers"], "suite 'indexers': allowed are"),
+        (["indexer", "--seeds", "0"], "--seeds 0"),
+        (["indexer", "--draw", "--out", str(tmp_path)], "indexer.json"),
+        (["indexer", "--set", "optim.lrr=1", "--out", str(tmp_path)], "optim.lr"),
+        (["indexer", "--workers", "0", "--out", str(tmp_path)], "workers=0"),
+    ):
+        assert main(["ablate", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+# pictures and page
+
+
+def test_the_picture_is_drawn_from_the_json_alone(done, tmp_path):
+    pytest.importorskip("matplotlib")
+    out, _ = done
+    (tmp_path / "small.json").write_text((out / "small.json").read_text("utf-8"), "utf-8")
+    assert draw(tmp_path / "small.json") == tmp_path / "small.png"
+    picture = (tmp_path / "small.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    found = json.loads((tmp_path / "small.json").read_text("utf-8"))
+    for run in found["arms"]["few"]["runs"]:
+        run["measures"]["accuracy"] = 0.9
+    (tmp_path / "small.json").write_text(json.dumps(found), "utf-8")
+    assert draw(tmp_path / "small.json").read_bytes() != picture
+
+
+def test_bars_have_intervals_and_every_seed_and_the_window_is_marked(done):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    from abyssal.train.ablate import draw as drawing
+
+    found = json.loads(json.dumps(done[1]))
+    for arm, values in zip(found["arms"].values(), ([0.1, 0.3], [0.6, 0.8])):
+        for run, value in zip(arm["runs"], values):
+            run["measures"] |= {"accuracy": value, "accuracy_at.32": value}
+        arm["summary"] = {"accuracy_at.32": {}}
+    bars, distance = figure.subplots(1, 2)
+    drawing._bars(bars, found, found["panels"][1])
+    assert [round(patch.get_height(), 6) for patch in bars.patches] == [0.2, 0.7]
+    half = 12.7062 * math.sqrt(0.02) / math.sqrt(2)
+    for container, mean in zip(bars.containers[1::2], (0.2, 0.7)):
+        (low, high) = container.lines[2][0].get_segments()[0][:, 1]
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-4)
+    assert [len(c.get_offsets()) for c in bars.collections if len(c.get_offsets()) > 1] == [2, 2]
+    drawing._distance(distance, found, found["panels"][0])
+    assert [line.get_xdata()[0] for line in distance.lines if line.get_linestyle() == "--"] == [16]
+    assert [text.get_text() for text in distance.texts] == ["window 16", "chance"]
+    assert [line.get_ydata()[0] for line in distance.lines if line.get_linestyle() == ":"] == [1 / 32]
+
+
+def test_the_page_says_what_the_json_says(done, tmp_path):
+    found = done[1]
+    changed = json.loads(json.dumps(found))
+    for name, values in (("few", [0.91, 0.92]), ("many", [0.11, 0.12])):
+        for run, value in zip(changed["arms"][name]["runs"], values):
+            run["measures"]["accuracy"] = value
+        changed["arms"][name]["summary"]["accuracy"] = {"mean": sum(values) / 2, "deviation": 0.01, "values": values}
+    changed["claims"][0]["verdict"] = judge([0.91, 0.92], [0.11, 0.12], "higher").to_dict()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "small.json").write_text(json.dumps(changed), "utf-8")
+    page = write_page(tmp_path / "results", tmp_path / "RESULTS.md", ["missing", "small"]).read_text("utf-8")
+    assert "| [small](#small) | few are better | **holds** |" in page and "(results/small.png)" in page
+    assert (
+        "91.5% ± 1.0%" in page and "11.5% ± 1.0%" in page and "few are better: **holds** (answers right: +80.0%" in page
+    )
+    assert "2 seeds, 4 runs, each 4 steps" in page and "Nothing is learned in four steps." in page
+    assert "many picks: `model.index_topk=32`" in page and "/tmp" not in page
+    assert "few are better" in table(found) and "answers right" in table(found)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        write_page(tmp_path, tmp_path / "R.md", ["missing"])

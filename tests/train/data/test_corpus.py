@@ -1,0 +1,85 @@
+"""The corpus: which files count, and a split that never leaks."""
+
+from pathlib import Path
+
+import pytest
+
+from abyssal.train.data.corpus import Document, load_corpus, split
+
+
+@pytest.fixture(scope="module")
+def stdlib():
+    return load_corpus()
+
+
+def test_stdlib_is_large_and_leaves_out_what_it_says(stdlib):
+    documents = [*stdlib.train, *stdlib.held_out]
+    assert len(documents) > 200
+    assert sum(len(d.text) for d in documents) > 5e6
+    left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "__pycache__"}
+    folders = {part for d in documents for part in d.name.split("/")[:-1]}
+    assert not folders & left_out
+    assert all(d.name.endswith(".py") for d in documents)
+
+
+def test_no_document_is_on_both_sides_of_the_split(stdlib):
+    for of in (lambda d: d.name, lambda d: d.text):
+        train, held_out = ({of(d) for d in part} for part in (stdlib.train, stdlib.held_out))
+        assert not train & held_out
+    assert len({d.text for d in stdlib.train}) == len(stdlib.train)
+
+
+def test_about_the_share_asked_for_is_held_out(stdlib):
+    sizes = [sum(len(d.text) for d in part) for part in (stdlib.train, stdlib.held_out)]
+    assert 0.045 < sizes[1] / sum(sizes) <= 0.05
+    assert len(stdlib.held_out) > 10
+
+
+def test_split_depends_on_names_and_lengths_only():
+    documents = [Document(f"d{i}", bytes([65 + i % 20]) * (50 + i)) for i in range(60)]
+    there, back = split(documents, 0.1), split(documents[::-1], 0.1)
+    assert there.train == back.train and there.held_out == back.held_out
+    assert there.digest == back.digest
+    changed = split([*documents[1:], Document("d0", b"z" * 50)], 0.1)
+    assert [d.name for d in changed.held_out] == [d.name for d in there.held_out]
+    assert changed.digest != there.digest
+
+
+def test_one_large_document_cannot_take_the_held_out_share_alone():
+    documents = [Document(f"d{i}", b"x" * 100) for i in range(40)] + [Document("large", b"y" * 5000)]
+    corpus = split(documents, 0.1)
+    assert "large" in {d.name for d in corpus.train}
+    assert 1 <= len(corpus.held_out) <= 9
+
+
+def test_folder_leaves_out_empty_binary_hidden_and_copied_files(tmp_path: Path):
+    files = {"a.txt": b"one", "b.txt": b"two", "c.txt": b"one", "d.bin": b"x\0y", "e": b"", ".f": b"no"}
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("hidden", "utf-8")
+    corpus = load_corpus(str(tmp_path))
+    assert {d.name for d in (*corpus.train, *corpus.held_out)} == {"a.txt", "b.txt"}
+
+
+def test_one_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path):
+    text = b"".join(b"line %d of the file\n" % i for i in range(5000)) + b"no newline at the end"
+    (tmp_path / "book.txt").write_bytes(text)
+    corpus = load_corpus(str(tmp_path / "book.txt"))
+    pieces = sorted((*corpus.train, *corpus.held_out), key=lambda d: d.name)
+    assert b"".join(d.text for d in pieces) == text
+    assert all(d.text.endswith(b"\n") for d in pieces[:-1])
+    assert 1 <= len(corpus.held_out) < len(corpus.train)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"a single line"])
+def test_too_little_text_is_one_clear_error(tmp_path: Path, content):
+    if content is not None:
+        (tmp_path / "only.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.source=.*at least 2"):
+        load_corpus(str(tmp_path))
+
+
+def test_missing_path_names_the_value():
+    with pytest.raises(FileNotFoundError, match=r"data\.source='nowhere/at/all'.*'stdlib'"):
+        load_corpus("nowhere/at/all")

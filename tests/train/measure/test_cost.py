@@ -1,0 +1,129 @@
+"""Cost against hand-made numbers: published hours, FLOPs by brute force, the commands; checkpoints described."""
+
+import pytest
+import torch
+
+from abyssal.model import ModelConfig, Transformer, save_pretrained
+from abyssal.model.lineage import LineageConfig, LineageTransformer
+from abyssal.model.lineage.accounting import account
+from abyssal.train.cli import main
+from abyssal.train.measure import cost
+
+
+@pytest.mark.parametrize(("name", "cache"), [("v3", 70_272), ("v3.2", 48_068)])
+def test_lineage_counts_are_the_models(name, cache):
+    config = LineageConfig.load(name)
+    with torch.device("meta"):
+        model = LineageTransformer(config)
+    found = account(config, 1_000_000)
+    assert found.total == sum(t.numel() for t in model.state_dict().values())
+    assert found.trainable == sum(p.numel() for p in model.parameters())
+    assert found.cache.per_token == cache, "the published figure"
+    held = LineageTransformer(LineageConfig.from_dict(SMALL[name])).new_cache(1, 10)
+    assert held.nbytes() == account(LineageConfig.from_dict(SMALL[name]), 10).plain_cache.total
+    if name == "v3.2":  # spec D.2: 999.4 + 2 x 34.8 GFLOP beside the parameters
+        assert round(found.flops.index / 1e9, 1) == 999.4 and round(found.flops.core / 1e9, 1) == 34.8
+
+
+SIZES = {
+    **{"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "n_routed_experts": 4},
+    **{"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 8},
+    **{"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_experts_per_tok": 2},
+    **{"torch_dtype": "float32"},
+}
+SMALL = {
+    "v3": {"model_type": "deepseek_v3", **SIZES},
+    "v3.2": {"model_type": "deepseek_v32", **SIZES, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 5},
+}
+
+
+def test_training_v3_takes_the_published_hours():
+    own = cost.v3_hours()
+    assert own["pre-training"] == pytest.approx(2664) and 0.3 < own["mfu"] < 0.45
+    assert own["total"] == pytest.approx(2788, rel=0.02)
+    assert cost.v3_hours(mfu=own["mfu"] / 2)["pre-training"] == pytest.approx(2 * 2664)
+
+
+def test_attention_flops_are_the_mean_over_positions():
+    v4 = ModelConfig.load("v4-flash")
+    per_position = [cost.accounts(v4, n).flops for n in range(1, 257)]
+    assert cost.attention_flops(v4, 256) == sum(f.index + f.core for f in per_position) / 256
+    v3 = LineageConfig.load("v3")
+    pairs = (1 + 4096) / 2  # a causal sequence of 4,096, on average
+    want = 61 * 2 * 128 * (128 + 64 + 128) * pairs
+    assert cost.attention_flops(v3, 4096, expanded=True) == pytest.approx(want, rel=1e-3)
+
+
+def test_decoding_reads_what_it_sees():
+    context = 100_000
+    flash = 128 * 584 * 43 + 21 * (512 * 584 + 25_000 * 68) + 20 * (context // 128) * 584
+    assert cost.bytes_read(ModelConfig.load("v4-flash"), context) == flash
+    assert cost.bytes_read(LineageConfig.load("v3"), context) == context * 70_272
+    assert cost.bytes_read(LineageConfig.load("v3.2"), context) == 61 * (2048 * 656 + context * 132)
+
+
+def test_dollars_by_hand():
+    gpu = cost.Gpu("h100", 0.5, 3.6)
+    config = ModelConfig.load("v4-flash")
+    assert cost.training_hours(config, 1e12, 4096, gpu) == pytest.approx(
+        1e12 * cost.training_flops(config, 4096) / (989e12 * 0.5) / 3600
+    )
+    compute, memory = cost.decode_seconds(config, 4096, gpu)
+    assert compute == cost.accounts(config, 4096).flops.total / 494.5e12
+    assert memory == cost.bytes_read(config, 4096) / 3350e9
+    assert cost.per_million(0.001, gpu) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("0", 0), ("4096", 4096), ("128K", 131072), ("1M", 1048576), ("2k", 2048)]
+)
+def test_numbers_of_tokens(text, number):
+    assert cost.count(text) == number
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--context", "1G"], "'1G' is no number of tokens"),
+        (["--context", "-1"], "no number of tokens"),
+        (["--gpu", "tpu"], "gpu 'tpu': allowed are a100"),
+        (["--gpu", "h100", "--mfu", "1.5"], "mfu=1.5"),
+        (["--gpu", "h100", "--price", "-1"], "price=-1"),
+    ],
+)
+def test_errors(arguments, says, capsys):
+    assert main(["info", "v4-flash", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_info_shows_the_relatives_and_the_estimate(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "cost.png"
+    options = ["--context", "1M", "--gpu", "h100", "--price", "2.35", "--mfu", "0.4", "--plot", str(picture)]
+    assert main(["info", "v4-pro", *options]) == 0
+    text = capsys.readouterr().out
+    for title in ("V3", "V3.2", "V4-Flash", "48.85", "26.5%", "training", "prefill", "decode", "$"):
+        assert title in text
+    assert picture.stat().st_size > 10_000
+    assert main(["info", "v3", "--gpu", "h800"]) == 0
+    assert "published 2,788" in capsys.readouterr().out
+
+
+def test_info_and_convert_of_a_folder(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"head_dim": 80, "index_head_dim": 32, "hidden_size": 64, "moe_intermediate_size": 32}
+    config = ModelConfig.from_dict({**ModelConfig.load("nano").to_dict(), "engram": None, **sizes})
+    save_pretrained(Transformer(config), tmp_path / "x")
+    assert main(["info", str(tmp_path / "x")]) == 0
+    text = capsys.readouterr().out
+    values = sum(t.numel() for t in Transformer(config).state_dict().values())
+    assert "huggingface" in text and f"values of the model   {values:,}" in text and "fits" in text
+    target = tmp_path / "y"
+    assert main(["convert", str(tmp_path / "x"), str(target), "--layout", "official", "--weights", "fp4"]) == 0
+    assert "official, quantised" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "x"), str(target), "--dtype", "int8"]) == 2
+    assert "dtype='int8'" in capsys.readouterr().err
+    LineageTransformer(LineageConfig.from_dict(SMALL["v3.2"]))
+    save_pretrained(LineageTransformer(LineageConfig.from_dict(SMALL["v3.2"])), tmp_path / "z")
+    assert main(["info", str(tmp_path / "z"), "--context", "100"]) == 0
+    assert "deepseek_v32" in capsys.readouterr().out

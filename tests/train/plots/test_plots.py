@@ -1,0 +1,107 @@
+"""curves.png: drawn from metrics.jsonl alone, with something on it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from abyssal.train.plots.curves import _smooth, plot
+from abyssal.train.plots.mechanisms import plot_mechanisms
+from abyssal.train.run import metrics
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def record(step: int, **more) -> dict:
+    lm = 1.5 + 4 / step
+    base = {"step": step, "tokens": 100 * step, "seconds": 0.1 * step, "loss": lm, "lm": lm, "mtp": lm + 1}
+    base |= {"balance": 1.0, "index": 0.1, "lr": 1e-3, "grad_norm": 1.0, "load_max": [1.2, 1.5, 1.1]}
+    base |= {"load_cv": [0.1, 0.2, 0.1], "spread": [0.1, 0.3], "captured": [0.9, None]}
+    return base | {"tokens_per_second": 5000.0, "peak_memory_gib": 0.5} | more
+
+
+def write(folder, records) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / metrics.FILE).write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+
+
+def colours(path) -> set[tuple]:
+    from matplotlib.image import imread
+
+    image = imread(path)
+    assert image.shape[0] > 400 and image.shape[1] > 600
+    return {tuple(np.round(pixel, 2)) for pixel in image[::3, ::3, :3].reshape(-1, 3)}
+
+
+def test_a_picture_with_curves(tmp_path):
+    run = tmp_path / "run"
+    write(run, [record(s, **({"held_out": 3.0, "trigram": 2.6} if s % 10 == 0 else {})) for s in range(1, 41)])
+    path = plot(run)
+    assert path == run / "curves.png"
+    assert len(colours(path)) > 30
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_first_steps_can_be_drawn(tmp_path, steps):
+    write(tmp_path, [record(s) for s in range(1, steps + 1)])
+    assert len(colours(plot(tmp_path, tmp_path / "other.png"))) > 10
+
+
+def test_a_model_without_some_mechanisms_can_be_drawn(tmp_path):
+    bare = [record(s, captured=[], mtp=None, index=None) for s in range(1, 5)]
+    write(tmp_path, [{k: v for k, v in r.items() if v is not None} for r in bare])
+    assert plot(tmp_path).is_file()
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    write(tmp_path, [record(1), record(2)])
+    with open(tmp_path / metrics.FILE, "a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lm"')
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
+    plot(tmp_path)
+
+
+def test_errors_name_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl"):
+        plot(tmp_path / "none")
+    write(tmp_path, [])
+    with pytest.raises(ValueError, match="no step yet"):
+        plot(tmp_path)
+
+
+def test_smoothing_is_a_running_mean():
+    values = [math.sin(i) for i in range(230)]
+    width = 230 // 50
+    wanted = [np.mean(values[max(0, i - width + 1) : i + 1]) for i in range(230)]
+    np.testing.assert_allclose(_smooth(values), wanted, atol=1e-9)
+
+
+def observed(step: int, **more) -> dict:
+    measured = {"grad_by": {"attn": 0.5 / step, "experts": 0.2}, "update_by": {"attn": 1e-3, "experts": 2e-3}}
+    measured |= {
+        "sinkhorn": [1e-6, 2e-5],
+        "gain": [1.01, 1.02],
+        "recall": [0.4, None],
+        "gate": [0.5],
+        "collisions": [0.1],
+    }
+    return record(step) | measured | more
+
+
+def test_mechanisms_are_drawn_where_they_were_measured(tmp_path):
+    write(tmp_path, [observed(s) if s % 3 == 0 else record(s) for s in range(1, 20)])
+    assert plot_mechanisms(tmp_path) == tmp_path / "mechanisms.png"
+    assert len(colours(tmp_path / "mechanisms.png")) > 30
+
+
+def test_mechanisms_that_a_model_does_not_have_are_left_out(tmp_path):
+    bare = [{k: v for k, v in observed(s).items() if k not in ("recall", "gate", "collisions")} for s in (1, 2)]
+    write(tmp_path, bare)
+    assert plot_mechanisms(tmp_path, tmp_path / "m.png") == tmp_path / "m.png"
+
+
+def test_a_run_that_was_not_observed_has_no_second_picture(tmp_path):
+    write(tmp_path, [record(1)])
+    assert plot_mechanisms(tmp_path) is None
+    assert not (tmp_path / "mechanisms.png").exists()

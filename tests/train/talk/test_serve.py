@@ -1,0 +1,496 @@
+"""`abyssal serve` as its clients see it: the openai package, raw requests, crowds, and clients that go away."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import patience
+import pytest
+import torch
+from lively import lively
+from patience import wait_for
+
+from abyssal.model import generate
+from abyssal.model.text.constrain import json_schema, tool_calls
+from abyssal.train.data.tokenizers import ByteTokenizer
+from abyssal.train.talk.dialogue import prompt
+from abyssal.train.talk.serve.app import Limits
+from abyssal.train.talk.serve.prepare import grammar_of
+from abyssal.train.talk.serve.request import read_chat
+from abyssal.train.talk.serve.run import bind, build_server, is_local
+from abyssal.train.talk.voice import Voice
+
+BYTES = ByteTokenizer()
+HI = [{"role": "user", "content": "hi"}]
+PROPERTIES = {"a": {"type": "integer"}, "how": {"enum": ["up", "down"]}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": ["a", "how"]}
+ADD = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
+
+
+@pytest.fixture(scope="module")
+def voice():
+    """A model whose greedy answers never end by themselves."""
+    model = lively(vocab_size=288, eos_token_id=257, num_hidden_layers=2, compress_ratios=[0, 4])
+    with torch.no_grad():
+        model.head.weight[BYTES.eos] = 0
+    return Voice(model, BYTES, "tiny", 2048)
+
+
+@contextlib.contextmanager
+def serving(voice, **limits):
+    """The address of a real server in a thread."""
+    listening = bind("127.0.0.1", 0)
+    server = build_server(voice, Limits(**limits))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(voice):
+    with serving(voice, max_body=200_000) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def ask(client, messages=HI, **options):
+    options = {"max_tokens": 12, "temperature": 0, **options}
+    return client.chat.completions.create(model="tiny", messages=messages, **options)
+
+
+HTTP = httpx.Client(timeout=patience.SECONDS)
+
+
+def post(address, **fields):
+    return HTTP.post(f"{address}/v1/chat/completions", json={"model": "tiny", "max_tokens": 4, **fields})
+
+
+def health(address):
+    return HTTP.get(f"{address}/health").json()
+
+
+def expected(voice, messages, count, thinking=False, **sampling):
+    """The prompt, what the model writes, and its text without special tokens, which also end characters."""
+    ids = prompt(voice, messages, thinking=thinking)
+    written = generate(voice.model, ids, max_new_tokens=count, **{"temperature": 0, **sampling})
+    runs = [list(run) for special, run in itertools.groupby(written, lambda t: t >= 256) if not special]
+    return ids, written, "".join(map(BYTES.decode, runs))
+
+
+# what real clients do
+
+
+def test_the_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt")
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_chat(client, voice):
+    messages = [{"role": "system", "content": "Be brief."}, *HI]
+    ids, written, text = expected(voice, messages, 12)
+    reply = ask(client, messages)
+    choice = reply.choices[0]
+    assert choice.message.content == text and choice.finish_reason == "length"
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ids), len(written))
+    assert reply.usage.total_tokens == len(ids) + len(written)
+
+
+def test_a_conversation_goes_on_with_what_the_client_was_given(client, voice):
+    first = ask(client).choices[0].message
+    messages = [*HI, first.model_dump(), {"role": "user", "content": [{"type": "text", "text": "more"}]}]
+    plain = [*HI, {"role": "assistant", "content": first.content}, {"role": "user", "content": "more"}]
+    assert ask(client, messages).choices[0].message.content == expected(voice, plain, 12)[2]
+
+
+def test_a_developer_message_is_the_systems(client, voice):
+    want = expected(voice, [{"role": "system", "content": "Be brief."}, *HI], 12)[2]
+    assert ask(client, [{"role": "developer", "content": "Be brief."}, *HI]).choices[0].message.content == want
+
+
+def test_sampling_and_choices(client, voice):
+    sampling = {"temperature": 0.9, "top_p": 0.8}
+    reply = ask(client, seed=5, n=2, **sampling)
+    want = [expected(voice, HI, 12, seed=seed, **sampling) for seed in (5, 6)]
+    assert [choice.message.content for choice in reply.choices] == [text for _, _, text in want]
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    assert reply.usage.completion_tokens == sum(len(written) for _, written, _ in want)
+    assert ask(client, seed=6, **sampling).choices[0].message.content == reply.choices[1].message.content
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_streams_are_the_whole_answer_in_pieces(client, n):
+    options = {"seed": 3, "temperature": 1, "n": n, "max_tokens": 24, "extra_body": {"thinking": {"type": "enabled"}}}
+    whole = ask(client, **options)
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}, **options))
+    for i, choice in enumerate(whole.choices):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == i]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in mine) == choice.message.content
+        reasoning = "".join(getattr(c.delta, "reasoning_content", "") for c in mine)
+        assert reasoning == getattr(choice.message, "reasoning_content", "")
+        assert [c.finish_reason for c in mine if c.finish_reason] == [choice.finish_reason]
+        assert mine[-1].model_extra.get("format_error") == choice.model_extra.get("format_error")
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize(("options", "thinking"), [
+    ({}, False),
+    ({"reasoning_effort": "none"}, False),
+    ({"reasoning_effort": "high"}, True),
+    ({"extra_body": {"thinking": {"type": "enabled"}}}, True),
+    ({"reasoning_effort": "high", "extra_body": {"thinking": {"type": "disabled"}}}, False),
+])  # fmt: skip
+def test_thinking_mode(client, voice, options, thinking):
+    reply = ask(client, **options)
+    ids, _, text = expected(voice, HI, 12, thinking)
+    message, counts = reply.choices[0].message, reply.usage
+    assert counts.prompt_tokens == len(ids)
+    assert (message.reasoning_content if thinking else message.content) == text
+    assert counts.completion_tokens_details.reasoning_tokens == (12 if thinking else 0)
+
+
+def test_maximal_effort_is_asked_for(client, voice):
+    longer = ask(client, reasoning_effort="xhigh", max_tokens=1).usage.prompt_tokens
+    assert longer == len(prompt(voice, HI, thinking=True, effort="max")) > len(prompt(voice, HI, thinking=True))
+
+
+def test_text_completions(client, voice):
+    ids = [BYTES.bos, *b"once"]
+    written = generate(voice.model, ids, max_new_tokens=9, temperature=0)
+    reply = client.completions.create(model="tiny", prompt="once", max_tokens=9, temperature=0)
+    assert reply.choices[0].text == BYTES.decode(written) and reply.usage.prompt_tokens == 5
+    chunks = client.completions.create(model="tiny", prompt=["once"], max_tokens=9, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == BYTES.decode(written)
+
+
+def test_stop_texts(client, voice):
+    text = expected(voice, HI, 60)[2]
+    stop = text[5:7]
+    reply = ask(client, max_tokens=60, stop=[stop, "never said"])
+    assert reply.choices[0].message.content == text[: text.index(stop)]
+    assert reply.choices[0].finish_reason == "stop" and reply.usage.completion_tokens < 60
+
+
+# tools and JSON
+
+
+def test_a_tool_call_that_is_required(client):
+    reply = ask(client, tools=[ADD], tool_choice="required", temperature=1, seed=1, max_tokens=300)
+    choice = reply.choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    for call in choice.message.tool_calls:
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name == "add" and isinstance(arguments["a"], int) and arguments["how"] in ("up", "down")
+    sub = {"type": "function", "function": {"name": "sub"}}
+    named = {"type": "function", "function": {"name": "sub"}}
+    reply = ask(client, tools=[ADD, sub], tool_choice=named, parallel_tool_calls=False, temperature=1, max_tokens=300)
+    assert [call.function.name for call in reply.choices[0].message.tool_calls] == ["sub"]
+
+
+def test_a_tool_call_in_a_stream_and_its_result(client):
+    options = {"temperature": 1, "seed": 1, "max_tokens": 200, "parallel_tool_calls": False}
+    chunks = [c.choices[0] for c in ask(client, stream=True, tools=[ADD], tool_choice="required", **options)]
+    (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    arguments = json.loads(call.function.arguments)
+    assert (call.index, call.function.name, chunks[-1].finish_reason) == (0, "add", "tool_calls")
+    assert isinstance(arguments["a"], int) and not any(chunk.delta.content for chunk in chunks)
+    said = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "2"}
+    reply = ask(client, [*HI, said, result], tools=[ADD], max_tokens=5)
+    assert reply.usage.prompt_tokens > 1000
+
+
+@pytest.mark.parametrize(("fields", "grammar"), [
+    ({}, None),
+    ({"tools": [ADD]}, tool_calls([ADD])),
+    ({"tools": [ADD], "tool_choice": "none"}, None),
+    ({"tools": [ADD], "tool_choice": "required"}, tool_calls([ADD], "required")),
+    ({"tools": [ADD], "parallel_tool_calls": False}, tool_calls([ADD], parallel=False)),
+    ({"response_format": {"type": "json_object"}}, json_schema({"type": "object"})),
+    ({"response_format": {"type": "text"}}, None),
+])  # fmt: skip
+def test_what_answers_are_held_to(fields, grammar):
+    assert grammar_of(read_chat({"model": "tiny", "messages": HI, **fields})) == grammar
+
+
+def test_json_as_a_schema_says(client):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    for thinking in ("disabled", "enabled"):
+        extra = {"thinking": {"type": thinking}}
+        reply = ask(client, response_format=form, temperature=1, seed=2, max_tokens=120, extra_body=extra)
+        assert isinstance(json.loads(reply.choices[0].message.content)["n"], int)
+        assert reply.choices[0].finish_reason == "stop" and "format_error" not in reply.choices[0].model_extra
+    reply = ask(client, response_format={"type": "json_object"}, temperature=1, seed=2, max_tokens=120)
+    assert isinstance(json.loads(reply.choices[0].message.content), dict)
+
+
+def test_tools_that_may_not_be_called_are_not_shown(client, voice):
+    reply = ask(client, tools=[ADD], tool_choice="none", max_tokens=1)
+    assert reply.usage.prompt_tokens == len(prompt(voice, HI))
+    assert ask(client, tools=[ADD], max_tokens=60).usage.prompt_tokens == len(prompt(voice, HI, tools=[ADD]))
+
+
+# what is refused
+
+MISSING, TOO_LONG = "missing_required_parameter", "context_length_exceeded"
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "x"}
+
+
+def tool(**function):
+    return {"type": "function", "function": function}
+
+
+def schema(**named):
+    return {"type": "json_schema", "json_schema": named}
+
+
+BAD = [
+    ({"messages": None}, "messages", "missing_required_parameter"),
+    ({"messages": []}, "messages", "invalid_value"),
+    ({"messages": "hi"}, "messages", "invalid_value"),
+    ({"messages": ["hi"]}, "messages[0]", "invalid_type"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
+    ({"messages": [{"role": "user", "content": "x", "name": "Bo"}]}, "messages[0].name", "unknown_parameter"),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type", "invalid_value"),
+    ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, "messages", "invalid_value"),
+    ({"messages": [*HI, RESULT]}, "messages[1].tool_call_id", "invalid_value"),
+    ({"messages": [{"role": "latest_reminder", "content": ""}, *HI]}, "messages", "invalid_value"),
+    ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({"max_tokens": True}, "max_tokens", "invalid_value"),
+    ({"max_completion_tokens": 5}, "max_tokens", "invalid_value"),
+    ({"temperature": -1}, "temperature", "invalid_value"),
+    ({"temperature": "hot"}, "temperature", "invalid_value"),
+    ({"top_p": 0}, "top_p", "invalid_value"),
+    ({"seed": 0.5}, "seed", "invalid_value"),
+    ({"n": 9}, "n", "invalid_value"),
+    ({"stop": [""]}, "stop", "invalid_value"),
+    ({"stop": ["x"] * 17}, "stop", "invalid_value"),
+    ({"stream": "yes"}, "stream", "invalid_value"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+    ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other", "unknown_parameter"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
+    ({"logprobs": True}, "logprobs", "unsupported_parameter"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+    ({"temprature": 1}, "temprature", "unknown_parameter"),
+    ({"reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
+    ({"thinking": {"type": "on"}}, "thinking.type", "invalid_value"),
+    ({"thinking": True}, "thinking", "invalid_type"),
+    ({"tools": [{"type": "web"}]}, "tools[0].type", "invalid_value"),
+    ({"tools": [tool(name="a b")]}, "tools[0].function.name", "invalid_value"),
+    ({"tools": [ADD, ADD]}, "tools", "invalid_value"),
+    ({"tools": [tool(name="f", parameters=3)]}, "tools[0].function.parameters", "invalid_value"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ({"tools": [ADD], "tool_choice": tool(name="x")}, "tool_choice", "invalid_value"),
+    ({"tools": [ADD], "response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
+    ({"tools": [ADD], "tool_choice": "required"}, "max_tokens", "invalid_value"),
+    ({"tools": [tool(name="f", parameters={"type": "array"})]}, "tools", "unsupported_schema"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+    ({"response_format": schema(name="x")}, "response_format.json_schema.schema", MISSING),
+    ({"response_format": schema(name="x", schema={"type": "strange"})}, "response_format", "unsupported_schema"),
+    ({"max_tokens": 2043}, "messages", TOO_LONG),
+    ({"messages": [{"role": "user", "content": "x" * 2048}], "max_tokens": None}, "messages", TOO_LONG),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param", "code"), BAD, ids=[f"{i} {param}" for i, (_, param, _) in enumerate(BAD)])
+def test_a_bad_field_is_named(address, fields, param, code):
+    reply = post(address, **{"messages": HI, **fields})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], error["code"]) == (400, param, code), error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert param in error["message"] or code == TOO_LONG
+
+
+NEUTRAL = {
+    "user": "me", "metadata": {"a": "b"}, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {},
+    "logprobs": False, "top_logprobs": None, "service_tier": "auto", "store": False, "parallel_tool_calls": True,
+    "modalities": ["text"],
+    "stop": None, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "n": 1,
+    "reasoning_effort": None,
+}  # fmt: skip
+
+
+def test_labels_and_neutral_values_change_nothing(address):
+    plain, labelled = (post(address, messages=HI, temperature=0, **fields).json() for fields in ({}, NEUTRAL))
+    assert plain["choices"] == labelled["choices"]
+
+
+BODIES = [
+    (b"", 400), (b"{", 400), (b"[]", 400), (b"null", 400), (b"\xff\xfe", 400), (b'{"a": NaN}', 400),
+    (b'{"a": 1e999}', 400),
+    (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400), (b"[" * 100_000, 400),
+    (b'{"model": "tiny", "messages": "' + b"x" * 200_001 + b'"}', 413), (b'{"messages": []}', 400),
+]  # fmt: skip
+
+
+def test_schemas_nested_without_end(address):
+    deep = {"type": "integer"}
+    for depth in range(1, 900):
+        deep = {"type": "array", "items": deep}
+        if depth in (150, 300, 899):
+            reply = post(address, messages=HI, response_format=schema(name="deep", schema=deep))
+            assert reply.status_code == 400 and reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("body", "status"), BODIES, ids=range(len(BODIES)))
+def test_malformed_bodies(address, body, status):
+    reply = HTTP.post(f"{address}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == status and reply.json()["error"]["message"]
+
+
+def test_other_addresses_methods_hosts_and_types(address):
+    assert HTTP.get(f"{address}/v1/embeddings").json()["error"]["code"] == "not_found"
+    assert HTTP.get(f"{address}/v1/chat/completions").json()["error"]["code"] == "method_not_allowed"
+    assert post(address, messages=HI, model="gpt").json()["error"]["code"] == "model_not_found"
+    other = HTTP.get(f"{address}/v1/models", headers={"Host": "evil.example:80"})
+    assert (other.status_code, other.json()["error"]["code"]) == (403, "forbidden_host")
+    form = HTTP.post(f"{address}/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert (form.status_code, form.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_what_goes_wrong_inside_stays_inside(voice, monkeypatch, caplog):
+    def broken(*arguments, **options):
+        raise RuntimeError("secret")
+
+    with serving(voice) as address:
+        monkeypatch.setattr("abyssal.train.talk.serve.prepare.speak", broken)
+        whole, stream = post(address, messages=HI), post(address, messages=HI, stream=True)
+        monkeypatch.setattr("abyssal.train.talk.serve.app.prepare_chat", broken)
+        early = post(address, messages=HI)
+        monkeypatch.undo()
+        assert post(address, messages=HI).status_code == 200
+    assert whole.status_code == early.status_code == 500
+    assert whole.json()["error"]["code"] == early.json()["error"]["code"] == "internal_error"
+    assert '"code": "internal_error"' in stream.text and stream.text.endswith("data: [DONE]\n\n")
+    assert not any("secret" in reply.text for reply in (whole, early, stream))
+    assert "secret" in caplog.text
+
+
+# crowds
+
+
+def test_many_clients_at_once_get_what_each_would_get_alone(client, voice):
+    """64 conversations of their own, whole and streamed, greedy and drawn."""
+
+    def options(i):
+        messages = [{"role": "user", "content": f"number {i}" * (1 + i % 3)}]
+        return messages, {"max_tokens": 3, "temperature": i % 2, "seed": i}
+
+    def one(i):
+        messages, chosen = options(i)
+        if i % 4 < 2:
+            return ask(client, messages, **chosen).choices[0].message.content
+        return "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, messages, stream=True, **chosen))
+
+    with ThreadPoolExecutor(64) as pool:
+        together = list(pool.map(one, range(64)))
+    for i in range(0, 64, 5):
+        messages, chosen = options(i)
+        count = chosen.pop("max_tokens")
+        assert together[i] == expected(voice, messages, count, **chosen)[2]
+    assert len(set(together)) > 50
+
+
+async def leave(address, turned_away):
+    """A client whose long request runs, three behind it, and one too many; the three go away, then the first."""
+    url = f"{address}/v1/chat/completions"
+
+    def busy():
+        now = health(address)
+        return now["running"], now["queued"]
+
+    async def until(running, queued):
+        await asyncio.to_thread(wait_for, lambda: busy() == (running, queued))
+
+    async with httpx.AsyncClient(timeout=patience.SECONDS) as http:
+
+        async def one(stream):
+            fields = {"model": "tiny", "messages": HI, "max_tokens": 2000, "temperature": 0, "stream": stream}
+            async with http.stream("POST", url, json=fields) as reply:
+                await reply.aread()
+
+        async def cancel(*tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        first = asyncio.create_task(one(True))
+        await until(1, 0)
+        others = [asyncio.create_task(one(stream)) for stream in (True, False, False)]
+        await until(1, 3)
+        turned_away.append(await asyncio.to_thread(post, address, messages=HI))
+        await cancel(*others)
+        await until(1, 0)
+        await cancel(first)
+        await until(0, 0)
+
+
+def test_clients_that_go_away_free_their_places(voice, caplog):
+    caplog.set_level(logging.INFO, "abyssal.serve")
+    turned_away = []
+    with serving(voice, queue=3) as address:
+        asyncio.run(leave(address, turned_away))
+        assert post(address, messages=HI).status_code == 200
+    assert caplog.text.count("client gone") == 4
+    assert (turned_away[0].status_code, turned_away[0].json()["error"]["code"]) == (429, "queue_full")
+
+
+def test_a_request_that_takes_too_long(voice):
+    with serving(voice, timeout=0.3) as address:
+        long = {"messages": HI, "max_tokens": 2000, "temperature": 0}
+        whole, stream = post(address, **long), post(address, stream=True, **long)
+        assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
+        assert '"code": "timeout"' in stream.text and stream.text.endswith("data: [DONE]\n\n")
+        wait_for(lambda: not health(address)["running"])
+
+
+def test_a_server_that_is_told_to_stop_cuts_off_what_takes_too_long(voice, monkeypatch):
+    monkeypatch.setattr("abyssal.train.talk.serve.run.GRACE", 0.3)
+    with ThreadPoolExecutor(2) as pool:
+        with serving(voice) as address:
+            long = {"messages": HI, "max_tokens": 2000, "temperature": 0}
+            stream = pool.submit(post, address, stream=True, **long)
+            wait_for(lambda: health(address)["running"])
+            whole = pool.submit(post, address, **long)
+            wait_for(lambda: health(address)["queued"])
+        assert '"code": "shutting_down"' in stream.result().text and "[DONE]" in stream.result().text
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "shutting_down")
+
+
+def test_addresses():
+    assert [is_local(host) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")] == [True] * 4
+    assert [is_local(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.com")] == [False] * 4
+    refused = pytest.raises(ValueError, match=r"host='127.0.0.1', port=\d+: cannot listen there")
+    with bind("127.0.0.1", 0) as taken, refused:
+        bind("127.0.0.1", taken.getsockname()[1])
+    for field in ("queue", "timeout", "max_new_tokens", "max_body"):
+        with pytest.raises(ValueError, match=f"{field.replace('_', '-')}=0: allowed are positive"):
+            Limits(**{field: 0})

@@ -1,0 +1,409 @@
+"""`abyssal chat`: turns, the cache between them, tools that need a yes, and what the terminal shows."""
+
+import io
+import itertools
+import json
+
+import pytest
+from lively import lively
+
+from abyssal.model import generate, save_pretrained
+from abyssal.train.cli import main
+from abyssal.train.data.tokenizers import ByteTokenizer
+from abyssal.train.run.loop import train
+from abyssal.train.talk.dialogue import Answer, Delta, Manner, prompt
+from abyssal.train.talk.terminal.conversation import Conversation
+from abyssal.train.talk.terminal.screen import Screen, visible
+from abyssal.train.talk.terminal.talk import DECLINED, ROUNDS, Talk
+from abyssal.train.talk.terminal.tools import load_tools
+from abyssal.train.talk.voice import Voice, open_voice
+
+BYTES = ByteTokenizer()
+TOOLS = '''
+"""Tools for tests."""
+from pathlib import Path
+from textwrap import dedent
+from typing import Literal
+
+LOG = Path(__file__).with_suffix(".log")
+
+def add(a: int, b: float = 0.5, how: Literal["up", "down"] = "up") -> float:
+    """Adds two numbers.
+
+    The second may be left out.
+
+    Args:
+        a: the first,
+            which is whole.
+        b (float): the second.
+
+    Returns:
+        the sum: a number
+    """
+    with LOG.open("a") as log:
+        log.write(f"{a} {b} {how}\\n")
+    return a + b
+
+def names(of: list[str], ages: dict[str, int], nick: str | None = None) -> dict:
+    return {"é": of, "ages": ages, "nick": nick}
+
+def fails(why: str):
+    raise OSError(why)
+
+def long() -> str:
+    return dedent("x" * 5000)
+
+def _hidden(x): ...
+'''
+
+
+@pytest.fixture(scope="module")
+def voice():
+    model = lively(vocab_size=288, eos_token_id=257, num_hidden_layers=3, compress_ratios=[0, 4, 16])
+    return Voice(model, BYTES, "tiny", 4096)
+
+
+@pytest.fixture
+def tools(tmp_path):
+    (tmp_path / "tools.py").write_text(TOOLS, "utf-8")
+    return load_tools(tmp_path / "tools.py")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def talk(voice, lines, tools=None, out=None, **options):
+    """A session with those lines typed: the Talk, what stdout got, what stderr got."""
+    manner = options.pop("manner", Manner(12, temperature=0))
+    tools = tools or {}
+    conversation = Conversation(voice, manner, tools=[tool.schema for tool in tools.values()], **options)
+    screen, waiting = Screen(out or io.StringIO(), io.StringIO()), iter(lines)
+    session = Talk(conversation, tools, screen, lambda question: next(waiting, None))
+    session.run()
+    return session, screen.out.getvalue(), screen.remarks.getvalue()
+
+
+def scripted(monkeypatch, *completions):
+    """Answers that are given instead of the model's: their tokens, one completion after the other."""
+    waiting = iter(completions)
+
+    def write(voice, ids, reader, manner, constraint=None, cache=None):
+        for token in BYTES.encode(next(waiting), special=True):
+            yield reader.feed(token)
+        yield reader.finish()
+
+    monkeypatch.setattr("abyssal.train.talk.terminal.conversation.speak", write)
+
+
+def call(name, **arguments):
+    lines = "".join(
+        f'<｜DSML｜parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
+        f"{value if isinstance(value, str) else json.dumps(value)}</｜DSML｜parameter>\n"
+        for key, value in arguments.items()
+    )
+    return f'<｜DSML｜invoke name="{name}">\n{lines or chr(10)}</｜DSML｜invoke>\n'
+
+
+def calling(*calls):
+    return "\n\n<｜DSML｜tool_calls>\n" + "".join(calls) + "</｜DSML｜tool_calls>"
+
+
+# the cache between turns
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_answers_are_those_of_a_conversation_read_from_scratch(voice, thinking, monkeypatch):
+    manner = Manner(20, temperature=0.8, seed=3)
+    conversation = Conversation(voice, manner, "Be brief.", thinking)
+    passes, original = [], voice.model.forward
+
+    def counting(ids, **options):
+        passes.append(ids.shape[1])
+        return original(ids, **options)
+
+    for turn in range(3):
+        conversation.ask(f"question {turn}")
+        ids = prompt(voice, conversation.messages, thinking=thinking)
+        want = generate(voice.model, ids, max_new_tokens=20, temperature=0.8, seed=3 + turn, stop=[BYTES.eos])
+        known = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(conversation._read, ids))))
+        passes.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(voice.model, "forward", counting)
+            list(conversation.answer([]))
+        assert conversation._read == [*ids, *want][:-1]
+        assert passes[0] == len(ids) - known and known >= 15 * turn
+    assert conversation.answers == 3 and len(conversation.messages) == 7
+
+
+def test_a_prompt_that_differs_further_back_than_the_cache_can_go(voice):
+    conversation = Conversation(voice, Manner(8, temperature=0))
+    for text in ("first " * 20, "second"):
+        conversation.ask(text)
+        list(conversation.answer([]))
+    conversation.reset()
+    conversation.ask("other")
+    answers = []
+    list(conversation.answer(answers))
+    ids = prompt(voice, [{"role": "user", "content": "other"}])
+    assert conversation._read == [*ids, *generate(voice.model, ids, max_new_tokens=8, temperature=0)][:-1]
+
+
+def test_the_same_question_after_a_reset(voice):
+    _, out, remarks = talk(voice, ["hi", "/reset", "hi"])
+    first, second = out.splitlines()
+    assert first == second and "not sent" not in remarks
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_interruption_leaves_the_conversation_going(voice, monkeypatch, when, count):
+    """Ctrl-C before or after a pass of the model: what was said stays, and the next answer is right."""
+    passes, original = [], voice.model.forward
+
+    def interrupted(ids, **options):
+        passes.append(ids)
+        if len(passes) == count and when == "before":
+            raise KeyboardInterrupt
+        out = original(ids, **options)
+        if len(passes) == count:
+            raise KeyboardInterrupt
+        return out
+
+    def lines():
+        yield "a question"
+        monkeypatch.setattr(voice.model, "forward", interrupted)
+        yield "another"
+        monkeypatch.undo()
+        yield "a third"
+
+    session, _, remarks = talk(voice, lines(), manner=Manner(8, temperature=0))
+    assert "stopped" in remarks and len(passes) == count
+    messages = session.conversation.messages
+    roles = [message["role"] for message in messages]
+    said = ["assistant"] if count > 1 else []
+    assert roles == ["user", "assistant", "user", *said, "user", "assistant"]
+    ids = prompt(voice, messages[:-1])
+    want = generate(voice.model, ids, max_new_tokens=8, temperature=0)
+    assert session.conversation._read == [*ids, *want][:-1]
+
+
+# turns and commands
+
+
+def test_a_session(voice, tmp_path):
+    saved = tmp_path / "talk.json"
+    lines = ["hi", "", "/what", f"/save {saved}", f"/save {saved}", "/reset", "/help", "again", "/quit", "never read"]
+    session, out, remarks = talk(voice, lines, system="Be brief.")
+    messages = json.loads(saved.read_text("utf-8"))["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert [message["content"] for message in session.conversation.messages[:2]] == ["Be brief.", "again"]
+    assert out == messages[-1]["content"] + "\n" + session.conversation.messages[-1]["content"] + "\n"
+    for part in ("/what: no such command", f"saved: {saved}", "not saved:", "a new conversation", "Ctrl-C", "cut off"):
+        assert part in remarks
+    assert "never read" not in out
+
+
+def test_a_question_that_does_not_fit_is_taken_back(voice):
+    session, out, remarks = talk(voice, ["x" * 5000, "hi"])
+    assert "not sent: the conversation has 50" in remarks
+    assert [message["content"] for message in session.conversation.messages[:1]] == ["hi"] and out.count("\n") >= 1
+
+
+def test_interrupts_at_the_prompt_are_answered(voice):
+    lines = iter([KeyboardInterrupt, None])
+
+    def ask(question):
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    screen = Screen(io.StringIO(), io.StringIO())
+    Talk(Conversation(voice, Manner()), {}, screen, ask).run()
+    assert "/quit or the end of input leaves" in screen.remarks.getvalue()
+
+
+@pytest.mark.parametrize(("out", "want"), [
+    (io.StringIO, "[thinking]\n1+1\x1b[2m\n[answer]\ntwo\n"),
+    (Terminal, "\x1b[2m1+1\\x1b[2m\x1b[22m\ntwo\n"),
+])  # fmt: skip
+def test_reasoning_is_dimmed_or_marked(voice, monkeypatch, out, want):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    scripted(monkeypatch, "1+1\x1b[2m</think>two<｜end▁of▁sentence｜>")
+    assert talk(voice, ["hi"], out=out(), thinking=True)[1] == want
+
+
+def test_no_colours_where_the_user_wants_none(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = Screen(Terminal(), io.StringIO())
+    screen.show(Delta("reasoning", "hm"))
+    screen.end()
+    assert screen.out.getvalue() == "[thinking]\nhm\n"
+
+
+def test_what_would_move_the_cursor_is_written_out():
+    assert visible("a\n\tb\x1b[2Jé\r\u202e") == "a\n\tb\\x1b[2Jé\\x0d\\x202e"
+
+
+def test_an_answer_out_of_format_is_remarked(voice, monkeypatch):
+    scripted(monkeypatch, "two<think><｜end▁of▁sentence｜>")
+    _, out, remarks = talk(voice, ["hi"])
+    assert out == "two\n" and "not in the chat format: <think> inside the text (at character 3)" in remarks
+
+
+# tools
+
+
+def test_the_schemas_of_functions(tools):
+    assert list(tools) == ["add", "names", "fails", "long"]
+    assert tools["add"].schema == {"type": "function", "function": {
+        "name": "add",
+        "description": "Adds two numbers.\n\nThe second may be left out.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "a": {"type": "integer", "description": "the first, which is whole."},
+                "b": {"type": "number", "description": "the second."},
+                "how": {"enum": ["up", "down"]},
+            },
+            "required": ["a"],
+            "additionalProperties": False,
+        },
+    }}  # fmt: skip
+    assert tools["names"].schema["function"]["parameters"]["properties"] == {
+        "of": {"type": "array", "items": {"type": "string"}},
+        "ages": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "nick": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    }
+    assert tools["fails"].schema["function"]["description"] == ""
+
+
+@pytest.mark.parametrize(("name", "arguments", "result"), [
+    ("add", '{"a": 1, "b": 2}', "3"),
+    ("add", '{"a": 1}', "1.5"),
+    ("names", '{"of": ["x"], "ages": {"x": 3}, "nick": null}', '{"é": ["x"], "ages": {"x": 3}, "nick": null}'),
+    ("fails", '{"why": "because"}', "error: OSError: because"),
+    ("add", "{}", "error: TypeError: parameter 'a' is missing"),
+    ("add", '{"a": 1, "c": 2}', "error: TypeError: there is no parameter 'c'"),
+    ("add", '{"a": true}', 'error: TypeError: a=True: {"type": "integer"} is needed'),
+    ("add", '{"a": 1, "b": true}', 'error: TypeError: b=True: {"type": "number"} is needed'),
+    ("add", '{"a": 1, "how": "left"}', 'error: TypeError: how=\'left\': {"enum": ["up", "down"]} is needed'),
+    ("names", '{"of": [1], "ages": {}}', "error: TypeError: of=[1]"),
+    ("names", '{"of": [], "ages": {"x": "y"}}', "error: TypeError: ages={'x': 'y'}"),
+    ("add", "[1]", "error: TypeError: arguments [1]: an object is needed"),
+    ("add", "{", "error: JSONDecodeError"),
+])  # fmt: skip
+def test_calls_and_what_goes_wrong_in_them(tools, name, arguments, result):
+    assert tools[name].run(arguments).startswith(result)
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("x = 1", "defines no public function"),
+    ("def f(x): ...", r"f\(x\): a type hint is needed"),
+    ("def f(*x: int): ...", r"f\(x\): parameters need a name"),
+    ("def f(x: int, /): ...", r"f\(x\): parameters need a name"),
+    ("def f(x: set[int]): ...", r"f\(x\): set\[int\] has no JSON schema"),
+    ("def f(x: dict[int, int]): ...", r"f\(x\): dict\[int, int\] has no JSON schema"),
+])  # fmt: skip
+def test_files_without_tools(tmp_path, code, message):
+    (tmp_path / "bad.py").write_text(code, "utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_tools(tmp_path / "bad.py")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_tools(tmp_path / "none.py")
+
+
+@pytest.mark.parametrize(("said", "runs"), [("y", 1), ("YES", 1), ("n", 0), ("", 0), ("yep", 0), (None, 0)])
+def test_a_tool_runs_only_after_a_yes(voice, tools, tmp_path, monkeypatch, said, runs):
+    scripted(monkeypatch, "so" + calling(call("add", a=1, b=2, how="down")), "three<｜end▁of▁sentence｜>")
+    session, out, remarks = talk(voice, ["add", said] if said is not None else ["add"], tools)
+    log = tmp_path / "tools.log"
+    assert (log.read_text("utf-8") if log.exists() else "") == "1 2 down\n" * runs
+    assert 'the model wants to call add({"a": 1, "b": 2, "how": "down"})' in remarks
+    results = [message["content"] for message in session.conversation.messages if message["role"] == "tool"]
+    assert results == (["3"] if runs else [DECLINED])
+    assert out == ("so\nthree\n" if said is not None else "so\n")  # without an answer the model does not go on
+
+
+def test_every_call_is_asked_for_and_its_result_goes_to_the_model(voice, tools, tmp_path, monkeypatch):
+    twice = calling(call("add", a=1), call("fails", why="no\x1b[A"))
+    scripted(monkeypatch, twice, "done<｜end▁of▁sentence｜>")
+    session, _, remarks = talk(voice, ["add", "y", "y"], tools)
+    calls, one, two = session.conversation.messages[1:4]
+    assert [one["tool_call_id"], two["tool_call_id"]] == [call["id"] for call in calls["tool_calls"]]
+    assert (one["content"], two["content"]) == ("1.5", "error: OSError: no\x1b[A")
+    assert "\x1b" not in remarks
+    assert "<tool_result>1.5</tool_result>\n\n<tool_result>error" in BYTES.decode(
+        prompt(voice, session.conversation.messages[:4], tools=session.conversation.tools)
+    )
+
+
+def test_a_turn_whose_results_do_not_fit_is_taken_back_whole(voice, tools, monkeypatch):
+    scripted(monkeypatch, calling(call("long")))
+    session, _, remarks = talk(voice, ["go", "y"], tools)
+    assert "not sent: the conversation has" in remarks and session.conversation.messages == []
+
+
+def test_a_model_that_only_calls_tools_is_stopped(voice, tools, monkeypatch):
+    scripted(monkeypatch, *[calling(call("add", a=1))] * 20)
+    remarks = talk(voice, ["go", *["n"] * 20], tools)[2]
+    assert f"stopped after {ROUNDS} answers with tool calls" in remarks
+
+
+def test_a_random_model_calls_as_the_tools_are(voice, tools):
+    """What it writes is constrained: a text, or calls that the tools take."""
+    conversation = Conversation(voice, Manner(40, seed=1), tools=[tools["add"].schema])
+    conversation.ask("go")
+    answers: list[Answer] = []
+    list(conversation.answer(answers))
+    assert answers[0].error is None
+
+
+# the command
+
+
+def test_the_command_with_piped_input(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/quit\n"))
+    arguments = ["chat", "--random", "nano", "--max-new-tokens", "6", "--temperature", "0", "--thinking"]
+    assert main(arguments) == 0
+    out, remarks = capsys.readouterr()
+    assert out.startswith("[thinking]\n") and "nano: RANDOM WEIGHTS" in remarks
+
+
+def test_the_model_of_a_run_and_of_a_folder(tiny, tmp_path, monkeypatch, capsys):
+    special = [f"model.{name}_token_id={getattr(BYTES, name)}" for name in ("bos", "eos", "pad")]
+    quick = ("train.steps=1", "train.sample_tokens=0", "data.held_out_rows=1", "model.vocab_size=288")
+    train(tiny(*quick, *special), tmp_path / "run", shown=False)
+    voice = open_voice(tmp_path / "run")
+    assert (voice.name, voice.context) == ("run", 8192)
+    save_pretrained(voice.model, tmp_path / "folder", layout="official")
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json: say which"):
+        open_voice(tmp_path / "folder")
+    again = open_voice(tmp_path / "folder", "bytes", context=100, name="mine")
+    assert (again.name, again.context) == ("mine", 100)
+    ids = prompt(voice, [{"role": "user", "content": "hi"}])
+    written = [generate(v.model, ids, max_new_tokens=8, temperature=0) for v in (voice, again)]
+    assert written[0] == written[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main(["chat", str(tmp_path / "run"), "--max-new-tokens", "8", "--temperature", "0"]) == 0
+    assert "RANDOM" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "either RUN or --random PRESET is needed"),
+    (["runs/x", "--random", "nano"], "RUN with --random"),
+    (["runs/none"], "is no checkpoint"),
+    (["--random", "none"], "none"),
+    (["--random", "nano", "--tokenizer", "x"], "tokenizer='x' with --random"),
+    (["--random", "nano", "--context", "9000"], "context=9000: allowed are 2 to"),
+    (["--random", "nano", "--max-new-tokens", "0"], "max-new-tokens=0"),
+    (["--random", "nano", "--temperature", "-1"], "temperature=-1"),
+    (["--random", "nano", "--max-effort"], "--max-effort without --thinking"),
+    (["--random", "nano", "--tools", "none.py"], "no such file"),
+])  # fmt: skip
+def test_what_a_user_can_get_wrong(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["chat", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""What a planted task is: rows of tokens, with targets at the answers and what each answer is graded by.
+
+t tokens of a row
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import numpy as np
+
+from ...recipe import PlantedConfig
+from ..rows import IGNORED
+
+BOS = 0  # the first token of every row, in every task
+NO_ANSWER = -1
+
+
+@dataclass(frozen=True)
+class Row:
+    """int64 [t] each. `targets`: the answer at the position that predicts it, else -100. `distances`: how many tokens
+    before that position the evidence stands, else -1; it is in the window if the distance is below the window's size.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+    distances: np.ndarray
+
+    @classmethod
+    def blank(cls, ids: np.ndarray) -> "Row":
+        """A row that asks nothing yet; its first token becomes BOS."""
+        ids[0] = BOS
+        return cls(ids.astype(np.int64), np.full(len(ids), IGNORED), np.full(len(ids), NO_ANSWER))
+
+    def ask(self, position: int, answer: int, distance: int) -> None:
+        self.targets[position], self.distances[position] = answer, distance
+
+
+class Task(ABC):
+    """A way to draw rows. Raises ValueError for an option of [planted] that is set and not among its `options`."""
+
+    name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]]
+    axis: ClassVar[str] = "tokens from the evidence to the question"  # what `Row.distances` counts
+    vocabulary: int
+
+    def __init__(self, config: PlantedConfig) -> None:
+        self.config = config
+        for f in fields(config):
+            if f.name not in (*self.options, "eval_length") and getattr(config, f.name) != f.default:
+                read = ", ".join(self.options)
+                raise ValueError(f"planted.{f.name}: the task {self.name} has no such option; it reads {read}")
+
+    @abstractmethod
+    def row(self, draw: np.random.Generator, length: int) -> Row:
+        """A row of `length` tokens. Raises ValueError where the distances asked for have no room in it."""
+
+    def answers(self, length: int) -> int:
+        """How many answers a row of `length` tokens aims at."""
+        return max(1, round(self.config.density * length))
+
+    def log_uniform(
+        self, draw: np.random.Generator, most: int, count: int, least: int | None = None, step: int = 1
+    ) -> np.ndarray:
+        """Distances in steps of `step` tokens, from `nearest` (or `least`) to `farthest` tokens and never above `most`:
+        as many in every octave. Raises ValueError where there are none.
+        """
+        nearest = -(-(self.config.nearest if least is None else least) // step)
+        farthest = min(most, self.config.farthest or most) // step
+        if farthest < nearest:
+            raise ValueError(
+                f"planted.nearest={self.config.nearest}: rows of this length leave room for distances up to"
+                f" {max(0, farthest * step)}"
+            )
+        drawn = np.exp(draw.uniform(math.log(nearest), math.log(farthest + 1), count)).astype(np.int64)
+        return drawn.clip(nearest, farthest)

@@ -1,0 +1,126 @@
+"""Where batches come from. A source has no state: rows are numbered, and a row is what its number says.
+
+    batch(rows, length, stage)      rows of `length` tokens, numbered from 0 within each stage of the schedule
+
+So a checkpoint need not hold a position in the data, gradient accumulation takes parts of a step's rows, and several
+processes take a share each. Text repeats in epochs, each in a new order; planted tasks never repeat.
+
+Three kinds: text (`TextSource`), planted dependencies, conversations.
+"""
+
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..recipe import DataConfig, Recipe, check_vocabulary
+from .bits import bits_per_byte, trigram_bits_per_byte
+from .corpus import Corpus, load_corpus
+from .mapped import tokenised, trained_tokenizer
+from .rows import Batch, held_out, train_rows
+from .tokenizers import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer
+
+
+class Source(Protocol):
+    """What training asks of its data."""
+
+    vocabulary: int  # token ids are below this
+    digest: str  # two sources of the same digest and recipe give the same batches
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What its tokens spell; None where they spell no text."""
+
+    def describe(self) -> str:
+        """One line about the data."""
+
+    def batch(self, rows: range, length: int, stage: int = 0) -> Batch:
+        """The rows of these numbers, on the host."""
+
+    def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        """Scores of the model on data that is never trained on, for the metrics; names are the source's own."""
+
+    def report(self, scores: dict[str, Any]) -> dict[str, str]:
+        """What `evaluate` found as lines for people: label and text, the score that counts first."""
+
+
+class TextSource:
+    """Documents in packed rows; scored by bits per byte of held-out documents, beside a trigram model's.
+
+    Bytes are laid out in memory; tokens of a trained tokenizer, and bytes with data.mapped, stay in a file.
+    """
+
+    def __init__(self, corpus: Corpus, recipe: Recipe) -> None:
+        data = recipe.data
+        self.corpus, self.seed, self.batch_size = corpus, recipe.train.seed, data.batch_size
+        self.tokenizer = open_tokenizer(data.tokenizer, corpus)
+        check_vocabulary(recipe.model, data.tokenizer, self.tokenizer.bos)
+        self.vocabulary = self.tokenizer.bos + 1
+        in_bytes = isinstance(self.tokenizer, ByteTokenizer)
+        self.tokens = tokenised(corpus, self.tokenizer) if maps(data) else corpus
+        self.sizes = None if in_bytes else torch.tensor([len(piece) for piece in self.tokenizer.pieces])
+        self.held_out = held_out(self.tokens, data.sequence_length, data.held_out_rows)
+        self.name = data.source
+        self.digest = corpus.digest if in_bytes else f"{corpus.digest} {self.tokenizer.digest}"
+
+    @cached_property
+    def trigram(self) -> float:
+        return trigram_bits_per_byte(self.corpus, self.held_out, self.sizes)
+
+    def held_out_bytes(self) -> int:
+        """Bytes that the held-out targets stand for."""
+        targets = self.held_out.stream.tokens[self.held_out.target_positions()]
+        return len(targets) if self.sizes is None else int(self.sizes[targets.astype(np.int64)].sum())
+
+    def describe(self) -> str:
+        spelt = "" if self.sizes is None else f"; {self.tokenizer.bos:,} tokens of {self.tokenizer.name}"
+        return f"corpus {self.name}: {self.corpus}{spelt}"
+
+    def batch(self, rows: range, length: int, stage: int = 0) -> Batch:
+        return train_rows(self.tokens, length, self.seed, rows, stage)
+
+    def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "held_out": bits_per_byte(model, self.held_out, self.batch_size, dtype, self.sizes),
+            "trigram": self.trigram,
+        }
+
+    def report(self, scores: dict[str, Any]) -> dict[str, str]:
+        gap = scores["trigram"] - scores["held_out"]
+        compared = f"the model is {abs(gap):.4f} {'better' if gap > 0 else 'worse'}"
+        return {
+            "held-out bits per byte": f"{scores['held_out']:.4f}",
+            "trigram, same bytes": f"{scores['trigram']:.4f}   ({compared})",
+        }
+
+
+def open_source(recipe: Recipe) -> Source:
+    """The source that a recipe names.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its tokens do not fit into the model's vocabulary.
+    """
+    if recipe.reason is not None:
+        from ..reason.source import ReasonSource
+
+        return ReasonSource(recipe)
+    if recipe.data.source.startswith("planted:"):
+        from .planted.source import open_planted
+
+        return open_planted(recipe)
+    data = recipe.data
+    return TextSource(load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data)), recipe)
+
+
+def maps(data: DataConfig) -> bool:
+    """Whether the tokens of a text lie in a file that is mapped into memory."""
+    return data.mapped or data.tokenizer != ByteTokenizer.name
+
+
+def open_tokenizer(name: str, corpus: Corpus) -> Tokenizer:
+    """The tokenizer that data.tokenizer means; `bpe:N` is trained on the corpus once, and then found in the cache."""
+    size = bpe_size(name)
+    return load_tokenizer(name) if size is None else trained_tokenizer(corpus, size)

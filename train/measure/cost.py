@@ -1,0 +1,263 @@
+"""What a model costs in GPU-hours and dollars, from first principles: every figure is a short formula.
+
+    training FLOPs of a token   3 (2 A + mean over positions of index + core)       forward, and twice that backward
+    training hours              tokens FLOPs / (peak MFU 3600)
+    prefill FLOPs of a token    2 A + mean over positions of index + core
+    decode seconds of a token   max(FLOPs / (peak MFU), cache bytes read / bandwidth)
+    dollars                     hours price;  per million tokens served: 1e6 seconds / 3600 price
+
+`peak` is the dense BF16 rate of the datasheet, MFU the share of it that is reached; FP8 and FP4 products, which run
+faster, are part of that share. A served token shares its weights with a large batch: reading them is not counted. Of
+its cache it reads the window, the index keys of all entries, the picked entries, and in HCA layers all entries.
+
+A activated parameters
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...model.accounting import Account, account, released_entry
+from ...model.config import SPARSE, ModelConfig
+from ...model.lineage import LineageConfig
+from ...model.lineage.accounting import account as lineage_account
+from ...model.lineage.accounting import flops as lineage_flops
+from ...model.lineage.config import KINDS
+
+# dense BF16 TFLOP/s and GB/s, from the makers' datasheets
+GPUS = {"a100": (312, 2039), "h800": (989, 3350), "h100": (989, 3350), "h200": (989, 4800), "b200": (2250, 7700)}
+POSITIONS = 256  # at which FLOPs are sampled for a mean over a sequence
+
+# V3's report, table 1 and section 4: tokens, sequence length, thousand H800 hours
+V3_PHASES = {
+    "pre-training": (14.8e12, 4096, 2664),
+    "extension to 32K": (1000 * 1920 * 32768, 32768, None),
+    "extension to 128K": (1000 * 480 * 131072, 131072, None),
+}
+V3_EXTENSION, V3_POST_TRAINING, V3_PRICE = 119, 5, 2.0
+
+Config = ModelConfig | LineageConfig
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What computes: dense BF16 FLOPs and bytes a second, the share of the former that is reached, dollars an hour."""
+
+    name: str
+    mfu: float
+    price: float
+
+    def __post_init__(self) -> None:
+        if self.name not in GPUS:
+            raise ValueError(f"gpu {self.name!r}: allowed are {', '.join(GPUS)}")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu={self.mfu}: allowed are shares above 0, up to 1")
+        if self.price < 0:
+            raise ValueError(f"price={self.price}: allowed are dollars an hour, 0 or more")
+
+    @property
+    def flops(self) -> float:
+        return 1e12 * GPUS[self.name][0] * self.mfu
+
+    @property
+    def bandwidth(self) -> float:
+        return 1e9 * GPUS[self.name][1]
+
+
+def accounts(config: Config, context: int) -> Account:
+    """`account` of either generation."""
+    return lineage_account(config, context) if isinstance(config, LineageConfig) else account(config, context)
+
+
+def attention_flops(config: Config, length: int, *, expanded: bool = False) -> float:
+    """Forward FLOPs of index and core of a token, the mean over the positions of a sequence.
+
+    expanded: V3's latent attention with keys and values of all heads, 2 H (n + r + v) a pair, as in training and
+    prefill; decoding absorbs, see `model.lineage.attention`.
+    """
+    if length < 1:
+        raise ValueError(f"length={length}: at least one token")
+    places = {1 + round(i * (length - 1) / (POSITIONS - 1)) for i in range(POSITIONS)}
+    if isinstance(config, LineageConfig):
+        parts = [lineage_flops(config, 0, place) for place in places]
+        wide = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+        narrow = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        shrink = narrow / wide if expanded and not config.sparse else 1.0
+        return sum(part.index + shrink * part.core for part in parts) / len(parts)
+    parts = [account(config, place).flops for place in places]
+    return sum(part.index + part.core for part in parts) / len(parts)
+
+
+def training_flops(config: Config, length: int) -> float:
+    """Of a token in sequences of that length, forward and backward."""
+    return 3 * (2 * accounts(config, 0).activated + attention_flops(config, length, expanded=True))
+
+
+def training_hours(config: Config, tokens: float, length: int, gpu: Gpu) -> float:
+    return tokens * training_flops(config, length) / gpu.flops / 3600
+
+
+def bytes_read(config: Config, context: int) -> float:
+    """Cache bytes that decoding one token reads, in the released layout."""
+    if isinstance(config, LineageConfig):
+        per_token = lineage_account(config, context).cache.per_token / config.num_hidden_layers
+        index = (config.index_head_dim or 0) * (1 + 4 / 128)
+        keys = min(config.index_topk or context, context) if config.sparse else context
+        return config.num_hidden_layers * (keys * (per_token - index) + context * index)
+    entry, index_key = released_entry(config)
+    total = 0.0
+    for kind, ratio in list(zip(config.layer_types, config.compress_ratios))[: config.num_hidden_layers]:
+        entries = context // ratio if ratio else 0
+        total += entry * min(config.sliding_window, context)
+        total += entry * (min(config.index_topk, entries) if kind == SPARSE else entries)
+        total += index_key * entries if kind == SPARSE else 0
+    return total
+
+
+def decode_seconds(config: Config, context: int, gpu: Gpu) -> tuple[float, float]:
+    """Of one token in a large batch: what its FLOPs take, and what reading its cache takes."""
+    return accounts(config, context).flops.total / gpu.flops, bytes_read(config, context) / gpu.bandwidth
+
+
+def prefill_seconds(config: Config, length: int, gpu: Gpu) -> float:
+    """Of one token of a prompt, the mean over its positions."""
+    return (2 * accounts(config, 0).activated + attention_flops(config, length, expanded=True)) / gpu.flops
+
+
+def per_million(seconds: float, gpu: Gpu) -> float:
+    """Dollars for a million tokens."""
+    return 1e6 * seconds / 3600 * gpu.price
+
+
+def v3_hours(mfu: float | None = None) -> dict[str, float]:
+    """V3's training in thousand H800 hours by phase, and the MFU that goes with it.
+
+    The MFU is the one that pre-training's published hours imply, unless given; the extension phases follow from it.
+    """
+    config = LineageConfig.load("v3")
+    tokens, length, published = V3_PHASES["pre-training"]
+    implied = training_hours(config, tokens, length, Gpu("h800", 1.0, 0)) / (1e3 * (published or 1))
+    gpu = Gpu("h800", implied if mfu is None else mfu, V3_PRICE)
+    hours = {name: training_hours(config, n, t, gpu) / 1e3 for name, (n, t, _) in V3_PHASES.items()}
+    return {"mfu": gpu.mfu, **hours, "post-training": V3_POST_TRAINING, "total": sum(hours.values()) + V3_POST_TRAINING}
+
+
+# tables and the picture ----------------------------------------------------------------------------------------------
+
+RIVALS = {"V3": "v3", "V3.2": "v3.2", "V4-Flash": "v4-flash", "V4-Pro": "v4-pro"}
+
+
+def load(name: str) -> Config:
+    """A configuration of either generation by name, file or folder."""
+    if name in ("v3", "v3.2"):
+        return LineageConfig.load(name)
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    kind = json.loads(path.read_text("utf-8")).get("model_type") if path.suffix == ".json" and path.is_file() else None
+    return LineageConfig.load(path) if kind in KINDS else ModelConfig.load(name)
+
+
+def comparison(name: str, context: int) -> str:
+    """The model beside its relatives: parameters, FLOPs of a token, cache of a sequence."""
+    columns = {name: load(name), **{title: load(key) for title, key in RIVALS.items() if key != name}}
+    found = {title: accounts(config, context) for title, config in columns.items()}
+    rows = {
+        "parameters, billion": [f"{a.total / 1e9:,.1f}" for a in found.values()],
+        "activated, billion": [f"{a.activated / 1e9:,.2f}" for a in found.values()],
+        "GFLOP per token: parameters": [f"{a.flops.parameters / 1e9:,.1f}" for a in found.values()],
+        "  index": [f"{a.flops.index / 1e9:,.1f}" for a in found.values()],
+        "  attention": [f"{a.flops.core / 1e9:,.1f}" for a in found.values()],
+        "  equivalent FP8, of V3.2's": [f"{a.ratios['flops']:.1%}" for a in found.values()],
+        "cache, bytes per token": [f"{a.cache.per_token:,.0f}" for a in found.values()],
+        "cache, GiB": [f"{a.cache.total / 2**30:,.2f}" for a in found.values()],
+        "  growing, of V3.2's": [f"{a.ratios['cache']:.1%}" for a in found.values()],
+    }
+    lines = [f"at context {context:,}".ljust(32) + "".join(f"{title:>12}" for title in found)]
+    return "\n".join(lines + [key.ljust(32) + "".join(f"{value:>12}" for value in row) for key, row in rows.items()])
+
+
+def estimate(name: str, context: int, gpu: Gpu, tokens: float, length: int) -> str:
+    """Training and serving in hours and dollars, with the numbers that each formula takes."""
+    config = load(name)
+    a = accounts(config, context)
+    trained = training_flops(config, length)
+    hours = training_hours(config, tokens, length, gpu)
+    compute, memory = decode_seconds(config, context, gpu)
+    prefill = prefill_seconds(config, max(context, 1), gpu)
+    lines = [
+        f"{gpu.name}: {GPUS[gpu.name][0]} TFLOP/s dense BF16 at MFU {gpu.mfu:g}, {GPUS[gpu.name][1]} GB/s,"
+        f" ${gpu.price:g} an hour",
+        f"training   3 (2 A + attention) = 3 (2 x {a.activated / 1e9:.2f} G + "
+        f"{attention_flops(config, length, expanded=True) / 1e9:.2f} G) = {trained / 1e9:.1f} GFLOP a token"
+        f" in sequences of {length:,}",
+        f"           x {tokens:.3g} tokens / ({gpu.flops / 1e12:.0f} TFLOP/s x 3600) = {hours / 1e6:.3f} M hours,"
+        f" ${hours * gpu.price / 1e6:.2f} M",
+        f"prefill    {1e6 * prefill:.1f} us a token at {context:,} tokens:"
+        f" ${per_million(prefill, gpu):.3f} per million",
+        f"decode     max({1e6 * compute:.1f} us of FLOPs, {1e6 * memory:.1f} us of cache) a token:"
+        f" ${per_million(max(compute, memory), gpu):.3f} per million",
+    ]
+    return "\n".join(lines)
+
+
+def v3_table() -> str:
+    """V3's published hours beside those of the formula."""
+    own = v3_hours()
+    extension = own["extension to 32K"] + own["extension to 128K"]
+    return "\n".join(
+        [
+            f"V3 in thousand H800 hours, at the MFU of {own['mfu']:.1%} (BF16 peak) that its pre-training implies:",
+            f"  pre-training    {own['pre-training']:8,.0f}   published 2,664 (sets the MFU)",
+            f"  extension       {extension:8,.0f}   published   {V3_EXTENSION}",
+            f"  post-training   {V3_POST_TRAINING:8,.0f}   published     {V3_POST_TRAINING} (taken over)",
+            f"  total           {own['total']:8,.0f}   published 2,788",
+        ]
+    )
+
+
+def draw(path: Path, name: str, gpu: Gpu) -> Path:
+    """Curves over the context: FLOPs of a token, cache of a sequence, dollars per million decoded tokens."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = {name: load(name), **{title: load(key) for title, key in RIVALS.items() if key != name}}
+    contexts = [2**i for i in range(10, 21)]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    for title, config in columns.items():
+        found = [accounts(config, n) for n in contexts]
+        dollars = [per_million(max(decode_seconds(config, n, gpu)), gpu) for n in contexts]
+        curves: list[list[float]] = [
+            [a.flops.total / 1e9 for a in found],
+            [a.cache.total / 2**30 for a in found],
+            dollars,
+        ]
+        for axis, values in zip(axes, curves):
+            axis.plot(contexts, values, label=title, marker=".", linewidth=1.5)
+    titles = ("GFLOP of a decoded token", "GiB of cache of a sequence", f"$ per million decoded tokens, {gpu.name}")
+    for axis, title in zip(axes, titles):
+        _tidy(axis, title)
+    axes[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
+
+
+def _tidy(axis: Any, title: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks([2**10, 2**12, 2**14, 2**16, 2**18, 2**20], ["1K", "4K", "16K", "64K", "256K", "1M"])
+    axis.set_xlabel("context, tokens")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def count(text: str) -> int:
+    """A number of tokens such as 4096, 128K or 1M, in powers of two. Raises ValueError for anything else."""
+    factor = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdigit():
+        raise ValueError(f"{text!r} is no number of tokens: allowed are such as 4096, 128K or 1M")
+    return int(digits) * factor

@@ -1,0 +1,1 @@
+"""Pictures of results that lie in files."""

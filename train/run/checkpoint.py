@@ -1,0 +1,337 @@
+"""Checkpoints: safetensors and JSON, no pickle; complete or not there at all.
+
+    DIR/checkpoints/step-000200/model.safetensors       the model's state_dict
+                                optimizer.safetensors   of every parameter what its rule keeps (`train.optim`)
+                                                        adam      NAME.exp_avg, NAME.exp_avg_sq, NAME.step; in tables
+                                                                  whose rows count for themselves NAME.updates for it
+                                                        muon      NAME.momentum
+                                                        balanced  NAME.exp_avg
+                                random.safetensors      states of the random generators
+                                tokenizer.json ...      of a trained tokenizer (`train.tokenizers`)
+                                memory.safetensors      experts chosen ahead (`train.stability`), if there are any
+                                checkpoint.json         step, recipe, tokens and seconds so far, what else is remembered
+
+A run of several processes writes folders model/ and optimizer/ of the same tensors in parts, a file for each process
+(`distributed.checkpoint`); one process, or another number of them, goes on from either.
+
+A checkpoint is written to a hidden folder, flushed to the disk, and renamed: a run that is killed at any moment leaves
+whole checkpoints only, and what was left half-written is swept up by the next save. Tables that are kept apart from the
+weights are in it like any other tensor, whole, wherever the run had them: nothing is ever written into a checkpoint's
+files again, and a run that resumes makes its own copy of them.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...model.tables import RowTable
+from ..data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from ..distributed.world import ALONE, World
+from ..optim import Optimizers
+from ..recipe import PLANTED, Recipe
+from .tables import named_tables
+
+FOLDER = "checkpoints"
+STATE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: steps done, tokens read, seconds of training."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run remembers beside weights, moments and random generators: JSON values, and tensors."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+NOTHING = Memory()
+
+
+def save(
+    run: Path,
+    model: nn.Module,
+    optimizer: Optimizers,
+    recipe: Recipe,
+    progress: Progress,
+    keep: int,
+    world: World = ALONE,
+    memory: Memory = NOTHING,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
+    """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`.
+
+    Every process of `world` calls this; the first one names the checkpoint once all have written their parts.
+    """
+    parent = run / FOLDER
+    folder, writing = parent / f"step-{progress.step:06d}", parent / f".writing-{progress.step:06d}"
+    if world.agree(folder.exists()):
+        return folder
+    if world.first:
+        parent.mkdir(parents=True, exist_ok=True)
+        tidy(run, keep)
+        writing.mkdir()
+    world.barrier()
+    _write_tensors(writing / "model", model.state_dict(), world)
+    _write_tensors(writing / "optimizer", _optimizer_tensors(model, optimizer), world)
+    if world.first:
+        state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
+        state["memory"] = memory.values
+        if memory.tensors:
+            _write(writing / "memory.safetensors", lambda path: save_file(memory.tensors, path))
+        for name, text in tokenizer.files().items() if tokenizer else ():
+            _write(writing / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
+        _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n", "utf-8"))
+        _flush(writing)
+        os.rename(writing, folder)
+        _flush(parent)
+        tidy(run, keep)
+    world.barrier()
+    return folder
+
+
+def tidy(run: Path, keep: int) -> None:
+    """Removes what a killed run left behind, and all checkpoints but the newest `keep`."""
+    for leftover in (*(run / FOLDER).glob(".writing-*"), *(run / FOLDER).glob(".removing-*")):
+        shutil.rmtree(leftover)
+    for old in checkpoints(run)[:-keep]:
+        remove(old)
+
+
+def remove(folder: Path) -> None:
+    """A checkpoint is gone at once, or still there whole, if the run is killed meanwhile."""
+    removing = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(removing, ignore_errors=True)
+    os.rename(folder, removing)
+    shutil.rmtree(removing)
+
+
+def go_back(run: Path, step: int) -> Path:
+    """The newest checkpoint of the run from before step `step`, or else its oldest; later ones are removed."""
+    found = checkpoints(run)
+    target = max((path for path in found if step_of(path) < step), key=step_of, default=found[0])
+    for path in reversed(found):
+        if step_of(path) > step_of(target):
+            remove(path)
+    return target
+
+
+def step_of(folder: Path) -> int:
+    """The step of the checkpoint in that folder, from its name."""
+    return int(folder.name.partition("-")[2])
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / FOLDER).glob("step-*"), key=step_of)
+
+
+def find(path: Path | str) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of the run in that folder. Raises FileNotFoundError."""
+    path = Path(path)
+    if (path / STATE).is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise FileNotFoundError(
+            f"{str(path)!r} is no checkpoint (a folder with {STATE}) and no run with {FOLDER}/step-* in it"
+        )
+    return found[-1]
+
+
+def read_state(folder: Path) -> tuple[Recipe, Progress]:
+    """The recipe and the progress of a checkpoint."""
+    state = json.loads((folder / STATE).read_text("utf-8"))
+    return Recipe.from_dict(state["recipe"]), Progress(**state["progress"])
+
+
+def read_memory(folder: Path) -> Memory:
+    """What the run remembered at a checkpoint."""
+    path = folder / "memory.safetensors"
+    values = json.loads((folder / STATE).read_text("utf-8")).get("memory", {})
+    return Memory(values, load_file(path) if path.is_file() else {})
+
+
+def tokenizer_of(path: Path | str) -> Tokenizer:
+    """The tokenizer that a checkpoint's model (or that of a run's newest) was trained with.
+
+    Raises:
+        ValueError: it was trained on a planted task, whose tokens spell nothing.
+    """
+    folder = find(path)
+    data = read_state(folder)[0].data
+    if data.source.startswith(PLANTED):
+        raise ValueError(f"{str(folder)!r} was trained on {data.source}: its tokens spell no text")
+    return load_tokenizer("bytes" if data.tokenizer == "bytes" else folder)
+
+
+def require_bytes(path: Path | str, why: str) -> None:
+    """Raises ValueError unless a checkpoint's model was trained on bytes."""
+    if not isinstance(tokenizer_of(path), ByteTokenizer):
+        raise ValueError(f"{str(path)!r} was trained on the tokens of a trained tokenizer: {why}")
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Copies a checkpoint's weights and buffers into `model`. Raises RuntimeError naming what does not fit."""
+    path = _tensors(folder, "model")
+    if path.is_file() and not _shared_out(model):
+        model.load_state_dict(load_file(path))
+        return
+    from ..distributed import checkpoint as parts
+
+    state = model.state_dict()
+    unexpected = parts.shapes(path).keys() - state.keys()
+    if unexpected:
+        raise RuntimeError(f"{path}: {sorted(unexpected)[0]!r} is no tensor of the model")
+    parts.read(path, state)
+
+
+def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
+    """Puts model, optimizer and random generators back to where they were.
+
+    Raises:
+        RuntimeError: they do not fit.
+        ValueError: a parameter was updated by another rule than the one it has now.
+    """
+    tensors = _read_moments(folder, model)
+    parameters, tables, state = dict(model.named_parameters()), named_tables(model), optimizer.state
+    _check_rules(folder, tensors, parameters, tables, optimizer)
+    load_model(folder, model)
+    for moments in state.values():
+        moments.clear()
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition(".")
+        if name in tables:
+            tables[name].store[moment].copy_(tensor)
+        else:
+            # AdamW counts its steps in float32 on the parameter's device; moments have the parameter's dtype
+            state[parameters[name]][moment] = tensor.to(parameters[name].device)
+    states = load_file(folder / "random.safetensors")
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _read_moments(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint keeps of the parameters, cut as they are."""
+    path = _tensors(folder, "optimizer")
+    if path.is_file() and not _shared_out(model):
+        return load_file(path)
+    from ..distributed import checkpoint as parts
+
+    tensors, parameters = {}, dict(model.named_parameters())
+    for key, shape in parts.shapes(path).items():
+        like = parameters.get(key.rpartition(".")[0])
+        whole = like is None or like.shape != shape  # AdamW's count of steps
+        tensors[key] = torch.zeros(shape) if whole else torch.zeros_like(like)  # type: ignore[arg-type]
+    parts.read(path, tensors)
+    return tensors
+
+
+def _tensors(folder: Path, name: str) -> Path:
+    """The file of whole tensors, or the folder of their parts."""
+    return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+
+
+def _shared_out(model: nn.Module) -> bool:
+    return any(type(parameter.data) is not Tensor for parameter in model.parameters())
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Any], world: World) -> None:
+    if world.size == 1:
+        _write(path.with_suffix(".safetensors"), lambda file: save_file(_contiguous(tensors), file))
+        return
+    from ..distributed import checkpoint as parts
+
+    parts.write(path, tensors)
+    if world.first:
+        _flush(path)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
+    state = optimizer.state
+    tensors = {
+        f"{name}.{moment}": tensor.contiguous()
+        for name, parameter in model.named_parameters()
+        for moment, tensor in state.get(parameter, {}).items()
+    }
+    for name, table in named_tables(model).items():
+        table.wait()
+        tensors |= {f"{name}.{column}": tensor for column, tensor in table.store.items() if column != "weight"}
+    return tensors
+
+
+def _check_rules(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    tables: Mapping[str, RowTable],
+    optimizer: Optimizers,
+) -> None:
+    """What a parameter's rule keeps is in the file whole, or (it never had a gradient) not at all."""
+    saved: dict[str, set[str]] = {}
+    for key in tensors:
+        name, _, moment = key.rpartition(".")
+        saved.setdefault(name, set()).add(moment)
+    for name, moments in saved.items():
+        if name in tables:
+            kept = frozenset(tables[name].store) - {"weight"}
+        elif name in parameters:
+            kept = optimizer.moments.get(parameters[name], frozenset())
+        else:
+            file = folder / "optimizer.safetensors"
+            raise RuntimeError(f"{file}: {name!r} of {sorted(moments)} is no parameter of the model")
+        if moments != kept:
+            raise ValueError(f"{str(folder)!r}: {name} was trained with {_rule_of(name, moments)}: go on with that")
+
+
+def _rule_of(name: str, moments: set[str]) -> str:
+    """The recipe's key under which a parameter has these moments."""
+    if ".engram." in f".{name}" and "table" in name:
+        if moments == {"exp_avg"}:
+            return "optim.engram_rule='balanced'"
+        return f"optim.engram_rule='adam' and optim.engram_rows={'touched' if 'updates' in moments else 'all'!r}"
+    if name in ("embed.weight", "head.weight"):
+        return f"optim.embedding_rule={'balanced' if moments == {'exp_avg'} else 'adamw'!r}"
+    return f"optim.rule={'muon' if moments == {'momentum'} else 'adamw'!r}"
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _contiguous(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    write(path)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

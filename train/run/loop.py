@@ -1,0 +1,429 @@
+"""The training loop: step after step as the schedule says, one line of metrics each; and what surrounds it.
+
+    DIR/run.json  metrics.jsonl  checkpoints/step-*/  curves.png  sample.txt
+
+A step depends on the weights, the optimizer's moments, the random generators, what the run remembers of its losses and
+its own number, nothing else: all of them are in a checkpoint, so on a CPU a run that was killed at any moment continues
+with the same bits (same machine, same number of threads).
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ...model import Transformer, generate
+from ..data.rows import Batch
+from ..data.source import open_source
+from ..data.tokenizers import ByteTokenizer, Tokenizer
+from ..distributed.shard import shard, split_by_mesh, whole_model
+from ..distributed.world import ALONE, Nowhere, ProcessLost, World, check, own_device, processes
+from ..optim import build_optimizer
+from ..recipe import Recipe, differences
+from . import checkpoint, metrics, provenance
+from .checkpoint import NOTHING, Progress
+from .diagnose import bad_weight, culprit
+from .observe import Blind, Observer
+from .progress import ProgressLine
+from .schedule import Phase, Schedule
+from .stability import Stability
+from .step import Experts, Outcome, Stepper
+from .tables import Tables, places
+from .tensorboard import TensorBoard
+
+SAMPLE = "sample.txt"
+
+
+class TrainingDiverged(FloatingPointError):
+    """A loss, a gradient norm, an evaluation or a weight that is not a finite number."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run reached: the source's scores, and those as lines for people; `cut`: by the clock."""
+
+    out: Path
+    checkpoint: Path
+    progress: Progress
+    steps: int
+    cut: bool
+    scores: dict[str, Any]
+    report: dict[str, str]
+    sample: str
+
+
+def train(
+    recipe: Recipe,
+    out: Path | str,
+    resume: Path | str | None = None,
+    stop_at: int | None = None,
+    shown: bool = True,
+    prepare: Callable[[Transformer], None] | None = None,
+) -> Summary:
+    """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
+
+    A run that was killed before its first checkpoint starts over when it is resumed.
+
+    `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there. `prepare` may
+    change the model as soon as it is built: an experiment's variant of it.
+
+    Raises:
+        FileExistsError: `out` holds a run and this is no resumption of it.
+        ValueError: the checkpoint's model is another one, or later checkpoints lie in `out`.
+        TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
+        ProcessLost: another process of the run ended or did not answer.
+    """
+    device, settings = choose_device(recipe.train.device), recipe.train
+    try:
+        with processes(device, settings.expert_parallel, settings.process_timeout) as world:
+            check(recipe, world)
+            out = world.agree(Path(out))
+            run = _run(recipe, out, _start(resume, out), shown, prepare, world)
+            try:
+                run.loop(stop_at or settings.steps)
+            finally:
+                run.close()
+            return run.finish()
+    except ProcessLost as lost:
+        found = checkpoint.checkpoints(Path(out))
+        last = f"{found[-1]}: go on with --resume {out}" if found else "none"
+        raise ProcessLost(f"{lost}. The last checkpoint is {last}") from lost
+
+
+def _start(resume: Path | str | None, out: Path) -> Path | None:
+    """The checkpoint to go on from; None for a new run, or for one in `out` that never had any."""
+    if resume is None:
+        return None
+    begun = Path(resume).resolve() == out.resolve() and (out / provenance.FILE).is_file()
+    if begun and not checkpoint.checkpoints(out):
+        (out / metrics.FILE).unlink(missing_ok=True)
+        return None
+    return checkpoint.find(resume)
+
+
+def _run(recipe: Recipe, out: Path, start: Path | None, shown: bool, prepare: Any, world: World) -> "Run":
+    """A run of the kind that the recipe asks for."""
+    if recipe.grpo is None:
+        return Run(recipe, out, start, shown, prepare, world)
+    from ..reason.loop import GrpoRun
+
+    return GrpoRun(recipe, out, start, shown, prepare)
+
+
+class Run:
+    """A training in progress: model, optimizer, data, files."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        resumed: Path | None,
+        shown: bool,
+        prepare: Callable[[Transformer], None] | None = None,
+        world: World = ALONE,
+    ):
+        self.recipe, self.out, self.saved, self.world = recipe, out, resumed, world
+        _check_folder(out, resumed)
+        if resumed:
+            _check_same_model(recipe, resumed)
+        self.device = own_device(choose_device(recipe.train.device), world.size)
+        self.dtype = getattr(torch, recipe.train.dtype)
+        self.source = open_source(recipe)
+        if resumed:
+            _check_same_tokenizer(self.source.tokenizer, resumed)
+        torch.manual_seed(recipe.train.seed)
+        with places(recipe, out):
+            self.model = Transformer(recipe.model).to(self.device)
+        if prepare:
+            prepare(self.model)
+        self.model.recompute = recipe.train.recompute
+        shard(self.model, world)
+        self.optimizer = split_by_mesh(build_optimizer(self.model, recipe.optim))
+        self.tables = Tables(self.model)
+        self.observer = Observer(self.model)
+        self.schedule = Schedule(recipe)
+        self.stepper = Stepper(self.model, self.optimizer, recipe, self.device, world)
+        self.stability = Stability(recipe.stability) if recipe.stability else None
+        self.progress = Progress()
+        if resumed:
+            self._restore(resumed)
+        elif recipe.train.init:
+            initial = checkpoint.find(recipe.train.init)
+            _check_same_model(recipe, initial)
+            checkpoint.load_model(initial, self.model)
+        self.model.attention_stage = self.schedule.last(self.progress.step).attention
+        self._open(resumed, shown)
+
+    def _restore(self, folder: Path) -> None:
+        self.progress = checkpoint.read_state(folder)[1]
+        checkpoint.restore(folder, self.model, self.optimizer)
+        if self.stability:
+            self.stability.load(checkpoint.read_memory(folder))
+
+    def _open(self, resumed: Path | None, shown: bool) -> None:
+        step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
+        self.world.barrier()  # every process has looked at the folder as it was
+        if self.world.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            checkpoint.tidy(self.out, self.recipe.train.keep)
+            provenance.write(
+                self.out, self.recipe, self.source, self.device, parameters, step, processes=self.world.size
+            )
+        self._open_metrics(resumed.parents[1] if resumed else None)
+        steps, every = self.recipe.train.steps, self.recipe.train.log_every
+        in_bytes = isinstance(self.source.tokenizer, ByteTokenizer)
+        self.line = ProgressLine(step, steps, every, shown, in_bytes) if self.world.first else Nowhere()
+        if shown:
+            start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
+            where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
+            self.line.say(f"{self.recipe.name}: {parameters:,} parameters on {where}, from {start}")
+            self.line.say(self.source.describe())
+        self.began = time.perf_counter() - self.progress.seconds
+        self.scores: dict[str, Any] = {}
+        self.cut = False
+
+    def _open_metrics(self, source: Path | None = None) -> None:
+        """To be gone on with behind the present step."""
+        step, first = self.progress.step, self.world.first
+        self.metrics = metrics.MetricsFile(self.out, step, source) if first else Nowhere()
+        self.board = TensorBoard(self.out, step) if first and self.recipe.train.tensorboard else None
+
+    def loop(self, stop: int) -> None:
+        """Steps until `stop` or until the clock says so; evaluates and saves on the way and at the end."""
+        steps, minutes = self.recipe.train.steps, self.recipe.train.minutes
+        if self.stability and not checkpoint.checkpoints(self.out):
+            self.save()
+        while self.progress.step < stop and not self.cut:
+            record = self.step()
+            if record is None:
+                continue
+            step = self.progress.step
+            self.cut = step < stop and bool(minutes) and self.world.agree(self.seconds()) >= 60 * minutes
+            last = self.cut or step == stop
+            if step == steps or self.cut or _due(step, self.recipe.train.eval_every):
+                record |= self.evaluate()
+                self.line.report(step, self.source.report(self.scores))
+            self.metrics.write(record)
+            if self.board:
+                self.board.write(record)
+            self.line.step(record)
+            if last or _due(step, self.recipe.train.checkpoint_every):
+                self.save()
+        if self.cut:
+            self.line.say(
+                f"stopped by train.minutes={minutes:g} after step {self.progress.step} of {steps}: the learning rate"
+                " had not fallen to its end; lower train.steps or raise train.minutes"
+            )
+
+    def step(self) -> dict[str, Any] | None:
+        """One optimizer step and its record; None if its loss was a spike and the run went back."""
+        began, number = time.perf_counter(), self.progress.step
+        phase, experts = self.schedule.phase(number), self._experts(number)
+        chosen = time.perf_counter() - began
+        batch = self.batch(number)
+        self.tables.begin(number, self.batch)
+        look = self.observer if _due(number + 1, self.recipe.train.observe_every) else Blind()
+        done = self.stepper.gradients(phase, batch, experts, look)
+        self._check_finite(
+            number + 1,
+            {**done.losses, "grad_norm": done.norm},
+            lambda: culprit(self.model, lambda: self.stepper.look_again(batch, experts), self.world),
+        )
+        if self._is_spike(phase, done):
+            self._go_back(number, done.losses["lm"])
+            return None
+        self.stepper.update(phase, look)
+        self.tables.end()
+        self.progress = Progress(number + 1, self.progress.tokens + done.tokens, self.seconds())
+        speed = done.tokens / (time.perf_counter() - began)
+        ahead = {} if experts is None else {"anticipatory": 1, "anticipation_seconds": round(chosen, 4)}
+        return {**self._record(phase, done, speed), **look.record, **ahead}
+
+    def batch(self, number: int) -> Batch:
+        """This process' part of the batch of step `number` (from 0), on the host."""
+        phase = self.schedule.phase(number)
+        return self.source.batch(self.world.share(phase.rows), phase.length, phase.stage)
+
+    def _record(self, phase: Phase, done: Outcome, speed: float) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "seconds": round(self.progress.seconds, 3),
+            **done.losses,
+            "lr": phase.lr,
+            "grad_norm": done.norm,
+            **metrics.model_record(done.metrics),
+            "tokens_per_second": round(speed, 1),
+            "peak_memory_gib": round(metrics.peak_memory_gib(self.device), 4),
+        }
+        if self.recipe.stages or self.recipe.schedule.batch_ramp_steps:
+            rows, length = len(phase.rows), phase.length
+            record |= {"stage": phase.stage, "attention": phase.attention, "rows": rows, "length": length}
+        back = self.stability.watch.gone_back_to(phase.step) if self.stability else []
+        return {**record, "went_back": back} if back else record
+
+    def _experts(self, number: int) -> list[Experts] | None:
+        """Those chosen ahead for a step with anticipatory routing, one set for each of its passes."""
+        if self.stability is None:
+            return None
+        return self.stability.experts(
+            number, lambda step: self.stepper.experts(self.schedule.phase(step), self.batch(step))
+        )
+
+    def _is_spike(self, phase: Phase, done: Outcome) -> bool:
+        if self.stability is None or phase.indexer_only:
+            return False
+        return self.stability.watch.sees(phase.step, phase.stage, done.losses["lm"])
+
+    def _go_back(self, number: int, loss: float) -> None:
+        """Drops step `number` and goes on from the newest checkpoint before it."""
+        assert self.stability is not None
+        self.stepper.forget()
+        self.tables.end()
+        now, seconds = self.stability.watch, self.seconds()
+        folder = checkpoint.go_back(self.out, number)
+        self._restore(folder)
+        self.stability.watch = now.went_back(number, loss, self.progress.step, self.stability.watch)
+        self.progress = Progress(self.progress.step, self.progress.tokens, seconds)
+        self.saved, self.tables = folder, Tables(self.model)
+        self.close_metrics()
+        self._open_metrics()
+        spike, until = self.stability.watch.spikes[-1], self.stability.watch.until
+        self.line.say(
+            f"step {spike.step}: loss {loss:.3f} is a spike (median {spike.median:.3f}, limit {spike.limit:.3f});"
+            f" back to step {spike.to}, experts by earlier weights until step {until}"
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        """The source's scores of the model as it is now."""
+        scores = self.source.evaluate(whole_model(self.model, self.world), self.dtype)
+        self._check_finite(self.progress.step, {k: v for k, v in scores.items() if isinstance(v, float)})
+        self.scores = scores
+        return scores
+
+    def save(self) -> Path:
+        """A checkpoint of the run as it is; never one of weights that are not finite."""
+        weight = self.world.heard(bad_weight(self.model))
+        if weight:
+            self._stop(f"after step {self.progress.step}: {weight} holds numbers that are not finite;")
+        self.metrics.sync()
+        self.progress = Progress(self.progress.step, self.progress.tokens, self.seconds())
+        keep = self.recipe.train.keep
+        memory = self.stability.memory() if self.stability else NOTHING
+        self.saved = checkpoint.save(
+            *(self.out, self.model, self.optimizer, self.recipe, self.progress, keep, self.world, memory),
+            tokenizer=self.source.tokenizer,
+        )
+        return self.saved
+
+    def finish(self) -> Summary:
+        """The summary, with a sample; evaluates and saves if the loop had nothing left to do."""
+        if not self.scores:
+            self.evaluate()
+        saved = self.saved or self.save()
+        sample = self.sample()
+        if sample:
+            (self.out / SAMPLE).write_text(sample, "utf-8")
+        steps, report = self.recipe.train.steps, self.source.report(self.scores)
+        return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample)
+
+    def sample(self) -> str:
+        """Text that the model writes on from the recipe's prompt (temperature 0.8, top-p 0.95)."""
+        count, prompt = self.recipe.train.sample_tokens, self.recipe.train.sample_prompt
+        tokenizer = self.source.tokenizer
+        if not count or tokenizer is None:
+            return ""
+        model = whole_model(self.model, self.world).eval()
+        if not self.world.first:
+            return ""
+        ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]], device=self.device)
+        seed = self.recipe.train.seed
+        written = generate(model, ids, max_new_tokens=count, temperature=0.8, top_p=0.95, seed=seed)
+        return prompt + tokenizer.decode(int(token) for token in written)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def close(self) -> None:
+        self.line.close()
+        self.close_metrics()
+
+    def close_metrics(self) -> None:
+        self.metrics.close()
+        if self.board:
+            self.board.close()
+
+    def _check_finite(self, step: int, numbers: dict[str, float], cause: Callable[[], str] | None = None) -> None:
+        """`cause()` says what else is known of a number that is not."""
+        if all(map(math.isfinite, numbers.values())):
+            return
+        listed = ", ".join(f"{name}={value:g}" for name, value in numbers.items())
+        known = f" {cause()};" if cause else ""
+        self._stop(f"step {step}: not every number is finite ({listed});{known}")
+
+    def _stop(self, why: str) -> NoReturn:
+        last = checkpoint.checkpoints(self.out)
+        raise TrainingDiverged(
+            f"{why} training stopped before it could spread. The last checkpoint is {last[-1] if last else 'none'};"
+            " try a lower optim.lr or more optim.warmup_steps"
+        )
+
+
+def load_trained(path: Path | str, device: str = "auto") -> tuple[Transformer, Recipe]:
+    """The model of a checkpoint (or of a run's newest), ready for inference, and its recipe."""
+    folder = checkpoint.find(path)
+    recipe, progress = checkpoint.read_state(folder)
+    with places(recipe, None):
+        model = Transformer(recipe.model).to(choose_device(device))
+    checkpoint.load_model(folder, model)
+    model.attention_stage = Schedule(recipe).last(progress.step).attention
+    return model.eval(), recipe
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is a device. Raises ValueError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"train.device={name!r}: allowed are auto, cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"train.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _check_folder(out: Path, resumed: Path | None) -> None:
+    """A folder takes one run: a new one, or the continuation of its own newest checkpoint."""
+    if resumed is None or resumed.resolve().parents[1] != out.resolve():
+        if (out / metrics.FILE).exists() or checkpoint.checkpoints(out):
+            raise FileExistsError(
+                f"{str(out)!r} already holds a run: resume it (--resume {out}) or choose another --out"
+            )
+    elif checkpoint.find(out).name != resumed.name:
+        newest = checkpoint.find(out).name
+        raise ValueError(f"{str(out)!r} holds a later checkpoint ({newest}): resume from that, or choose another --out")
+
+
+def _check_same_model(recipe: Recipe, resumed: Path) -> None:
+    changed = [text for text in differences(checkpoint.read_state(resumed)[0], recipe) if text.startswith("model.")]
+    if changed:
+        raise ValueError(f"{str(resumed)!r} is a checkpoint of another model: {'; '.join(changed)}")
+
+
+def _check_same_tokenizer(tokenizer: Tokenizer | None, resumed: Path) -> None:
+    if tokenizer and tokenizer.digest != checkpoint.tokenizer_of(resumed).digest:
+        raise ValueError(
+            f"data.tokenizer={tokenizer.name!r} is not the tokenizer of {str(resumed)!r}: go on with its own"
+            f" (data.tokenizer={str(resumed)!r})"
+        )

@@ -1,0 +1,97 @@
+"""run.json: what made a run, so that it can be made again: recipe, data, source, versions, machine."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.source import Source
+from ..recipe import Recipe
+
+FILE = "run.json"
+PACKAGES = ("torch", "numpy", "safetensors", "einops", "triton")
+
+
+def write(
+    folder: Path, recipe: Recipe, data: Source, device: torch.device, parameters: int, step: int, processes: int = 1
+) -> None:
+    """Writes run.json, or adds this start to the `starts` of the one that is there (a resumed run)."""
+    path = folder / FILE
+    earlier = json.loads(path.read_text("utf-8"))["starts"] if path.is_file() else []
+    start = {
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "recipe": recipe.to_dict(),
+        "parameters": parameters,
+        "data": {"digest": data.digest, "contents": data.describe()},
+        "source": source(),
+        "versions": versions(),
+        "machine": machine(device),
+        "processes": processes,
+    }
+    writing = folder / f".{FILE}"
+    writing.write_text(json.dumps({"starts": [*earlier, start]}, indent=1) + "\n", "utf-8")
+    os.replace(writing, path)
+
+
+def recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of the latest start of the run in that folder, None if there is no run."""
+    path = folder / FILE
+    return json.loads(path.read_text("utf-8"))["starts"][-1]["recipe"] if path.is_file() else None
+
+
+def source() -> dict[str, Any]:
+    """A digest of the package's Python files, and the commit if they lie in a git checkout."""
+    package = Path(__file__).resolve().parents[2]
+    sha = hashlib.sha256()
+    for folder in ("kernels", "model", "train"):
+        for path in sorted((package / folder).rglob("*.py")):
+            sha.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    commit = _git(package, "rev-parse", "HEAD")
+    dirty = bool(_git(package, "status", "--porcelain", "--untracked-files=no")) if commit else None
+    return {"digest": sha.hexdigest(), "commit": commit, "uncommitted_changes": dirty}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": str(device), "name": name, "system": platform.platform(), "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    """The CPU's model where Linux tells it, else its architecture."""
+    try:
+        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        told = None
+    return told[1] if told else platform.processor() or platform.machine()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Git's answer, or None where the package does not lie in a checkout of its own or git is not there."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,139 @@
+"""One optimizer step: passes forward and backward, clipping, update, router biases.
+
+    gradients     of all passes of the step, each with its share, by given experts where routing is anticipatory
+    update        clipped before; optimizer, router biases
+
+Between the two the caller may look at losses and norm, and drop the step (`forget`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...model import Transformer
+from ...model.routing import record_routing, replay_routing
+from ..data.rows import IGNORED, Batch
+from ..distributed.shard import add_loads, clip_gradients
+from ..distributed.world import ALONE, World
+from ..optim import Optimizers, set_learning_rate
+from ..recipe import Recipe
+from .accumulate import Pass, mean_metrics, micro_batches, passes, summed
+from .observe import Blind, Observer
+from .schedule import Phase
+
+Experts = dict[int, Tensor]  # of a pass: layer -> int64 [n, k]
+BLIND = Blind()
+
+
+class Outcome(NamedTuple):
+    """What the passes of a step gave."""
+
+    losses: dict[str, float]  # "loss", what is learnt from, and its unweighted parts
+    norm: float  # of the gradient, before clipping
+    tokens: int  # targets
+    metrics: dict[str, Tensor]
+
+
+class Stepper:
+    """Model and optimizer, one step after another; in each process of `world` with a share of the step's rows."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: Optimizers,
+        recipe: Recipe,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        self.model, self.optimizer, self.recipe, self.device, self.world = model, optimizer, recipe, device, world
+        self.dtype = getattr(torch, recipe.train.dtype)
+
+    def gradients(
+        self, phase: Phase, batch: Batch, experts: Sequence[Experts] | None = None, look: Observer | Blind = BLIND
+    ) -> Outcome:
+        """Forward and backward over `batch`, on the host; gradients are clipped then.
+
+        experts: for each pass, those to take instead of choosing.
+        """
+        self.model.train()
+        self.model.attention_stage = phase.attention
+        parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch, self.world.total)
+        losses, measured = [], []
+        with only_indexers(self.model) if phase.indexer_only else nullcontext():
+            for part, chosen in zip(parts, experts or [{}] * len(parts), strict=True):
+                with self._taking(chosen):
+                    found, metrics = self._pass(phase, part, look)
+                losses.append(found)
+                measured.append(metrics)
+        look.gradients()
+        norm = clip_gradients(self.model, self.recipe.optim.grad_clip, self.world)
+        rows = [len(part.batch.ids) for part in parts]
+        tokens = int(self.world.total((batch.targets != IGNORED).sum()))
+        metrics = {name: self.world.mean(values) for name, values in mean_metrics(measured, rows).items()}
+        return Outcome(summed(losses, self.world.total), norm, tokens, metrics)
+
+    def update(self, phase: Phase, look: Observer | Blind = BLIND) -> None:
+        """The optimizer's step with the gradients as they are, and the router biases'."""
+        set_learning_rate(self.optimizer, phase.lr)
+        with look.updating():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        add_loads(self.model, self.world)
+        self.model.update_router_bias(phase.bias_speed)
+
+    def forget(self) -> None:
+        """Drops the gradients and loads of a step that is not made."""
+        self.optimizer.zero_grad()
+        for block in (*self.model.layers, *self.model.mtp):
+            block.ffn.gate.counts = None
+
+    @torch.no_grad()
+    def experts(self, phase: Phase, batch: Batch) -> list[Experts]:
+        """Those that the weights as they are choose in the passes of a step."""
+        self.model.eval()
+        self.model.attention_stage = phase.attention
+        chosen = []
+        for part in micro_batches(batch, self.recipe.train.micro_batch):
+            with record_routing(self.model) as routes:
+                self._forward(part)
+            chosen.append({layer: taken[0] for layer, taken in routes.items()})
+        return chosen
+
+    def look_again(self, batch: Batch, experts: Sequence[Experts] | None = None) -> None:
+        """The forward passes of a step once more, for those who watch the model."""
+        parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch)
+        for part, chosen in zip(parts, experts or [{}] * len(parts), strict=True):
+            with self._taking(chosen):
+                self._forward(part.batch, shares=part.shares)
+
+    def _taking(self, chosen: Experts) -> AbstractContextManager[None]:
+        """Passes within take these experts, which a checkpoint has given back on the host."""
+        return replay_routing(self.model, {layer: experts.to(self.device) for layer, experts in chosen.items()})
+
+    def _pass(self, phase: Phase, part: Pass, look: Observer | Blind) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with look.watching():
+            out = self._forward(part.batch, shares=part.shares)
+        loss = sum(phase.weights[name] * value for name, value in out.losses.items() if name in phase.weights)
+        loss.backward()
+        return {"loss": loss, **out.losses}, out.metrics
+
+    def _forward(self, batch: Batch, **options: Any) -> Any:
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(batch.ids, targets=batch.targets, documents=batch.documents, **options)
+
+
+@contextmanager
+def only_indexers(model: nn.Module) -> Iterator[None]:
+    """Passes within give gradients to the indexers alone, and keep nothing for others."""
+    others = [p for name, p in model.named_parameters() if ".indexer." not in name and p.requires_grad]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Speaking with a model: in the terminal and over HTTP."""

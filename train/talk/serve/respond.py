@@ -1,0 +1,117 @@
+"""From a job to its response: whole, or a stream of server-sent events; and a line in the log when it is over.
+
+A client that goes away takes its job along, whether it waits, runs or is being sent.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from ..dialogue import Answer
+from .errors import ApiError
+from .prepare import Work
+from .replies import usage
+from .worker import Job, Worker
+
+log = logging.getLogger("abyssal.serve")
+
+CLIENT_GONE = 499  # a status that nobody reads
+
+
+async def respond(request: Request, worker: Worker, work: Work, deadline: float) -> Response:
+    """Queues the work and answers. Raises ApiError where there is no room, and where a whole answer fails."""
+    job = Job(work.reply.id, work.steps)
+    worker.submit(job)
+    return await _Exchange(request, worker, work, job, deadline).response()
+
+
+class _Exchange:
+    """One request's job and what is said to its client."""
+
+    def __init__(self, request: Request, worker: Worker, work: Work, job: Job, deadline: float) -> None:
+        self.request, self.worker, self.work, self.job, self.deadline = request, worker, work, job, deadline
+        self.answers: list[Answer] = []
+        self.outcome = "client gone"
+
+    async def response(self) -> Response:
+        if self.work.stream:
+            headers = {"Cache-Control": "no-cache"}
+            return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
+        return await self._whole()
+
+    async def _whole(self) -> Response:
+        with self._recorded():
+            collected, gone = asyncio.ensure_future(self._collect()), asyncio.ensure_future(self._gone())
+            try:
+                await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not collected.done():
+                    return Response(status_code=CLIENT_GONE)
+                await collected
+            finally:
+                collected.cancel()
+                gone.cancel()
+            self._finished()
+        return JSONResponse(self.work.reply.whole(self.work.prompt_tokens, self.answers))
+
+    async def _collect(self) -> None:
+        async for items in self.job.items(self.deadline):
+            self.answers += [item for _, item in items if isinstance(item, Answer)]
+
+    async def _gone(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def _events(self) -> AsyncIterator[str]:
+        """Chunks as events. What goes wrong once the stream has begun is an event too."""
+        try:
+            with self._recorded():
+                async for chunk in self._chunks():
+                    yield _event(chunk)
+        except ApiError as error:
+            yield _event(error.body())
+        yield "data: [DONE]\n\n"
+
+    async def _chunks(self) -> AsyncIterator[dict]:
+        reply, begun = self.work.reply, -1
+        async for items in self.job.items(self.deadline):
+            for i, item in items:
+                for chunk in reply.opening(i) if i > begun else []:
+                    yield chunk
+                begun = i
+                if not isinstance(item, Answer):
+                    yield reply.piece(i, item)
+                    continue
+                self.answers.append(item)
+                for chunk in reply.closing(i, item):
+                    yield chunk
+        self._finished()
+        if self.work.usage:
+            yield reply.chunk(counts=usage(self.work.prompt_tokens, self.answers))
+
+    def _finished(self) -> None:
+        self.outcome = ", ".join(answer.finish_reason for answer in self.answers)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Frees the job's place however this ends, and writes how it did."""
+        try:
+            yield
+        except ApiError as error:
+            self.outcome = str(error.code)
+            raise
+        finally:
+            self.worker.cancel(self.job)
+            begun = self.job.begun or time.monotonic()
+            waited, ran = begun - self.job.arrived, time.monotonic() - begun
+            counts = f"{self.work.prompt_tokens} + {sum(answer.tokens for answer in self.answers)} tokens"
+            log.info("%s %s · %s · waited %.2f s, ran %.2f s", self.job.name, self.outcome, counts, waited, ran)
+
+
+def _event(value: dict) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

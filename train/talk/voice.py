@@ -1,0 +1,91 @@
+"""A model together with the tokenizer that it was trained with: what can be talked to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.tokenizers import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from ...model import Transformer
+
+CONTEXT = 32_768  # tokens of a conversation, unless the model has fewer or the user asks for another number
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model with its tokenizer, and the most tokens that a conversation may have."""
+
+    model: "Transformer"
+    tokenizer: Tokenizer
+    name: str
+    context: int
+
+    def check_chat(self) -> None:
+        """Raises ValueError if the model's vocabulary has no room for the chat format's special tokens."""
+        vocabulary, needed = self.model.config.vocab_size, max(self.tokenizer.special.values()) + 1
+        if vocabulary < needed:
+            raise ValueError(
+                f"{self.name}: its vocabulary of {vocabulary} has no room for the chat format's special tokens; "
+                f"train with model.vocab_size={self.tokenizer.vocab_size}"
+            )
+
+
+def open_voice(
+    path: Path, tokenizer: str | None = None, context: int | None = None, device: str = "auto", name: str | None = None
+) -> Voice:
+    """The model of a run, of a checkpoint, or of a folder with config.json and safetensors, ready to speak.
+
+    Args:
+        tokenizer: "bytes" or a path; None = the run's, or the folder's tokenizer.json.
+        context: tokens of a conversation; None = as many as the model has positions, at most `CONTEXT`.
+        name: None = the folder's.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it that says which tokenizer to take.
+        ValueError: a context or a device that the model cannot have, a tokenizer that does not fit it, a run whose
+            tokens are no text.
+    """
+    from ...model import load_pretrained
+    from ..run import checkpoint
+    from ..run.loop import choose_device, load_trained
+
+    if (path / "config.json").is_file():
+        if tokenizer is None and not (path / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{str(path)!r} has no tokenizer.json: say which tokenizer to take (--tokenizer)")
+        model = load_pretrained(path, device=choose_device(device)).eval()
+        return _voice(model, load_tokenizer(tokenizer or path), name or path.resolve().name, context)
+    model, _ = load_trained(path, device)
+    tokens = checkpoint.tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
+    return _voice(model, tokens, name or checkpoint.find(path).resolve().parents[1].name, context)
+
+
+def random_voice(
+    preset: str, context: int | None = None, device: str = "auto", name: str | None = None, seed: int = 0
+) -> Voice:
+    """A shipped configuration with random weights and tokens of bytes: it writes nonsense, in the right form."""
+    import torch
+
+    from ...model import ModelConfig, Transformer
+    from ..run.loop import choose_device
+
+    tokens = load_tokenizer("bytes")
+    special = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+    shipped = ModelConfig.load(preset).to_dict()
+    config = ModelConfig.from_dict({**shipped, **special, "vocab_size": tokens.vocab_size})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Transformer(config).to(choose_device(device)).eval()
+    return _voice(model, tokens, name or f"{preset}-random", context)
+
+
+def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int | None) -> Voice:
+    longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if context is not None and not 2 <= context <= longest:
+        raise ValueError(f"context={context}: allowed are 2 to the model's max_position_embeddings={longest}")
+    if tokenizer.eos >= vocabulary:
+        raise ValueError(
+            f"tokenizer={tokenizer.name!r} has {tokenizer.bos} tokens of text and eos {tokenizer.eos}: {name} has a "
+            f"vocabulary of {vocabulary}"
+        )
+    return Voice(model, tokenizer, name, context or min(longest, CONTEXT))
