@@ -29,9 +29,9 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 (what an optimizer imports first: not again in each fork)
 from safetensors.torch import load_file  # noqa: E402
 
-from abyssal.train import checkpoint, loop, metrics  # noqa: E402
-from abyssal.train.data import Batch  # noqa: E402
+from abyssal.train.data.rows import Batch  # noqa: E402
 from abyssal.train.recipe import Recipe, load_recipe  # noqa: E402
+from abyssal.train.run import checkpoint, loop, metrics  # noqa: E402
 
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib", "anticipation_seconds"}
 SENTENCE = "the stream of tokens runs through windows and compressed entries while experts are chosen by score"

@@ -1,4 +1,4 @@
-"""`abyssal eval constrained`: what it prints and refuses; what comes out is judged in tests/model/text/test_constrain.py."""
+"""`abyssal eval constrained`: what it prints and refuses; what comes out is judged in test_constrain.py."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from abyssal.train.cli import main
 from abyssal.train.evaluate.constrained import Report, json_tasks, open_model, run, tool_tasks
-from abyssal.train.evaluate.constrained_schemas import SCHEMAS, TOOLS
+from abyssal.train.evaluate.constrained import SCHEMAS, TOOLS
 
 pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")
