@@ -1,10 +1,15 @@
-"""Linear cross-entropy in plain PyTorch; see the package for the equations and the axis letters."""
+"""Linear cross-entropy in PyTorch, an engine: one chunk of logits at a time, from which the gradients are made at once.
+
+n tokens · v vocabulary · d width · c tokens of a chunk
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..precision import accumulation, tracked, without_autocast
 
 LOGITS = 2**18  # of a chunk on a CPU: 1 MiB of fp32, so that the passes over them stay in the cache
 
@@ -23,8 +28,8 @@ def cross_entropy(
     rows = (targets != ignore_index).nonzero().squeeze(1)
     share = 1 / max(len(rows), 1) if reduction == "mean" else 1.0
     chunk = chunk or _chunk(weight)
-    with torch.autocast(x.device.type, enabled=False):
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    with without_autocast(x):
+        if tracked(x, weight):
             return _LinearCrossEntropy.apply(x, weight, targets, rows, z_loss, share, chunk)
         return _total(x, weight, targets, rows, z_loss, chunk) * share
 
@@ -37,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, z_loss: float, share: float, chunk: int
     ) -> Tensor:
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=_wide(x, weight)) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight, dtype=_accumulation(x, weight)) if ctx.needs_input_grad[1] else None
         total = _total(x, weight, targets, rows, z_loss, chunk, dx, dw)
         ctx.share, ctx.dtype = share, weight.dtype
         ctx.save_for_backward(dx, dw)
@@ -64,12 +69,12 @@ def _total(
     dw: Tensor | None = None,
 ) -> Tensor:
     """The loss summed over `rows`; its gradients are written to dx and added to dw where given."""
-    wide = _wide(x, weight)
-    w = weight.to(wide)
-    place = x.new_empty(min(chunk, len(rows)), len(weight), dtype=wide)  # of every chunk's logits in turn
+    dtype = _accumulation(x, weight)
+    w = weight.to(dtype)
+    place = x.new_empty(min(chunk, len(rows)), len(weight), dtype=dtype)  # of every chunk's logits in turn
     total = x.new_zeros((), dtype=torch.float64)
     for part in rows.split(chunk):
-        xs, target = x.index_select(0, part).to(wide), targets[part].unsqueeze(1)
+        xs, target = x.index_select(0, part).to(dtype), targets[part].unsqueeze(1)
         logits = torch.mm(xs, w.T, out=place[: len(part)])  # [c, v]; becomes the exponentials, then the gradient
         top = logits.amax(-1, keepdim=True)
         picked = logits.sub_(top).gather(1, target)
@@ -84,11 +89,11 @@ def _total(
             dx[part] = (logits @ w).to(dx.dtype)
         if dw is not None:
             dw.addmm_(logits.T, xs)
-    return total.to(wide)
+    return total.to(dtype)
 
 
-def _wide(x: Tensor, weight: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
+def _accumulation(x: Tensor, weight: Tensor) -> torch.dtype:
+    return torch.promote_types(accumulation(x), accumulation(weight))
 
 
 def _chunk(weight: Tensor) -> int:
