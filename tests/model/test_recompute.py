@@ -9,6 +9,7 @@ from torch import nn
 from abyssal.model import Transformer
 from abyssal.train.recipe import load_recipe
 from abyssal.train.run.loop import Run
+from abyssal.train.start import open_source
 
 
 def whole(recompute: int, documents: torch.Tensor | None = None) -> tuple[Transformer, list[torch.Tensor]]:
@@ -92,7 +93,7 @@ def test_nothing_is_remembered_where_nothing_is_learned():
 
 def test_the_recipe_has_a_key_for_it(tmp_path):
     recipe = load_recipe("nano", ["train.recompute=2"])
-    run = Run(recipe, tmp_path / "run", None, shown=False)
+    run = Run(recipe, open_source(recipe), tmp_path / "run", None, shown=False)
     run.close()
     assert run.model.recompute == 2
     with pytest.raises(ValueError, match=r"train\.recompute=-1"):

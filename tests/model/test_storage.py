@@ -376,10 +376,10 @@ def test_generation(single):
 def test_the_command_passes_it_on(single, monkeypatch, capsys):
     from abyssal.train import cli
     from abyssal.train.data.tokenizers import ByteTokenizer
-    from abyssal.train.run import checkpoint, loop
+    from abyssal.train.run import checkpoint, load
 
     made, original = [], Transformer.new_cache
-    monkeypatch.setattr(loop, "load_trained", lambda _: (single, None))
+    monkeypatch.setattr(load, "load_trained", lambda _: (single, None))
     monkeypatch.setattr(checkpoint, "tokenizer_of", lambda _: ByteTokenizer())
     monkeypatch.setattr(Transformer, "new_cache", lambda *args, **kw: made.append(original(*args, **kw)) or made[-1])
     for words in ([], ["--storage", "released"]):

@@ -29,9 +29,10 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 (what an optimizer imports first: not again in each fork)
 from safetensors.torch import load_file  # noqa: E402
 
+from abyssal.train import start  # noqa: E402
 from abyssal.train.data.rows import Batch  # noqa: E402
 from abyssal.train.recipe import Recipe, load_recipe  # noqa: E402
-from abyssal.train.run import checkpoint, loop, metrics  # noqa: E402
+from abyssal.train.run import checkpoint, metrics  # noqa: E402
 
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib", "anticipation_seconds"}
 SENTENCE = "the stream of tokens runs through windows and compressed entries while experts are chosen by score"
@@ -74,7 +75,7 @@ def make_recipe(texts: Path) -> Recipe:
 
 def poison_sources() -> None:
     """Makes training read targets that nothing predicts in some rows of the last stage."""
-    whole = loop.open_source
+    whole = start.open_source
 
     def open_source(recipe: Recipe):
         source = whole(recipe)
@@ -89,7 +90,7 @@ def poison_sources() -> None:
         source.batch = poisoned
         return source
 
-    loop.open_source = open_source
+    start.open_source = open_source
 
 
 def attempt(recipe: Recipe, out: Path, lifetime: float | None, writing: bool = False) -> bool:
@@ -101,7 +102,7 @@ def attempt(recipe: Recipe, out: Path, lifetime: float | None, writing: bool = F
         status = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            loop.train(recipe, out, resume=out if (out / "run.json").is_file() else None, shown=False)
+            start.train(recipe, out, resume=out if (out / "run.json").is_file() else None, shown=False)
             status = 0
         finally:
             os._exit(status)

@@ -55,7 +55,7 @@ def spoiled(model: torch.nn.Module) -> None:
 def training(recipe: dict[str, Any], out: Path, **options: Any) -> float:
     """A run of that recipe; its held-out score."""
     from abyssal.train.recipe import Recipe
-    from abyssal.train.run.loop import train
+    from abyssal.train.start import train
 
     return train(Recipe.from_dict(recipe), out, shown=False, **options).scores["held_out"]
 

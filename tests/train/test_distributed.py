@@ -20,7 +20,8 @@ import abyssal
 from abyssal.train.distributed.world import World, check
 from abyssal.train.recipe import Recipe
 from abyssal.train.run import checkpoint, metrics
-from abyssal.train.run.loop import load_trained, train
+from abyssal.train.run.load import load_trained
+from abyssal.train.start import train
 
 CASES = {
     "experts": (torch.float32, None, (19, 5)),
@@ -184,7 +185,7 @@ def test_two_processes_are_one(done, alone, pair, name):
 
 def test_the_processes_had_different_counts(recipe_of):
     """Else a mean of means would pass."""
-    from abyssal.train.data.source import open_source
+    from abyssal.train.start import open_source
 
     batch = open_source(recipe_of("adamw")).batch(range(4), 48)
     counts = (batch.targets != -100).sum(1)

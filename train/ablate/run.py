@@ -24,8 +24,8 @@ from filelock import FileLock
 
 from ...model import Transformer
 from ..run import checkpoint, metrics, provenance
-from ..run.loop import train
 from ..run.tables import places
+from ..start import train
 from .measures import curves, measure
 from .probes import PROBES
 from .progress import Progress

@@ -17,9 +17,10 @@ def _eval(options: argparse.Namespace) -> None:
 
     import torch
 
-    from ..data.source import TextSource, open_source
+    from ..data.source import TextSource
     from ..run.checkpoint import find, tokenizer_of
-    from ..run.loop import load_trained
+    from ..run.load import load_trained
+    from ..start import open_source
 
     tokenizer_of(options.checkpoint)  # a model that spells no text is an error before its weights are read
     model, recipe = load_trained(options.checkpoint)

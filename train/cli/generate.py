@@ -30,7 +30,7 @@ def _generate(options: argparse.Namespace) -> None:
     from ...model import generate
     from ...model.generation.generate import Generation
     from ..run.checkpoint import tokenizer_of
-    from ..run.loop import load_trained
+    from ..run.load import load_trained
 
     if "" in options.stop:
         raise ValueError("stop='': at least one character is needed")

@@ -23,7 +23,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> None:
     from ..distributed.world import first_process
     from ..run import provenance
-    from ..run.loop import train
+    from ..start import train
 
     recipe, out = _recipe_and_folder(options)
     try:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..recipe import DataConfig, Recipe, check_vocabulary
 from .bits import bits_per_byte, trigram_bits_per_byte
-from .corpus import Corpus, load_corpus
+from .corpus import Corpus
 from .mapped import tokenised, trained_tokenizer
 from .rows import Batch, held_out, train_rows
 from .tokenizers import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer
@@ -94,25 +94,6 @@ class TextSource:
             "held-out bits per byte": f"{scores['held_out']:.4f}",
             "trigram, same bytes": f"{scores['trigram']:.4f}   ({compared})",
         }
-
-
-def open_source(recipe: Recipe) -> Source:
-    """The source that a recipe names.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: its tokens do not fit into the model's vocabulary.
-    """
-    if recipe.reason is not None:
-        from ..reason.source import ReasonSource
-
-        return ReasonSource(recipe)
-    if recipe.data.source.startswith("planted:"):
-        from .planted.source import open_planted
-
-        return open_planted(recipe)
-    data = recipe.data
-    return TextSource(load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data)), recipe)
 
 
 def maps(data: DataConfig) -> bool:

@@ -109,6 +109,21 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is a device. Raises ValueError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"train.device={name!r}: allowed are auto, cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"train.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
 def own_device(device: torch.device, size: int) -> torch.device:
     """The CUDA device of this process of several on a machine, where one of no number was asked for."""
     if size == 1 or device.type != "cuda" or device.index is not None:

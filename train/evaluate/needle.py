@@ -246,7 +246,7 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     """
     from ..data.corpus import load_corpus
     from ..run import checkpoint as checkpoints
-    from ..run.loop import load_trained
+    from ..run.load import load_trained
 
     checkpoints.require_bytes(checkpoint, "a needle is planted in bytes")
     asked = numbers("lengths", lengths, int), numbers("depths", depths, float)

@@ -73,7 +73,7 @@ def run(checkpoint: Path, prompts: int, tokens: int, prompt_bytes: int) -> Compa
         ValueError: a number that is not positive, or more prompts than there are held-out documents.
     """
     from ..run.checkpoint import tokenizer_of
-    from ..run.loop import load_trained
+    from ..run.load import load_trained
 
     for name, value in (("prompts", prompts), ("tokens", tokens), ("prompt_bytes", prompt_bytes)):
         if value < 1:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data.tokenizers import load_tokenizer
 from ..run import checkpoint, metrics, provenance
-from ..run.loop import load_trained
+from ..run.load import load_trained
 from .exam import examine
 from .report import markdown, table
 

@@ -31,6 +31,7 @@ from ...model import Transformer
 from ...model.generation.sampling import Sampling
 from ...model.losses import LossShares, loss_counts, loss_shares
 from ...model.routing import replay_routing
+from ..data.source import Source
 from ..data.tokenizers import load_tokenizer
 from ..optim import set_learning_rate
 from ..recipe import Recipe
@@ -56,6 +57,7 @@ class GrpoRun(Run):
     def __init__(
         self,
         recipe: Recipe,
+        source: Source,
         out: Path,
         resumed: Path | None,
         shown: bool,
@@ -63,7 +65,7 @@ class GrpoRun(Run):
     ):
         if resumed is None and not recipe.train.init:
             raise ValueError("train.init='': allowed is a trained run: new weights write nothing that is ever rewarded")
-        super().__init__(recipe, out, resumed, shown, prepare)
+        super().__init__(recipe, source, out, resumed, shown, prepare)
         assert recipe.reason is not None and recipe.grpo is not None
         self.reason, self.grpo, self.tokenizer = recipe.reason, recipe.grpo, load_tokenizer("bytes")
         self.sampling = Sampling(recipe.grpo.temperature, recipe.grpo.top_k, recipe.grpo.top_p)

@@ -18,10 +18,10 @@ import torch
 
 from ...model import Transformer, generate
 from ..data.rows import Batch
-from ..data.source import open_source
+from ..data.source import Source
 from ..data.tokenizers import ByteTokenizer, Tokenizer
 from ..distributed.shard import shard, split_by_mesh, whole_model
-from ..distributed.world import ALONE, Nowhere, ProcessLost, World, check, own_device, processes
+from ..distributed.world import ALONE, Nowhere, World, choose_device, own_device
 from ..optim import build_optimizer
 from ..recipe import Recipe, differences
 from . import checkpoint, metrics, provenance
@@ -56,83 +56,25 @@ class Summary:
     sample: str
 
 
-def train(
-    recipe: Recipe,
-    out: Path | str,
-    resume: Path | str | None = None,
-    stop_at: int | None = None,
-    shown: bool = True,
-    prepare: Callable[[Transformer], None] | None = None,
-) -> Summary:
-    """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
-
-    A run that was killed before its first checkpoint starts over when it is resumed.
-
-    `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there. `prepare` may
-    change the model as soon as it is built: an experiment's variant of it.
-
-    Raises:
-        FileExistsError: `out` holds a run and this is no resumption of it.
-        ValueError: the checkpoint's model is another one, or later checkpoints lie in `out`.
-        TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
-        ProcessLost: another process of the run ended or did not answer.
-    """
-    device, settings = choose_device(recipe.train.device), recipe.train
-    try:
-        with processes(device, settings.expert_parallel, settings.process_timeout) as world:
-            check(recipe, world)
-            out = world.agree(Path(out))
-            run = _run(recipe, out, _start(resume, out), shown, prepare, world)
-            try:
-                run.loop(stop_at or settings.steps)
-            finally:
-                run.close()
-            return run.finish()
-    except ProcessLost as lost:
-        found = checkpoint.checkpoints(Path(out))
-        last = f"{found[-1]}: go on with --resume {out}" if found else "none"
-        raise ProcessLost(f"{lost}. The last checkpoint is {last}") from lost
-
-
-def _start(resume: Path | str | None, out: Path) -> Path | None:
-    """The checkpoint to go on from; None for a new run, or for one in `out` that never had any."""
-    if resume is None:
-        return None
-    begun = Path(resume).resolve() == out.resolve() and (out / provenance.FILE).is_file()
-    if begun and not checkpoint.checkpoints(out):
-        (out / metrics.FILE).unlink(missing_ok=True)
-        return None
-    return checkpoint.find(resume)
-
-
-def _run(recipe: Recipe, out: Path, start: Path | None, shown: bool, prepare: Any, world: World) -> "Run":
-    """A run of the kind that the recipe asks for."""
-    if recipe.grpo is None:
-        return Run(recipe, out, start, shown, prepare, world)
-    from ..reason.loop import GrpoRun
-
-    return GrpoRun(recipe, out, start, shown, prepare)
-
-
 class Run:
     """A training in progress: model, optimizer, data, files."""
 
     def __init__(
         self,
         recipe: Recipe,
+        source: Source,
         out: Path,
         resumed: Path | None,
         shown: bool,
         prepare: Callable[[Transformer], None] | None = None,
         world: World = ALONE,
     ):
-        self.recipe, self.out, self.saved, self.world = recipe, out, resumed, world
+        self.recipe, self.source, self.out, self.saved, self.world = recipe, source, out, resumed, world
         _check_folder(out, resumed)
         if resumed:
             _check_same_model(recipe, resumed)
         self.device = own_device(choose_device(recipe.train.device), world.size)
         self.dtype = getattr(torch, recipe.train.dtype)
-        self.source = open_source(recipe)
         if resumed:
             _check_same_tokenizer(self.source.tokenizer, resumed)
         torch.manual_seed(recipe.train.seed)
@@ -371,32 +313,6 @@ class Run:
             f"{why} training stopped before it could spread. The last checkpoint is {last[-1] if last else 'none'};"
             " try a lower optim.lr or more optim.warmup_steps"
         )
-
-
-def load_trained(path: Path | str, device: str = "auto") -> tuple[Transformer, Recipe]:
-    """The model of a checkpoint (or of a run's newest), ready for inference, and its recipe."""
-    folder = checkpoint.find(path)
-    recipe, progress = checkpoint.read_state(folder)
-    with places(recipe, None):
-        model = Transformer(recipe.model).to(choose_device(device))
-    checkpoint.load_model(folder, model)
-    model.attention_stage = Schedule(recipe).last(progress.step).attention
-    return model.eval(), recipe
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA where there is a device. Raises ValueError for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"train.device={name!r}: allowed are auto, cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"train.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _due(step: int, every: int) -> bool:

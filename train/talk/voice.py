@@ -47,8 +47,9 @@ def open_voice(
             tokens are no text.
     """
     from ...model import load_pretrained
+    from ..distributed.world import choose_device
     from ..run import checkpoint
-    from ..run.loop import choose_device, load_trained
+    from ..run.load import load_trained
 
     if (path / "config.json").is_file():
         if tokenizer is None and not (path / "tokenizer.json").is_file():
@@ -67,7 +68,7 @@ def random_voice(
     import torch
 
     from ...model import ModelConfig, Transformer
-    from ..run.loop import choose_device
+    from ..distributed.world import choose_device
 
     tokens = load_tokenizer("bytes")
     special = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}

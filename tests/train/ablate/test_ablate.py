@@ -223,7 +223,7 @@ def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkey
     monkeypatch.setitem(runner.PROBES, "size", lambda model, recipe: {"size": model.embed.weight.abs().sum().item()})
     monkeypatch.setattr(runner, "train", None)
     found = runner.run_job(job, out / RUNS)
-    from abyssal.train.run.loop import load_trained
+    from abyssal.train.run.load import load_trained
 
     trained = load_trained(out / RUNS / job.key)[0]
     assert found["measures"]["size"] == trained.embed.weight.abs().sum().item() and found["probes"] == ["size"]

@@ -191,7 +191,7 @@ def test_experts_have_the_parameters_that_the_table_had():
 def test_text_suites_share_their_baseline_and_a_seed_is_the_same_data():
     keys = {jobs(SUITES[name], [1])[0].key for name in ("streams", "engram", "muon", "bias", "mtp")}
     assert len(keys) == 1
-    from abyssal.train.data.source import open_source
+    from abyssal.train.start import open_source
 
     rows = [open_source(job.recipe).batch(range(2), 64).ids for job in jobs(SUITES["indexer"], [1])]
     other = open_source(jobs(SUITES["indexer"], [2])[0].recipe).batch(range(2), 64).ids

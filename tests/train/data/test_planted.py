@@ -11,9 +11,8 @@ from torch import nn
 
 from abyssal.model import Transformer
 from abyssal.train.data.planted import TASKS, Row
-from abyssal.train.data.source import open_source
 from abyssal.train.recipe import PlantedConfig, Recipe, load_recipe
-from abyssal.train.run.loop import train
+from abyssal.train.start import open_source, train
 
 IGNORED, BOS, MARK = -100, 0, 1
 

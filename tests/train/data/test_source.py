@@ -15,11 +15,11 @@ from torch import nn
 from abyssal.train.cli import main
 from abyssal.train.data.corpus import Corpus, Document
 from abyssal.train.data.rows import held_out, train_batch
-from abyssal.train.data.source import TextSource, open_source
+from abyssal.train.data.source import TextSource
 from abyssal.train.data.tokenizers import BPETokenizer, ByteTokenizer
 from abyssal.train.recipe import load_recipe
 from abyssal.train.run.checkpoint import find, tokenizer_of
-from abyssal.train.run.loop import train
+from abyssal.train.start import open_source, train
 
 SIZE = 320
 BPE = (

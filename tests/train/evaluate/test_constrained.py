@@ -5,8 +5,7 @@ import re
 import pytest
 
 from abyssal.train.cli import main
-from abyssal.train.evaluate.constrained import Report, json_tasks, open_model, run, tool_tasks
-from abyssal.train.evaluate.constrained import SCHEMAS, TOOLS
+from abyssal.train.evaluate.constrained import SCHEMAS, TOOLS, Report, json_tasks, open_model, run, tool_tasks
 
 pytest.importorskip("llguidance")
 pytest.importorskip("jsonschema")

@@ -185,7 +185,7 @@ def test_numbers_are_read_or_named():
 
 
 def test_the_files_of_a_checkpoint(tiny, tmp_path, capsys):
-    from abyssal.train.run.loop import train
+    from abyssal.train.start import train
 
     run = tmp_path / "run"
     train(tiny("train.steps=1", "train.eval_every=0", "train.sample_tokens=0"), run, shown=False)

@@ -151,14 +151,14 @@ def test_the_command_writes_its_file(texts, tmp_path, capsys):
 
 
 def test_the_command_takes_a_checkpoint(tiny, texts, tmp_path, capsys):
-    from abyssal.train.run.loop import train
+    from abyssal.train.start import train
 
     run = tmp_path / "run"
     train(tiny("train.steps=1", "train.eval_every=0", "train.sample_tokens=0"), run, shown=False)
     out = tmp_path / "long.json"
     arguments = ["--checkpoint", str(run), "--tokens", "60", "--decode", "5", "--source", str(texts), "--out", str(out)]
     assert main(arguments) == 0
-    from abyssal.train.run.loop import load_trained
+    from abyssal.train.run.load import load_trained
 
     model = load_trained(run)[0]
     prompt = long_text(str(texts), 60)[0]

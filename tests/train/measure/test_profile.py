@@ -25,6 +25,7 @@ from abyssal.train.measure.profile.preset import available_memory, check_fits, c
 from abyssal.train.measure.profile.steps import DecodeStep, TrainingStep, cycle
 from abyssal.train.measure.roofline import Work
 from abyssal.train.run.loop import Run
+from abyssal.train.start import open_source
 
 CPU = torch.device("cpu")
 IN_TRAINING = set(MECHANISMS)
@@ -53,7 +54,7 @@ def run_attached(step, observer):
 def test_the_training_step_is_that_of_a_training(tiny, tmp_path):
     recipe = tiny("train.steps=1")
     given = [f"data.source='{recipe.data.source}'", "data.sequence_length=48", "data.batch_size=2", "train.steps=1"]
-    run = Run(recipe, tmp_path / "run", None, shown=False)
+    run = Run(recipe, open_source(recipe), tmp_path / "run", None, shown=False)
     preset = load_preset("nano", CPU, overrides=[*given, "optim.warmup_steps=2"])
     ours = TrainingStep(preset, CPU, Path())
     record, losses = run.step(), ours.run(Clock(CPU))

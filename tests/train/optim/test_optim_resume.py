@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from abyssal.train.run import checkpoint
-from abyssal.train.run.loop import train
+from abyssal.train.start import train
 
 MUON = ("optim.rule=muon", "optim.head_wise=true")
 BALANCED = ("optim.engram_rule=balanced", "optim.embedding_rule=balanced")

@@ -14,7 +14,7 @@ from abyssal.train.reason.policy import of_tokens
 from abyssal.train.reason.rollout import roll_out
 from abyssal.train.recipe import load_recipe
 from abyssal.train.run import metrics
-from abyssal.train.run.loop import train
+from abyssal.train.start import open_source, train
 
 TINY = [
     *("model.hidden_size=32", "model.num_attention_heads=2", "model.head_dim=16", "model.qk_rope_head_dim=8"),
@@ -147,7 +147,8 @@ def whole(tuned, tmp_path_factory):
 
 
 def started(tmp_path: Path, tuned, *overrides) -> GrpoRun:
-    run = GrpoRun(recipe(f"train.init={tuned.out}", *overrides), tmp_path / "run", None, False)
+    asked = recipe(f"train.init={tuned.out}", *overrides)
+    run = GrpoRun(asked, open_source(asked), tmp_path / "run", None, False)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if name == "head.weight" or name.endswith("gate.weight"):
@@ -285,7 +286,8 @@ def test_the_reward_of_an_easy_task_rises(tmp_path, tuned, monkeypatch):
 
     monkeypatch.setattr(loop, "judge", lambda problem, mode, ids, tokenizer: Verdict(True, ids[0] < 128))
     changes = ["grpo.prompts=4", "grpo.group=16", "reason.max_new_tokens=1", "optim.lr=2e-2", "grpo.kl_weight=0"]
-    run = GrpoRun(recipe(f"train.init={tuned.out}", *changes, "train.steps=14"), tmp_path / "run", None, False)
+    asked = recipe(f"train.init={tuned.out}", *changes, "train.steps=14")
+    run = GrpoRun(asked, open_source(asked), tmp_path / "run", None, False)
     rewards = [run.step()["reward"] for _ in range(14)]
     run.close()
     assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.9, rewards

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from abyssal.train import recipe as recipe_module
-from abyssal.train.data.source import open_source
 from abyssal.train.reason.source import ReasonSource
 from abyssal.train.recipe import OPTIONAL, GrpoConfig, ReasonConfig, Recipe, differences, load_recipe
+from abyssal.train.start import open_source
 
 
 @pytest.mark.parametrize("name", ["reason-sft", "reason-grpo"])

@@ -9,7 +9,7 @@ import pytest
 
 from abyssal.train.cli import main
 from abyssal.train.run import checkpoint, loop, metrics, provenance
-from abyssal.train.run.loop import train
+from abyssal.train.start import train
 
 
 def run_kills(arguments, tmp_path) -> dict:

@@ -18,8 +18,11 @@ import abyssal
 from abyssal.train.data.bits import bits_per_byte
 from abyssal.train.data.corpus import load_corpus
 from abyssal.train.data.rows import held_out
+from abyssal.train.distributed import world
 from abyssal.train.run import checkpoint, loop, metrics
-from abyssal.train.run.loop import TrainingDiverged, load_trained, train
+from abyssal.train.run.load import load_trained
+from abyssal.train.run.loop import TrainingDiverged
+from abyssal.train.start import train
 
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib"}
 
@@ -223,7 +226,7 @@ def test_another_model_cannot_resume(whole, tiny, tmp_path):
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "fast"])
 def test_a_device_that_is_not_here_is_named(device):
     with pytest.raises(ValueError, match=rf"train\.device='{device}'"):
-        loop.choose_device(device)
+        world.choose_device(device)
 
 
 def test_run_json_says_what_made_the_run(whole, tiny):

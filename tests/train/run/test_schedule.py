@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from abyssal.train.cli import main
 from abyssal.train.recipe import Recipe, StageConfig, load_recipe
 from abyssal.train.run import checkpoint, metrics
-from abyssal.train.run.loop import load_trained, train
+from abyssal.train.run.load import load_trained
 from abyssal.train.run.schedule import Schedule, plan
+from abyssal.train.start import train
 
 STAGES = [
     {"steps": 4, "sequence_length": 32, "batch_size": 6, "attention": "dense"},

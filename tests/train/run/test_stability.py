@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from abyssal.model import Transformer
+from abyssal.train import start
 from abyssal.train.data.rows import Batch
 from abyssal.train.recipe import StabilityConfig
-from abyssal.train.run import checkpoint, diagnose, loop, metrics
+from abyssal.train.run import checkpoint, diagnose, metrics
 from abyssal.train.run.checkpoint import Memory
-from abyssal.train.run.loop import Run, TrainingDiverged, train
+from abyssal.train.run.loop import Run, TrainingDiverged
 from abyssal.train.run.stability import Anticipation, Stability, Watch
+from abyssal.train.start import open_source, train
 
 CONFIG = StabilityConfig(window=5, deviations=3.0, least=0.1, anticipatory_steps=4, lag=2)
 SMALL = ("model.num_hidden_layers=3", "model.compress_ratios=[0,4,16]", "model.hidden_size=32")
@@ -107,7 +109,7 @@ def test_several_passes_and_layers_come_back_in_order():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every run reads targets that nothing predicts in the batch of step BAD."""
-    whole = loop.open_source
+    whole = start.open_source
 
     def open_source(recipe):
         source, rows_of = whole(recipe), recipe.data.batch_size
@@ -121,7 +123,7 @@ def poisoned(monkeypatch):
         source.batch = poison
         return source
 
-    monkeypatch.setattr(loop, "open_source", open_source)
+    monkeypatch.setattr(start, "open_source", open_source)
 
 
 @pytest.fixture
@@ -189,7 +191,7 @@ def test_old_weights_choose_and_new_ones_compute(recipe, poisoned, tmp_path, pla
     host = ("optim.engram_rows=touched", "train.engram_tables=host", "train.micro_batch=1")
     tables = host if place == "host" else ()
     asked = recipe("train.checkpoint_every=1", *tables)
-    run = Run(asked, tmp_path / "run", None, shown=False)
+    run = Run(asked, open_source(asked), tmp_path / "run", None, shown=False)
     run.loop(asked.train.steps)
     run.close()
     record = {line["step"]: line for line in metrics.read(run.out)}
@@ -269,7 +271,7 @@ def test_a_module_is_named(tiny, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
-    run = Run(tiny(*SMALL), tmp_path / "run", None, shown=False)
+    run = Run(tiny(*SMALL), open_source(tiny(*SMALL)), tmp_path / "run", None, shown=False)
     with torch.no_grad():
         run.model.layers[0].ffn.gate.weight[0] = math.nan
     with pytest.raises(TrainingDiverged, match=r"after step 0: layers\.0\.ffn\.gate\.weight holds"):

@@ -19,7 +19,8 @@ from abyssal.model.tables import RowTable
 from abyssal.train.optim import build_optimizer
 from abyssal.train.recipe import OptimConfig, load_recipe
 from abyssal.train.run import checkpoint, metrics
-from abyssal.train.run.loop import load_trained, train
+from abyssal.train.run.load import load_trained
+from abyssal.train.start import train
 
 TABLE = "layers.1.engram.table.weight"
 TOUCHED = ("optim.engram_rows='touched'", "optim.engram_lr_scale=20")
@@ -162,7 +163,7 @@ import sys, time
 from pathlib import Path
 import torch
 from abyssal.model.tables import RowTable
-from abyssal.train.loop import train
+from abyssal.train.start import train
 from abyssal.train.recipe import Recipe
 import json
 

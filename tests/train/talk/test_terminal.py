@@ -10,7 +10,7 @@ from lively import lively
 from abyssal.model import generate, save_pretrained
 from abyssal.train.cli import main
 from abyssal.train.data.tokenizers import ByteTokenizer
-from abyssal.train.run.loop import train
+from abyssal.train.start import train
 from abyssal.train.talk.dialogue import Answer, Delta, Manner, prompt
 from abyssal.train.talk.terminal.conversation import Conversation
 from abyssal.train.talk.terminal.screen import Screen, visible

@@ -1,0 +1,21 @@
+"""The model of a run, ready for use."""
+
+from pathlib import Path
+
+from ...model import Transformer
+from ..distributed.world import choose_device
+from ..recipe import Recipe
+from . import checkpoint
+from .schedule import Schedule
+from .tables import places
+
+
+def load_trained(path: Path | str, device: str = "auto") -> tuple[Transformer, Recipe]:
+    """The model of a checkpoint (or of a run's newest), ready for inference, and its recipe."""
+    folder = checkpoint.find(path)
+    recipe, progress = checkpoint.read_state(folder)
+    with places(recipe, None):
+        model = Transformer(recipe.model).to(choose_device(device))
+    checkpoint.load_model(folder, model)
+    model.attention_stage = Schedule(recipe).last(progress.step).attention
+    return model.eval(), recipe
