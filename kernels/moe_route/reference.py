@@ -19,7 +19,7 @@ def moe_route(
     scores = softplus.sqrt().to(accumulation(logits))
     if experts is None:
         biased = scores.detach() if bias is None else scores.detach() + bias.detach()
-        order = biased.masked_fill(biased.isnan(), -torch.inf).sort(-1, descending=True, stable=True).indices
+        order = biased.masked_fill(biased.isnan(), -torch.inf).argsort(descending=True, stable=True)
         experts = order[:, :top_k]
     chosen = scores.gather(-1, experts)
     return Routing(scores, experts, scale * chosen / (chosen.sum(-1, keepdim=True) + 1e-20))
@@ -27,7 +27,7 @@ def moe_route(
 
 def moe_permutation(experts: Tensor, num_experts: int, real: Tensor | None = None) -> Permutation:
     """Pairs sorted by expert, stably; what is not real has a place in the order and is not counted."""
-    order = experts.flatten().sort(stable=True).indices
+    order = experts.flatten().argsort(stable=True)
     counted = experts if real is None else experts[real]
     counts = torch.bincount(counted.flatten(), minlength=num_experts)
     return Permutation(order, counts, order.argsort().view(experts.shape))

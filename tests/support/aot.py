@@ -2,7 +2,7 @@
 
     python tests/support/aot.py                    a Markdown table of everything
     python tests/support/aot.py --json sm_90       one JSON document: rows of dicts, and the sources they come from
-    python tests/support/aot.py --only moe sm_90   the cases of compiled_moe.py alone
+    python tests/support/aot.py --only pool sm_90  the cases of compiled_pool.py alone
     python tests/support/aot.py --case NAME sm_90  one case alone
 
 Cases run the host code of an op at real shapes in a dry run; the rows say which case compiled them first. A file

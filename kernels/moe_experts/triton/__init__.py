@@ -1,6 +1,6 @@
 """The experts in Triton, as operators that torch.compile, autograd, autocast, checkpointing and CUDA graphs see whole.
 
-`kernels` holds the kernels, `launch` their order, `tiles` their blocks. Between forward and backward live
+`kernels` holds the kernels, `launch` their order and their blocks. Between forward and backward live
 x, the pre-activations h and the routing: 2 n d + 4 n k f bytes in half precision, and 20 n k.
 
 n tokens · k slots · e experts · d width · f expert width · r = n k rows in expert order
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...moe_route.routing import Permutation
 from ...moe_route.triton import moe_permutation
 from . import launch
 
@@ -42,7 +43,8 @@ def _experts(
     x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, order: Tensor, counts: Tensor, inverse: Tensor,
     limit: float | None, keep: bool, shared: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch.forward(x, weights, w13, w2, launch.Rows(order, counts, inverse), limit, keep, shared)
+    operands, rows = launch.Operands(x, weights, w13, w2), Permutation(order, counts, inverse)
+    return launch.forward(operands, rows, limit, keep=keep, shared=shared)
 
 
 @_experts.register_fake
@@ -58,17 +60,10 @@ def _experts_backward(
     dout: Tensor, x: Tensor, h: Tensor, weights: Tensor, w13: Tensor, w2: Tensor,
     order: Tensor, counts: Tensor, inverse: Tensor, limit: float | None, need_x: bool, need_w13: bool, need_w2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = launch.Rows(order, counts, inverse)
-    dx, dweights, dw13, dw2 = launch.backward(
-        dout, x, h, weights, w13, w2, rows, limit, need_x=need_x, need_w13=need_w13, need_w2=need_w2
-    )
-    empty = x.new_empty
-    return (
-        empty(0) if dx is None else dx,
-        dweights,
-        empty(0) if dw13 is None else dw13,
-        empty(0) if dw2 is None else dw2,
-    )
+    operands, rows = launch.Operands(x, weights, w13, w2), Permutation(order, counts, inverse)
+    found = launch.backward(dout, h, operands, rows, limit, need_x=need_x, need_w13=need_w13, need_w2=need_w2)
+    dx, dweights, dw13, dw2 = (x.new_empty(0) if g is None else g for g in found)
+    return dx, dweights, dw13, dw2
 
 
 @_experts_backward.register_fake

@@ -231,10 +231,9 @@ def grouped(
 
 @triton.jit
 def grouped_outer(
-    p, q, order, offsets, out, k, m, n, GATHER: tl.constexpr, ADD: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    p, q, order, offsets, out, k, m, n, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """out[expert] [m, n] (+)= sum over its rows of p^T q, in row order; one of them lies by token. No rows: zeros."""
+    """out[expert] [m, n] = sum over its rows of p^T q, in row order; one of them lies by token. No rows: zeros."""
     across = tl.cdiv(n, BN)
     blocks = tl.cdiv(m, BM) * across
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -251,8 +250,6 @@ def grouped_outer(
         total = tl.dot(ps.T, qs, total, input_precision="ieee")
     at = out + expert.to(tl.int64) * m * n + i.to(tl.int64)[:, None] * n + j[None, :]
     inside = (i < m)[:, None] & (j < n)[None, :]
-    if ADD:
-        total += tl.load(at, mask=inside, other=0.0)
     tl.store(at, total, mask=inside)
 
 

@@ -3,6 +3,11 @@
     forward    x, w13 -> h, a = swiglu(h) weight;   y = a w2;   out = sum of y over slots
     backward   dout, w2, h -> dh, a, dweight;   dx = sum over slots of (dh w13);   dw13 = dh^T x,   dw2 = dout^T a
 
+The blocks of each kernel are one fixed choice for each architecture, so that no token depends on the rest of its batch.
+Chosen by compiling: no register spills, shared memory within the limit, wgmma on Hopper. Tiles have 128 rows for 16-bit
+inputs even where an expert has few: below some 200 rows to an expert the weights' bytes are what takes time, and tensor
+cores, which sum in another order below 64 rows, would make a token's bits depend on the load.
+
 n tokens · k slots · e experts · d width · f expert width · r = n k rows in expert order
 """
 
@@ -14,36 +19,47 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...moe_route.routing import Permutation
 from ...triton.launch import architecture, next_power, on_device, registers
 from . import kernels
-from .tiles import HALF, PLAIN, Blocks, Tiles
 
-TILES = 8  # that a program schedules
-
-
-class Rows(NamedTuple):
-    """The expert order of `moe_permutation`: `order [r]`, `counts [e]`, `inverse [n, k]`, all int64."""
-
-    order: Tensor
-    counts: Tensor
-    inverse: Tensor
+# blocks --------------------------------------------------------------------------------------------------------------
 
 
-class Gradients(NamedTuple):
-    """Of the arguments of `forward`; None where not needed."""
+class Blocks(NamedTuple):
+    """Of one product: columns, inner, warps, pipeline stages."""
 
-    x: Tensor | None
-    weights: Tensor
-    w13: Tensor | None
-    w2: Tensor | None
+    columns: int
+    inner: int
+    warps: int
+    stages: int
 
 
-class _Schedule(NamedTuple):
-    """`tiles [total, 2]`: expert (-1 past the last) and first row; `offsets [e + 1]`: first row of each expert."""
+class Tiles(NamedTuple):
+    """The table of one architecture."""
 
-    tiles: Tensor
-    offsets: Tensor
-    total: int
+    rows: int  # of every tile
+    swiglu: Blocks  # x w13: two accumulators
+    swiglu_backward: Blocks  # dout w2, then SwiGLU backwards
+    product: Blocks  # a w2 and dh w13
+    outer: Blocks  # dw13 and dw2: `rows` by `columns` of the weight
+    tma: bool = False  # weights, and rows in expert order, come by tensor memory access where they are aligned
+    group: int = 8  # tiles that take a column block in turn, to share it in L2
+
+
+HALF = {  # bf16 and fp16, widths that are multiples of 16
+    "sm_80": Tiles(128, Blocks(64, 32, 8, 4), Blocks(64, 32, 8, 4), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3)),
+    "sm_86": Tiles(128, Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3)),
+    "sm_90": Tiles(
+        128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 64, 8, 4), tma=True
+    ),
+    "sm_100": Tiles(128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 64, 8, 3)),
+    "hip": Tiles(128, Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2)),
+}
+_SMALL = Blocks(32, 16, 4, 2)
+# float32, whose products take no tensor cores, and other widths
+PLAIN = Tiles(64, _SMALL._replace(warps=8), _SMALL, _SMALL, _SMALL)
+SCHEDULED = 8  # tiles of one program of the schedule
 
 
 def tiles_for(w2: Tensor) -> Tiles:
@@ -52,89 +68,90 @@ def tiles_for(w2: Tensor) -> Tiles:
     return HALF[architecture()] if w2.itemsize == 2 and aligned else PLAIN
 
 
+# experts -------------------------------------------------------------------------------------------------------------
+
+
+class Operands(NamedTuple):
+    """`x [n, d]`, `weights [n, k]`, `w13 [e, 2 f, d]`, `w2 [e, d, f]`."""
+
+    x: Tensor
+    weights: Tensor
+    w13: Tensor
+    w2: Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the operands; None where not needed."""
+
+    x: Tensor | None
+    weights: Tensor
+    w13: Tensor | None
+    w2: Tensor | None
+
+
+class Schedule(NamedTuple):
+    """`tiles [total, 2]`: expert (-1 past the last) and first row; `offsets [e + 1]`: first row of each expert."""
+
+    tiles: Tensor
+    offsets: Tensor
+    total: int
+
+
 def forward(
-    x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, rows: Rows, limit: float | None, keep: bool,
-    shared: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    operands: Operands, rows: Permutation, limit: float | None, *, keep: bool, shared: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`out [n, d]`, with `shared [n, d]` added, and the pre-activations `h [r, 2 f]` (`[0, 2 f]` unless kept)."""
-    x, weights, w13, w2 = (t.contiguous() for t in (x, weights, w13, w2))
-    r, d, f = rows.order.numel(), w2.shape[1], w2.shape[2]
+    x, weights, w13, w2 = (t.contiguous() for t in operands)
+    r, k, d, f = rows.order.numel(), rows.inverse.shape[1], w2.shape[1], w2.shape[2]
     h, a = x.new_empty(r if keep else 0, 2 * f), x.new_empty(r, f)
-    t = tiles_for(w2)
-    b = t.swiglu
+    tiles = tiles_for(w2)
+    blocks = tiles.swiglu
     with on_device(x):
-        s = _schedule(rows.counts, r, t.rows)
-        w, tma = _source(w13, b.columns, b.inner, t)
-        kernels.grouped_swiglu[s.total * triton.cdiv(f, b.columns),](
-            x, w, weights, rows.order, s.tiles, s.offsets, h, a, s.total, rows.inverse.shape[1], d, f, _bound(limit),
-            KEEP=keep, TMA=tma, **_options(b, t),
+        plan = schedule(rows.counts, r, tiles.rows)
+        w, tma = _source(w13, blocks.columns, blocks.inner, tiles)
+        kernels.grouped_swiglu[plan.total * triton.cdiv(f, blocks.columns),](
+            x, w, weights, rows.order, plan.tiles, plan.offsets, h, a, plan.total, k, d, f, _bound(limit),
+            KEEP=keep, TMA=tma, **_options(blocks, tiles),
         )  # fmt: skip
-        return _combine(_product(a, w2, s, t, transposed=True), rows.inverse, shared), h
+        return combine(_product(a, w2, plan, tiles, transposed=True), rows.inverse, shared), h
 
 
 def backward(
-    dout: Tensor, x: Tensor, h: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, rows: Rows, limit: float | None,
-    need_x: bool = True, need_w13: bool = True, need_w2: bool = True,
-    into_w13: Tensor | None = None, into_w2: Tensor | None = None,
+    dout: Tensor, h: Tensor, operands: Operands, rows: Permutation, limit: float | None,
+    *, need_x: bool = True, need_w13: bool = True, need_w2: bool = True,
 ) -> Gradients:  # fmt: skip
-    """Gradients of `forward`. Those of w13 and w2 are added to `into_w13` and `into_w2` (float32) where given."""
-    dout, x, weights, w13, w2 = (t.contiguous() for t in (dout, x, weights, w13, w2))
-    r, d, f = rows.order.numel(), w2.shape[1], w2.shape[2]
-    t = tiles_for(w2)
-    b = t.swiglu_backward
-    blocks = triton.cdiv(f, b.columns)
-    a, dh, shares = x.new_empty(r, f), x.new_empty(h.shape), x.new_empty(r, blocks, dtype=torch.float32)
+    """Gradients of `forward`."""
+    dout, x, weights, w13, w2 = (t.contiguous() for t in (dout, *operands))
+    r, k, d, f = rows.order.numel(), rows.inverse.shape[1], w2.shape[1], w2.shape[2]
+    tiles = tiles_for(w2)
+    blocks = tiles.swiglu_backward
+    across = triton.cdiv(f, blocks.columns)
+    a, dh, shares = x.new_empty(r, f), x.new_empty(h.shape), x.new_empty(r, across, dtype=torch.float32)
     dweights = weights.new_empty(weights.shape)
     with on_device(x):
-        s = _schedule(rows.counts, r, t.rows)
-        w, tma = _source(w2, b.inner, b.columns, t)
-        kernels.grouped_swiglu_backward[s.total * blocks,](
-            dout, w, weights, rows.order, s.tiles, s.offsets, h, dh, a, shares,
-            s.total, rows.inverse.shape[1], d, f, _bound(limit), TMA=tma, **_options(b, t),
+        plan = schedule(rows.counts, r, tiles.rows)
+        w, tma = _source(w2, blocks.inner, blocks.columns, tiles)
+        kernels.grouped_swiglu_backward[plan.total * across,](
+            dout, w, weights, rows.order, plan.tiles, plan.offsets, h, dh, a, shares,
+            plan.total, k, d, f, _bound(limit), TMA=tma, **_options(blocks, tiles),
         )  # fmt: skip
-        kernels.sum_blocks[triton.cdiv(r, 256),](shares, dweights, r, blocks, ROWS=256, BLOCKS=next_power(blocks))
-        dx = _combine(_product(dh, w13, s, t, transposed=False), rows.inverse) if need_x else None
-        dw13 = _outer(dh, x, rows, s, t, w13, into_w13, gather="q") if need_w13 else None
-        dw2 = _outer(dout, a, rows, s, t, w2, into_w2, gather="p") if need_w2 else None
+        kernels.sum_blocks[triton.cdiv(r, 256),](shares, dweights, r, across, ROWS=256, BLOCKS=next_power(across))
+        dx = combine(_product(dh, w13, plan, tiles, transposed=False), rows.inverse) if need_x else None
+        dw13 = _outer(dh, x, rows, plan, tiles, like=w13, gather="q") if need_w13 else None
+        dw2 = _outer(dout, a, rows, plan, tiles, like=w2, gather="p") if need_w2 else None
     return Gradients(dx, dweights, dw13, dw2)
 
 
-def _schedule(counts: Tensor, r: int, rows: int) -> _Schedule:
+def schedule(counts: Tensor, r: int, rows: int) -> Schedule:
     """Tiles of `rows` rows: an expert with c rows has cdiv(c, rows), all of them at most r // rows + min(e, r)."""
     e, total = len(counts), r // rows + min(len(counts), r)
     tiles, offsets = (counts.new_empty(shape, dtype=torch.int32) for shape in ((total, 2), (e + 1,)))
-    grid = (max(triton.cdiv(total, TILES), 1),)
-    kernels.schedule[grid](counts, offsets, tiles, e, total, BM=rows, E=next_power(e), TILES=TILES, num_warps=8)
-    return _Schedule(tiles, offsets, total)
+    grid = (max(triton.cdiv(total, SCHEDULED), 1),)
+    kernels.schedule[grid](counts, offsets, tiles, e, total, BM=rows, E=next_power(e), TILES=SCHEDULED, num_warps=8)
+    return Schedule(tiles, offsets, total)
 
 
-def _product(a: Tensor, w: Tensor, s: _Schedule, t: Tiles, transposed: bool) -> Tensor:
-    """`a [r, inner] w[expert]`, w `[e, inner, outer]`, or `[e, outer, inner]` if transposed."""
-    (r, inner), outer, b = a.shape, w.shape[1 if transposed else 2], t.product
-    out = a.new_empty(r, outer)
-    a, a_tma = _source(a, t.rows, b.inner, t)
-    w, w_tma = _source(w, *((b.columns, b.inner) if transposed else (b.inner, b.columns)), t)
-    kernels.grouped[s.total * triton.cdiv(outer, b.columns),](
-        a, w, s.tiles, s.offsets, out, s.total, inner, outer,
-        TRANSPOSED=transposed, A_TMA=a_tma, TMA=w_tma, **_options(b, t),
-    )  # fmt: skip
-    return out
-
-
-def _outer(
-    p: Tensor, q: Tensor, rows: Rows, s: _Schedule, t: Tiles, w: Tensor, into: Tensor | None, gather: str
-) -> Tensor:
-    """`p^T q` over the rows of each expert of w `[e, m, n]`; the one to gather lies by token."""
-    (e, m, n), b = w.shape, t.outer
-    out = w.new_empty(w.shape) if into is None else into
-    kernels.grouped_outer[e * triton.cdiv(m, t.rows) * triton.cdiv(n, b.columns),](
-        p, q, rows.order, s.offsets, out, rows.inverse.shape[1], m, n, GATHER=gather, ADD=into is not None,
-        BM=t.rows, BN=b.columns, BK=b.inner, num_stages=b.stages, **registers(b.warps),
-    )  # fmt: skip
-    return out
-
-
-def _combine(rows: Tensor, inverse: Tensor, shared: Tensor | None = None) -> Tensor:
+def combine(rows: Tensor, inverse: Tensor, shared: Tensor | None = None) -> Tensor:
     """Each token's sum over its slots, in slot order, then of `shared [n, d]`: rows `[r, d]` to `[n, d]`."""
     (n, k), d = inverse.shape, rows.shape[1]
     out, shared = rows.new_empty(n, d), None if shared is None else shared.contiguous()
@@ -145,16 +162,43 @@ def _combine(rows: Tensor, inverse: Tensor, shared: Tensor | None = None) -> Ten
     return out
 
 
-def _source(w: Tensor, rows: int, columns: int, t: Tiles) -> tuple[Any, bool]:
+def _product(a: Tensor, w: Tensor, plan: Schedule, tiles: Tiles, *, transposed: bool) -> Tensor:
+    """`a [r, inner] w[expert]`, w `[e, inner, outer]`, or `[e, outer, inner]` if transposed."""
+    (r, inner), outer, blocks = a.shape, w.shape[1 if transposed else 2], tiles.product
+    out = a.new_empty(r, outer)
+    a, a_tma = _source(a, tiles.rows, blocks.inner, tiles)
+    block = (blocks.columns, blocks.inner) if transposed else (blocks.inner, blocks.columns)
+    w, w_tma = _source(w, *block, tiles)
+    kernels.grouped[plan.total * triton.cdiv(outer, blocks.columns),](
+        a, w, plan.tiles, plan.offsets, out, plan.total, inner, outer,
+        TRANSPOSED=transposed, A_TMA=a_tma, TMA=w_tma, **_options(blocks, tiles),
+    )  # fmt: skip
+    return out
+
+
+def _outer(
+    p: Tensor, q: Tensor, rows: Permutation, plan: Schedule, tiles: Tiles, *, like: Tensor, gather: str
+) -> Tensor:
+    """`p^T q` over the rows of each expert, `[e, m, n]` as `like`; the one to gather, "p" or "q", lies by token."""
+    (e, m, n), blocks = like.shape, tiles.outer
+    out = like.new_empty(like.shape)
+    kernels.grouped_outer[e * triton.cdiv(m, tiles.rows) * triton.cdiv(n, blocks.columns),](
+        p, q, rows.order, plan.offsets, out, rows.inverse.shape[1], m, n, GATHER=gather,
+        BM=tiles.rows, BN=blocks.columns, BK=blocks.inner, num_stages=blocks.stages, **registers(blocks.warps),
+    )  # fmt: skip
+    return out
+
+
+def _source(w: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple[Any, bool]:
     """How kernels read blocks `[rows, columns]` of w: through a descriptor where the table says so and w is aligned."""
-    if not t.tma or w.shape[-1] * w.itemsize % 16 or w.data_ptr() % 16 or not w.numel():
+    if not tiles.tma or w.shape[-1] * w.itemsize % 16 or w.data_ptr() % 16 or not w.numel():
         return w, False
     return TensorDescriptor.from_tensor(w, [1] * (w.ndim - 2) + [rows, columns]), True
 
 
-def _options(b: Blocks, t: Tiles) -> dict[str, int]:
-    blocks = {"BM": t.rows, "BN": b.columns, "BK": b.inner, "GROUP": t.group}
-    return {**blocks, "num_stages": b.stages, **registers(b.warps)}
+def _options(blocks: Blocks, tiles: Tiles) -> dict[str, int]:
+    sizes = {"BM": tiles.rows, "BN": blocks.columns, "BK": blocks.inner, "GROUP": tiles.group}
+    return {**sizes, "num_stages": blocks.stages, **registers(blocks.warps)}
 
 
 def _bound(limit: float | None) -> float:
@@ -165,6 +209,9 @@ def _panel(width: int) -> tuple[int, int]:
     """Rows and columns of an elementwise program: 1,024 elements."""
     columns = min(next_power(width), 1024)
     return 1024 // columns, columns
+
+
+# SwiGLU --------------------------------------------------------------------------------------------------------------
 
 
 def swiglu(h: Tensor, weight: Tensor | None, limit: float | None) -> Tensor:

@@ -24,7 +24,8 @@ SAMPLE = {  # of each op a case that is soon compiled
     "hyper": "mHC, bf16, n=1 d=64",
     "indexer": "top-k, bf16, h=64 d=128 k=512 p=8192, one query",
     "loss": "loss, to bf16, V=129280",
-    "moe": "experts, bf16, d=128 n=64 K=4",
+    "moe_experts": "experts, bf16, d=128 n=64 K=4",
+    "moe_route": "route, E=128 K=8",
     "newton_schulz": "newton_schulz, bf16, 128 x 64",
 }
 PLANTED = """

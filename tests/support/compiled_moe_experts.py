@@ -1,4 +1,4 @@
-"""What of the experts and the router is compiled ahead of time: see aot.py."""
+"""What of the experts is compiled ahead of time: see aot.py."""
 
 from typing import Any
 
@@ -13,27 +13,24 @@ WIDTHS = {"main": (2048, 768, 8), "flash": (4096, 2048, 6), "toy": (128, 64, 4),
 def experts(widths: str, dtype: torch.dtype) -> None:
     """Forward and backward of the experts, and SwiGLU alone."""
     from abyssal.kernels.moe_experts.triton import launch
+    from abyssal.kernels.moe_route.routing import Permutation
 
     d, f, k = WIDTHS[widths]
     n, e = 64, 8
     x, weights = torch.empty(n, d, dtype=dtype), torch.empty(n, k)
     w13, w2 = torch.empty(e, 2 * f, d, dtype=dtype), torch.empty(e, d, f, dtype=dtype)
-    rows = launch.Rows(*(torch.empty(shape, dtype=torch.int64) for shape in (n * k, e, (n, k))))
-    out, h = launch.forward(x, weights, w13, w2, rows, 10.0, keep=True, shared=x)
-    launch.backward(out, x, h, weights, w13, w2, rows, 10.0)
+    rows = Permutation(*(torch.empty(shape, dtype=torch.int64) for shape in (n * k, e, (n, k))))
+    operands = launch.Operands(x, weights, w13, w2)
+    out, h = launch.forward(operands, rows, 10.0, keep=True, shared=x)
+    launch.backward(out, h, operands, rows, 10.0)
     launch.swiglu_backward(launch.swiglu(h, None, 10.0), h, None, 10.0)
 
 
-def route(e: int, k: int) -> None:
-    """Router forward and backward, expert order, and the tiles of that many experts."""
+def schedule(e: int, k: int) -> None:
+    """The tiles of that many experts."""
     from abyssal.kernels.moe_experts.triton import launch
-    from abyssal.kernels.moe_route import triton as router
 
-    logits = torch.empty(4096, e)
-    scores, ids, weights = router._route(logits, torch.empty(e), None, k, 1.5)
-    router._route_gradient(scores, weights, scores, ids, 1.5, torch.float32)
-    order, counts, _ = router._permutation(ids, e, None)
-    launch._schedule(counts, len(order), 128)
+    launch.schedule(torch.empty(e, dtype=torch.int64), 4096 * k, 128)
 
 
 MAIN = ["sm_80", "sm_90", "sm_100"]
@@ -45,9 +42,9 @@ CASES = {
     "experts, fp16, d=2048 n=768 K=8": (["sm_90"], lambda: experts("main", fp16)),
     "experts, fp32, d=2048 n=768 K=8": (MAIN, lambda: experts("main", fp32)),
     "experts, bf16, d=52 n=20 K=3": (["sm_90"], lambda: experts("odd", bf16)),
-    "route, E=128 K=8": (MAIN, lambda: route(128, 8)),
-    "route, E=256 K=6": (MAIN, lambda: route(256, 6)),
-    "route, E=384 K=6": (["sm_90"], lambda: route(384, 6)),
+    "schedule, E=128 K=8": (MAIN, lambda: schedule(128, 8)),
+    "schedule, E=256 K=6": (MAIN, lambda: schedule(256, 6)),
+    "schedule, E=384 K=6": (["sm_90"], lambda: schedule(384, 6)),
 }
 
 
