@@ -38,7 +38,8 @@ def index_loss(
         index: [b, t, k] the picks, -1 = none; None = all visible entries (the dense warm-up).
 
     Returns:
-        loss and share, float32 scalars; the share is not differentiable. Both are 0 if no query sees an entry.
+        loss and share, float32 scalars (float64 of float64); the share is not differentiable, and 1 without picks. The
+        loss is 0 if no query sees an entry, and so is the share of picks.
 
     Raises:
         ValueError: shapes that do not fit.

@@ -1,4 +1,4 @@
-"""The specification of `index_topk` in PyTorch: scores of one block of queries at a time, then an exact stable top-k.
+"""`index_topk` in PyTorch, an engine: scores of one block of queries at a time, then an exact stable top-k.
 
 Scores are made a tile of entries at a time, all heads together: the passes over a tile stay in the cache, and a key is
 read from memory once per block.
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..blocks import query_blocks, visible_entries
+from ..blocks import hidden_entries, outside, query_blocks, visible_entries
 from ..precision import accumulation, without_autocast
 from ..topk import stable_topk
 
@@ -22,6 +22,7 @@ WIDEST, NARROWEST = 1 << 14, 32  # entries of a tile
 
 @torch.no_grad()
 def index_topk(q: Tensor, weights: Tensor, keys: Tensor, *, k: int, start: Tensor, end: Tensor) -> Tensor:
+    """See `kernels.index_topk.index_topk`."""
     b, t = q.shape[:2]
     if t == 1 and start.numel() == end.numel() == 1:
         return _step(q, weights, keys, k, start, end)
@@ -47,7 +48,7 @@ def index_topk(q: Tensor, weights: Tensor, keys: Tensor, *, k: int, start: Tenso
     return picks
 
 
-def _step(q, weights, keys, k, start, end) -> Tensor:
+def _step(q: Tensor, weights: Tensor, keys: Tensor, k: int, start: Tensor, end: Tensor) -> Tensor:
     """One query per row, all with the same range."""
     first, last = int(start), int(end)
     if last - first <= k:
@@ -74,20 +75,16 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor, out: Tensor | None = 
     return out
 
 
-def hidden_entries(seen_start: int, entries: int, start: Tensor, end: Tensor) -> Tensor:
-    """[b|1, t, p] True where entry seen_start + p lies outside [start, end)."""
-    entry = torch.arange(seen_start, seen_start + entries, device=start.device)
-    return (entry < start[..., None]) | (entry >= end[..., None])
-
-
 def _hide(scores: Tensor, seen_start: int, start: Tensor, end: Tensor) -> None:
     """-inf where an entry is not visible: only entries that some query of the block does not see are looked at."""
-    early, late = int(start.max()) - seen_start, int(end.min()) - seen_start
+    stop = seen_start + scores.shape[-1]
+    early, late = int(start.max()), int(end.min())
     if early > late:
-        early = late = scores.shape[-1]
-    for part, first in ((scores[..., :early], seen_start), (scores[..., late:], seen_start + late)):
-        if part.shape[-1]:
-            part.masked_fill_(hidden_entries(first, part.shape[-1], start, end), -math.inf)
+        early = late = stop
+    for part in (slice(seen_start, early), slice(late, stop)):
+        if part.start < part.stop:
+            hidden = hidden_entries(part, start, end)
+            scores[..., part.start - seen_start : part.stop - seen_start].masked_fill_(hidden, -math.inf)
 
 
 def _all_visible(start: Tensor, end: Tensor, k: int) -> Tensor:
@@ -95,16 +92,16 @@ def _all_visible(start: Tensor, end: Tensor, k: int) -> Tensor:
     return torch.where(entry < end[..., None], entry, -1)
 
 
-def _best(scores, seen_start, start, end, k) -> Tensor:
+def _best(scores: Tensor, seen_start: int, start: Tensor, end: Tensor, k: int) -> Tensor:
     _hide(scores, seen_start, start, end)
-    best = stable_topk(scores, k, ordered=False)
-    surplus = torch.arange(k, device=scores.device) >= (end - start)[..., None]  # fewer are visible than picked
-    return _surplus_last(best + seen_start, start, end) if bool(surplus.any()) else best + seen_start
-
-
-def _surplus_last(entry: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Visible entries first, ascending; the others become -1. A visible NaN score ranks with the hidden ones."""
-    visible = (entry >= start[..., None]) & (entry < end[..., None])
-    largest = torch.iinfo(entry.dtype).max
-    entry = torch.where(visible, entry, largest).sort(-1).values
-    return torch.where(entry == largest, -1, entry)
+    best = stable_topk(scores, k, ordered=False) + seen_start
+    missing = outside(best, start, end)
+    if not bool(missing.any()):
+        return best
+    if bool((missing.sum(-1) > (k - (end - start).clamp_min(0)).clamp_min(0)).any()):
+        # a visible score of NaN or -inf ranked with the hidden ones
+        lowest = torch.finfo(scores.dtype).min
+        return _best(scores.nan_to_num_(nan=lowest, posinf=math.inf, neginf=lowest), seen_start, start, end, k)
+    largest = torch.iinfo(best.dtype).max
+    best = best.masked_fill_(missing, largest).sort(-1).values  # visible entries first, ascending
+    return best.masked_fill_(best == largest, -1)

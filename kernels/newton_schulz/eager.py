@@ -1,4 +1,8 @@
-"""Newton-Schulz iteration in plain PyTorch; see the package for the equations and the axis letters."""
+"""Newton-Schulz iteration in PyTorch, an engine: a cache's worth of matrices at a time, each in products of its own
+shorter side.
+
+e matrices · m n their sides as given · r <= c the same sides, the shorter one first
+"""
 
 from collections.abc import Sequence
 
@@ -49,6 +53,7 @@ def _or_one(size: Tensor) -> Tensor:
 
 
 def _iterate(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """X <- a X + (b A + c A A) X, A = X X^T, for each step; x [e, r, c]."""
     for a, b, c in coefficients:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...triton.launch import architecture, next_power, on_device, registers
 from ...triton.scatter import entry_lists, scatter_sum
-from ..eager import FLOOR, measured_queries
+from ..reference import FLOOR, measured_queries
 from . import kernels
 
 SCRATCH = 1 << 28  # bytes of mass, scores and picked gradients at a time, but at least those of LEAST queries
