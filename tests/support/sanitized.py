@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-KERNELS, TESTS = ROOT / "kernels", ROOT / "tests/kernels/triton"
+KERNELS, TESTS = ROOT / "kernels", ROOT / "tests/kernels"
 MODELS = ROOT / "tests/sanitize/test_models.py"
 RECORD = ROOT / "tests/sanitize/record.json"
 
@@ -44,16 +44,15 @@ def part_of(path: Path) -> str:
 
 
 def file_of(part: str) -> Path:
-    return MODELS if part == "models" else TESTS / f"test_{part}.py"
+    if part == "models":
+        return MODELS
+    own = TESTS / f"test_{part}.py"
+    return own if own.exists() else TESTS / f"triton/test_{part}.py"
 
 
 def digest(part: str) -> str:
     """Of the sources that the part's launches come from."""
-    folders = (
-        [KERNELS / part]
-        if (KERNELS / part).is_dir()
-        else op_folders()
-    )
+    folders = [KERNELS / part] if (KERNELS / part).is_dir() else op_folders()
     sources = sorted(path for folder in (KERNELS, *folders) for path in (folder / "triton").glob("*.py"))
     sha = hashlib.sha256()
     for path in sources:

@@ -16,7 +16,7 @@ from abyssal.train.run import checkpoint, diagnose, metrics
 from abyssal.train.run.checkpoint import Memory
 from abyssal.train.run.loop import Run, TrainingDiverged
 from abyssal.train.run.stability import Anticipation, Stability, Watch
-from abyssal.train.start import open_source, train
+from abyssal.train.start import train
 
 CONFIG = StabilityConfig(window=5, deviations=3.0, least=0.1, anticipatory_steps=4, lag=2)
 SMALL = ("model.num_hidden_layers=3", "model.compress_ratios=[0,4,16]", "model.hidden_size=32")
@@ -191,7 +191,7 @@ def test_old_weights_choose_and_new_ones_compute(recipe, poisoned, tmp_path, pla
     host = ("optim.engram_rows=touched", "train.engram_tables=host", "train.micro_batch=1")
     tables = host if place == "host" else ()
     asked = recipe("train.checkpoint_every=1", *tables)
-    run = Run(asked, open_source(asked), tmp_path / "run", None, shown=False)
+    run = Run(asked, start.open_source(asked), tmp_path / "run", None, shown=False)
     run.loop(asked.train.steps)
     run.close()
     record = {line["step"]: line for line in metrics.read(run.out)}
@@ -271,7 +271,7 @@ def test_a_module_is_named(tiny, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path):
-    run = Run(tiny(*SMALL), open_source(tiny(*SMALL)), tmp_path / "run", None, shown=False)
+    run = Run(tiny(*SMALL), start.open_source(tiny(*SMALL)), tmp_path / "run", None, shown=False)
     with torch.no_grad():
         run.model.layers[0].ffn.gate.weight[0] = math.nan
     with pytest.raises(TrainingDiverged, match=r"after step 0: layers\.0\.ffn\.gate\.weight holds"):
