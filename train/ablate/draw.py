@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..plots.curves import BLUE, GREEN, GREY, ORANGE, PINK
+from ..plots.style import BLUE, GREEN, GREY, ORANGE, PINK, canvas, save
 from .summary import values_of
 from .verdict import interval
 
@@ -22,14 +22,10 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     panels = found["panels"]
     width = sum(1.7 if panel["kind"] == "distance" else 1.0 for panel in panels)
-    figure = Figure(figsize=(max(10.5, 4.4 * width), 5.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(max(10.5, 4.4 * width), 5.0)
     ratios = [1.7 if panel["kind"] == "distance" else 1.0 for panel in panels]
     axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
     for axis, panel in zip(axes, panels):
@@ -39,10 +35,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     _legend(figure, found["arms"])
-    figure.suptitle(_title(found), fontsize=11, color=GREY)
-    picture = Path(picture) if picture else Path(path).with_suffix(".png")
-    figure.savefig(picture, dpi=110)
-    return picture
+    return save(figure, Path(picture) if picture else Path(path).with_suffix(".png"), _title(found))
 
 
 def _legend(figure: Any, arms: dict[str, Any]) -> None:

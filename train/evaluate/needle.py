@@ -27,6 +27,7 @@ from ...model import Transformer
 from ...model.generation.prefill import prefill
 from ..data.corpus import Corpus
 from ..data.tokenizers import BOS
+from ..plots.style import canvas, save
 
 FILE = "needle.json"
 PICTURE = "needle.png"
@@ -205,11 +206,7 @@ def average(answers: Sequence[Answer]) -> Cell:
 
 def picture(report: Report, path: Path, title: str, window: int) -> Path:
     """Two heat maps, depth by length, and both numbers by distance. Raises ModuleNotFoundError without matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(15, 4.6)
     accuracy, margin, distance = figure.subplots(1, 3)
     values = [[cell.accuracy for cell in row] for row in report.cells]
     _heat(accuracy, report, values, "{:.0%}", cmap="cividis", vmin=0, vmax=1)
@@ -219,9 +216,7 @@ def picture(report: Report, path: Path, title: str, window: int) -> Path:
     _heat(margin, report, values, "{:+.2f}", cmap="PuOr", vmin=-widest, vmax=widest)
     margin.set_title("Margin: nats that the fact adds to log p(code)")
     _distances(distance, report, window)
-    figure.suptitle(title, fontsize=11, color="#595959")
-    figure.savefig(path, dpi=110)
-    return path
+    return save(figure, path, title)
 
 
 def table(report: Report) -> str:

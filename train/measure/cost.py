@@ -19,14 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from ...model.accounting import Account, account, released_entry
-from ...model.config import SPARSE, ModelConfig
+from ...model.config import ModelConfig
+from ...model.kinds import SPARSE
 from ...model.lineage import LineageConfig
 from ...model.lineage.accounting import account as lineage_account
 from ...model.lineage.accounting import flops as lineage_flops
 from ...model.lineage.config import KINDS
+from ..plots.style import canvas, save
+from .roofline import Peak, datasheet
 
-# dense BF16 TFLOP/s and GB/s, from the makers' datasheets
-GPUS = {"a100": (312, 2039), "h800": (989, 3350), "h100": (989, 3350), "h200": (989, 4800), "b200": (2250, 7700)}
+GPUS = {  # by their names in the datasheets
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h800": "NVIDIA H800",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "b200": "NVIDIA B200",
+}
 POSITIONS = 256  # at which FLOPs are sampled for a mean over a sequence
 
 # V3's report, table 1 and section 4: tokens, sequence length, thousand H800 hours
@@ -57,12 +65,18 @@ class Gpu:
             raise ValueError(f"price={self.price}: allowed are dollars an hour, 0 or more")
 
     @property
+    def peak(self) -> Peak:
+        found = datasheet(GPUS[self.name], "bfloat16")
+        assert found is not None
+        return found
+
+    @property
     def flops(self) -> float:
-        return 1e12 * GPUS[self.name][0] * self.mfu
+        return self.peak.flops * self.mfu
 
     @property
     def bandwidth(self) -> float:
-        return 1e9 * GPUS[self.name][1]
+        return self.peak.bytes
 
 
 def accounts(config: Config, context: int) -> Account:
@@ -185,8 +199,8 @@ def estimate(name: str, context: int, gpu: Gpu, tokens: float, length: int) -> s
     compute, memory = decode_seconds(config, context, gpu)
     prefill = prefill_seconds(config, max(context, 1), gpu)
     lines = [
-        f"{gpu.name}: {GPUS[gpu.name][0]} TFLOP/s dense BF16 at MFU {gpu.mfu:g}, {GPUS[gpu.name][1]} GB/s,"
-        f" ${gpu.price:g} an hour",
+        f"{gpu.name}: {gpu.peak.flops / 1e12:.0f} TFLOP/s dense BF16 at MFU {gpu.mfu:g},"
+        f" {gpu.peak.bytes / 1e9:.0f} GB/s, ${gpu.price:g} an hour",
         f"training   3 (2 A + attention) = 3 (2 x {a.activated / 1e9:.2f} G + "
         f"{attention_flops(config, length, expanded=True) / 1e9:.2f} G) = {trained / 1e9:.1f} GFLOP a token"
         f" in sequences of {length:,}",
@@ -217,13 +231,9 @@ def v3_table() -> str:
 
 def draw(path: Path, name: str, gpu: Gpu) -> Path:
     """Curves over the context: FLOPs of a token, cache of a sequence, dollars per million decoded tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = {name: load(name), **{title: load(key) for title, key in RIVALS.items() if key != name}}
     contexts = [2**i for i in range(10, 21)]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(13, 4)
     axes = figure.subplots(1, 3)
     for title, config in columns.items():
         found = [accounts(config, n) for n in contexts]
@@ -239,9 +249,7 @@ def draw(path: Path, name: str, gpu: Gpu) -> Path:
     for axis, title in zip(axes, titles):
         _tidy(axis, title)
     axes[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    return path
+    return save(figure, path, dpi=100)
 
 
 def _tidy(axis: Any, title: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run import metrics
-from .curves import BLUE, GREEN, GREY, ORANGE, PINK, draw_layers, legend_below, series, tidy
+from .style import BLUE, GREEN, GREY, ORANGE, PINK, canvas, draw_layers, legend_below, save, series, tidy
 
 FILE = "mechanisms.png"
 MARKED = {"marker": "o", "markersize": 2.5, "linewidth": 1.2}
@@ -25,18 +25,12 @@ def plot_mechanisms(folder: Path | str, path: Path | str | None = None) -> Path 
     records = [record for record in metrics.read(folder) if "grad_by" in record]
     if not records:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 8.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(14, 8.5)
     for axis, panel in zip(figure.subplots(2, 3).flat, (_gradients, _updates, _sinkhorn, _gain, _recall, _engram)):
         panel(axis, records)
         tidy(axis)
-    figure.suptitle(f"{folder.resolve().name}   ·   measured on {len(records)} steps", fontsize=11, color=GREY)
-    path = Path(path) if path else folder / FILE
-    figure.savefig(path, dpi=110)
-    return path
+    title = f"{folder.resolve().name}   ·   measured on {len(records)} steps"
+    return save(figure, Path(path) if path else folder / FILE, title)
 
 
 def _gradients(axis: Any, records: list[dict[str, Any]]) -> None:

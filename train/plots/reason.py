@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reason.report import Results, recipes, scores
-from .curves import BLUE, GREEN, GREY, ORANGE
+from .style import BLUE, GREEN, GREY, ORANGE, canvas, save, smooth
 
 FILE = "reasoning.png"
 MODES = {"chat": (ORANGE, "answer at once"), "thinking": (BLUE, "visible working")}
@@ -22,11 +22,7 @@ def plot(results: Path | str, path: Path | str | None = None) -> Path:
     """
     results = Path(results)
     found = json.loads(results.read_text("utf-8"))
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(13, 7.6)
     axes = figure.subplot_mosaic("AAB;CDE")
     _accuracy(axes["A"], found)
     _curve(axes["B"], found, {"reward_thinking": MODES["thinking"], "reward_chat": MODES["chat"]})
@@ -44,10 +40,7 @@ def plot(results: Path | str, path: Path | str | None = None) -> Path:
             axis.legend(frameon=False, fontsize=9)
     seeds = len({run["seed"] for run in found["runs"]})
     title = f"{found['runs'][0]['parameters']:,} parameters   ·   seeds (faint): {seeds}   ·   strong: their mean"
-    figure.suptitle(title, fontsize=11, color=GREY)
-    path = Path(path) if path else results.with_name(FILE)
-    figure.savefig(path, dpi=100)
-    return path
+    return save(figure, Path(path) if path else results.with_name(FILE), title, dpi=100)
 
 
 def _accuracy(axis: Any, found: Results) -> None:
@@ -88,9 +81,9 @@ def _curve(axis: Any, found: Results, curves: dict[str, tuple[str, str]]) -> Non
     for name, (colour, label) in curves.items():
         lines = [run["curves"][name] for run in _rewarded(found)]
         for values in lines:
-            axis.plot(range(1, len(values) + 1), _smooth(values), color=colour, alpha=0.3, linewidth=0.9)
+            axis.plot(range(1, len(values) + 1), smooth(values, 10), color=colour, alpha=0.3, linewidth=0.9)
         if lines:
-            mean = _smooth(_mean(lines))
+            mean = smooth(_mean(lines), 10)
             axis.plot(range(1, len(mean) + 1), mean, color=colour, label=f"{label}: {mean[-1]:.3g} at the end")
     axis.set_xlabel("step")
 
@@ -102,8 +95,3 @@ def _rewarded(found: Results) -> list[dict[str, Any]]:
 def _mean(lines: Sequence[Sequence[float]]) -> list[float]:
     """Step by step, as far as all lines go."""
     return [sum(values) / len(values) for values in zip(*lines)]
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of the last ten steps, fewer at the start."""
-    return [sum(values[max(0, i - 9) : i + 1]) / (i + 1 - max(0, i - 9)) for i in range(len(values))]

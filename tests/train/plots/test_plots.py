@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from abyssal.train.plots.curves import _smooth, plot
+from abyssal.train.plots.curves import plot
 from abyssal.train.plots.mechanisms import plot_mechanisms
+from abyssal.train.plots.style import smooth
 from abyssal.train.run import metrics
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -74,7 +75,7 @@ def test_smoothing_is_a_running_mean():
     values = [math.sin(i) for i in range(230)]
     width = 230 // 50
     wanted = [np.mean(values[max(0, i - width + 1) : i + 1]) for i in range(230)]
-    np.testing.assert_allclose(_smooth(values), wanted, atol=1e-9)
+    np.testing.assert_allclose(smooth(values), wanted, atol=1e-9)
 
 
 def observed(step: int, **more) -> dict:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...plots.curves import BLUE, GREEN, GREY, ORANGE, PINK
+from ...plots.style import BLUE, GREEN, GREY, ORANGE, PINK, canvas, save
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", GREY)
 BOTH = "forward + backward"
@@ -17,9 +17,6 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: nothing was measured.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     result = json.loads(Path(path).read_text(encoding="utf-8"))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
@@ -29,8 +26,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
         raise ValueError("nothing was measured")
     names = list(dict.fromkeys(row["contender"] for rows in groups.values() for row in rows))
     colour = dict(zip(names, COLOURS * len(names)))
-    figure = Figure(figsize=(14, 1.4 + 3.1 * len(groups)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(14, 1.4 + 3.1 * len(groups))
     axes = figure.subplots(len(groups), 3, squeeze=False)
     for line, ((shape, task), rows) in zip(axes, groups.items()):
         title = f"{shape} {task}"
@@ -49,10 +45,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
 
     handles = [Patch(color=colour[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=7, frameon=False)
-    figure.suptitle(_title(result), fontsize=10, color=GREY)
-    picture = Path(picture) if picture else Path(path).with_suffix(".png")
-    figure.savefig(picture, dpi=100)
-    return picture
+    return save(figure, Path(picture) if picture else Path(path).with_suffix(".png"), _title(result), dpi=100)
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...plots.curves import GREY
+from ...plots.style import canvas, save
 
 COLOURS = {
     "embedding": "#8c8c8c",
@@ -41,14 +41,11 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     result = json.loads(Path(path).read_text(encoding="utf-8"))
     training, decode = result["training"], result["decode"]
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(15, 8)
     axes = figure.subplots(1, 3, width_ratios=(3, 1.15, 2))
     _steps(axes[0], training, ("forward", "backward", "optimizer"))
     axes[0].set_title(f"Training step of {training['rows']} x {training['tokens']:,} tokens\n{_milliseconds(training)}")
@@ -62,10 +59,7 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     shown = [name for name in COLOURS if name in training["mechanisms"] or name in decode["mechanisms"]]
     handles = [Patch(color=COLOURS[name], label=name) for name in reversed(shown)]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(_title(result), fontsize=10, color=GREY)
-    picture = Path(picture) if picture else Path(path).with_suffix(".png")
-    figure.savefig(picture, dpi=100)
-    return picture
+    return save(figure, Path(picture) if picture else Path(path).with_suffix(".png"), _title(result), dpi=100)
 
 
 def _title(result: dict[str, Any]) -> str:
