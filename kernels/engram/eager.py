@@ -1,4 +1,7 @@
-"""Hash, gather and gate in plain PyTorch; see the package for the equations and the axis letters."""
+"""The eager engine of Engram: in blocks of tokens, with the gate's backward pass written out.
+
+b batch · t tokens · n streams · d width · o orders · k heads per order
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ..precision import accumulation
 
 CLAMP = 1e-6  # of |s| before the root, whose slope would be infinite at 0
 VALUES = 2**18  # of a block of streams: 1 MiB of fp32
@@ -58,7 +63,7 @@ class _Gate(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, key: Tensor, value: Tensor, weight_h: Tensor, weight_k: Tensor, eps: float
     ) -> Tensor:
-        wide = _wide(h)
+        wide = accumulation(h)
         w = weight_h.to(wide) * weight_k.to(wide)
         raw, h_rms, k_rms = torch.empty(3, *h.shape[:2], dtype=wide, device=h.device)  # inverse root mean squares
         out = h.new_empty(h.shape)
@@ -107,7 +112,3 @@ def _blocks(h: Tensor) -> Iterator[slice]:
     tokens = max(VALUES // max(h.shape[1:].numel(), 1), 1)
     for start in range(0, len(h), tokens):
         yield slice(start, start + tokens)
-
-
-def _wide(h: Tensor) -> torch.dtype:
-    return torch.float64 if h.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Reference of RMSNorm and RoPE, with their backward passes written out.
+"""The eager engine of RMSNorm and RoPE: in blocks of rows, with their backward passes written out.
 
 Axes: t rows (all leading axes of x) · d channels.
 """

@@ -1,5 +1,5 @@
-"""Reference of the number formats, in exact arithmetic: exponents are integers, and every product and quotient of the
-values is by a power of two.
+"""The eager engine of the number formats, in exact arithmetic: exponents are integers, and every product and quotient
+of the values is by a power of two.
 
 Axes: D channels (the last axis) · R x C the blocks of a matrix.
 """

@@ -1,4 +1,4 @@
-"""The kernels of the number formats, in integer arithmetic on the bits of float32: the reference's bits on any device.
+"""The kernels of the number formats, in integer arithmetic on the bits of float32: the same bits on any device.
 
     format  M mantissa bits  least exponent      code = nearest multiple of 2^(max(exponent, least) - M), ties to even
     e4m3          3               -6

@@ -27,7 +27,7 @@ def small_blocks(emulated, monkeypatch):
     """In the interpreter a few tokens fill several blocks, strips and rounds of a loop."""
     if emulated:
         for name, value in {"ELEMENTS": 64, "STRIP": 3, "STRIPS": 3, "SHARES": 2}.items():
-            monkeypatch.setattr(kernels, name, value)
+            monkeypatch.setattr(kernels.launch, name, value)
         monkeypatch.setattr(triton_scatter, "ROWS", 2)
 
 

@@ -22,8 +22,8 @@ def several_blocks(emulated, monkeypatch):
     """Programs so few and small that rows need several."""
     torch.manual_seed(0)
     if emulated:
-        monkeypatch.setattr(kernels, "VALUES", 64)
-        monkeypatch.setattr(kernels, "PROGRAMS", 3)
+        monkeypatch.setattr(kernels.launch, "VALUES", 64)
+        monkeypatch.setattr(kernels.launch, "PROGRAMS", 3)
 
 
 def oracle(x, weight=None, angle=None, *, norm=True, inverse=False):

@@ -35,14 +35,14 @@ def several_blocks(emulated, monkeypatch):
     """Programs so small that the larger blocks need several rounds, and that there are several programs."""
     torch.manual_seed(0)
     if emulated:
-        monkeypatch.setattr(kernels, "HELD", 128)
-        monkeypatch.setattr(kernels, "FEW", 64)
+        monkeypatch.setattr(kernels.launch, "HELD", 128)
+        monkeypatch.setattr(kernels.launch, "FEW", 64)
 
 
 @pytest.fixture
 def large_programs(monkeypatch):
     """One program for many values: the interpreter's time is by the operation, not by the value."""
-    monkeypatch.setattr(kernels, "FEW", 1 << 16)
+    monkeypatch.setattr(kernels.launch, "FEW", 1 << 16)
 
 
 def bits(x):
