@@ -1,6 +1,6 @@
 """The indexer's loss in Triton, as operators that torch.compile, autograd, checkpointing and CUDA graphs see whole.
 
-As in the reference the gradients are made in the forward pass, where the loss is: between forward and backward live
+As in eager the gradients are made in the forward pass, where the loss is: between forward and backward live
 those of the index queries and weights, in their dtypes, and of the index keys in float32. The backward pass scales them
 by dloss / queries. `kernels` holds the kernels, `launch` their order and blocks.
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import launch
+from .launch import Compared, Student, Teacher
 
 __all__ = ["index_loss"]
 
@@ -43,8 +44,9 @@ def _index_loss(
     index_q: Tensor, index_weights: Tensor, index_keys: Tensor, q: Tensor, compressed: Tensor, lse: Tensor,
     scale: float, start: Tensor, end: Tensor, index: Tensor | None, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    student = index_q, index_weights, index_keys
-    return launch.index_loss(*student, q, compressed, lse, scale, start, end, index, wanted)
+    student, teacher = Student(index_q, index_weights, index_keys), Teacher(q, lse, compressed)
+    loss, share, queries, gradients = launch.index_loss(student, teacher, Compared(index, start, end), scale, wanted)
+    return loss, share, queries, *gradients
 
 
 @_index_loss.register_fake

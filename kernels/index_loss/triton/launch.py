@@ -46,36 +46,51 @@ HALF = {  # bf16 and fp16
     "hip": Table(Blocks(16, 32, 4, 1), Blocks(64, 64, 4, 2), Blocks(16, 64, 8, 1)),
 }
 _SMALL = Blocks(16, 16, 4, 2)
-PLAIN = Table(
-    _SMALL, _SMALL, Blocks(16, 16, 16, 1)
-)  # float32, whose products take no tensor cores, and heads of more channels
+# float32, whose products take no tensor cores, and heads of more channels
+PLAIN = Table(_SMALL, _SMALL, Blocks(16, 16, 16, 1))
 
 
-class Loss(NamedTuple):
-    """Scalars, and gradients of the sum over queries in the dtypes of queries, weights and (keys) float32; empty unless
-    wanted.
+class Teacher(NamedTuple):
+    """What the attention reads with: `q [b, t, h, d]`, `lse [b, t, h]`, its entries `[b, p, d]` as keys."""
+
+    q: Tensor
+    lse: Tensor
+    keys: Tensor
+
+
+class Student(NamedTuple):
+    """What the indexer scores with, `q [b, t, i, e]`, `weights [b, t, i]`, `keys [b, p, e]`; or their gradients, of the
+    sum over queries, in their dtypes but float32 for the keys, and empty unless wanted.
     """
 
-    loss: Tensor
-    share: Tensor
-    queries: Tensor
-    dq: Tensor
-    dweights: Tensor
-    dkeys: Tensor
-
-
-class _Student(NamedTuple):
     q: Tensor
     weights: Tensor
     keys: Tensor
 
 
-class _Set(NamedTuple):
-    """Which entries each query compares: its `picks [b, t, k]`, or all from `start` to `end`, `[b, t]`."""
+class Compared(NamedTuple):
+    """Which entries each query compares: its `picks [b, t, k]`, or all from `start` to `end`, `[b|1, t]`."""
 
     picks: Tensor | None
     start: Tensor
     end: Tensor
+
+
+class Loss(NamedTuple):
+    """Scalars, and the gradients."""
+
+    loss: Tensor
+    share: Tensor
+    queries: Tensor
+    gradients: Student
+
+
+class Chunk(NamedTuple):
+    """Queries of every sequence at work together: the first, how many, and the slots of a row of theirs."""
+
+    first: int
+    n: int
+    width: int
 
 
 def table_for(q: Tensor, width: int) -> Table:
@@ -83,84 +98,81 @@ def table_for(q: Tensor, width: int) -> Table:
     return HALF[architecture()] if q.itemsize == 2 and q.shape[-1] <= width else PLAIN
 
 
-def index_loss(
-    index_q: Tensor, index_weights: Tensor, index_keys: Tensor, q: Tensor, compressed: Tensor, lse: Tensor,
-    scale: float, start: Tensor, end: Tensor, index: Tensor | None, wanted: bool,
-) -> Loss:  # fmt: skip
-    """Products are made in the dtypes of index_q and q, to which index_keys and compressed are rounded."""
-    (b, t, _, e), p = index_q.shape, compressed.shape[1]
-    student = _Student(index_q.contiguous(), index_weights.contiguous(), index_keys.to(index_q.dtype).contiguous())
-    teacher = q.contiguous(), lse.contiguous(), compressed.to(q.dtype).contiguous()
-    over = _Set(None if index is None else index.contiguous(), *(x.expand(b, t).contiguous() for x in (start, end)))
-    losses = q.new_empty(b, t, dtype=torch.float32)
-    dq, dweights = (x.new_empty(x.shape if wanted else (0,)) for x in (index_q, index_weights))
-    dkeys = torch.zeros(index_keys.shape if wanted else (0,), dtype=torch.float32, device=q.device)
-    width = p if index is None else index.shape[2]
-    chunk = max(SCRATCH // max(b * width * (8 if index is None else 8 + e * index_q.itemsize), 1), LEAST)
-    with on_device(q):
-        for first in range(0, t, chunk):
-            n = min(chunk, t - first)
-            mass, scores = (q.new_empty(b * n, width, dtype=torch.float32) for _ in range(2))
-            _sum_heads(*teacher, over, mass, first, n, scale)
-            _sum_heads(*student, over, scores, first, n, None)
-            kernels.divergence[b * n,](
-                mass, scores, *over, losses, first, n, t, width, width, FLOOR,
-                PICKED=index is not None, BS=min(next_power(width, 16), ROW),
+def index_loss(student: Student, teacher: Teacher, compared: Compared, scale: float, wanted: bool) -> Loss:
+    """Products are made in the dtypes of the queries, to which the keys are rounded."""
+    (b, t, _, e), p, device = student.q.shape, student.keys.shape[1], student.q.device
+    dq, dweights = (x.new_empty(x.shape if wanted else (0,)) for x in student[:2])
+    dkeys = torch.zeros(student.keys.shape if wanted else (0,), dtype=torch.float32, device=device)
+    gradients = Student(dq, dweights, dkeys)
+    student = Student(*(x.contiguous() for x in (*student[:2], student.keys.to(student.q.dtype))))
+    teacher = Teacher(*(x.contiguous() for x in (*teacher[:2], teacher.keys.to(teacher.q.dtype))))
+    start, end = (x.expand(b, t).contiguous() for x in compared[1:])
+    compared = Compared(None if compared.picks is None else compared.picks.contiguous(), start, end)
+    losses = student.q.new_empty(b, t, dtype=torch.float32)
+    width, scratch = (p, 8) if compared.picks is None else (compared.picks.shape[2], 8 + e * student.q.itemsize)
+    most = max(SCRATCH // max(b * width * scratch, 1), LEAST)
+    with on_device(student.q):
+        for first in range(0, t, most):
+            chunk = Chunk(first, min(most, t - first), width)
+            mass, scores = (losses.new_empty(b * chunk.n, width) for _ in range(2))
+            _sum_heads(teacher, compared, mass, chunk, scale)
+            _sum_heads(student, compared, scores, chunk)
+            kernels.divergence[b * chunk.n,](
+                mass, scores, *compared, losses, chunk.first, chunk.n, t, k=width, width=width, floor=FLOOR,
+                PICKED=compared.picks is not None, BS=min(next_power(width, 16), ROW),
             )  # fmt: skip
             if wanted:
-                _gradients(scores, student, over, dq, dweights, dkeys, first, n)
-        share = torch.ones((), device=q.device) if index is None else _share(*teacher, over, scale)
-    queries = (end > start).expand(b, t).sum().clamp_min(1).float()
-    return Loss(losses.sum() / queries, share, queries, dq, dweights, dkeys)
+                _add_gradients(scores, student, compared, gradients, chunk)
+        share = losses.new_ones(()) if compared.picks is None else _share(teacher, compared, scale)
+    queries = (end > start).sum().clamp_min(1).float()
+    return Loss(losses.sum() / queries, share, queries, gradients)
 
 
-def _sum_heads(
-    q: Tensor, per_head: Tensor, keys: Tensor, over: _Set, out: Tensor, first: int, n: int, scale: float | None
-) -> None:
+def _sum_heads(x: Teacher | Student, compared: Compared, out: Tensor, chunk: Chunk, scale: float | None = None) -> None:
     """`out [b n, slots]`: the teacher's mass, or, without a scale, the student's scores."""
-    (b, t, h, d), width = q.shape, out.shape[1]
-    blocks = table_for(q, 128).student if scale is None else table_for(q, 512).teacher
-    options = _options(blocks, h, d)
-    kernels.sum_heads[b * n,](
-        q, per_head, keys, *over, out, first, n, t, h, d, keys.shape[1], width, width, scale or 0.0,
-        TEACHER=scale is not None, PICKED=over.picks is not None, HELD=h <= options["BH"], **options,
+    (b, t, h, d), teacher = x.q.shape, scale is not None
+    options = _options(table_for(x.q, 512).teacher if teacher else table_for(x.q, 128).student, h, d)
+    kernels.sum_heads[b * chunk.n,](
+        *x, *compared, out, chunk.first, chunk.n, t, h, d, p=x.keys.shape[1], k=chunk.width, width=chunk.width,
+        scale=scale or 0.0, TEACHER=teacher, PICKED=compared.picks is not None, HELD=h <= options["BH"], **options,
     )  # fmt: skip
 
 
-def _gradients(
-    dscores: Tensor, student: _Student, over: _Set, dq: Tensor, dweights: Tensor, dkeys: Tensor, first: int, n: int
-) -> None:
-    """Writes dq and dweights of the chunk, adds to `dkeys [b, p, e]`."""
-    (b, t, h, d), width, picked = dq.shape, dscores.shape[1], over.picks is not None
-    p, blocks = dkeys.shape[1], table_for(dq, 128).gradient
+def _add_gradients(dscores: Tensor, student: Student, compared: Compared, gradients: Student, chunk: Chunk) -> None:
+    """Writes those of the chunk's queries and weights, adds to those of the keys."""
+    (b, t, h, d), p, blocks = student.q.shape, student.keys.shape[1], table_for(student.q, 128).gradient
+    first, n, width, picks = *chunk, compared.picks
     options = _options(blocks._replace(heads=next_power(h, 16)), h, d) | registers(blocks.warps)
-    rows = dq.new_empty(b, n if picked else 0, width, d)
+    rows = student.q.new_empty(b, 0 if picks is None else n, width, d)
     kernels.query_gradient[b * n,](
-        dscores, *student, *over, dq, dweights, rows, first, n, t, h, d, p, width, width, PICKED=picked, **options
-    )
-    if over.picks is not None:
-        scatter_sum(rows, entry_lists(over.picks[:, first : first + n], p), dkeys)
+        dscores, *student, *compared, gradients.q, gradients.weights, rows,
+        first, n, t, h, d, p, k=width, width=width, PICKED=picks is not None, **options,
+    )  # fmt: skip
+    if picks is not None:
+        scatter_sum(rows, entry_lists(picks[:, first : first + n], p), gradients.keys)
         return
     tiles = b * triton.cdiv(p, blocks.slots)
     span = triton.cdiv(n, min(max(PROGRAMS // max(tiles, 1), 1), 16))
-    parts = dkeys.new_empty(triton.cdiv(n, span), *dkeys.shape)
+    parts = gradients.keys.new_empty(triton.cdiv(n, span), *gradients.keys.shape)
     kernels.key_gradient[tiles, len(parts)](
-        dscores, *student, over.start, over.end, parts, first, n, t, h, d, p, width, span, QUERIES=QUERIES, **options
-    )
+        dscores, *student, compared.start, compared.end, parts,
+        first, n, t, h, d, p, width, span=span, QUERIES=QUERIES, **options,
+    )  # fmt: skip
     for part in parts:
-        dkeys += part
+        gradients.keys.add_(part)
 
 
-def _share(q: Tensor, lse: Tensor, compressed: Tensor, over: _Set, scale: float) -> Tensor:
+def _share(teacher: Teacher, compared: Compared, scale: float) -> Tensor:
     """Picked mass over visible mass, the mean over the measured queries that read any entry."""
-    assert over.picks is not None
-    at = (slice(None), measured_queries(q.shape[1]))
-    picks, start, end = over.picks[at], over.start[at].contiguous(), over.end[at].contiguous()
-    b, n = start.shape
-    mass = q.new_empty(b, n, compressed.shape[1], dtype=torch.float32)
-    some = q[at].contiguous(), lse[at].contiguous(), compressed
-    _sum_heads(*some, _Set(None, start, end), mass.flatten(0, 1), 0, n, scale)
-    slot = torch.arange(mass.shape[2], device=q.device)
+    assert compared.picks is not None
+    at = (slice(None), measured_queries(teacher.q.shape[1]))
+    picks, start, end = (x[at] for x in (compared.picks, compared.start, compared.end))
+    (b, n), entries = start.shape, teacher.keys.shape[1]
+    mass = teacher.q.new_empty(b, n, entries, dtype=torch.float32)
+    some = Teacher(teacher.q[at].contiguous(), teacher.lse[at].contiguous(), teacher.keys)
+    every = Compared(None, start.contiguous(), end.contiguous())
+    _sum_heads(some, every, mass.flatten(0, 1), Chunk(0, n, entries), scale)
+    slot = torch.arange(entries, device=mass.device)
     mass = torch.where(slot < (end - start)[..., None], mass, 0)
     picked = torch.where(picks < 0, 0, mass.gather(2, (picks - start[..., None]).clamp_min(0))).sum(-1)
     total = mass.sum(-1)

@@ -48,46 +48,58 @@ def blocks_for(q: Tensor) -> Blocks:
     return blocks._replace(queries=FEW) if q.shape[1] <= FEW else blocks
 
 
+class Inputs(NamedTuple):
+    """`q [b, t, h, d]`, `weights [b, t, h]`, `keys [b, p, d]`, `start` and `end` `[b, t]`, all contiguous."""
+
+    q: Tensor
+    weights: Tensor
+    keys: Tensor
+    start: Tensor
+    end: Tensor
+
+
+class Chunk(NamedTuple):
+    """Tiles of queries at work together: the first of them, how many, and how many queries each holds."""
+
+    first: int
+    tiles: int
+    queries: int
+
+
 def index_topk(q: Tensor, weights: Tensor, keys: Tensor, k: int, start: Tensor, end: Tensor) -> Tensor:
     """`picks [b, t, min(k, p)]` int64. Products are made in the dtype of q, to which keys are rounded."""
-    b, t, _, _ = q.shape
-    q, weights, keys = q.contiguous(), weights.contiguous(), keys.to(q.dtype).contiguous()
-    start, end = (x.expand(b, t).contiguous() for x in (start, end))
-    p, blocks = keys.shape[1], blocks_for(q)
+    (b, t, _, _), p, queries = q.shape, keys.shape[1], blocks_for(q).queries
+    tensors = q, weights, keys.to(q.dtype), start.expand(b, t), end.expand(b, t)
+    x = Inputs(*(tensor.contiguous() for tensor in tensors))
     picks = q.new_empty(b, t, min(k, p), dtype=torch.int64)
-    width, tiles = triton.cdiv(max(p, 1), 16) * 16, b * triton.cdiv(t, blocks.queries)
-    chunk = max(SCRATCH // (4 * width * blocks.queries), 1)
-    scratch = q.new_empty(min(chunk, tiles) * blocks.queries if p > k else 0, width, dtype=torch.float32)
+    width, tiles = triton.cdiv(max(p, 1), 16) * 16, b * triton.cdiv(t, queries)
+    most = max(SCRATCH // (4 * width * queries), 1)
+    scratch = q.new_empty(min(most, tiles) * queries if p > k else 0, width, dtype=torch.float32)
     with on_device(q):
-        for first in range(0, tiles, chunk):
-            count = min(chunk, tiles - first)
+        for first in range(0, tiles, most):
+            chunk = Chunk(first, min(most, tiles - first), queries)
             if p > k:
-                scores(q, weights, keys, start, end, scratch, first, count, k, blocks)
-            select(scratch, start, end, picks, first, count, k, blocks.queries)
+                scores(x, scratch, chunk, k)
+            select(scratch, x.start, x.end, picks, chunk, k)
     return picks
 
 
-def scores(
-    q: Tensor, weights: Tensor, keys: Tensor, start: Tensor, end: Tensor, out: Tensor,
-    first: int, tiles: int, k: int, b: Blocks,
-) -> None:  # fmt: skip
-    """Rows of `out [tiles queries, width]`: what the crowded queries of these tiles see. All contiguous."""
-    (_, t, h, d), p = q.shape, keys.shape[1]
-    kernels.index_scores[tiles * triton.cdiv(p, b.entries),](
-        q, weights, keys, start, end, out, first, t, h, d, p, k, out.shape[1],
+def scores(x: Inputs, out: Tensor, chunk: Chunk, k: int) -> None:
+    """Rows of `out [tiles queries, width]`: what the crowded queries of the chunk see."""
+    (_, t, h, d), p, b = x.q.shape, x.keys.shape[1], blocks_for(x.q)
+    kernels.index_scores[chunk.tiles * triton.cdiv(p, b.entries),](
+        *x, out, chunk.first, t, h, d, p, k, width=out.shape[1],
         BQ=b.queries, BP=b.entries, D=next_power(d, 16), num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
 
 
-def select(
-    scores: Tensor, start: Tensor, end: Tensor, picks: Tensor, first: int, tiles: int, k: int, queries: int
-) -> None:
-    """The picks of these tiles from the rows `scores [tiles queries, width]`."""
+def select(scores: Tensor, start: Tensor, end: Tensor, picks: Tensor, chunk: Chunk, k: int) -> None:
+    """The picks of the chunk from the rows `scores [tiles queries, width]`."""
     (_, t), width = start.shape, scores.shape[1]
     held = width <= LONGEST_HELD
     n = next_power(width, 32) if held else STREAMED
     most = 16 if architecture() == "hip" else 32  # warps of a program
-    kernels.select[tiles * queries,](
-        scores, start, end, picks, first, t, k, picks.shape[2], width,
-        BQ=queries, HELD=held, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), most),
+    kernels.select[chunk.tiles * chunk.queries,](
+        scores, start, end, picks, chunk.first, t, k, kept=picks.shape[2], width=width,
+        BQ=chunk.queries, HELD=held, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), most),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Newton-Schulz iteration in Triton, as an operator that torch.compile and CUDA graphs see whole.
 
-`kernels` holds the kernels, `launch` their order, `tiles` their blocks.
+`kernels` holds the kernels, `launch` their order and blocks.
 """
 
 from collections.abc import Sequence

@@ -2,11 +2,14 @@
 
     A = X X^T,   B = b A + c A A  (both symmetric: half the products),   X <- a X + B X
 
+Blocks are one fixed choice on each architecture, by a matrix's shape and never by how many there are, chosen by
+compiling: no register spills, shared memory within the limit, wgmma on Hopper.
+
 e matrices · r <= c sides, the shorter one first
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,11 +18,44 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...triton.launch import architecture, on_device
 from . import kernels
-from .tiles import HALF, NARROW, PLAIN, Blocks, Tiles
 
 SCRATCH = 2**28  # elements of the iterates that are at work at once: 512 MiB of bf16
 PANEL = {"ROWS": 64, "COLUMNS": 128}
 PARTS = 1024  # panels whose norms are added at a time
+
+
+class Blocks(NamedTuple):
+    """Of one product: rows and columns of a tile, inner, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The table of one architecture."""
+
+    symmetric: Blocks  # X X^T and b A + c A A
+    product: Blocks  # a X + B X
+    tma: bool = False  # operands come by tensor memory access where they are aligned
+    group: int = 8  # row tiles that take a column block in turn, to share it in L2
+
+
+def _both(*blocks: int) -> Tiles:
+    return Tiles(Blocks(*blocks), Blocks(*blocks))
+
+
+HALF = {  # bf16 and fp16, sides that are multiples of 16
+    "sm_80": _both(128, 128, 32, 8, 4),
+    "sm_86": _both(128, 128, 32, 8, 3),
+    "sm_90": Tiles(Blocks(128, 128, 64, 8, 4), Blocks(128, 256, 64, 8, 3), tma=True),
+    "sm_100": Tiles(Blocks(128, 128, 64, 8, 4), Blocks(128, 256, 64, 8, 3)),
+    "hip": _both(128, 128, 32, 8, 2),
+}
+NARROW = _both(64, 64, 64, 4, 3)  # matrices with a side of at most 64
+PLAIN = _both(64, 32, 32, 4, 2)  # float32, whose products take no tensor cores, and other widths
 
 
 def tiles_for(r: int, c: int, dtype: torch.dtype) -> Tiles:

@@ -19,11 +19,12 @@ from abyssal.kernels.triton import launch as triton_launch
 
 SAMPLE = {  # of each op a case that is soon compiled
     "attention": "attention, bf16, h=6 d=40 k=5",
+    "cross_entropy": "loss, to bf16, V=129280",
     "elementwise": "e4m3, 1 by 128, bf16",
     "engram": "engram, bf16, n=3 d=52 rows of 20",
     "hyper": "mHC, bf16, n=1 d=64",
-    "indexer": "top-k, bf16, h=64 d=128 k=512 p=8192, one query",
-    "loss": "loss, to bf16, V=129280",
+    "index_loss": "loss, bf16, i=4 e=32 k=32 h=4 d=64",
+    "index_topk": "top-k, bf16, h=64 d=128 k=512 p=8192, one query",
     "moe_experts": "experts, bf16, d=128 n=64 K=4",
     "moe_route": "route, E=128 K=8",
     "newton_schulz": "newton_schulz, bf16, 128 x 64",
