@@ -17,19 +17,18 @@ TOKENS = 48
 
 def engram(shape: str, dtype: torch.dtype) -> None:
     """Hash with documents and history, gather, gate, and the gradients; key and value are slices of one projection."""
-    from abyssal.kernels.engram import triton as twin
+    from abyssal.kernels.engram.triton import launch
 
     n, d, orders, k, w = SHAPES[shape]
     ids = torch.empty(2, TOKENS // 2, dtype=torch.int64)
     integers = ids.new_empty(orders + 1), ids.new_empty(orders, k), ids.new_empty(orders * k)
-    twin._hash(ids, *integers, 2, None, None)
-    rows = twin._hash(ids, *integers, 2, ids, ids.new_empty(2, orders)).flatten()
-    twin._sum_lookups(twin._gather(torch.empty(500, w, dtype=dtype), rows), rows, 500)
+    launch.hash_rows(ids, *integers, 2, None, None)
+    rows = launch.hash_rows(ids, *integers, 2, ids, ids.new_empty(2, orders)).flatten()
+    launch.sum_lookups(launch.gather(torch.empty(500, w, dtype=dtype), rows), rows, 500)
     h, both = torch.empty(TOKENS, n, d, dtype=dtype), torch.empty(TOKENS, n + 1, d, dtype=dtype)
-    weights = torch.empty(n, d), torch.empty(n, d)
-    inputs = h, both[:, :n], both[:, n], *weights
-    out, *kept = twin._gated(*inputs, 1e-20)
-    twin._gate_gradients(out, *inputs, *kept)
+    inputs = launch.Inputs(h, both[:, :n], both[:, n], torch.empty(n, d), torch.empty(n, d))
+    out, kept = launch.gate(inputs, 1e-20)
+    launch.gate_backward(out, inputs, kept)
 
 
 ALL = ["sm_80", "sm_90", "sm_100", "sm_86", "gfx942"]
