@@ -24,14 +24,15 @@ def attention(h: int, d: int, window: int, k: int, dtype: torch.dtype, documents
     few, sink, bound = compressed[:, :k].contiguous(), torch.empty(h), torch.zeros(1, t, dtype=torch.int64)
     index = torch.zeros(1, t, k, dtype=torch.int64)
     starts = bound if documents else None
-    for entries, sight in (
-        (None, launch.Sight(window, starts)),
-        (few, launch.Sight(window, starts, bound, bound)),
-        (few, launch.Sight(window, starts, picks=index)),
-        (compressed, launch.Sight(window, starts, picks=index)),
+    for entries, mask in (
+        (None, launch.Mask(window, starts)),
+        (few, launch.Mask(window, starts, bound, bound)),
+        (few, launch.Mask(window, starts, picks=index)),
+        (compressed, launch.Mask(window, starts, picks=index)),
     ):
-        out, lse = launch.forward(q, kv, entries, sink, sight, d**-0.5)
-        launch.backward(out, q, kv, entries, sink, out, lse, sight, d**-0.5, launch.Needs())
+        inputs = launch.Inputs(q, kv, entries, sink, mask, d**-0.5)
+        out, lse = launch.forward(inputs)
+        launch.backward(out, inputs, out, lse, launch.Needs())
 
 
 def atomics(h: int, d: int, window: int, k: int) -> None:

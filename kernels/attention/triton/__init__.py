@@ -1,7 +1,7 @@
 """Attention in Triton, as operators that torch.compile, autograd, autocast, checkpointing and CUDA graphs see whole.
 
-`kernels` holds the kernels, `launch` their order, `tiles` their blocks. Between forward and backward live
-the inputs, out and the log-sum-exp.
+`kernels` holds the kernels, `launch` their order and blocks. Between forward and backward live the inputs, out and the
+log-sum-exp.
 
 b batch · t queries · h query heads · d head dim · s window rows · p compressed entries · k picked entries
 """
@@ -38,8 +38,8 @@ def _attention(
     window_start: Tensor | None, start: Tensor | None, end: Tensor | None, index: Tensor | None,
     window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sight = launch.Sight(window, window_start, start, end, index)
-    return launch.forward(q, kv, compressed, sink, sight, scale)
+    mask = launch.Mask(window, window_start, start, end, index)
+    return launch.forward(launch.Inputs(q, kv, compressed, sink, mask, scale))
 
 
 @_attention.register_fake
@@ -53,9 +53,9 @@ def _attention_backward(
     window_start: Tensor | None, start: Tensor | None, end: Tensor | None, index: Tensor | None,
     window: int, scale: float, need_q: bool, need_kv: bool, need_compressed: bool, need_sink: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    sight = launch.Sight(window, window_start, start, end, index)
+    mask = launch.Mask(window, window_start, start, end, index)
     needs = launch.Needs(need_q, need_kv, need_compressed, need_sink)
-    grads = launch.backward(dout, q, kv, compressed, sink, out, lse, sight, scale, needs)
+    grads = launch.backward(dout, launch.Inputs(q, kv, compressed, sink, mask, scale), out, lse, needs)
     dq, dkv, dcompressed, dsink = (q.new_empty(0) if grad is None else grad for grad in grads)
     return dq, dkv, dcompressed, dsink
 
@@ -74,9 +74,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, kv, compressed, sink, *sight, ctx.window, ctx.scale = inputs
+    q, kv, compressed, sink, *bounds, ctx.window, ctx.scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, kv, compressed, sink, *output, *sight)
+    ctx.save_for_backward(q, kv, compressed, sink, *output, *bounds)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -5,7 +5,7 @@
                from them dkv and dcompressed, tiles of keys over queries in order; chunks are added in order
 
 For dcompressed an index is used in two ways. Where entries are few (`DENSE`) it becomes counts, and they are treated as
-a range. Else each (query, slot) gets a row of its own, and `triton_scatter` sums up those of an entry.
+a range. Else each (query, slot) gets a row of its own, and `scatter_sum` adds up those of an entry.
 
 b batch · t queries · n queries of a chunk · s window rows · p entries · k picks · h heads · d head dim
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 from ...triton.launch import architecture, next_power, on_device, registers
 from ...triton.scatter import atomics, entry_lists, scatter_sum
 from . import kernels
-from .tiles import HALF, SINGLE, Blocks, Owned, Tiles
 
 BUDGET = 1 << 30  # bytes of p, ds and rows of picks: a chunk is as many queries as that holds
 CHUNK = 64  # queries that a chunk, or a program's share of them, is a multiple of
@@ -28,9 +27,61 @@ PROGRAMS = 256  # that occupy a large GPU
 FINITE = 1e30  # stands for an infinite sink
 
 
-class Sight(NamedTuple):
-    """What queries see: `window` rows from `window_start [b|1, t]` on, and entries from `start` to `end` [b|1, t] or
-    those of `picks [b, t, k]`.
+# blocks of each kernel on each architecture --------------------------------------------------------------------------
+# One fixed choice, so that no query depends on the rest of its batch. Chosen by compiling: no register spills, shared
+# memory within the limit, wgmma on Hopper, which needs 64 heads.
+
+
+class Blocks(NamedTuple):
+    """Of a kernel with one query to a program: heads, keys of a step, warps, pipeline stages."""
+
+    heads: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Owned(NamedTuple):
+    """Of the kernel with one tile of keys to a program: keys, (query, head) rows of a step, channels, warps, stages."""
+
+    keys: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The table of one architecture."""
+
+    forward: Blocks
+    backward: Blocks  # dq; its keys divide those of `owned`
+    counted: Blocks  # the same with counts, which take a few registers more
+    owned: Owned  # dkv
+
+
+HALF = {  # bf16 and fp16, chosen for d = 512
+    "sm_80": Tiles(Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Owned(64, 64, 128, 8, 2)),
+    "sm_86": Tiles(Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), Blocks(32, 16, 8, 1), Owned(64, 64, 128, 8, 1)),
+    "sm_90": Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Owned(64, 64, 256, 8, 2)),
+    "sm_100": Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Owned(64, 64, 256, 8, 2)),
+    "hip": Tiles(Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
+}
+_SMALL = Blocks(16, 16, 4, 1)
+SINGLE = Tiles(Blocks(16, 16, 8, 1), _SMALL, _SMALL, Owned(32, 16, 64, 4, 1))  # float32 takes no tensor cores
+
+
+def tiles_for(q: Tensor) -> Tiles:
+    """The table for this dtype on the current device."""
+    return HALF[architecture()] if q.itemsize == 2 else SINGLE
+
+
+# inputs --------------------------------------------------------------------------------------------------------------
+
+
+class Mask(NamedTuple):
+    """Which keys queries see: `window` rows from `window_start [b|1, t]` on, and entries from `start` to `end` [b|1, t]
+    or those of `picks [b, t, k]`.
     """
 
     window: int
@@ -38,6 +89,73 @@ class Sight(NamedTuple):
     start: Tensor | None = None
     end: Tensor | None = None
     picks: Tensor | None = None
+
+
+class Inputs(NamedTuple):
+    """What forward and backward read; `prepared` for kernels, with how they are to see entries: their ENTRIES."""
+
+    q: Tensor
+    kv: Tensor
+    compressed: Tensor | None
+    sink: Tensor
+    mask: Mask
+    scale: float
+    entries: str = ""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Shapes, and what else all kernels that go by query are told."""
+        _, t, h, d = self.q.shape
+        p = 0 if self.compressed is None else self.compressed.shape[1]
+        k = 0 if self.mask.picks is None else self.mask.picks.shape[2]
+        flags = {"ENTRIES": self.entries, "DOCUMENTS": self.mask.window_start is not None}
+        shapes = {"t": t, "s": self.kv.shape[1], "p": p, "k": k, "h": h, "d": d}
+        return {**shapes, "window": self.mask.window, "scale": self.scale, **flags}
+
+    def prepared(self) -> "Inputs":
+        """All contiguous, bounds [b, t]; a list ends with the last slot that holds a pick."""
+        b, t = self.q.shape[:2]
+        picks, compressed = self.mask.picks, self.compressed
+        first, start, end = (None if x is None else x.expand(b, t).contiguous() for x in self.mask[1:4])
+        picks = None if picks is None else picks.contiguous()
+        entries = "range" if picks is None else "list"
+        if compressed is None or compressed.shape[1] == 0 or (picks is not None and picks.shape[2] == 0):
+            compressed, entries = None, "none"
+        compressed = None if compressed is None else compressed.contiguous()
+        if picks is not None and entries == "list":
+            end = picks.new_empty(b, t, dtype=torch.int32)
+            with on_device(self.q):
+                kernels.used_slots[b * t,](picks, end, picks.shape[2], K=next_power(picks.shape[2]))
+        mask = Mask(self.mask.window, first, start, end, picks)
+        tensors = self.q.contiguous(), self.kv.contiguous(), compressed, self.sink.contiguous()
+        return Inputs(*tensors, mask, self.scale, entries)
+
+
+def _by_query(x: Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
+    """Programs of a query, and their blocks; little work takes few warps."""
+    h, width = x.sizes["h"], next_power(x.sizes["d"], 16)
+    heads = min(next_power(h, 16), b.heads)
+    warps = b.warps if heads * width * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
+    blocks = {"D": width, "BH": heads, "TK": b.keys}
+    return triton.cdiv(h, heads), {**blocks, "num_stages": b.stages, **registers(warps)}
+
+
+# forward -------------------------------------------------------------------------------------------------------------
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """`out [b, t, h, d]` and the log-sum-exp `[b, t, h]`, which counts the sink."""
+    x = inputs.prepared()
+    out, lse = x.q.new_empty(x.q.shape), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+    groups, blocks = _by_query(x, tiles_for(x.q).forward)
+    with on_device(x.q):
+        kernels.attention_forward[x.q.shape[0] * x.q.shape[1] * groups,](
+            x.q, x.kv, x.compressed, x.sink, *x.mask[1:], out, lse, **x.sizes, **blocks
+        )
+    return out, lse
+
+
+# backward ------------------------------------------------------------------------------------------------------------
 
 
 class Needs(NamedTuple):
@@ -58,75 +176,13 @@ class Gradients(NamedTuple):
     sink: Tensor | None
 
 
-class _Inputs(NamedTuple):
-    """As kernels read them: contiguous, bounds [b, t]; `entries` says how entries are seen, see triton_kernels."""
+class _Outputs(NamedTuple):
+    """Of forward, with the gradient of `out` and room for <do, out>."""
 
-    q: Tensor
-    kv: Tensor
-    compressed: Tensor | None
-    sight: Sight
-    entries: str
-    scale: float
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """Shapes, and what else all kernels that go by query are told."""
-        _, t, h, d = self.q.shape
-        p = 0 if self.compressed is None else self.compressed.shape[1]
-        k = 0 if self.sight.picks is None else self.sight.picks.shape[2]
-        flags = {"ENTRIES": self.entries, "DOCUMENTS": self.sight.window_start is not None}
-        shapes = {"t": t, "s": self.kv.shape[1], "p": p, "k": k, "h": h, "d": d}
-        return {**shapes, "window": self.sight.window, "scale": self.scale, **flags}
-
-
-def tiles_for(q: Tensor) -> Tiles:
-    """The table for this dtype on the current device."""
-    return HALF[architecture()] if q.itemsize == 2 else SINGLE
-
-
-def forward(
-    q: Tensor, kv: Tensor, compressed: Tensor | None, sink: Tensor, sight: Sight, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`out [b, t, h, d]` and the log-sum-exp `[b, t, h]`, which counts the sink."""
-    x = _inputs(q, kv, compressed, sight, scale)
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-    groups, blocks = _by_query(x, tiles_for(q).forward)
-    with on_device(q):
-        kernels.attention_forward[q.shape[0] * q.shape[1] * groups,](
-            x.q, x.kv, x.compressed, sink.contiguous(), *x.sight[1:], out, lse, **x.sizes, **blocks
-        )
-    return out, lse
-
-
-def _inputs(q: Tensor, kv: Tensor, compressed: Tensor | None, sight: Sight, scale: float) -> _Inputs:
-    b, t = q.shape[:2]
-    first, start, end = (
-        None if x is None else x.expand(b, t).contiguous() for x in (sight.window_start, sight.start, sight.end)
-    )
-    index = None if sight.picks is None else sight.picks.contiguous()
-    entries = "range" if index is None else "list"
-    if compressed is None or compressed.shape[1] == 0 or (index is not None and index.shape[2] == 0):
-        compressed, entries = None, "none"
-    compressed = None if compressed is None else compressed.contiguous()
-    if index is not None and entries == "list":
-        end = index.new_empty(b, t, dtype=torch.int32)
-        with on_device(q):
-            kernels.used_slots[b * t,](index, end, index.shape[2], K=next_power(index.shape[2]))
-    return _Inputs(
-        q.contiguous(), kv.contiguous(), compressed, Sight(sight.window, first, start, end, index), entries, scale
-    )
-
-
-def _by_query(x: _Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
-    """Programs of a query, and their blocks; little work takes few warps."""
-    h, width = x.sizes["h"], next_power(x.sizes["d"], 16)
-    heads = min(next_power(h, 16), b.heads)
-    warps = b.warps if heads * width * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
-    blocks = {"D": width, "BH": heads, "TK": b.keys}
-    return triton.cdiv(h, heads), {**blocks, "num_stages": b.stages, **registers(warps)}
-
-
-# backward ------------------------------------------------------------------------------------------------------------
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    delta: Tensor
 
 
 class _Chunk(NamedTuple):
@@ -134,15 +190,27 @@ class _Chunk(NamedTuple):
 
     first: int
     n: int
+    dout: Tensor  # [b, t, h, d]
     pairs: Tensor | None  # [b, n, 2, h, slots] p and ds, by kv row from the first tile that is seen, then by entry
 
 
-def backward(
-    dout: Tensor, q: Tensor, kv: Tensor, compressed: Tensor | None, sink: Tensor, out: Tensor, lse: Tensor,
-    sight: Sight, scale: float, needs: Needs,
-) -> Gradients:  # fmt: skip
+class _Work(NamedTuple):
+    """How a launch of `keys_backward` is divided: tiles of keys from the first on, of each owner (a sequence, or a
+    query with its list), by queries in splits of `span`.
+    """
+
+    kind: str  # its KIND
+    tiles: int
+    owners: int
+    first_tile: int = 0
+    splits: int = 1
+    span: int = 1
+
+
+def backward(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
     """Gradients of `forward`, given what it returned and the gradient of `out`."""
-    x = _by_counts(_inputs(q, kv, compressed, sight, scale))
+    q, kv, compressed, sink = inputs[:4]
+    x = _by_counts(inputs.prepared())
     dq, delta = q.new_empty(q.shape) if needs.q else None, lse.new_empty(lse.shape)
     dkv = kv.new_zeros(kv.shape, dtype=torch.float32) if needs.kv else None
     dcompressed = None
@@ -150,46 +218,46 @@ def backward(
         dcompressed = compressed.new_zeros(compressed.shape, dtype=torch.float32)
     if x.compressed is None:
         needs = needs._replace(compressed=False)
-    dout, out, lse = (y.contiguous() for y in (dout, out, lse))
+    outputs = _Outputs(out.contiguous(), lse.contiguous(), dout.contiguous(), delta)
     with on_device(q):
         for first, n in _chunks(x):
-            chunk = _queries(x, out, lse, dout, dq, delta, first, n, needs.kv or needs.compressed)
+            chunk = _queries(x, outputs, dq, first, n, need_keys=needs.kv or needs.compressed)
             if dkv is not None:
-                _add_window(x, dout, chunk, dkv)
+                _add_window(x, chunk, dkv)
             if dcompressed is not None and needs.compressed:
-                (_add_picks if x.entries == "list" else _add_range)(x, dout, chunk, dcompressed)
+                (_add_picks if x.entries == "list" else _add_range)(x, chunk, dcompressed)
             del chunk
-        dsink = _sink(sink, lse, delta) if needs.sink else None
+        dsink = _sink(sink, outputs) if needs.sink else None
     dkv, dcompressed = (None if sums is None else sums.to(kv.dtype) for sums in (dkv, dcompressed))
     return Gradients(dq, dkv, dcompressed, dsink)
 
 
-def _sink(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _sink(sink: Tensor, outputs: _Outputs) -> Tensor:
     """dsink = - sum exp(sink - lse) <do, out>: the sink is a key of value 0."""
-    share = (sink.float().clamp(-FINITE, FINITE) - lse.clamp(-FINITE, FINITE)).exp()
-    return -(share * delta).sum((0, 1)).to(sink.dtype)
+    share = (sink.float().clamp(-FINITE, FINITE) - outputs.lse.clamp(-FINITE, FINITE)).exp()
+    return -(share * outputs.delta).sum((0, 1)).to(sink.dtype)
 
 
-def _by_counts(x: _Inputs) -> _Inputs:
+def _by_counts(x: Inputs) -> Inputs:
     """With a list of picks replaced by counts where that is less work."""
-    index = x.sight.picks
-    if index is None or x.entries != "list" or atomics() or x.sizes["p"] > DENSE * x.sizes["k"]:
+    picks = x.mask.picks
+    if picks is None or x.entries != "list" or atomics() or x.sizes["p"] > DENSE * x.sizes["k"]:
         return x
-    start, end = torch.where(index < 0, x.sizes["p"], index).amin(-1), index.amax(-1) + 1
-    return x._replace(sight=x.sight._replace(start=start, end=end), entries="counts")
+    start, end = torch.where(picks < 0, x.sizes["p"], picks).amin(-1), picks.amax(-1) + 1
+    return x._replace(mask=x.mask._replace(start=start, end=end), entries="counts")
 
 
-def _slots(x: _Inputs) -> tuple[int, int]:
+def _slots(x: Inputs) -> tuple[int, int]:
     """Slots of a query for window rows and for entries: whole tiles of keys."""
     keys, many = tiles_for(x.q).owned.keys, x.sizes["k" if x.entries == "list" else "p"]
-    return _rounded(x.sight.window - 1, keys) + keys, _rounded(many, keys)
+    return _rounded(x.mask.window - 1, keys) + keys, _rounded(many, keys)
 
 
 def _rounded(n: int, unit: int) -> int:
     return triton.cdiv(n, unit) * unit
 
 
-def _chunks(x: _Inputs) -> list[tuple[int, int]]:
+def _chunks(x: Inputs) -> list[tuple[int, int]]:
     """First query and number of queries of each chunk: equal shares that stay within the budget."""
     b, t, h, d = x.q.shape
     each = 2 * h * sum(_slots(x)) * x.q.itemsize
@@ -199,10 +267,7 @@ def _chunks(x: _Inputs) -> list[tuple[int, int]]:
     return [(first, min(share, t - first)) for first in range(0, t, max(share, 1))]
 
 
-def _queries(
-    x: _Inputs, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor | None, delta: Tensor,
-    first: int, n: int, need_keys: bool
-) -> _Chunk:  # fmt: skip
+def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int, need_keys: bool) -> _Chunk:
     """dq and delta of a chunk, and its p and ds: zero where gradients of keys read what is not seen."""
     (b, _, h, _), tiles, (window_slots, slots) = x.q.shape, tiles_for(x.q), _slots(x)
     groups, blocks = _by_query(x, tiles.counted if x.entries == "counts" else tiles.backward)
@@ -211,76 +276,73 @@ def _queries(
         pairs = x.q.new_empty(b, n, 2, h, window_slots + slots)
         if x.entries in ("range", "counts"):
             pairs.zero_()
-        elif x.sight.window_start is not None:
+        elif x.mask.window_start is not None:
             pairs[..., :window_slots] = 0
     if x.entries == "counts":
         sizes = {"chunk": first, "n": n, **{key: x.sizes[key] for key in "tpk"}}
-        counts = delta.new_zeros(b, n, x.sizes["p"], dtype=torch.int32)
-        kernels.count_picks[b * n,](x.sight.picks, counts, **sizes, K=next_power(sizes["k"]))
+        counts = outputs.delta.new_zeros(b, n, x.sizes["p"], dtype=torch.int32)
+        kernels.count_picks[b * n,](x.mask.picks, counts, **sizes, K=next_power(sizes["k"]))
     kernels.attention_backward[b * n * groups,](
-        x.q, x.kv, x.compressed, *x.sight[1:], counts, out, lse, dout, dq, delta, pairs,
+        x.q, x.kv, x.compressed, *x.mask[1:], counts, outputs.out, outputs.lse, outputs.dout, dq, outputs.delta, pairs,
         first, n, **x.sizes, NEED_Q=dq is not None, NEED_KEYS=need_keys,
         WINDOW_SLOTS=window_slots, SLOTS=window_slots + slots, KEYS=tiles.owned.keys,
         PART=min(blocks["D"], 64), **blocks,
     )  # fmt: skip
-    return _Chunk(first, n, pairs)
+    return _Chunk(first, n, outputs.dout, pairs)
 
 
-def _add_window(x: _Inputs, dout: Tensor, chunk: _Chunk, into: Tensor) -> None:
+def _add_window(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     """Adds the chunk's part of dkv `[b, s, d]` for the rows that it sees."""
     keys, past = tiles_for(x.q).owned.keys, x.sizes["s"] - x.sizes["t"]
-    first, last = max(past + chunk.first - x.sight.window + 1, 0) // keys, past + chunk.first + chunk.n
-    seers = keys + x.sight.window - 1  # queries that see something of a tile
+    first, last = max(past + chunk.first - x.mask.window + 1, 0) // keys, past + chunk.first + chunk.n
+    seers = keys + x.mask.window - 1  # queries that see something of a tile
     span = _rounded(triton.cdiv(seers, 4), CHUNK)
-    tiles = triton.cdiv(last, keys) - first
-    parts = _parts(x, dout, chunk, "window", first, tiles, triton.cdiv(seers, span), span)
+    tiles, splits = triton.cdiv(last, keys) - first, triton.cdiv(seers, span)
+    parts = _parts(x, chunk, _Work("window", tiles, len(into), first_tile=first, splits=splits, span=span))
     into[:, first * keys : last] += parts[:, : last - first * keys]
 
 
-def _add_range(x: _Inputs, dout: Tensor, chunk: _Chunk, into: Tensor) -> None:
+def _add_range(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     """Adds the chunk's part of dcompressed `[b, p, d]`; where tiles are few, queries are shared among programs."""
     b = tiles_for(x.q).owned
     tiles = triton.cdiv(x.sizes["p"], b.keys)
     programs = tiles * triton.cdiv(x.sizes["d"], b.columns)
     span = _rounded(triton.cdiv(chunk.n, triton.cdiv(PROGRAMS, programs)), CHUNK)
-    into += _parts(x, dout, chunk, "range", 0, tiles, triton.cdiv(chunk.n, span), span)[:, : x.sizes["p"]]
+    splits = triton.cdiv(chunk.n, span)
+    into += _parts(x, chunk, _Work("range", tiles, len(into), splits=splits, span=span))[:, : x.sizes["p"]]
 
 
-def _add_picks(x: _Inputs, dout: Tensor, chunk: _Chunk, into: Tensor) -> None:
+def _add_picks(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     """Adds the chunk's part of dcompressed `[b, p, d]`: rows for its picks, then the sum of each entry's."""
-    b, tiles, index = len(into), triton.cdiv(x.sizes["k"], tiles_for(x.q).owned.keys), x.sight.picks
-    assert index is not None
+    b, k, picks = len(into), x.sizes["k"], x.mask.picks
+    assert picks is not None
+    work = _Work("list", triton.cdiv(k, tiles_for(x.q).owned.keys), b * chunk.n)
     if atomics():
-        _owned(x, dout, chunk, into, "list", 0, tiles, 1, 1, b * chunk.n, atomic=True)
+        _by_keys(x, chunk, work, into, atomic=True)
         return
-    rows = x.q.new_empty(b, chunk.n, x.sizes["k"], x.sizes["d"])
-    _owned(x, dout, chunk, rows, "list", 0, tiles, 1, 1, b * chunk.n)
-    picks = index[:, chunk.first : chunk.first + chunk.n]
-    scatter_sum(rows, entry_lists(picks, x.sizes["p"]), into)
+    rows = x.q.new_empty(b, chunk.n, k, x.sizes["d"])
+    _by_keys(x, chunk, work, rows)
+    scatter_sum(rows, entry_lists(picks[:, chunk.first : chunk.first + chunk.n], x.sizes["p"]), into)
 
 
-def _parts(
-    x: _Inputs, dout: Tensor, chunk: _Chunk, kind: str, first_tile: int, tiles: int, splits: int, span: int
-) -> Tensor:
-    """Gradients `[b, tiles of keys, d]` in float32; queries lie in splits of `span`, which are added in order."""
-    keys = tiles_for(x.q).owned.keys
-    parts = x.q.new_empty(splits, x.q.shape[0], tiles * keys, x.sizes["d"], dtype=torch.float32)
-    _owned(x, dout, chunk, parts, kind, first_tile, tiles, splits, span, x.q.shape[0])
-    return parts[0] if splits == 1 else parts.sum(0)
+def _parts(x: Inputs, chunk: _Chunk, work: _Work) -> Tensor:
+    """Gradients `[b, tiles of keys, d]` in float32; those of splits are added in order."""
+    keys = work.tiles * tiles_for(x.q).owned.keys
+    parts = x.q.new_empty(work.splits, work.owners, keys, x.sizes["d"], dtype=torch.float32)
+    _by_keys(x, chunk, work, parts)
+    return parts[0] if work.splits == 1 else parts.sum(0)
 
 
-def _owned(
-    x: _Inputs, dout: Tensor, chunk: _Chunk, out: Tensor, kind: str, first_tile: int, tiles: int,
-    splits: int, span: int, owners: int, atomic: bool = False
-) -> None:  # fmt: skip
+def _by_keys(x: Inputs, chunk: _Chunk, work: _Work, out: Tensor, atomic: bool = False) -> None:
     """Launches `keys_backward`."""
     b: Owned = tiles_for(x.q).owned
-    rows = min(b.rows, next_power(x.sizes["h"], 16)) if kind == "list" else b.rows
+    rows = min(b.rows, next_power(x.sizes["h"], 16)) if work.kind == "list" else b.rows
     columns = min(b.columns, next_power(x.sizes["d"], 16))
     sizes = {key: x.sizes[key] for key in ("t", "p", "k", "h", "d", "window")}
-    kernels.keys_backward[owners * splits * tiles, triton.cdiv(x.sizes["d"], columns)](
-        x.q, dout, chunk.pairs, x.sight.start, x.sight.end, x.sight.picks, out, first_tile, tiles, splits, span,
-        chunk.first, chunk.n, past=x.sizes["s"] - x.sizes["t"], **sizes, KIND=kind, ATOMIC=atomic,
+    kernels.keys_backward[work.owners * work.splits * work.tiles, triton.cdiv(x.sizes["d"], columns)](
+        x.q, chunk.dout, chunk.pairs, x.mask.start, x.mask.end, x.mask.picks, out,
+        work.first_tile, work.tiles, work.splits, work.span,
+        chunk.first, chunk.n, past=x.sizes["s"] - x.sizes["t"], **sizes, KIND=work.kind, ATOMIC=atomic,
         WINDOW_SLOTS=_slots(x)[0], SLOTS=sum(_slots(x)), KEYS=b.keys, ROWS=rows, COLUMNS=columns,
         num_stages=b.stages, **registers(b.warps, 1 if x.q.itemsize == 2 else 4),
     )  # fmt: skip

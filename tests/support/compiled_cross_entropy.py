@@ -1,4 +1,4 @@
-"""What of the loss is compiled ahead of time: see aot.py. Its products are the library's."""
+"""What of cross_entropy is compiled ahead of time: see aot.py. Its products are the library's."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ PRODUCTS: set[str] = set()
 
 def rows(v: int, dtype: torch.dtype | None) -> None:
     """Losses, and gradients in `dtype`; how many rows there are does not change what is compiled."""
-    from abyssal.kernels.cross_entropy.triton import loss_rows
+    from abyssal.kernels.cross_entropy.triton.launch import loss_rows
 
     loss_rows(torch.empty(4, v), torch.zeros(4, dtype=torch.int64), torch.empty(4), -100, 0.0, dtype)
 
