@@ -128,7 +128,7 @@ def test_curves_of_a_run_show_what_its_metrics_hold(tmp_path):
     from matplotlib.figure import Figure
 
     from abyssal.train.plots import curves as plots
-    from abyssal.train.reason import curves
+    from abyssal.train.plots import rewards as curves
 
     records = [
         {"step": s + 1, "reward": 0.5, "reward_thinking": s / 20, "reward_chat": 0.25, "kl": 0.01 * s, "entropy": 0.5}
