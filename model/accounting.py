@@ -15,7 +15,8 @@ n streams · E experts of width w · W window · k index_topk · H_I index heads
 from collections import Counter
 from dataclasses import dataclass
 
-from .config import HEAVY, SLIDING, SPARSE, ModelConfig
+from .config import ModelConfig
+from .kinds import HEAVY, SLIDING, SPARSE
 
 _NOT_ACTIVATED = ("embedding", "engram tables")  # read by a row, not multiplied
 

@@ -20,6 +20,7 @@ from .cache import LayerCache
 from .compressor import Compressor
 from .config import ModelConfig
 from .indexer import Indexer
+from .kinds import HEAVY, SPARSE
 from .layout import Layout
 from .norm import RMSNorm
 from .quantization import linear, rounded_input, rounded_weight, rounding
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         self.attn_sink = nn.Parameter(torch.empty(h, dtype=torch.float32))
         if self.ratio:
             self.compressor = Compressor(config, layer, c)
-        if self.kind == "compressed_sparse_attention":
+        if self.kind == SPARSE:
             self.indexer = Indexer(config, layer)
         self.reset_parameters()
 
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         entries = self.compressor.entries(layout)
         compressed = self.compressor(x, layout, cache and cache.compressor)
         seen = {"start": entries.start, "end": entries.end}
-        if self.kind == "heavily_compressed_attention":
+        if self.kind == HEAVY:
             return attention(q, kv, values(compressed), self.attn_sink, **reach, **seen)[0], None
         if self.stage == "dense" and cache is None:
             return attention(q, kv, compressed, self.attn_sink, **reach, **seen)[0], None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels import pool, rope
 from .cache import CompressorCache, unfinished_tokens
 from .config import ModelConfig
+from .kinds import SPARSE
 from .layout import Entries, Layout
 from .norm import RMSNorm, exact_linear
 from .rotary import rotation
@@ -31,7 +32,7 @@ class Compressor(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.ratio = config.compress_ratio(layer)
-        self.overlap = config.layer_kind(layer) == "compressed_sparse_attention"
+        self.overlap = config.layer_kind(layer) == SPARSE
         self.keep = unfinished_tokens(self.ratio, self.overlap)
         channels = (2 if self.overlap else 1) * head_dim
         self.wkv = nn.Linear(config.hidden_size, channels, bias=False)

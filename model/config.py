@@ -9,19 +9,19 @@ Everything is checked at construction, so a model never meets a configuration th
 imports torch. Sources: the released configurations and V4 4.2.1.
 """
 
-import difflib
 import json
-import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
-SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
-LAYER_TYPES = (SLIDING, SPARSE, HEAVY)
+from .dialect import BOOKKEEPING, from_huggingface
+from .fields import build, require, settle
+from .kinds import LAYER_TYPES, SLIDING, kinds_of
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Keys of a released config.json that V4 does not vary: read and checked, written back, never stored.
 FIXED: dict[str, Any] = {
@@ -36,8 +36,6 @@ FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "topk_method": "noaux_tc",
 }
-# Keys that describe the program that wrote or serves the file, not the model.
-IGNORED = ("transformers_version", "use_cache")
 
 _POSITIVE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim"),
@@ -67,13 +65,18 @@ class RopeScaling:
     type: str = "yarn"
 
     def __post_init__(self) -> None:
-        _normalise(self, "rope_scaling.")
-        _require(self.type == "yarn", "rope_scaling.type", self.type, "'yarn'")
-        _require(self.factor >= 1, "rope_scaling.factor", self.factor, "numbers >= 1")
+        settle(self, "rope_scaling.")
+        require(self.type == "yarn", "rope_scaling.type", self.type, "'yarn'")
+        require(self.factor >= 1, "rope_scaling.factor", self.factor, "numbers >= 1")
         for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
-            _require(getattr(self, name) > 0, f"rope_scaling.{name}", getattr(self, name), "positive numbers")
+            require(getattr(self, name) > 0, f"rope_scaling.{name}", getattr(self, name), "positive numbers")
         ordered = self.beta_fast > self.beta_slow
-        _require(ordered, "rope_scaling.beta_fast", self.beta_fast, f"more than beta_slow={self.beta_slow}")
+        require(ordered, "rope_scaling.beta_fast", self.beta_fast, f"more than beta_slow={self.beta_slow}")
+
+    def arguments(self) -> dict[str, Any]:
+        """Those that `rope_frequencies` takes."""
+        given = {name: getattr(self, name) for name in ("factor", "beta_fast", "beta_slow")}
+        return {**given, "original": self.original_max_position_embeddings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +103,12 @@ class EngramConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        _normalise(self, "engram.")
-        _require(len(self.layers) > 0, "engram.layers", self.layers, "at least one layer (or no engram at all)")
-        _require(len(set(self.layers)) == len(self.layers), "engram.layers", self.layers, "distinct layers")
+        settle(self, "engram.")
+        require(len(self.layers) > 0, "engram.layers", self.layers, "at least one layer (or no engram at all)")
+        require(len(set(self.layers)) == len(self.layers), "engram.layers", self.layers, "distinct layers")
         limits = {"head_dim": 1, "vocab_size": 2, "max_ngram": 2, "heads": 1, "kernel_size": 0, "seed": 0}
         for name, least in {**limits, "pad_token_id": 0}.items():
-            _require(getattr(self, name) >= least, f"engram.{name}", getattr(self, name), f"integers >= {least}")
+            require(getattr(self, name) >= least, f"engram.{name}", getattr(self, name), f"integers >= {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +128,10 @@ class QuantizationAware:
     index: str | None = None
 
     def __post_init__(self) -> None:
-        _normalise(self, "quantization_aware.")
+        settle(self, "quantization_aware.")
         for name, formats in {"experts": ("fp4", "fp8"), "linears": ("fp8",), "index": ("fp4",)}.items():
             value, allowed = getattr(self, name), " or ".join(map(repr, formats))
-            _require(value is None or value in formats, f"quantization_aware.{name}", value, f"{allowed}, or none")
+            require(value is None or value in formats, f"quantization_aware.{name}", value, f"{allowed}, or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +200,7 @@ class ModelConfig:
     router_bias_update_speed: float = 1e-3
 
     def __post_init__(self) -> None:
-        _normalise(self, "")
+        settle(self)
         _check_sizes(self)
         _store_layers(self)
         _check_layers(self)
@@ -234,21 +237,13 @@ class ModelConfig:
         """A configuration from released keys, from this project's, or from those that transformers writes.
 
         Raises:
-            ValueError: an unknown key (names the nearest known one), a missing key, or a value that V4 does not vary.
+            TypeError, ValueError: as the class, for an unknown or missing key, or a value that V4 does not vary.
         """
-        if any(key in data for key in ("compress_rates", "mlp_layer_types", "rope_parameters")):
-            from .interchange.configuration import config_from_huggingface
-
-            data = config_from_huggingface(data)
-        values = {key: value for key, value in data.items() if key not in IGNORED}
+        values = from_huggingface(data)
         for key, allowed in FIXED.items():
             if key in values:
-                _require(values[key] == allowed, key, values.pop(key), repr(allowed))
-        parts = {"rope_scaling": RopeScaling, "engram": EngramConfig, "quantization_aware": QuantizationAware}
-        for key, kind in parts.items():
-            if isinstance(values.get(key), Mapping):
-                values[key] = _build(kind, values[key], f"{key}.")
-        return _build(cls, values, "", also=(*FIXED, *IGNORED))
+                require(values[key] == allowed, key, values.pop(key), repr(allowed))
+        return build(cls, values, also=(*FIXED, *BOOKKEEPING))
 
     def to_dict(self) -> dict[str, Any]:
         """Released keys and values as JSON has them; our own keys only where they differ from their default.
@@ -256,7 +251,7 @@ class ModelConfig:
         `ModelConfig.from_dict(config.to_dict()) == config`.
         """
         values = {**FIXED, **asdict(self)}
-        if self.layer_types == _default_layer_types(self.compress_ratios):
+        if self.layer_types == kinds_of(self.compress_ratios):
             del values["layer_types"]
         for f in fields(self):
             value = getattr(self, f.name)
@@ -291,107 +286,60 @@ def _parse(text: str, suffix: str) -> dict[str, Any]:
     return tomllib.loads(text) if suffix == ".toml" else {"model": json.loads(text)}
 
 
-def _build(kind: Any, values: Mapping[str, Any], prefix: str, also: tuple[str, ...] = ()) -> Any:
-    """`kind(**values)`, after a check of the keys; `also` are known keys that were handled before."""
-    names = [f.name for f in fields(kind)]
-    for key in values:
-        if key not in names:
-            nearest = difflib.get_close_matches(key, [*names, *also], n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown key {prefix + key!r}: the nearest known key is {prefix + nearest!r}")
-    missing = [prefix + f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
-    if missing:
-        raise ValueError(f"missing keys: {', '.join(missing)}")
-    return kind(**values)
-
-
-def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r}: allowed is {allowed}")
-
-
-def _normalise(config: Any, prefix: str) -> None:
-    """Sequences to tuples and whole numbers to float where the field says so; any other type is an error."""
-    for f in fields(config):
-        object.__setattr__(config, f.name, _typed(prefix + f.name, getattr(config, f.name), f.type))
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    if isinstance(kind, UnionType):
-        if value is None:
-            return None
-        kind = next(arg for arg in get_args(kind) if arg is not NoneType)
-    if get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name}={value!r}: allowed is a list of {get_args(kind)[0].__name__}")
-        return tuple(_typed(f"{name}[{i}]", item, get_args(kind)[0]) for i, item in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: allowed is {kind.__name__}, not {type(value).__name__}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}={value!r}: allowed are finite numbers")
-    return value
-
-
-def _default_layer_types(ratios: tuple[int, ...]) -> tuple[str, ...]:
-    return tuple({0: SLIDING, 4: SPARSE}.get(ratio, HEAVY) for ratio in ratios)
-
-
 def _store_layers(c: ModelConfig) -> None:
     """Gives both per-layer tuples their stored form: num_hidden_layers values, then one per MTP block."""
     layers, mtp = c.num_hidden_layers, c.num_nextn_predict_layers
-    types = c.layer_types or _default_layer_types(c.compress_ratios)
+    types = c.layer_types or kinds_of(c.compress_ratios)
     for name, values, block in (("compress_ratios", c.compress_ratios, 0), ("layer_types", types, SLIDING)):
         if len(values) not in (layers, layers + 1):
             raise ValueError(
                 f"{name} has {len(values)} values: allowed are num_hidden_layers={layers}, or one more for MTP"
             )
-        _require(values[layers:] in ((), (block,)), f"{name}[{layers}]", values[-1], f"{block!r}, the MTP block's")
+        require(values[layers:] in ((), (block,)), f"{name}[{layers}]", values[-1], f"{block!r}, the MTP block's")
         object.__setattr__(c, name, values[:layers] + (block,) * mtp)
 
 
 def _check_sizes(c: ModelConfig) -> None:
     for name in _POSITIVE:
-        _require(getattr(c, name) > 0, name, getattr(c, name), "positive numbers")
+        require(getattr(c, name) > 0, name, getattr(c, name), "positive numbers")
     for name in ("num_hash_layers", *_OBJECTIVE):
-        _require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
-    _require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
-    _require(c.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", c.num_nextn_predict_layers, "0 or 1")
+        require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
+    require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
+    require(c.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", c.num_nextn_predict_layers, "0 or 1")
     heads, groups = c.num_attention_heads, c.o_groups
-    _require(heads % groups == 0, "num_attention_heads", heads, f"a multiple of o_groups={groups}")
+    require(heads % groups == 0, "num_attention_heads", heads, f"a multiple of o_groups={groups}")
     widest = min(c.head_dim, c.index_head_dim)
     even = c.qk_rope_head_dim % 2 == 0 and c.qk_rope_head_dim <= widest
     limits = f"an even number up to head_dim={c.head_dim} and index_head_dim={c.index_head_dim}"
-    _require(even, "qk_rope_head_dim", c.qk_rope_head_dim, limits)
+    require(even, "qk_rope_head_dim", c.qk_rope_head_dim, limits)
     experts, chosen = c.n_routed_experts, c.num_experts_per_tok
-    _require(chosen <= experts, "num_experts_per_tok", chosen, f"up to n_routed_experts={experts}")
+    require(chosen <= experts, "num_experts_per_tok", chosen, f"up to n_routed_experts={experts}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(c, name)
-        _require(token is None or 0 <= token < c.vocab_size, name, token, f"0 to vocab_size - 1 = {c.vocab_size - 1}")
+        require(token is None or 0 <= token < c.vocab_size, name, token, f"0 to vocab_size - 1 = {c.vocab_size - 1}")
 
 
 def _check_layers(c: ModelConfig) -> None:
     layers = c.num_hidden_layers
     for i, (kind, ratio) in enumerate(zip(c.layer_types, c.compress_ratios)):
-        _require(kind in LAYER_TYPES, f"layer_types[{i}]", kind, ", ".join(LAYER_TYPES))
-        _require(ratio >= 0, f"compress_ratios[{i}]", ratio, "integers >= 0")
+        require(kind in LAYER_TYPES, f"layer_types[{i}]", kind, ", ".join(LAYER_TYPES))
+        require(ratio >= 0, f"compress_ratios[{i}]", ratio, "integers >= 0")
         allowed = f"{'0' if kind == SLIDING else 'positive'}, because layer_types[{i}] is {kind}"
-        _require((kind == SLIDING) == (ratio == 0), f"compress_ratios[{i}]", ratio, allowed)
-    _require(c.num_hash_layers <= layers, "num_hash_layers", c.num_hash_layers, f"up to num_hidden_layers={layers}")
+        require((kind == SLIDING) == (ratio == 0), f"compress_ratios[{i}]", ratio, allowed)
+    require(c.num_hash_layers <= layers, "num_hash_layers", c.num_hash_layers, f"up to num_hidden_layers={layers}")
     if c.engram:
         inside = all(0 <= layer < layers for layer in c.engram.layers)
-        _require(inside, "engram.layers", list(c.engram.layers), f"0 to num_hidden_layers - 1 = {layers - 1}")
+        require(inside, "engram.layers", list(c.engram.layers), f"0 to num_hidden_layers - 1 = {layers - 1}")
         classes, pad = c.engram.canonical_vocab_size, c.engram.pad_token_id
         fits = classes is None or 0 < classes <= c.vocab_size
-        _require(fits, "engram.canonical_vocab_size", classes, f"1 to vocab_size={c.vocab_size}")
-        _require(pad < c.vocab_size, "engram.pad_token_id", pad, f"0 to vocab_size - 1 = {c.vocab_size - 1}")
+        require(fits, "engram.canonical_vocab_size", classes, f"1 to vocab_size={c.vocab_size}")
+        require(pad < c.vocab_size, "engram.pad_token_id", pad, f"0 to vocab_size - 1 = {c.vocab_size - 1}")
 
 
 def _check_storage(c: ModelConfig) -> None:
     """The released formats: FP8 groups of 64 without the rotary part, Hadamard and FP4 groups of 32 in the indexer."""
-    dtypes = ("float64", "float32", "bfloat16", "float16")
-    _require(c.torch_dtype in dtypes, "torch_dtype", c.torch_dtype, ", ".join(dtypes))
-    _require(c.expert_dtype in (None, "fp4", "fp8"), "expert_dtype", c.expert_dtype, "'fp4', 'fp8' or none")
+    require(c.torch_dtype in DTYPES, "torch_dtype", c.torch_dtype, ", ".join(DTYPES))
+    require(c.expert_dtype in (None, "fp4", "fp8"), "expert_dtype", c.expert_dtype, "'fp4', 'fp8' or none")
     if c.quantization_aware is not None:
         if c.quantization_aware.experts == "fp4":
             _check_fp4_experts(c, "quantization_aware.experts")
@@ -401,7 +349,7 @@ def _check_storage(c: ModelConfig) -> None:
         return
     plain = c.head_dim - c.qk_rope_head_dim
     allowed = f"qk_rope_head_dim={c.qk_rope_head_dim} plus a multiple of 64, because quantization_config is given"
-    _require(plain % 64 == 0, "head_dim", c.head_dim, allowed)
+    require(plain % 64 == 0, "head_dim", c.head_dim, allowed)
     _check_fp4_index(c, "quantization_config")
     if c.expert_dtype == "fp4":
         _check_fp4_experts(c, "expert_dtype")
@@ -409,10 +357,10 @@ def _check_storage(c: ModelConfig) -> None:
 
 def _check_fp4_index(c: ModelConfig, because: str) -> None:
     width, allowed = c.index_head_dim, f"a power of two and a multiple of 32, because {because} is given"
-    _require(width % 32 == 0 and width & (width - 1) == 0, "index_head_dim", width, allowed)
+    require(width % 32 == 0 and width & (width - 1) == 0, "index_head_dim", width, allowed)
 
 
 def _check_fp4_experts(c: ModelConfig, because: str) -> None:
     for name in ("hidden_size", "moe_intermediate_size"):
         size = getattr(c, name)
-        _require(size % 32 == 0, name, size, f"a multiple of 32, because {because} is 'fp4'")
+        require(size % 32 == 0, name, size, f"a multiple of 32, because {because} is 'fp4'")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .kinds import SPARSE
 from .layout import Layout, make_layout
 
 IGNORED = -100
@@ -46,7 +47,7 @@ def loss_counts(config: ModelConfig, ids: Tensor, targets: Tensor, documents: Te
     targets = targets.masked_fill(~real, IGNORED)
     counts = [targets != IGNORED, next_targets(targets, follows) != IGNORED, real.any(-1), follows.any(-1)]
     for layer in range(config.num_hidden_layers):
-        if config.layer_kind(layer) == "compressed_sparse_attention":
+        if config.layer_kind(layer) == SPARSE:
             entries = layout.entries(config.compress_ratio(layer))
             counts.append((entries.end > entries.start).expand(ids.shape))
     return torch.stack([count.sum() for count in counts]).cpu()

@@ -32,16 +32,5 @@ def frequencies(config: ModelConfig, layer: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _frequencies(config: ModelConfig, compressed: bool) -> Tensor:
-    if not compressed:
-        return rope_frequencies(config.qk_rope_head_dim, config.rope_theta)
-    yarn = config.rope_scaling
-    if yarn is None:
-        return rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta)
-    return rope_frequencies(
-        config.qk_rope_head_dim,
-        config.compress_rope_theta,
-        factor=yarn.factor,
-        original=yarn.original_max_position_embeddings,
-        beta_fast=yarn.beta_fast,
-        beta_slow=yarn.beta_slow,
-    )
+    theta, yarn = (config.compress_rope_theta, config.rope_scaling) if compressed else (config.rope_theta, None)
+    return rope_frequencies(config.qk_rope_head_dim, theta, **(yarn.arguments() if yarn else {}))

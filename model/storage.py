@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ..kernels import dequantize, hadamard, quantize
 from ..kernels.quant.step import dequantize_step, quantize_e4m3_step
-from .config import SPARSE, ModelConfig
+from .config import ModelConfig
+from .kinds import SPARSE
 
 STORAGES = ("exact", "released")
 ENTRY_GROUP, KEY_GROUP = 64, 32

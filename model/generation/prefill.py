@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
-from ..config import SLIDING, SPARSE, ModelConfig
+from ..config import ModelConfig
+from ..kinds import SLIDING, SPARSE
 from ..lineage.config import LineageConfig
 from ..transformer import Output, Transformer
 

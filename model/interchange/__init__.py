@@ -1,7 +1,6 @@
 """Checkpoint interchange: folders of config.json and safetensors, as transformers and DeepSeek write them.
 
 names           under which names a layout stores our tensors
-configuration   transformers' configuration keys
 formats         the released number formats of weights
 files           safe reading and all-or-nothing writing of a folder
 families        what differs between V4 and its lineage

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ModelConfig
+from ..dialect import to_huggingface
 from ..lineage import LineageConfig, LineageTransformer
 from ..lineage import names as lineage_names
 from ..lineage.config import KINDS
 from ..transformer import Transformer
 from . import formats, names
-from .configuration import config_to_huggingface
 
 Config = Any  # ModelConfig or LineageConfig
 
@@ -53,7 +53,8 @@ def _load_v4(path: Path, stored: Iterable[str]) -> ModelConfig:
 
 def _written_v4(config: ModelConfig, layout: str, weights: str, dtype: str) -> dict[str, Any]:
     config = replace(config, torch_dtype=dtype, **formats.described(weights))
-    return config_to_huggingface(config) if layout == "huggingface" else config.to_dict()
+    values = config.to_dict()
+    return to_huggingface(values) if layout == "huggingface" else values
 
 
 def _load_lineage(path: Path, stored: Iterable[str]) -> LineageConfig:

@@ -11,6 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..config import DTYPES, RopeScaling
+from ..dialect import BOOKKEEPING, lineage_from_huggingface
+from ..fields import build, require, settle
+
 KINDS = ("deepseek_v3", "deepseek_v32")
 SHIPPED = ("v3", "v3.2")
 
@@ -20,14 +24,28 @@ _FIXED: dict[str, Any] = {
     "norm_topk_prob": True, "scoring_func": "sigmoid", "tie_word_embeddings": False, "topk_method": "noaux_tc",
     "rope_interleave": True,
 }  # fmt: skip
-# Keys that say how a checkpoint is stored or served, or follow from others.
-_IGNORED = (
-    *("architectures", "auto_map", "dtype", "ep_size", "expert_dtype", "head_dim", "layer_types", "mlp_layer_types"),
-    *("num_key_value_heads", "num_local_experts", "num_nextn_predict_layers", "output_router_logits", "pretraining_tp"),
-    *("qk_head_dim", "quantization_config", "transformers_version", "use_cache", "_name_or_path", "return_dict"),
-    *("chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "output_attentions", "problem_type"),
-    *("output_hidden_states", "seq_aux", "aux_loss_alpha", "router_aux_loss_coef"),
-)
+_INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
+_MAY_BE_0 = ("first_k_dense_replace", "n_shared_experts")
+_POSITIVE = ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "initializer_range")
+_OBJECTIVE = ("balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageScaling(RopeScaling):
+    """YaRN with a temperature: queries and keys are 0.1 mscale_all_dim ln factor + 1 times as long.
+
+    Raises:
+        TypeError, ValueError: as `RopeScaling`, or the rotary part has a temperature of its own (`mscale` is another).
+    """
+
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.mscale_all_dim >= 0, "rope_scaling.mscale_all_dim", self.mscale_all_dim, "numbers >= 0")
+        same = self.mscale == self.mscale_all_dim
+        require(same, "rope_scaling.mscale", self.mscale, f"mscale_all_dim={self.mscale_all_dim}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +79,7 @@ class LineageConfig:
     index_head_dim: int | None = None
     index_topk: int | None = None
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: LineageScaling | None = None
     max_position_embeddings: int = 163840
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -74,32 +92,10 @@ class LineageConfig:
     router_bias_update_speed: float = 1e-3
 
     def __post_init__(self) -> None:
-        def require(holds: bool, name: str, allowed: str) -> None:
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}: allowed is {allowed}")
-
-        require(self.model_type in KINDS, "model_type", " or ".join(map(repr, KINDS)))
-        sparse = self.model_type == "deepseek_v32"
-        for name in ("index_n_heads", "index_head_dim", "index_topk"):
-            value = getattr(self, name)
-            require((value is not None and value > 0) if sparse else value is None, name, "a size in V3.2, none in V3")
-        optional = ("first_k_dense_replace", "n_shared_experts")
-        for name in (f.name for f in fields(self) if f.type is int or f.type == "int"):
-            least = 0 if name in optional else 1
-            require(getattr(self, name) >= least, name, f"an integer of at least {least}")
-        require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number")
-        require(self.n_routed_experts % self.n_group == 0, "n_group", f"a divisor of {self.n_routed_experts} experts")
-        require(self.n_routed_experts // self.n_group >= 2, "n_group", "groups of two experts at least")
-        require(self.topk_group <= self.n_group, "topk_group", f"at most n_group={self.n_group}")
-        reach = self.topk_group * (self.n_routed_experts // self.n_group)
-        require(
-            self.num_experts_per_tok <= reach, "num_experts_per_tok", f"at most {reach}, those of the chosen groups"
-        )
-        if sparse:
-            wide = self.index_head_dim is not None and self.index_head_dim >= self.qk_rope_head_dim
-            require(wide, "index_head_dim", f"at least qk_rope_head_dim={self.qk_rope_head_dim}")
-        yarn = self.rope_scaling
-        require(yarn is None or yarn.get("type") == "yarn", "rope_scaling", "none or of type 'yarn'")
+        settle(self)
+        require(self.model_type in KINDS, "model_type", self.model_type, " or ".join(map(repr, KINDS)))
+        _check_sizes(self)
+        _check_experts(self)
 
     @property
     def sparse(self) -> bool:
@@ -112,10 +108,8 @@ class LineageConfig:
     @property
     def temperature(self) -> float:
         """YaRN's factor on the logits: (0.1 mscale_all_dim ln factor + 1)^2; V4 has none."""
-        yarn = self.rope_scaling or {}
-        if yarn.get("factor", 1) <= 1 or not yarn.get("mscale_all_dim"):
-            return 1.0
-        return (0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1) ** 2
+        yarn = self.rope_scaling
+        return (0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1) ** 2 if yarn else 1.0
 
     @classmethod
     def load(cls, name: str | Path) -> "LineageConfig":
@@ -130,41 +124,51 @@ class LineageConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LineageConfig":
-        """From the keys of a released config.json, or of the one that transformers writes."""
-        values = {key: value for key, value in data.items() if key not in _IGNORED}
-        if isinstance(data.get("mlp_layer_types"), list):
-            kinds = data["mlp_layer_types"]
-            dense = sum(kind == "dense" for kind in kinds)
-            if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
-                raise ValueError(f"mlp_layer_types={kinds}: allowed are dense layers first, then sparse ones")
-            values["first_k_dense_replace"] = dense
+        """From the keys of a released config.json, or of the one that transformers writes.
+
+        Raises:
+            TypeError, ValueError: as the class, for an unknown or missing key, or a value that V3 does not vary.
+        """
+        values = lineage_from_huggingface(data)
         for key, allowed in _FIXED.items():
-            if values.pop(key, allowed) != allowed:
-                raise ValueError(f"{key}={data[key]!r}: allowed is {allowed!r}")
-        rotary = dict(values.pop("rope_parameters", None) or {})
-        if rotary:
-            values["rope_theta"] = rotary.pop("rope_theta", values.get("rope_theta", 10000.0))
-            kind = rotary.pop("rope_type", rotary.pop("type", "default"))
-            rotary.pop("type", None)
-            values["rope_scaling"] = None if kind == "default" else {"type": kind, **rotary}
-        elif values.get("rope_scaling"):
-            scaling = dict(values["rope_scaling"])
-            values["rope_scaling"] = {"type": scaling.pop("rope_type", scaling.pop("type", None)), **scaling}
-        if "dtype" in data:
-            values["torch_dtype"] = str(data["dtype"]).removeprefix("torch.")
-        if isinstance(values.get("eos_token_id"), list) and len(values["eos_token_id"]) == 1:
-            values["eos_token_id"] = values["eos_token_id"][0]
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown keys: {', '.join(unknown)}")
-        return cls(**values)
+            if key in values:
+                require(values[key] == allowed, key, values.pop(key), repr(allowed))
+        return build(cls, values, also=(*_FIXED, *BOOKKEEPING))
 
     def to_dict(self) -> dict[str, Any]:
         """In the keys of a released config.json, which transformers reads too."""
         name = "DeepseekV32ForCausalLM" if self.sparse else "DeepseekV3ForCausalLM"
-        own = {k: v for k, v in asdict(self).items() if v is not None and k not in _OURS}
+        own = {k: v for k, v in asdict(self).items() if v is not None and k not in _OBJECTIVE}
         also = {"architectures": [name], "num_key_value_heads": self.num_attention_heads}
         return dict(sorted({**_FIXED, **own, **also}.items()))
 
 
-_OURS = ("balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
+def _check_sizes(c: LineageConfig) -> None:
+    for name in (f.name for f in fields(c) if f.type is int):
+        least = 0 if name in _MAY_BE_0 else 1
+        require(getattr(c, name) >= least, name, getattr(c, name), f"an integer of at least {least}")
+    for name in _POSITIVE:
+        require(getattr(c, name) > 0, name, getattr(c, name), "positive numbers")
+    for name in _OBJECTIVE:
+        require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(c, name)
+        require(token is None or 0 <= token < c.vocab_size, name, token, f"0 to vocab_size - 1 = {c.vocab_size - 1}")
+    for name in _INDEXER:
+        size = getattr(c, name)
+        holds = (size is not None and size > 0) if c.sparse else size is None
+        require(holds, name, size, "a size in V3.2, none in V3")
+    rotary = c.qk_rope_head_dim
+    require(rotary % 2 == 0, "qk_rope_head_dim", rotary, "an even number")
+    wide = c.index_head_dim is None or c.index_head_dim >= rotary
+    require(wide, "index_head_dim", c.index_head_dim, f"at least qk_rope_head_dim={rotary}")
+    require(c.torch_dtype in DTYPES, "torch_dtype", c.torch_dtype, ", ".join(DTYPES))
+
+
+def _check_experts(c: LineageConfig) -> None:
+    experts, groups, chosen = c.n_routed_experts, c.n_group, c.num_experts_per_tok
+    require(experts % groups == 0, "n_group", groups, f"a divisor of {experts} experts")
+    require(experts // groups >= 2, "n_group", groups, "groups of two experts at least")
+    require(c.topk_group <= groups, "topk_group", c.topk_group, f"at most n_group={groups}")
+    reach = c.topk_group * (experts // groups)
+    require(chosen <= reach, "num_experts_per_tok", chosen, f"at most {reach}, those of the chosen groups")

@@ -132,13 +132,8 @@ class LineageTransformer(nn.Module):
         return self.norm(x), signals
 
     def _reach(self, positions, start, end, causal: bool) -> Reach:
-        c, yarn = self.config, dict(self.config.rope_scaling or {})
-        scaling = {
-            "factor": yarn.get("factor", 1.0),
-            "original": yarn.get("original_max_position_embeddings", 0),
-            "beta_fast": yarn.get("beta_fast", 32),
-            "beta_slow": yarn.get("beta_slow", 1),
-        }
+        c, yarn = self.config, self.config.rope_scaling
+        scaling = yarn.arguments() if yarn else {}
         frequencies = rope_frequencies(c.qk_rope_head_dim, c.rope_theta, **scaling).to(positions.device)
         return Reach(positions, start, end, causal, rope_rotation(positions, frequencies))
 

@@ -10,7 +10,8 @@ from model_tensors import is_buffer, model_tensors
 from abyssal.kernels.engram import engram_primes
 from abyssal.model import Transformer
 from abyssal.model.accounting import account, cache_bytes, compressor_parameters, v32
-from abyssal.model.config import HEAVY, SLIDING, SPARSE, EngramConfig, ModelConfig
+from abyssal.model.config import EngramConfig, ModelConfig
+from abyssal.model.kinds import HEAVY, SLIDING, SPARSE
 
 FLASH, PRO = ModelConfig.load("v4-flash"), ModelConfig.load("v4-pro")
 MILLION, CONTEXT = 10**6, 2**20

@@ -8,7 +8,8 @@ from importlib import resources
 
 import pytest
 
-from abyssal.model.config import HEAVY, SLIDING, SPARSE, EngramConfig, ModelConfig, RopeScaling, read_recipe
+from abyssal.model.config import EngramConfig, ModelConfig, RopeScaling, read_recipe
+from abyssal.model.kinds import HEAVY, SLIDING, SPARSE
 
 NAMES = ("nano", "toy", "small", "long", "v4-flash", "v4-pro")
 

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from abyssal.model import interchange
-from abyssal.model.config import HEAVY, SLIDING, SPARSE, EngramConfig, ModelConfig, RopeScaling
+from abyssal.model.config import EngramConfig, ModelConfig, RopeScaling
+from abyssal.model.dialect import from_huggingface, to_huggingface
 from abyssal.model.interchange import Stored, convert_pretrained, files, load_pretrained, save_pretrained
-from abyssal.model.interchange.configuration import config_from_huggingface, config_to_huggingface
 from abyssal.model.interchange.names import sources
+from abyssal.model.kinds import HEAVY, SLIDING, SPARSE
 from abyssal.model.transformer import Transformer
 
 LAYOUTS = ("official", "huggingface")
@@ -495,7 +496,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_configurations_pass_through_transformers(config):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.DeepseekV4Config(**config_to_huggingface(config))
+    theirs = transformers.DeepseekV4Config(**to_huggingface(config.to_dict()))
     assert theirs.qk_rope_head_dim == config.qk_rope_head_dim
     for written in (theirs.to_diff_dict(), theirs.to_dict()):
         assert ModelConfig.from_dict(json.loads(json.dumps(written))) == config
@@ -511,10 +512,10 @@ def test_transformers_version_of_a_released_configuration(name):
 
 def test_yarn_reaches_its_place():
     config = tiny(rope_scaling={"factor": 16, "original_max_position_embeddings": 64})
-    written = config_to_huggingface(config)["rope_parameters"]
+    written = to_huggingface(config.to_dict())["rope_parameters"]
     assert written["main"]["rope_type"] == "default" and written["main"]["rope_theta"] == 10_000
     assert written["compress"]["rope_type"] == "yarn" and written["compress"]["attention_factor"] == 1.0
-    assert config_from_huggingface(config_to_huggingface(config))["rope_scaling"]["factor"] == 16
+    assert from_huggingface(to_huggingface(config.to_dict()))["rope_scaling"]["factor"] == 16
     assert config.rope_scaling == RopeScaling(factor=16, original_max_position_embeddings=64)
 
 
@@ -540,7 +541,7 @@ def test_yarn_reaches_its_place():
 )
 def test_configurations_that_are_not_v4_are_refused(changes, words):
     with pytest.raises((ValueError, TypeError), match=words):
-        ModelConfig.from_dict({**config_to_huggingface(tiny()), **changes})
+        ModelConfig.from_dict({**to_huggingface(tiny().to_dict()), **changes})
 
 
 @pytest.mark.parametrize(
@@ -552,7 +553,7 @@ def test_configurations_that_are_not_v4_are_refused(changes, words):
 )
 def test_configurations_that_transformers_cannot_hold_are_refused(config, words):
     with pytest.raises(ValueError, match=words):
-        config_to_huggingface(config)
+        to_huggingface(config.to_dict())
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +561,7 @@ def peer():
     """A transformers model of the tiny configuration."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**config_to_huggingface(tiny())))
+    return transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**to_huggingface(tiny().to_dict())))
 
 
 @pytest.mark.parametrize("original, layout", [(True, "hybrid"), (False, "huggingface")])

@@ -27,7 +27,7 @@ INDEXER = {"index_n_heads": 32, "index_head_dim": 16, "index_topk": 9}  # with f
 def config(kind, **changes):
     own = INDEXER if kind == "deepseek_v32" else {}
     rotary = {"rope_theta": 10000.0, "rope_scaling": {"type": "yarn", **YARN}, "torch_dtype": "float32"}
-    return LineageConfig(**{"model_type": kind, **SIZES, **own, **rotary, **changes})
+    return LineageConfig.from_dict({"model_type": kind, **SIZES, **own, **rotary, **changes})
 
 
 def peer(kind, **changes):
@@ -314,7 +314,7 @@ def test_keys_that_are_refused(tmp_path):
     data = config("deepseek_v3").to_dict()
     for changes, says in (
         ({"scoring_func": "softmax"}, "scoring_func='softmax': allowed is 'sigmoid'"),
-        ({"sliding_window": 3}, "unknown keys: sliding_window"),
+        ({"sliding_window": 3}, "unknown key .sliding_window.: known are model_type"),
         ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, "dense layers first"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -1,6 +1,7 @@
 """Every tensor of the model, written out by hand: the oracle for parameter counts and checkpoint names."""
 
-from abyssal.model.config import SLIDING, SPARSE, ModelConfig
+from abyssal.model.config import ModelConfig
+from abyssal.model.kinds import SLIDING, SPARSE
 
 
 def model_tensors(c: ModelConfig, engram_rows: dict[int, int] | None = None) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ....model.accounting import account, engram_sizes
-from ....model.config import HEAVY, SLIDING, SPARSE, ModelConfig
+from ....model.config import ModelConfig
+from ....model.kinds import HEAVY, SLIDING, SPARSE
 from .. import roofline
 from ..roofline import Work
 from .mechanisms import ATTENTIONS

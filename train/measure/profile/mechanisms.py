@@ -18,10 +18,10 @@ from ....model import transformer as transformer_module
 from ....model.attention import Attention
 from ....model.block import Block
 from ....model.compressor import Compressor
-from ....model.config import HEAVY, SLIDING, SPARSE
 from ....model.engram import Engram
 from ....model.hyper import HyperConnection, HyperHead
 from ....model.indexer import Indexer
+from ....model.kinds import HEAVY, SLIDING, SPARSE
 from ....model.moe import Experts, Gate, MoE, SharedExpert
 from ....model.norm import RMSNorm
 from ....model.transformer import Transformer

@@ -1,0 +1,91 @@
+"""Dataclasses that check what they are given. A configuration needs no torch, and nothing here imports it.
+
+    value    a list becomes a tuple and a whole number a float where the field says so; another type is an error
+    range    a field's own check, where its metadata have one: `check`, a function, and `allowed`, the same in words
+    key      an unknown one is an error that names the nearest known key, or all of them where none is near
+
+Every error names the key, its value and what is allowed.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+NEAR = 0.7  # difflib's ratio from which a name is near: 'grop' is 0.75 of 'grpo', 'n_layer' 0.64 of 'num_hash_layers'
+
+
+def build(kind: Any, values: Mapping[str, Any], prefix: str = "", also: Iterable[str] = ()) -> Any:
+    """`kind(**values)`, with inner tables built too; `also` are known keys that were handled before.
+
+    Raises:
+        TypeError, ValueError: an unknown key, a missing one, or what `kind` refuses.
+    """
+    types = {f.name: _without_none(f.type) for f in fields(kind)}
+    for key in values:
+        if key not in types:
+            raise unknown("key", key, (*types, *also), lambda name: repr(prefix + name))
+    missing = [prefix + f.name for f in fields(kind) if _is_required(f) and f.name not in values]
+    if missing:
+        raise ValueError(f"missing keys: {', '.join(missing)}")
+    inner = {key for key, value in values.items() if is_dataclass(types[key]) and isinstance(value, Mapping)}
+    return kind(**{k: build(types[k], v, f"{prefix}{k}.") if k in inner else v for k, v in values.items()})
+
+
+def settle(config: Any, prefix: str = "") -> None:
+    """Gives each field of a frozen dataclass the type that it declares, then asks its check.
+
+    Raises:
+        TypeError, ValueError: a value of another type, not finite, or refused by the field's check.
+    """
+    for f in fields(config):
+        name, value = prefix + f.name, _typed(prefix + f.name, getattr(config, f.name), f.type)
+        object.__setattr__(config, f.name, value)
+        if f.metadata.get("check"):
+            require(f.metadata["check"](value), name, value, f.metadata["allowed"])
+
+
+def require(ok: Any, name: str, value: Any, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r}: allowed is {allowed}")
+
+
+def unknown(what: str, name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> ValueError:
+    """The error about an unknown key, table or the like: the nearest known one, or all where none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
+    hint = f"the nearest known {what} is {show(near[0])}" if near else f"known are {', '.join(known)}"
+    return ValueError(f"unknown {what} {show(name)}: {hint}")
+
+
+def _is_required(f: Any) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _without_none(kind: Any) -> Any:
+    return next(arg for arg in get_args(kind) if arg is not NoneType) if isinstance(kind, UnionType) else kind
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    if isinstance(kind, UnionType):
+        return None if value is None else _typed(name, value, _without_none(kind))
+    if get_origin(kind) is tuple:
+        return _sequence(name, value, get_args(kind))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name}={value!r}: allowed is {kind.__name__}, not {type(value).__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: allowed are finite numbers")
+    return value
+
+
+def _sequence(name: str, value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`kinds` are those of tuple[kind, ...] or of tuple[kind, kind]."""
+    is_list, any_length = isinstance(value, list | tuple), kinds[-1] is Ellipsis
+    if not is_list or not (any_length or len(value) == len(kinds)):
+        allowed = kinds[0].__name__ if any_length else f"{len(kinds)} numbers"
+        raise TypeError(f"{name}={value!r}: allowed is a list of {allowed}")
+    return tuple(_typed(f"{name}[{i}]", item, kinds[0]) for i, item in enumerate(value))
