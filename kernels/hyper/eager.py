@@ -1,4 +1,5 @@
-"""Reference of mHC: projection, Sinkhorn, collapse and recombination, each with its backward written out.
+"""mHC in PyTorch, in blocks of tokens: projection, Sinkhorn, collapse and recombination, each with its backward written
+out.
 
 The backward passes need the streams and a few numbers per token; Sinkhorn's iterates are computed again.
 Matrix products go into existing tensors (`out=` or in place), which autocast leaves in full precision. Their factors
@@ -6,7 +7,7 @@ are contiguous: batched products of other layouts run matrix by matrix.
 
 Axes: t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection.
 Sinkhorn runs with the tokens last, [n, n, t]: every small step runs along contiguous memory.
-A few tokens without gradient, as in decoding, take a path of few calls instead: there a call costs more than its work.
+Up to four tokens without gradient, as in decoding, take a path of few calls: there a call costs more than its work.
 """
 
 import functools
@@ -24,7 +25,7 @@ from . import Coefficients
 from .step import sinkhorn_step
 
 _BLOCK_VALUES = 1 << 20  # streams are worked on in blocks of this many values, so that a cast copy stays in the cache
-_FEW = 4  # tokens up to which one after the other through Sinkhorn is faster than all at once
+_STEP_TOKENS = 4  # tokens up to which one after the other through Sinkhorn is faster than all at once
 _BLOCK_TOKENS = 2048  # Sinkhorn's backward holds every iterate of one block of tokens
 
 
@@ -55,8 +56,8 @@ def hyper_read(
     norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Coefficients]:
     if _is_step(streams, fn, base, scale):
-        few = _step_coefficients(streams, fn, base, scale, iterations, eps, norm_eps)
-        return hyper_collapse(streams, few.pre), few
+        coefficients = _step_coefficients(streams, fn, base, scale, iterations, eps, norm_eps)
+        return hyper_collapse(streams, coefficients.pre), coefficients
     u, *found = _Read.apply(_flat(streams), fn, base, scale, iterations, eps, norm_eps, True)
     coefficients = Coefficients(*(x.view(*streams.shape[:-1], *x.shape[2:]) for x in found))
     return u.view(*streams.shape[:-2], streams.shape[-1]), coefficients
@@ -97,7 +98,7 @@ def _flat(streams: Tensor) -> Tensor:
 def _is_step(streams: Tensor, *others: Tensor) -> bool:
     """Whether this is a few tokens without gradient: contiguous, on the CPU, all in the dtype they are computed in."""
     return (
-        1 <= streams.shape[:-2].numel() <= _FEW
+        1 <= streams.shape[:-2].numel() <= _STEP_TOKENS
         and not tracked(streams, *others)
         and not torch.compiler.is_compiling()
         and all(x.device.type == "cpu" and x.dtype == accumulation(x) and x.is_contiguous() for x in (streams, *others))

@@ -11,8 +11,6 @@ from oracle import assert_same
 
 from abyssal.kernels import attention, index_topk, moe_experts, moe_route, pool, rms_norm, rope, swiglu, topk
 from abyssal.kernels.attention.step import attention_step
-from abyssal.kernels.hyper import hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_recombine
-from abyssal.kernels.hyper.step import HyperSite, hyper_head_step, hyper_recombine_step, hyper_step, sinkhorn_step
 from abyssal.kernels.index_topk import step as index_topk_module
 from abyssal.kernels.index_topk.step import index_topk_step
 from abyssal.kernels.moe_experts.step import moe_experts_step, swiglu_step
@@ -79,67 +77,6 @@ def test_rope_turns_in_place_and_back(shape, dim, dtype):
     check("turned", turned, rope(*exact(x[None, None]), angles)[0, 0])
     rope_step(turned, rotation.conj())
     check("turned back", turned, torch.from_numpy(x.astype(np.float64)))
-
-
-# mHC
-
-
-def hyper_site(draw, n, d, rows, scales, eps, rounds=0):
-    scale = 1 + np.arange(scales, dtype=draw().dtype)
-    return HyperSite(draw(rows, n * d) / draw().dtype.type(math.sqrt(n * d)), draw(rows), scale, eps, 0.03, rounds)
-
-
-@both
-@pytest.mark.parametrize("eps", [1e-6, 0.1])
-@pytest.mark.parametrize("rounds", [1, 2, 3, 20])
-@pytest.mark.parametrize("n, d", [(1, 5), (2, 3), (3, 8), (4, 16), (7, 5)])
-def test_hyper(n, d, rounds, eps, dtype):
-    draw = drawing(dtype, seed=n)
-    streams, y = draw(n, d), draw(d)
-    site = hyper_site(draw, n, d, (n + 2) * n, 3, eps, rounds)
-    u, post, comb = hyper_step(streams, site)
-    exact_streams, exact_y, *constants = exact(streams, y, site.fn, site.base, site.scale)
-    want = hyper_coefficients(exact_streams, *constants, iterations=rounds, eps=eps, norm_eps=0.03)
-    check("u", u, hyper_collapse(exact_streams, want.pre))
-    check("post", post, want.post)
-    check("comb", comb, want.comb)
-    mixed = hyper_recombine_step(y, streams, post, comb)
-    check("mixed", mixed, hyper_recombine(exact_y, exact_streams, want.post, want.comb))
-
-
-@both
-@pytest.mark.parametrize("n", [1, 3, 4])
-def test_hyper_head(n, dtype):
-    draw = drawing(dtype, seed=n)
-    streams, site = draw(n, 9), hyper_site(draw, n, 9, n, 1, 0.1)
-    exact_streams, *constants = exact(streams, site.fn, site.base, site.scale)
-    weights = hyper_head_weights(exact_streams, *constants, eps=0.1, norm_eps=0.03)
-    check("head", hyper_head_step(streams, site), hyper_collapse(exact_streams, weights))
-
-
-@pytest.mark.parametrize("logit", [0.0, 60.0, -80.0])
-def test_sinkhorn_of_saturated_logits(logit):
-    """Entries down to eps alone, and far more rounds than needed: the iterates stay finite and agree."""
-    x = np.full((4, 4), logit)
-    x[[0, 1, 2], [1, 2, 2]] += 50
-    x = np.exp(x - x.max(1, keepdims=True))
-    x = want = x / x.sum(1, keepdims=True) + 1e-6
-    for done in range(60):
-        want = want / (want.sum(1, keepdims=True) + 1e-6) if done else want
-        want = want / (want.sum(0) + 1e-6)
-    for dtype in LIMITS:
-        first = x.astype(dtype)
-        check("comb", sinkhorn_step(first, 60, 1e-6), torch.from_numpy(want))
-        assert np.array_equal(first, x.astype(dtype))
-
-
-def test_large_logits_do_not_overflow():
-    draw = drawing(np.float32)
-    site = hyper_site(draw, 3, 4, 15, 3, 1e-6, 20)
-    site.base[:] *= 200
-    with np.errstate(over="ignore"):
-        u, post, comb = hyper_step(draw(3, 4), site)
-    assert np.isfinite(u).all() and np.isfinite(post).all() and np.isfinite(comb).all()
 
 
 # attention
@@ -356,12 +293,6 @@ def of_few_tokens():
     """Name to (op, float inputs): all outputs are compared."""
     experts = torch.tensor([[1, 0], [4, 2], [3, 3]])
     turn = torch.polar(torch.ones(2, 3, 2), torch.arange(12.0).view(2, 3, 2))
-    n, d = 4, 6
-    constants = (normal(n * (n + 2), n * d, seed=1), normal(n * (n + 2), seed=2), torch.tensor([0.5, 1, 2]).double())
-    head = (normal(n, n * d, seed=1), normal(n, seed=2), torch.tensor([0.7]).double())
-    streams = normal(3, n, d)
-    post, comb = normal(3, n, seed=6), normal(3, n, n, seed=7)
-    eps = {"eps": 0.1, "norm_eps": 0.03}
     return {
         "rms_norm": (lambda x, w: rms_norm(x, w, 0.1), normal(2, 3, 8), normal(8, seed=1)),
         "rms_norm without weight": (lambda x: rms_norm(x, None, 0.1), normal(2, 3, 8)),
@@ -375,12 +306,6 @@ def of_few_tokens():
             *(normal(3, 7), normal(3, 2, seed=1), normal(5, 6, 7, seed=2), normal(5, 7, 3, seed=3)),
         ),
         "moe_route": (lambda z: moe_route(z, top_k=3, scale=1.5)[::2], normal(4, 9) * 30 - 30),
-        "hyper_coefficients": (lambda *x: hyper_coefficients(*x, iterations=3, **eps), streams, *constants),
-        "hyper_head_weights": (lambda *x: hyper_head_weights(*x, **eps), streams, *head),
-        "hyper_collapse": (hyper_collapse, streams, normal(3, n, seed=4)),
-        "hyper_recombine": (hyper_recombine, normal(3, d, seed=5), streams, post, comb),
-        "hyper of one token": (lambda *x: hyper_coefficients(*x, iterations=20), streams[0], *constants),
-        "hyper of no token": (lambda *x: hyper_coefficients(*x), streams[:0], *constants),
     }
 
 

@@ -1,7 +1,7 @@
 """mHC in Triton, as operators that torch.compile, autograd, checkpointing and CUDA graphs see whole.
 
-`kernels` holds the kernels, `launch` their order, `tiles` their blocks. Between forward and backward live
-the streams and n^2 + 2n + 1 numbers per token; logits and Sinkhorn's iterates are worked out again.
+`kernels` holds the kernels, `launch` their order and blocks. Between forward and backward live the streams and
+n^2 + 2n + 1 numbers per token; logits and Sinkhorn's iterates are worked out again.
 
 t tokens · n streams · d width · m rows of the projection
 """
@@ -73,7 +73,7 @@ def _read(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
     iterations: int, eps: float, norm_eps: float, collapsed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch.read(streams, fn, base, scale, iterations, eps, norm_eps, collapsed)
+    return launch.read(launch.Site(streams, fn, base, scale, iterations, eps), norm_eps, collapsed)
 
 
 @_read.register_fake
@@ -90,11 +90,10 @@ def _read_backward(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, pre: Tensor, mix: Tensor, r: Tensor,
     iterations: int, eps: float, need_streams: bool, need_fn: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dstreams, dfn, dlogits = launch.read_backward(
-        du, dpre, dpost, dcomb, streams, fn, base, scale, pre, mix, r, iterations, eps, need_streams, need_fn
-    )
-    dstreams = streams.new_empty(0) if dstreams is None else dstreams
-    return dstreams, fn.new_empty(0) if dfn is None else dfn, dlogits
+    upstream, site = launch.Upstream(du, dpre, dpost, dcomb), launch.Site(streams, fn, base, scale, iterations, eps)
+    found = launch.read_backward(upstream, site, launch.Saved(pre, mix, r), need_streams=need_streams, need_fn=need_fn)
+    dstreams, dfn = (x.new_empty(0) if dx is None else dx for x, dx in zip((streams, fn), found))
+    return dstreams, dfn, found.logits
 
 
 @_read_backward.register_fake

@@ -3,6 +3,10 @@
     read        streams -> partial sums of the projection -> pre, post, comb -> the sublayer's input
     recombine   output, streams, post, comb -> new streams
 
+The blocks of the two products are one fixed choice on each architecture, so that no token depends on its batch. They
+were chosen by compiling: no register spills, shared memory within the limit, tensor cores. The products are skinny,
+their traffic is that of the streams: a tile has so many tokens that the projection, which all read, stays cheap.
+
 t tokens · n streams · d width · w = n d · m rows of the projection
 """
 
@@ -14,7 +18,70 @@ from torch import Tensor
 
 from ...triton.launch import architecture, next_power, on_device
 from . import kernels
-from .tiles import GROUPS, PARTS, SPLIT, STEPS, TABLE, TOKENS, WIDE, Tiles, panel
+
+SPLIT = 4096  # columns of the flattened streams that one program of the projection sums over
+GROUPS = 16  # at most so many partial sums of the projection's gradient,
+STEPS = 16  # each over at least so many tiles of tokens
+TOKENS = 32  # of one block of coefficients
+PARTS = 256  # at most so many partial sums of the gradients of base and scale
+
+
+class Blocks(NamedTuple):
+    """Of one product: tokens, columns of the streams, warps, pipeline stages."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The table of one architecture. `precision` is that of float32 factors; tf32x3 is exact to about 2^-21."""
+
+    project: Blocks
+    backward: Blocks
+    precision: str = "tf32x3"
+
+
+TABLE = {  # n <= 4: up to 32 rows of the projection
+    "sm_80": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
+    "sm_86": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
+    "sm_90": Tiles(Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)),
+    "sm_100": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
+    "hip": Tiles(Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 2), "ieee"),
+}
+_WIDE = Tiles(Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 2))
+WIDE = {  # more streams: up to 128 rows
+    **dict.fromkeys(TABLE, _WIDE),
+    "hip": _WIDE._replace(precision="ieee"),
+}
+
+
+def tiles_for(rows: int) -> Tiles:
+    """The table for a projection to so many rows on the current device."""
+    return (TABLE if rows <= 32 else WIDE)[architecture()]
+
+
+def panel(n: int, width: int) -> tuple[int, int]:
+    """Columns of every stream that a program holds at once, and its warps: so that n (n + 1) sums fit in registers."""
+    most, each = {1: (1024, 8), 2: (1024, 8), 3: (512, 4), 4: (512, 4)}.get(n, (128, 1))
+    columns = min(1 << (width - 1).bit_length(), most)
+    return columns, max(columns // (32 * each), 1)
+
+
+class Site(NamedTuple):
+    """What `read` is given: streams [t, n, d], the projection fn [m, w], and what makes coefficients of it."""
+
+    streams: Tensor
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+    iterations: int
+    eps: float
+
+    def contiguous(self) -> "Site":
+        tensors = ("streams", "fn", "base", "scale")
+        return self._replace(**{name: getattr(self, name).contiguous() for name in tensors})
 
 
 class Read(NamedTuple):
@@ -28,17 +95,29 @@ class Read(NamedTuple):
     r: Tensor
 
 
+class Upstream(NamedTuple):
+    """Gradients of what `read` returned; None where there is none."""
+
+    u: Tensor | None
+    pre: Tensor | None
+    post: Tensor | None
+    comb: Tensor | None
+
+
+class Saved(NamedTuple):
+    """Results of `read` that its gradient needs."""
+
+    pre: Tensor
+    mix: Tensor
+    r: Tensor
+
+
 class Gradients(NamedTuple):
     """Of the arguments of `read`; None where not needed. `logits [m + 3]` float32 is that of base, then of scale."""
 
     streams: Tensor | None
     fn: Tensor | None
     logits: Tensor
-
-
-def tiles_for(rows: int) -> Tiles:
-    """The table for a projection to so many rows on the current device."""
-    return (TABLE if rows <= 32 else WIDE)[architecture()]
 
 
 def read_outputs(streams: Tensor, fn: Tensor, iterations: int, collapsed: bool) -> Read:
@@ -49,13 +128,10 @@ def read_outputs(streams: Tensor, fn: Tensor, iterations: int, collapsed: bool) 
     return Read(u, *(streams.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
 
-def read(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float,
-    collapsed: bool,
-) -> Read:  # fmt: skip
-    """Coefficients of streams [t, n, d] and, if `collapsed`, what the sublayer reads."""
-    streams, fn, base, scale = (x.contiguous() for x in (streams, fn, base, scale))
-    (t, n, _), m, w = streams.shape, len(fn), fn.shape[1]
+def read(site: Site, norm_eps: float, collapsed: bool) -> Read:
+    """The coefficients of every token and, if `collapsed`, what the sublayer reads."""
+    streams, fn, base, scale, iterations, eps = site.contiguous()
+    (t, n, _), (m, w) = streams.shape, fn.shape
     out, table, splits = read_outputs(streams, fn, iterations, collapsed), tiles_for(m), triton.cdiv(w, SPLIT)
     partial = streams.new_empty(splits, t, m + 1, dtype=torch.float32)
     b = table.project
@@ -73,59 +149,59 @@ def read(
     return out
 
 
-def read_backward(
-    du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dcomb: Tensor | None,
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, pre: Tensor, mix: Tensor, r: Tensor,
-    iterations: int, eps: float, need_streams: bool, need_fn: bool,
-) -> Gradients:  # fmt: skip
+def read_backward(upstream: Upstream, site: Site, saved: Saved, *, need_streams: bool, need_fn: bool) -> Gradients:
     """Gradients of `read`, from those of its results that have one."""
-    du, dpre, dpost, dcomb = (x if x is None else x.contiguous() for x in (du, dpre, dpost, dcomb))
-    streams, fn, base, scale = (x.contiguous() for x in (streams, fn, base, scale))
-    with on_device(streams):
-        dread = None if du is None else collapse_backward(du, streams, pre, need_streams=False)[1]
-        grads = dpre, dread, dpost, dcomb
-        scaled, shrink, logits = _coefficients_backward(grads, streams, base, scale, mix, r, iterations, eps)
-        return Gradients(*_project_backward(streams, fn, scaled, shrink, du, pre, need_streams, need_fn), logits)
+    upstream = Upstream(*(x if x is None else x.contiguous() for x in upstream))
+    site, u = site.contiguous(), upstream.u
+    with on_device(site.streams):
+        dread = None if u is None else collapse_backward(u, site.streams, saved.pre, need_streams=False)[1]
+        scaled, shrink, logits = _coefficients_backward(upstream, dread, site, saved)
+        dstreams = site.streams.new_empty(site.streams.shape) if need_streams else None
+        dfn = _project_backward(site, scaled, shrink, u, saved.pre, dstreams, need_fn)
+    return Gradients(dstreams, dfn, logits)
 
 
 def _coefficients_backward(
-    grads: tuple[Tensor | None, ...], streams: Tensor, base: Tensor, scale: Tensor, mix: Tensor, r: Tensor,
-    iterations: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What the projection's gradient needs, `scaled [t, m]` and `shrink [t]`, and `Gradients.logits`."""
-    (t, n, d), m, p, rounds = streams.shape, mix.shape[1], next_power(streams.shape[1]), max(iterations, 1)
+    upstream: Upstream, dread: Tensor | None, site: Site, saved: Saved
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the projection's gradient needs, `scaled [t, m]` and `shrink [t]`, and `Gradients.logits`.
+
+    dread: the gradient of pre that comes through what the sublayer reads.
+    """
+    (t, n, d), m, p = site.streams.shape, len(site.fn), next_power(site.streams.shape[1])
+    rounds = max(site.iterations, 1)
     blocks = max(triton.cdiv(t, TOKENS), 1)
     steps = triton.cdiv(blocks, PARTS)
     parts = triton.cdiv(blocks, steps)
-    divisors = mix.new_empty(parts, 2 * rounds - 1, TOKENS, p)
-    scaled, shrink, sums = mix.new_empty(t, m), mix.new_empty(t), mix.new_empty(parts, m + 3)
-    names = "DPRE", "DREAD", "DPOST", "DCOMB"
+    divisors = saved.mix.new_empty(parts, 2 * rounds - 1, TOKENS, p)
+    scaled, shrink, sums = (saved.mix.new_empty(shape) for shape in ((t, m), (t,), (parts, m + 3)))
+    grads = {"DPRE": upstream.pre, "DREAD": dread, "DPOST": upstream.post, "DCOMB": upstream.comb}
     kernels.coefficients_backward[parts,](
-        *grads, mix, r, base, scale, divisors, scaled, shrink, sums, t, n * d, steps, rounds, eps,
-        **{name: grad is not None for name, grad in zip(names, grads)}, HEAD=iterations == 0, N=n, P=p, BT=TOKENS,
+        *grads.values(), saved.mix, saved.r, site.base, site.scale, divisors, scaled, shrink, sums,
+        t, n * d, steps, rounds, site.eps, **{name: grad is not None for name, grad in grads.items()},
+        HEAD=site.iterations == 0, N=n, P=p, BT=TOKENS,
     )  # fmt: skip
     return scaled, shrink, _sum_parts(sums)
 
 
 def _project_backward(
-    streams: Tensor, fn: Tensor, scaled: Tensor, shrink: Tensor, du: Tensor | None, pre: Tensor,
-    need_streams: bool, need_fn: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    if not (need_streams or need_fn):
-        return None, None
-    (t, n, d), (m, w), table = streams.shape, fn.shape, tiles_for(len(fn))
+    site: Site, scaled: Tensor, shrink: Tensor, du: Tensor | None, pre: Tensor, dstreams: Tensor | None, need_fn: bool
+) -> Tensor | None:
+    """Writes `dstreams` where it is given; the gradient of fn if it is needed."""
+    if dstreams is None and not need_fn:
+        return None
+    (t, n, d), (m, w), table = site.streams.shape, site.fn.shape, tiles_for(len(site.fn))
     b = table.backward
     groups = max(triton.cdiv(t, b.tokens), 1)
     steps = max(triton.cdiv(groups, GROUPS), STEPS)
     groups = triton.cdiv(groups, steps)
-    dstreams = streams.new_empty(streams.shape) if need_streams else None
     parts = scaled.new_empty(groups, m, w) if need_fn else None
     kernels.project_backward[n * triton.cdiv(d, b.columns), groups](
-        streams, fn, scaled, shrink, du, pre, dstreams, parts, t, d, m, steps,
-        READ=du is not None, DX=need_streams, DFN=need_fn, N=n, BT=b.tokens, BK=b.columns, M=next_power(m, 16),
+        site.streams, site.fn, scaled, shrink, du, pre, dstreams, parts, t, d, m, steps,
+        READ=du is not None, DX=dstreams is not None, DFN=need_fn, N=n, BT=b.tokens, BK=b.columns, M=next_power(m, 16),
         PRECISION=table.precision, num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
-    return dstreams, None if parts is None else _sum_parts(parts, fn.dtype)
+    return None if parts is None else _sum_parts(parts, site.fn.dtype)
 
 
 def _sum_parts(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
