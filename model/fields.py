@@ -27,7 +27,7 @@ def build(kind: Any, values: Mapping[str, Any], prefix: str = "", also: Iterable
     for key in values:
         if key not in types:
             raise unknown("key", key, (*types, *also), lambda name: repr(prefix + name))
-    missing = [prefix + f.name for f in fields(kind) if _is_required(f) and f.name not in values]
+    missing = [prefix + f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"missing keys: {', '.join(missing)}")
     inner = {key for key, value in values.items() if is_dataclass(types[key]) and isinstance(value, Mapping)}
@@ -53,15 +53,11 @@ def require(ok: Any, name: str, value: Any, allowed: str) -> None:
 
 
 def unknown(what: str, name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> ValueError:
-    """The error about an unknown key, table or the like: the nearest known one, or all where none is near."""
+    """The error about an unknown key, table or the like: the nearest known ones, or all where none is near."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
-    hint = f"the nearest known {what} is {show(near[0])}" if near else f"known are {', '.join(known)}"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=NEAR)
+    hint = f"the nearest known {what} is {' or '.join(map(show, near))}" if near else f"known are {', '.join(known)}"
     return ValueError(f"unknown {what} {show(name)}: {hint}")
-
-
-def _is_required(f: Any) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
 
 
 def _without_none(kind: Any) -> Any:

@@ -301,12 +301,37 @@ def test_released_sizes(name, total):
         ({"kv_lora_rank": 0}, "kv_lora_rank=0"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7: allowed is an even"),
         ({"index_head_dim": 4}, "index_head_dim=4: allowed is at least"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn"}}, "missing keys: rope_scaling.factor"),
+        ({"rope_scaling": {**YARN, "type": "linear"}}, "rope_scaling.type='linear': allowed is 'yarn'"),
+        ({"rope_scaling": {**YARN, "type": "yarn", "mscale": 0.7}}, "mscale=0.7: allowed is mscale_all_dim=1.0"),
         ({"model_type": "llama"}, "model_type='llama'"),
+        ({"rope_theta": 0}, "rope_theta=0.0: allowed is positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: allowed are finite"),
+        ({"index_loss_weight": -1}, "index_loss_weight=-1.0"),
+        ({"eos_token_id": 97}, "eos_token_id=97: allowed is 0 to vocab_size - 1 = 96"),
+        ({"torch_dtype": "float8"}, "torch_dtype='float8'"),
+        ({"num_layers": 3}, "unknown key 'num_layers': the nearest known key is 'num_hidden_layers'"),
     ],
 )
 def test_configurations_that_are_refused(changes, says):
     with pytest.raises(ValueError, match=says):
+        config("deepseek_v32", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_theta": "x"}, "rope_theta='x': allowed is float, not str"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None: allowed is float, not NoneType"),
+        ({"num_hidden_layers": 61.0}, "num_hidden_layers=61.0: allowed is int, not float"),
+        ({"n_group": True}, "n_group=True: allowed is int, not bool"),
+        ({"index_topk": "9"}, "index_topk='9': allowed is int, not str"),
+        ({"rope_scaling": {**YARN, "factor": 40}}, "rope_scaling.type=None: allowed is str"),
+        ({"rope_scaling": {**YARN, "type": "yarn", "factor": "40"}}, "rope_scaling.factor='40': allowed is float"),
+    ],
+)
+def test_types_are_checked(changes, says):
+    with pytest.raises(TypeError, match=says):
         config("deepseek_v32", **changes)
 
 
