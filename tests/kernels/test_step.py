@@ -13,8 +13,6 @@ from abyssal.kernels import attention, index_topk, moe_experts, moe_route, pool,
 from abyssal.kernels.attention.step import attention_step
 from abyssal.kernels.index_topk import step as index_topk_module
 from abyssal.kernels.index_topk.step import index_topk_step
-from abyssal.kernels.moe_experts.step import moe_experts_step, swiglu_step
-from abyssal.kernels.moe_route.step import moe_route_step
 from abyssal.kernels.norm_rope import rope_frequencies, rope_rotation
 from abyssal.kernels.norm_rope.step import head_norm_step, rms_norm_step, rope_rotation_step, rope_step
 from abyssal.kernels.pool.step import pool_step
@@ -158,66 +156,6 @@ def test_pool(windows, overlap, m, scale, dtype):
     exact_kv, exact_gate, exact_bias = exact(kv, gate, bias)
     want = pool(exact_kv[None], exact_gate[None], exact_bias, ratio=m, overlap=overlap)[0, -1]
     check("entry", pool_step(kv, gate, bias, overlap), want)
-
-
-# experts
-
-
-@both
-@pytest.mark.parametrize("e, k", [(1, 1), (5, 5), (8, 2), (160, 6)])
-@pytest.mark.parametrize("shift", [0, 30, -45, -95])
-def test_route(e, k, shift, dtype):
-    """The scores of -95 are below what float32 holds of exp; at -45 they are those of the asymptote."""
-    draw = drawing(dtype, seed=e)
-    logits, bias = draw(e) * dtype(4) + dtype(shift), draw(e)
-    given = np.random.default_rng(0).permutation(e)[:k]
-    for options in ({}, {"bias": bias}, {"experts": given}):
-        experts, weights = moe_route_step(logits, 1.5, k, **options)
-        batched = {name: torch.from_numpy(x if name == "bias" else x[None]) for name, x in options.items()}
-        want = moe_route(*exact(logits[None]), top_k=k, scale=1.5, **batched)
-        assert experts == want.experts[0].tolist()
-        check("weights", weights, want.weights[0])
-
-
-@both
-def test_route_of_ties_nan_and_infinities(dtype):
-    def route(*logits, k=3):
-        with np.errstate(invalid="ignore"):
-            return moe_route_step(np.array(logits, dtype), 2.0, k)
-
-    assert route(1, 2, 1, 2, 1)[0] == [1, 3, 0]
-    experts, weights = route(0, -math.inf, -math.inf, 0)
-    assert experts == [0, 3, 1] and weights.tolist() == pytest.approx([1, 1, 0])
-    experts, weights = route(-math.inf, -math.inf, -math.inf)
-    assert experts == [0, 1, 2] and weights.tolist() == [0, 0, 0]
-    experts, weights = route(1, math.nan, 0, 2)
-    assert experts == [3, 0, 2] and np.isfinite(weights).all()
-    experts, weights = route(math.nan, math.nan, math.nan, math.nan)
-    assert experts == [0, 1, 2] and np.isnan(weights).all()
-
-
-@both
-@pytest.mark.parametrize("limit", [None, 10.0, 0.5])
-@pytest.mark.parametrize("chosen", [[0], [2, 0], [3, 1, 3, 2]], ids=len)
-def test_experts(chosen, limit, dtype):
-    """Pre-activations of several units, so that 0.5 is reached on all sides; an expert may come twice."""
-    draw = drawing(dtype)
-    x, weights, w13, w2 = draw(7) * dtype(3), draw(len(chosen)), draw(4, 6, 7), draw(4, 7, 3)
-    want = moe_experts(*exact(x[None], np.array([chosen]), weights[None], w13, w2), limit=limit)
-    check("out", moe_experts_step(x, chosen, weights, w13, w2, limit), want[0])
-
-
-@both
-@pytest.mark.parametrize("limit", [None, 1.0])
-def test_swiglu(limit, dtype):
-    """Of a row, and of rows; at the limit, beyond it, and where exp overflows."""
-    edges = np.array([-1000, -95, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 95], dtype)
-    g, u = (x.flatten() for x in np.meshgrid(edges, edges))
-    h = np.concatenate((g, u))
-    with np.errstate(over="ignore"):
-        check("row", swiglu_step(h, limit), swiglu(*exact(h), limit))
-        check("rows", swiglu_step(h.reshape(5, -1), limit), swiglu(*exact(h.reshape(5, -1)), limit))
-    assert np.array_equal(h, np.concatenate((g, u)))
 
 
 # top-k

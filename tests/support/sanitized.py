@@ -70,11 +70,10 @@ def save(record: dict[str, Any]) -> None:
 
 
 def parts() -> list[str]:
-    """Every op with kernels, those beside the ops, their operators together, and whole models."""
+    """Every op with kernels, those beside the ops, and whole models."""
     return [
         *(folder.name for folder in op_folders()),
         "scatter",
-        "operators",
         "models",
     ]
 
