@@ -5,14 +5,15 @@ from pathlib import Path
 
 from ..model import Transformer
 from .data.corpus import load_corpus
-from .data.planted.source import open_planted
-from .data.source import Source, TextSource, maps
+from .data.planted import PlantedSource, planted_task
+from .data.source import Source, TextSource, maps, open_tokenizer
 from .distributed.world import ProcessLost, World, check, choose_device, processes
 from .reason.loop import GrpoRun
 from .reason.source import ReasonSource
-from .recipe import Recipe
+from .recipe import Recipe, check_vocabulary
 from .run import checkpoint, metrics, provenance
 from .run.loop import Run, Summary
+from .settings import PLANTED
 
 
 def train(
@@ -88,7 +89,10 @@ def open_source(recipe: Recipe) -> Source:
     """
     if recipe.reason is not None:
         return ReasonSource(recipe)
-    if recipe.data.source.startswith("planted:"):
-        return open_planted(recipe)
-    data = recipe.data
-    return TextSource(load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data)), recipe)
+    data, seed = recipe.data, recipe.train.seed
+    if data.source.startswith(PLANTED):
+        return PlantedSource(planted_task(data.source, recipe.planted), data, seed)
+    corpus = load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data))
+    tokenizer = open_tokenizer(data.tokenizer, corpus)
+    check_vocabulary(recipe.model, data.tokenizer, tokenizer.bos)
+    return TextSource(corpus, tokenizer, data, seed)

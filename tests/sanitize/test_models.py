@@ -15,7 +15,7 @@ from lively import draw_ids, lively
 
 from abyssal.model import Transformer
 from abyssal.train.optim import build_optimizer, set_learning_rate
-from abyssal.train.recipe import OptimConfig
+from abyssal.train.settings import OptimConfig
 
 IDS = draw_ids(2, 41)
 ENGRAM = {

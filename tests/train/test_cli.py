@@ -42,7 +42,7 @@ def test_help_shows_types_defaults_and_an_example(command, capsys):
 def test_help_of_train_lists_every_recipe_key(capsys):
     from dataclasses import fields
 
-    from abyssal.train.recipe import TABLES
+    from abyssal.train.settings import TABLES
 
     with pytest.raises(SystemExit):
         main(["train", "--help"])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from abyssal.train import recipe as recipe_module
-from abyssal.train.recipe import TABLES, Recipe, apply, differences, load_recipe
+from abyssal.train.recipe import Recipe, apply, differences, load_recipe
+from abyssal.train.settings import TABLES
 
 SHIPPED = ("nano", "toy", "small", "long", "recall")
 
@@ -53,7 +54,7 @@ def test_a_file_is_a_recipe_and_missing_tables_take_defaults(tmp_path: Path):
         ("train.step=1", "'train.steps'"),
         ("data.sequence_lenght=8", "'data.sequence_length'"),
         ("model.hiden_size=8", "'hidden_size'"),
-        ("optimm.lr=1", "unknown table 'optimm': the nearest known one is 'optim'"),
+        ("optimm.lr=1", "unknown table 'optimm': the nearest known table is 'optim'"),
         ("lr=1", "allowed is table.key=value"),
         ("optim.lr", "allowed is table.key=value"),
         ("optim.lr=-1", r"optim.lr=-1.0: allowed is above 0"),
@@ -88,7 +89,7 @@ def test_a_value_of_another_type_is_named(override, message):
 
 def test_unknown_tables_and_missing_models_in_a_file():
     values = load_recipe("nano").to_dict()
-    with pytest.raises(ValueError, match=r"unknown table \[trian\]: the nearest known one is \[train\]"):
+    with pytest.raises(ValueError, match=r"unknown table \[trian\]: the nearest known table is \[train\]"):
         Recipe.from_dict({**values, "trian": {}})
     del values["model"]
     with pytest.raises(ValueError, match=r"no table \[model\]"):
@@ -110,7 +111,9 @@ def test_differences_name_table_key_and_both_values():
 @pytest.mark.parametrize("table", TABLES.values())
 def test_every_key_is_documented_and_read_somewhere(table):
     folder = Path(recipe_module.__file__).parent
-    code = "\n".join(path.read_text("utf-8") for path in folder.rglob("*.py") if path.name != "recipe.py")
+    code = "\n".join(
+        path.read_text("utf-8") for path in folder.rglob("*.py") if path.name not in ("recipe.py", "settings.py")
+    )
     for f in fields(table):
         assert len(f.metadata["meaning"]) > 5, f.name
         assert re.search(rf"\.{f.name}\b", code), f"{table.name}.{f.name} is read nowhere"

@@ -80,7 +80,7 @@ def _rules(name: str, rule: str) -> str:
     from ...model.config import read_recipe
     from ..measure import cost
     from ..optim.rules import rule_lines, rule_table
-    from ..recipe import OptimConfig
+    from ..settings import OptimConfig
 
     config = cost.load(name)
     if not isinstance(config, ModelConfig):

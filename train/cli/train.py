@@ -88,7 +88,7 @@ def _describe(summary: Any, curves: str) -> str:
 
 def _recipe_keys() -> str:
     """Every recipe key that --set takes, with its type, default and meaning."""
-    from ..recipe import OPTIONAL, TABLES
+    from ..settings import OPTIONAL, TABLES
 
     lines = ["recipe keys (model.* are those of the released config.json, see abyssal info):"]
     for table, kind in {**TABLES, **OPTIONAL}.items():

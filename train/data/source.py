@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..recipe import DataConfig, Recipe, check_vocabulary
+from ..settings import DataConfig
 from .bits import bits_per_byte, trigram_bits_per_byte
 from .corpus import Corpus
 from .mapped import tokenised, trained_tokenizer
@@ -52,12 +52,9 @@ class TextSource:
     Bytes are laid out in memory; tokens of a trained tokenizer, and bytes with data.mapped, stay in a file.
     """
 
-    def __init__(self, corpus: Corpus, recipe: Recipe) -> None:
-        data = recipe.data
-        self.corpus, self.seed, self.batch_size = corpus, recipe.train.seed, data.batch_size
-        self.tokenizer = open_tokenizer(data.tokenizer, corpus)
-        check_vocabulary(recipe.model, data.tokenizer, self.tokenizer.bos)
-        self.vocabulary = self.tokenizer.bos + 1
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, data: DataConfig, seed: int) -> None:
+        self.corpus, self.tokenizer, self.seed, self.batch_size = corpus, tokenizer, seed, data.batch_size
+        self.vocabulary = tokenizer.bos + 1
         in_bytes = isinstance(self.tokenizer, ByteTokenizer)
         self.tokens = tokenised(corpus, self.tokenizer) if maps(data) else corpus
         self.sizes = None if in_bytes else torch.tensor([len(piece) for piece in self.tokenizer.pieces])

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..recipe import OptimConfig
+from ..settings import OptimConfig
 from .adam import AdamW
 from .balanced import Balanced, RowBalanced
 from .muon import Muon, Observer

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..recipe import OptimConfig
+from ..settings import OptimConfig
 from .muon import full, split
 from .rules import parameter_rules
 

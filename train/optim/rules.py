@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ...model.tables import RowTable
-from ..recipe import OptimConfig
+from ..settings import OptimConfig
 
 STATIC = {
     "base": "static bias of mHC",

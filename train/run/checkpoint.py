@@ -37,7 +37,8 @@ from ...model.tables import RowTable
 from ..data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from ..distributed.world import ALONE, World
 from ..optim import Optimizers
-from ..recipe import PLANTED, Recipe
+from ..recipe import Recipe
+from ..settings import PLANTED
 from .tables import named_tables
 
 FOLDER = "checkpoints"

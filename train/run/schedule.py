@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from ..recipe import OptimConfig, Recipe, StageConfig
+from ..recipe import Recipe
+from ..settings import OptimConfig, StageConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..recipe import StabilityConfig
+from ..settings import StabilityConfig
 from .checkpoint import Memory
 from .step import Experts
 

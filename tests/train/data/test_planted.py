@@ -11,7 +11,8 @@ from torch import nn
 
 from abyssal.model import Transformer
 from abyssal.train.data.planted import TASKS, Row
-from abyssal.train.recipe import PlantedConfig, Recipe, load_recipe
+from abyssal.train.recipe import Recipe, load_recipe
+from abyssal.train.settings import PlantedConfig
 from abyssal.train.start import open_source, train
 
 IGNORED, BOS, MARK = -100, 0, 1

@@ -10,8 +10,8 @@ from torch import nn
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.tables import RowTable, row_tables
 from abyssal.train.optim import RowAdam, build_optimizer, parameter_groups, set_learning_rate
-from abyssal.train.recipe import OptimConfig
 from abyssal.train.run.schedule import learning_rate
+from abyssal.train.settings import OptimConfig
 
 CONFIG = OptimConfig(lr=1.0, final_lr_share=0.1, warmup_steps=10, decay_share=0.4)
 

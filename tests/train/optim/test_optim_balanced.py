@@ -10,7 +10,7 @@ from abyssal.model import ModelConfig, Transformer
 from abyssal.model.tables import RowTable, row_tables
 from abyssal.train.optim import UpdateMeter, build_optimizer, set_learning_rate
 from abyssal.train.optim.balanced import Balanced, RowBalanced, balance
-from abyssal.train.recipe import OptimConfig
+from abyssal.train.settings import OptimConfig
 
 BETA, GAMMA = 0.8, 0.25
 

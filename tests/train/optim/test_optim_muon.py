@@ -11,7 +11,7 @@ from abyssal.model import ModelConfig, Transformer
 from abyssal.train.optim import Muon, UpdateMeter, build_optimizer, set_learning_rate
 from abyssal.train.optim import muon as muon_module
 from abyssal.train.optim.observe import orthogonality
-from abyssal.train.recipe import OptimConfig
+from abyssal.train.settings import OptimConfig
 
 MU, GAMMA, DECAY, LR = 0.9, 0.25, 0.2, 0.05
 

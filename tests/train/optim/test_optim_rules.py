@@ -12,7 +12,7 @@ from abyssal.model.tables import row_tables
 from abyssal.train.cli import main
 from abyssal.train.optim import build_optimizer, parameter_groups
 from abyssal.train.optim.rules import Widths, parameter_rules, rule_lines, rule_of, rule_table
-from abyssal.train.recipe import OptimConfig
+from abyssal.train.settings import OptimConfig
 
 PRESETS = ("nano", "toy", "small", "long", "v4-flash", "v4-pro")
 BLOCK = r"(layers|mtp)\.\d+"

@@ -8,7 +8,8 @@ import pytest
 
 from abyssal.train import recipe as recipe_module
 from abyssal.train.reason.source import ReasonSource
-from abyssal.train.recipe import OPTIONAL, GrpoConfig, ReasonConfig, Recipe, differences, load_recipe
+from abyssal.train.recipe import Recipe, differences, load_recipe
+from abyssal.train.settings import OPTIONAL, GrpoConfig, ReasonConfig
 from abyssal.train.start import open_source
 
 
@@ -38,7 +39,7 @@ def test_without_the_tables_there_is_nothing_of_them():
     [
         ("reason.tasks=[]", ValueError, r"reason.tasks=\(\): allowed is at least one task"),
         ("reason.tasks=addition-2", TypeError, "reason.tasks='addition-2': allowed is a list of str"),
-        ("reason.tasks=[2]", TypeError, "reason.tasks=2: allowed is str, not int"),
+        ("reason.tasks=[2]", TypeError, r"reason.tasks\[0\]=2: allowed is str, not int"),
         ("reason.modes=['chat', 'chat']", ValueError, "each at most once"),
         ("reason.modes=['talk']", ValueError, "thinking and chat"),
         ("reason.modes=[]", ValueError, "thinking and chat"),
@@ -48,7 +49,7 @@ def test_without_the_tables_there_is_nothing_of_them():
         ("grpo.temperature=0", ValueError, "grpo.temperature=0.0: allowed is above 0"),
         ("grpo.clip_low=1.5", ValueError, "grpo.clip_low=1.5: allowed is from 0 to 1"),
         ("grpo.keep_routing=1", TypeError, "grpo.keep_routing=1: allowed is bool"),
-        ("grop.group=4", ValueError, "unknown table 'grop': the nearest known one is 'grpo'"),
+        ("grop.group=4", ValueError, "unknown table 'grop': the nearest known table is 'grpo'"),
     ],
 )
 def test_bad_values_are_named(override, error, message):

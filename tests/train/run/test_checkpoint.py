@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from abyssal.train.optim import build_optimizer
-from abyssal.train.recipe import OptimConfig
 from abyssal.train.run import checkpoint
 from abyssal.train.run.checkpoint import Progress
+from abyssal.train.settings import OptimConfig
 
 
 class Small(nn.Module):

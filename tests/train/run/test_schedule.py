@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from abyssal.train.cli import main
-from abyssal.train.recipe import Recipe, StageConfig, load_recipe
+from abyssal.train.recipe import Recipe, load_recipe
 from abyssal.train.run import checkpoint, metrics
 from abyssal.train.run.load import load_trained
 from abyssal.train.run.schedule import Schedule, plan
+from abyssal.train.settings import StageConfig
 from abyssal.train.start import train
 
 STAGES = [

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from abyssal.model import Transformer
 from abyssal.train import start
 from abyssal.train.data.rows import Batch
-from abyssal.train.recipe import StabilityConfig
 from abyssal.train.run import checkpoint, diagnose, metrics
 from abyssal.train.run.checkpoint import Memory
 from abyssal.train.run.loop import Run, TrainingDiverged
 from abyssal.train.run.stability import Anticipation, Stability, Watch
+from abyssal.train.settings import StabilityConfig
 from abyssal.train.start import train
 
 CONFIG = StabilityConfig(window=5, deviations=3.0, least=0.1, anticipatory_steps=4, lag=2)

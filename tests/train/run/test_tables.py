@@ -17,9 +17,10 @@ from torch import nn
 import abyssal
 from abyssal.model.tables import RowTable
 from abyssal.train.optim import build_optimizer
-from abyssal.train.recipe import OptimConfig, load_recipe
+from abyssal.train.recipe import load_recipe
 from abyssal.train.run import checkpoint, metrics
 from abyssal.train.run.load import load_trained
+from abyssal.train.settings import OptimConfig
 from abyssal.train.start import train
 
 TABLE = "layers.1.engram.table.weight"

@@ -9,6 +9,7 @@ A row is a pure function of (seed, stage, number), so a run has no position to s
 is drawn at random, and learning to predict it would add noise to every gradient and nothing to the answers.
 """
 
+from ...settings import PLANTED, PlantedConfig
 from .induction import Induction
 from .ngram_facts import NgramFacts
 from .recall import Recall
@@ -23,4 +24,12 @@ TASKS: dict[str, type[Task]] = {
     "ngram_facts": NgramFacts,
 }
 
-__all__ = ["TASKS", "PlantedSource", "Row", "Task"]
+__all__ = ["TASKS", "PlantedSource", "Row", "Task", "planted_task"]
+
+
+def planted_task(source: str, config: PlantedConfig | None) -> Task:
+    """The task that `planted:NAME` names. Raises ValueError for an unknown one, or for options that it has not."""
+    name = source.removeprefix(PLANTED)
+    if name not in TASKS:
+        raise ValueError(f"data.source={source!r}: allowed after {PLANTED!r} are {', '.join(TASKS)}")
+    return TASKS[name](config or PlantedConfig())

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...recipe import PlantedConfig
+from ...settings import PlantedConfig
 from .task import Row, Task
 
 TRIES = 8  # draws of a place for each answer

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...recipe import PlantedConfig
+from ...settings import PlantedConfig
 from .task import Row, Task
 
 QUESTION = 1

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...recipe import PlantedConfig, Recipe
+from ...settings import DataConfig
 from ..rows import Batch
 from .task import NO_ANSWER, Task
 
@@ -30,10 +30,10 @@ class PlantedSource:
 
     tokenizer = None
 
-    def __init__(self, task: Task, recipe: Recipe) -> None:
+    def __init__(self, task: Task, data: DataConfig, seed: int) -> None:
         self.task, self.vocabulary = task, task.vocabulary
-        self.seed, self.rows, self.batch_size = recipe.train.seed, recipe.data.held_out_rows, recipe.data.batch_size
-        self.eval_length = task.config.eval_length or recipe.data.sequence_length
+        self.seed, self.rows, self.batch_size = seed, data.held_out_rows, data.batch_size
+        self.eval_length = task.config.eval_length or data.sequence_length
         self.digest = hashlib.sha256(json.dumps([task.name, asdict(task.config)]).encode()).hexdigest()
 
     def describe(self) -> str:
@@ -93,18 +93,3 @@ class PlantedSource:
             f"by {self.task.axis}": by_distance,
             "nats per answer": f"{scores['answer_nats']:.4f}   (without the evidence {chance:.4f})",
         }
-
-
-def open_planted(recipe: Recipe) -> PlantedSource:
-    """The source of a recipe whose data.source is `planted:TASK`."""
-    return PlantedSource(planted_task(recipe.data.source, recipe.planted or PlantedConfig()), recipe)
-
-
-def planted_task(source: str, config: PlantedConfig) -> Task:
-    """The task that `planted:NAME` names. Raises ValueError for an unknown one, or for options that it has not."""
-    from . import TASKS
-
-    name = source.removeprefix("planted:")
-    if name not in TASKS:
-        raise ValueError(f"data.source={source!r}: allowed after 'planted:' are {', '.join(TASKS)}")
-    return TASKS[name](config)

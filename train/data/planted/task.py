@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...recipe import PlantedConfig
+from ...settings import PlantedConfig
 from ..rows import IGNORED
 
 BOS = 0  # the first token of every row, in every task

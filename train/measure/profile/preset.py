@@ -10,7 +10,8 @@ import torch
 
 from ....model.accounting import account
 from ....model.config import ModelConfig, read_recipe
-from ...recipe import DataConfig, OptimConfig, Recipe, TrainConfig, apply
+from ...recipe import Recipe, apply
+from ...settings import DataConfig, OptimConfig, TrainConfig
 from ..roofline import DTYPES
 
 STATE = 16  # bytes of a parameter in training: float32 weight, gradient and two moments
