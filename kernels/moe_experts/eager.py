@@ -1,4 +1,6 @@
-"""The experts in plain PyTorch: rows sorted by expert, one cache-sized block of one expert's rows at a time.
+"""The PyTorch engine of the experts: rows sorted by expert, in blocks that stay in the cache; a backward by hand.
+
+What it computes is defined in `reference`.
 
 n tokens · k slots · e experts · d width · f expert width · r = n k rows in expert order
 """
@@ -15,7 +17,7 @@ from ..moe_route.eager import moe_permutation
 from ..precision import accumulation, tracked
 
 ROWS = 1024  # of a block: its activations stay in the second-level cache
-FEW = 4  # tokens up to which sorting them by expert does not pay
+UNSORTED = 4  # tokens up to which sorting them by expert does not pay
 
 
 def moe_experts(
@@ -31,9 +33,9 @@ def moe_experts(
     """See `kernels.moe_experts.moe_experts`."""
     if tracked(x, weights, w13, w2, shared):
         return _Experts.apply(x, experts, weights, w13, w2, limit, shared)
-    if len(x) <= FEW:
-        return _forward_few(x, experts, weights, w13, w2, limit, shared)
-    return _forward(x, weights, w13, w2, limit, shared, _Rows(experts, w13.shape[0]))
+    if len(x) <= UNSORTED:
+        return _forward_unsorted(x, experts, weights, w13, w2, limit, shared)
+    return _forward(x, weights, w13, w2, limit, shared, _ExpertOrder(experts, w13.shape[0]))
 
 
 def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None) -> Tensor:
@@ -71,7 +73,7 @@ def _blocks(counts: list[int]) -> Iterator[_Block]:
         yield _Block(slice(start, start + sum(sizes)), experts, sizes)
 
 
-class _Rows:
+class _ExpertOrder:
     """The rows in expert order: `order [r]` their pairs, `token [r]`, `inverse [n, k]`, and their blocks."""
 
     def __init__(self, experts: Tensor, num_experts: int) -> None:
@@ -93,7 +95,7 @@ def _forward(
     w2: Tensor,
     limit: float | None,
     shared: Tensor | None,
-    rows: _Rows,
+    rows: _ExpertOrder,
     keep: Tensor | None = None,
 ) -> Tensor:
     """`out [n, d]`; `keep [r, 2 f]` receives the pre-activations."""
@@ -109,7 +111,7 @@ def _forward(
     return (out if shared is None else out.add_(shared)).to(x.dtype)
 
 
-def _forward_few(
+def _forward_unsorted(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
@@ -141,7 +143,11 @@ class _Experts(torch.autograd.Function):
         limit: float | None,
         shared: Tensor | None,
     ) -> Tensor:
-        ctx.rows, ctx.limit, ctx.shared = _Rows(experts, w13.shape[0]), limit, None if shared is None else shared.dtype
+        ctx.rows, ctx.limit, ctx.shared = (
+            _ExpertOrder(experts, w13.shape[0]),
+            limit,
+            None if shared is None else shared.dtype,
+        )
         h = x.new_empty(experts.numel(), w13.shape[1])
         out = _forward(x, weights, w13, w2, limit, shared, ctx.rows, keep=h)
         ctx.save_for_backward(x, h, weights, w13, w2)

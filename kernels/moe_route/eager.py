@@ -1,4 +1,6 @@
-"""The router in plain PyTorch; see the package for the equations and the axis letters."""
+"""The PyTorch engine of the router, right for every finite logit in float32 too; what it computes is defined in
+`reference`, the axis letters are those of the package.
+"""
 
 from typing import Any
 
