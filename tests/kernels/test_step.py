@@ -9,10 +9,8 @@ import pytest
 import torch
 from oracle import assert_same
 
-from abyssal.kernels import attention, index_topk, moe_experts, moe_route, pool, rms_norm, rope, swiglu, topk
+from abyssal.kernels import attention, moe_experts, moe_route, pool, rms_norm, rope, swiglu
 from abyssal.kernels.attention.step import attention_step
-from abyssal.kernels.index_topk import step as index_topk_module
-from abyssal.kernels.index_topk.step import index_topk_step
 from abyssal.kernels.norm_rope import rope_frequencies, rope_rotation
 from abyssal.kernels.norm_rope.step import head_norm_step, rms_norm_step, rope_rotation_step, rope_step
 from abyssal.kernels.pool.step import pool_step
@@ -104,44 +102,6 @@ def test_attention_of_scores_beyond_exp():
     assert np.allclose(out, [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=0, atol=1e-6)
 
 
-# the indexer
-
-
-def index_oracle(q, weights, keys, k):
-    scores = (np.maximum(q.astype(np.float64) @ keys.T, 0) * weights[:, None]).sum(0)
-    return np.sort(np.argsort(-scores, kind="stable")[:k])
-
-
-@both
-@pytest.mark.parametrize("tile", [None, 1, 5])
-@pytest.mark.parametrize("heads", [1, 2, 3, 4, 16])
-def test_index_topk(heads, tile, dtype, monkeypatch):
-    if tile:
-        monkeypatch.setattr(index_topk_module, "HITS", tile * heads)
-    draw, generator = drawing(dtype), np.random.default_rng(heads)
-    q, weights, keys = draw(heads, 5), draw(heads), draw(23, 5)
-    whole = [generator.integers(-1, 2, x.shape).astype(dtype) for x in (q, weights, keys)]  # ties and zeros everywhere
-    for inputs in ((q, weights, keys), whole):
-        for k in (1, 4, 22):
-            assert np.array_equal(index_topk_step(*inputs, k), index_oracle(*inputs, k)), k
-        assert index_topk_step(*inputs, 23) is None and index_topk_step(*inputs, 99) is None
-
-
-def test_index_topk_of_many_entries():
-    """More than one tile of the size in use, every entry scored."""
-    draw = drawing(np.float32)
-    q, weights, keys = draw(2, 4), np.abs(draw(2)), draw(1 << 19, 4)
-    keys[[7, 20000, (1 << 19) - 1]] = 30 * q.sum(0)
-    assert index_topk_step(q, weights, keys, 3).tolist() == [7, 20000, (1 << 19) - 1]
-
-
-def test_index_topk_prefers_every_number_to_nan():
-    q, weights, keys = np.ones((1, 2), np.float32), np.ones(1, np.float32), np.zeros((6, 2), np.float32)
-    keys[1:3] = math.nan
-    assert index_topk_step(q, weights, keys, 4).tolist() == [0, 3, 4, 5]
-    assert index_topk_step(q, weights, keys, 5).tolist() == [0, 1, 3, 4, 5]
-
-
 # pooling
 
 
@@ -156,68 +116,6 @@ def test_pool(windows, overlap, m, scale, dtype):
     exact_kv, exact_gate, exact_bias = exact(kv, gate, bias)
     want = pool(exact_kv[None], exact_gate[None], exact_bias, ratio=m, overlap=overlap)[0, -1]
     check("entry", pool_step(kv, gate, bias, overlap), want)
-
-
-# top-k
-
-
-def first_of_sorted(values, k):
-    """The definition."""
-    counted = torch.where(values.isnan(), -math.inf, values.double()) + 0.0
-    return torch.sort(counted, dim=-1, descending=True, stable=True).indices[..., :k]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("k", [1, 3, 10, 12])
-def test_both_ways_to_the_top_k_are_one(k, ordered, dtype, monkeypatch):
-    """Ties, infinities, zeros of both signs, NaN: exactly the same indices."""
-    generator = np.random.default_rng(k)
-    special = np.array([-math.inf, -1, -0.0, 0, 1, 1, math.inf, math.nan])
-    values = torch.from_numpy(special[generator.integers(0, len(special), (3, 50, 12))]).to(dtype)
-    want = first_of_sorted(values, k)
-    for most in (0, 10**6):
-        monkeypatch.setattr(topk, "SMALL", most)
-        got = topk.stable_topk(values, k, ordered=ordered)
-        assert got.dtype == torch.int64 and torch.equal(got, want if ordered else want.sort(-1).values)
-
-
-def long_rows():
-    """9,000 values, of which a guess from every 61st is good, or misleads."""
-    normal, every = np.random.default_rng(0).standard_normal(9000), np.arange(9000) % 61 == 0
-    return {
-        "normal": normal,
-        "rising": np.sort(normal),
-        "sample far too high": np.where(every, 9 + normal, normal),
-        "sample far too low": np.where(every, -9 + normal, normal),
-        "equal": 0 * normal,
-        "whole numbers": normal.round(),
-        "zero but for the last": np.where(np.arange(9000) > 8997, 1, 0 * normal),
-        "a few above many equal ones": np.where(normal > 2.5, normal, 1),
-        "hidden but for a few": np.where(normal > 2.5, normal, -math.inf),
-        "infinite": np.where(normal > 1, math.inf, normal),
-        "nan but for a few": np.where(normal > 2.5, -math.inf, math.nan),
-        "nan in the sample": np.where(every, math.nan, normal),
-        "nan": math.nan * normal,
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", long_rows())
-def test_top_k_of_long_rows(name, dtype):
-    """Thinned out by a guess, where it holds; the other row is an easy one."""
-    values = torch.from_numpy(np.stack((long_rows()[name], long_rows()["normal"][::-1]))).to(dtype)[:, None]
-    for k in (1, 2, 17, 500):
-        assert torch.equal(topk.stable_topk(values, k, ordered=False), first_of_sorted(values, k).sort(-1).values), k
-
-
-def test_long_rows_are_thinned_out(monkeypatch):
-    """Guards the test above: it takes that way, and few of its rows are settled without a guess."""
-    settled, original = [], topk._with_ties_settled
-    monkeypatch.setattr(topk, "_with_ties_settled", lambda *arguments: settled.append(1) or original(*arguments))
-    for row in long_rows().values():
-        topk.stable_topk(torch.from_numpy(row), 17, ordered=False)
-    assert 1 <= len(settled) <= 6
 
 
 # the references without gradient
@@ -314,17 +212,3 @@ def test_bfloat16_without_gradient_the_same(name):
     found, want = outputs(op, given), outputs(op, tracked(given))
     for a, b in zip(found, want):
         torch.testing.assert_close(a, b.detach())
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("k", [2, 6, 9, 40])
-@pytest.mark.parametrize("first, last", [(0, 13), (4, 10), (5, 5)])
-def test_one_query_picks_as_one_of_many(heads, k, first, last):
-    """Whole numbers: ties. The first of two queries has the range, the second sees nothing."""
-    generator = torch.Generator().manual_seed(heads)
-    shapes = (2, 2, heads, 4), (2, 2, heads), (2, 13, 4)
-    q, weights, keys = (torch.randint(-2, 3, shape, generator=generator).float() for shape in shapes)
-    start, end = torch.tensor([[first, 0]]), torch.tensor([[last, 0]])
-    want = index_topk(q, weights, keys, k=k, start=start, end=end)[:, :1]
-    got = index_topk(q[:, :1], weights[:, :1], keys, k=k, start=start[:, :1], end=end[:, :1])
-    assert torch.equal(got, want)
