@@ -1,4 +1,4 @@
-"""Reference of the compressor's pooling, in blocks of entries, with its backward written out.
+"""The compressor's pooling in PyTorch, in blocks of entries, with its backward written out.
 
 Only the inputs are saved. With the weights a_s, the pooled entry c and its gradient dc, all per channel:
 
@@ -60,7 +60,7 @@ class _Pool(Function):
         kv, gate, bias, first, follows = ctx.saved_tensors
         dtype = accumulation(kv)
         dkv, dgate = (x.new_zeros(x.shape, dtype=dtype) for x in (kv, gate))
-        dslots = torch.zeros_like(_per_slot(bias, ctx.overlap), dtype=dtype)
+        dslots = torch.zeros_like(_per_slot(bias.to(dtype), ctx.overlap))
         for block, slots in _blocks(kv, first, follows, ctx.ratio, ctx.overlap):
             values, weights = _values_and_weights(slots, kv, gate, bias)
             mean = values.mul(weights).sum(2, keepdim=True)
@@ -171,7 +171,7 @@ def _values_and_weights(slots: _Regular | _Gathered, kv: Tensor, gate: Tensor, b
     """What a block pools and the weight of each slot in each channel, both [b, n, s, D]."""
     dtype = accumulation(kv)
     logits = slots.read(gate, -torch.inf)
-    logits = logits + _per_slot(bias, slots.overlap).to(dtype)
+    logits = logits + _per_slot(bias.to(dtype), slots.overlap)
     return slots.read(kv, 0.0).to(dtype), torch.softmax(logits, 2)
 
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from oracle import assert_same
 
-from abyssal.kernels import attention, moe_experts, moe_route, pool, rms_norm, rope, swiglu
+from abyssal.kernels import attention, moe_experts, moe_route, rms_norm, rope, swiglu
 from abyssal.kernels.attention.step import attention_step
 from abyssal.kernels.norm_rope import rope_frequencies, rope_rotation
 from abyssal.kernels.norm_rope.step import head_norm_step, rms_norm_step, rope_rotation_step, rope_step
-from abyssal.kernels.pool.step import pool_step
 
 LIMITS = {np.float32: 3e-6, np.float64: 1e-13}
 both = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: dtype.__name__)
@@ -100,22 +99,6 @@ def test_attention_of_scores_beyond_exp():
     q, keys = np.array([[2000, 0, 0], [-2000, -2000, -2000]], np.float32), np.eye(3, dtype=np.float32)
     out = attention_step(q, [keys[:1], keys[1:]], np.full((2, 1), -1e4, np.float32), 1.0)
     assert np.allclose(out, [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=0, atol=1e-6)
-
-
-# pooling
-
-
-@both
-@pytest.mark.parametrize("scale", [1, 300])
-@pytest.mark.parametrize("m", [1, 4, 33])
-@pytest.mark.parametrize("windows, overlap", [(1, False), (1, True), (2, True)])
-def test_pool(windows, overlap, m, scale, dtype):
-    """The last of the windows given; logits up to a thousand."""
-    draw, channels = drawing(dtype), 3 * (1 + overlap)
-    kv, gate, bias = draw(windows * m, channels), draw(windows * m, channels) * dtype(scale), draw(m, channels)
-    exact_kv, exact_gate, exact_bias = exact(kv, gate, bias)
-    want = pool(exact_kv[None], exact_gate[None], exact_bias, ratio=m, overlap=overlap)[0, -1]
-    check("entry", pool_step(kv, gate, bias, overlap), want)
 
 
 # the references without gradient

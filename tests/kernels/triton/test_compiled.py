@@ -20,7 +20,6 @@ from abyssal.kernels.triton import launch as triton_launch
 SAMPLE = {  # of each op a case that is soon compiled
     "attention": "attention, bf16, h=6 d=40 k=5",
     "cross_entropy": "loss, to bf16, V=129280",
-    "elementwise": "pool, m=3 D=20 overlap",
     "engram": "engram, bf16, n=3 d=52 rows of 20",
     "hyper": "mHC, bf16, n=1 d=64",
     "index_loss": "loss, bf16, i=4 e=32 k=32 h=4 d=64",
@@ -29,6 +28,7 @@ SAMPLE = {  # of each op a case that is soon compiled
     "moe_route": "route, E=128 K=8",
     "newton_schulz": "newton_schulz, bf16, 128 x 64",
     "norm_rope": "norm and rope, d=21 of 6, fp32",
+    "pool": "pool, m=3 D=20 overlap",
     "quant": "e4m3, 1 by 128, bf16",
 }
 PLANTED = """

@@ -1,6 +1,4 @@
-"""What of pooling is compiled ahead of time: see aot.py."""
-
-from typing import Any
+"""What of the pooling is compiled ahead of time: see aot.py."""
 
 import torch
 
@@ -32,7 +30,3 @@ CASES = {
     "pool, m=32 D=64": (["sm_90"], lambda: pooling(32, 64, False)),
     "pool, m=3 D=20 overlap": (["sm_90"], lambda: pooling(3, 20, True)),
 }
-
-
-def check_hopper(row: dict[str, Any]) -> None:
-    """Of a half-precision product on sm_90, of which there is none."""
