@@ -22,6 +22,7 @@ from ...model.cache import LayerCache
 from ...model.config import EngramConfig, ModelConfig
 from ...model.engram import Engram
 from ...model.hyper import HyperConnection, HyperHead
+from ...model.kinds import SPARSE
 from ...model.layout import Layout
 from ...model.tables import make_table
 
@@ -79,7 +80,7 @@ def frozen_indexer(model: Transformer) -> None:
     if model.config.index_loss_weight:
         raise ValueError(f"model.index_loss_weight={model.config.index_loss_weight:g}: allowed is 0, it is frozen")
     for block in model.layers:
-        if block.attn.kind == "compressed_sparse_attention":
+        if block.attn.kind == SPARSE:
             block.attn.indexer.requires_grad_(False)
 
 

@@ -31,6 +31,7 @@ from ...model import decode as decode_module
 from ...model.accounting import cache_bytes
 from ...model.cache import Cache, Step
 from ...model.generation.prefill import chunk_tokens
+from ...model.kinds import HEAVY, SLIDING, SPARSE
 from ..data.corpus import load_corpus
 from ..data.rows import Stream
 from ..run.metrics import peak_memory_gib
@@ -38,11 +39,7 @@ from ..run.metrics import peak_memory_gib
 MARKS = (4_096, 65_536)  # tokens after which a few are decoded and taken back
 PROBE = 16  # tokens of such a probe
 SEGMENTS = 64  # pieces of the prefill that are timed on their own
-KINDS = {
-    "sliding_attention": "sliding",
-    "compressed_sparse_attention": "CSA",
-    "heavily_compressed_attention": "HCA",
-}
+KINDS = {SLIDING: "sliding", SPARSE: "CSA", HEAVY: "HCA"}
 
 
 class Stopwatch:
