@@ -15,30 +15,28 @@ Balance and indexer losses stay in the objective with their pre-training weights
 """
 
 import copy
-import math
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from ...model import Transformer
 from ...model.generation.sampling import Sampling
 from ...model.losses import LossShares, loss_counts, loss_shares
-from ...model.routing import replay_routing
 from ..data.source import Source
 from ..data.tokenizers import load_tokenizer
-from ..optim import set_learning_rate
 from ..recipe import Recipe
 from ..run import metrics
 from ..run.checkpoint import Progress
 from ..run.loop import Run
 from ..run.schedule import Phase
+from ..run.step import Experts
 from .conversations import prompt
 from .grpo import Terms, advantages, grpo_terms
 from .policy import entropy, log_probabilities, of_tokens
@@ -99,7 +97,6 @@ class GrpoRun(Run):
         rewards = torch.tensor([verdict.reward for verdict in verdicts], device=self.device)
         rolled = time.perf_counter() - began
         phase = self.schedule.phase(number)
-        set_learning_rate(self.optimizer, phase.lr)
         measured = self.learn(rollouts, advantages(rewards, self.grpo.group), phase)
         tokens = int(rollouts.written.sum())
         self.progress = Progress(number + 1, self.progress.tokens + tokens, self.seconds())
@@ -132,7 +129,6 @@ class GrpoRun(Run):
 
     def learn(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> dict[str, float]:
         """The optimizer steps on a batch, each with its share of the completions; means for the metrics."""
-        self.model.train()
         rows = self.worth_learning(advantage)
         order = torch.Generator().manual_seed(self.recipe.train.seed << 32 | phase.step)
         rows = rows[torch.randperm(len(rows), generator=order)]
@@ -151,32 +147,35 @@ class GrpoRun(Run):
     def update(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> dict[str, float]:
         """One optimizer step."""
         tokens, b = int(rollouts.written.sum()), len(rollouts)
-        totals = torch.zeros(5, dtype=torch.float64)
         split = passes(rollouts.lengths, self.grpo.tokens_per_pass)
         parts = [rollouts.rows(rows) for rows in split]
         counts = [loss_counts(self.recipe.model, part.ids, part.next_ids, part.documents) for part in parts]
-        for rows, part, count in zip(split, parts, counts):
-            shares = loss_shares(count, torch.stack(counts).sum(0))
-            terms, spread, extra = self.terms(part, advantage[rows], shares)
-            (terms.loss / tokens + extra).backward()
-            sums = (terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread)
-            totals += torch.stack([x.to("cpu", torch.float64) for x in sums])
-        loss, kl, clipped, off_policy, spread = totals.tolist()
-        norm = clip_grad_norm_(self.model.parameters(), self.recipe.optim.grad_clip or math.inf).item()
+        shares = [loss_shares(count, torch.stack(counts).sum(0)) for count in counts]
+        forwards = [
+            (routes(part.experts), partial(self._loss, part, advantage[rows], share, tokens))
+            for rows, part, share in zip(split, parts, shares)
+        ]
+        sums, norm = self.stepper.accumulate(phase, forwards)
+        loss, kl, clipped, off_policy, spread = (sum(float(x) for x in column) for column in zip(*sums))
         found = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}
         self._check_finite(phase.step + 1, {**found, "grad_norm": norm})
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.model.update_router_bias(phase.bias_speed)
+        self.stepper.update(phase)
         return {**found, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm}
+
+    def _loss(
+        self, rows: Rollouts, advantage: Tensor, shares: LossShares, tokens: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What some rows add to an update's loss, a mean over its `tokens`, and sums over the rows for the metrics."""
+        terms, spread, extra = self.terms(rows, advantage, shares)
+        return terms.loss / tokens + extra, (terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread)
 
     def terms(self, rows: Rollouts, advantage: Tensor, shares: LossShares) -> tuple[Terms, Tensor, Tensor]:
         """GRPO's terms of some rows, the sum of the entropies of their tokens, and router and index losses."""
-        log_pi, extra = self.log_policy(self.model, rows, rows.experts, shares)
+        log_pi, extra = self.log_policy(self.model, rows, shares)
         log_reference = None
         if self.reference is not None:
             with torch.no_grad():
-                log_reference = of_tokens(self.log_policy(self.reference, rows, {})[0], rows.next_ids)
+                log_reference = of_tokens(self.log_policy(self.reference, rows)[0], rows.next_ids)
             log_reference = torch.where(rows.written, log_reference, 0.0)
         spread = torch.where(rows.written, entropy(log_pi.detach()), 0.0).sum()
         grpo = self.grpo
@@ -193,23 +192,22 @@ class GrpoRun(Run):
         )
         return terms, spread, extra
 
-    def log_policy(
-        self, model: Transformer, rows: Rollouts, experts: dict[int, Tensor], shares: LossShares | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """log pi [b, t, v] of the next token as the rollout draws it, by the given experts; router and index losses."""
-        replayed = {layer: chosen.flatten(0, 1) for layer, chosen in experts.items()}
+    def log_policy(self, model: Transformer, rows: Rollouts, shares: LossShares | None = None) -> tuple[Tensor, Tensor]:
+        """log pi [b, t, v] of the next token as the rollout draws it; router and index losses."""
         learns, c = torch.is_grad_enabled(), self.recipe.model
         targets = rows.next_ids if learns else None
-        with (
-            replay_routing(model, replayed),
-            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
-        ):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = model(rows.ids, targets=targets, documents=rows.documents, shares=shares)
         log_pi = log_probabilities(out.logits.float(), self.grpo.temperature, rows.kept)
         nothing = log_pi.new_zeros(())
         weights = {"balance": c.balance_loss_weight, "index": c.index_loss_weight}
         extra = [weight * out.losses.get(name, nothing) for name, weight in weights.items()]
         return log_pi, torch.stack([part.float() for part in extra]).sum()
+
+
+def routes(experts: dict[int, Tensor]) -> Experts:
+    """Those of a rollout's tokens [b, t, k] as a pass over them takes them."""
+    return {layer: chosen.flatten(0, 1) for layer, chosen in experts.items()}
 
 
 def passes(lengths: Tensor, most: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ b batch · t tokens · n streams · h heads · d head dim · p entries · s samp
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -50,7 +50,27 @@ def family(name: str) -> str:
     raise ValueError(f"parameter {name!r} belongs to no known mechanism")
 
 
-class Observer:
+class Blind:
+    """Looks at nothing: what a step tells its observers, and the observer of a step that is not observed."""
+
+    record: Mapping[str, Any] = MappingProxyType({})
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Around the forward pass, of each of the step's passes."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass from `loss` begins."""
+
+    def gradients(self) -> None:
+        """All gradients are there, not yet clipped."""
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Around the optimizer's step."""
+        return nullcontext()
+
+
+class Observer(Blind):
     """Measures one step of a model: the forward pass within `watching`, then `gradients`, then around the update."""
 
     def __init__(self, model: Transformer) -> None:
@@ -103,16 +123,6 @@ class Observer:
             size, steps = _norm(before[name]), [p.detach() - old for p, old in zip(parameters, before[name])]
             moved[name] = _rounded(_norm(steps) / max(size, 1e-30))
         self.record["update_by"] = moved
-
-
-class Blind:
-    """Looks at nothing: the observer of a step that is not observed."""
-
-    record: Mapping[str, Any] = MappingProxyType({})
-    watching = updating = nullcontext
-
-    def gradients(self) -> None:
-        """Nothing is kept."""
 
 
 def residual(comb: Tensor) -> float:

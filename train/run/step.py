@@ -1,14 +1,16 @@
 """One optimizer step: passes forward and backward, clipping, update, router biases.
 
-    gradients     of all passes of the step, each with its share, by given experts where routing is anticipatory
-    update        clipped before; optimizer, router biases
+    gradients     of the model's own losses over a batch, in passes, by given experts where routing is anticipatory
+    accumulate    of whatever loss each pass has
+    update        optimizer, router biases
 
-Between the two the caller may look at losses and norm, and drop the step (`forget`).
+Between gradients and update the caller may look at losses and norm, and drop the step (`forget`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +23,12 @@ from ..distributed.world import ALONE, World
 from ..optim import Optimizers, set_learning_rate
 from ..recipe import Recipe
 from .accumulate import Pass, mean_metrics, micro_batches, passes, summed
-from .observe import Blind, Observer
+from .observe import Blind
 from .schedule import Phase
 
+Found = TypeVar("Found")
 Experts = dict[int, Tensor]  # of a pass: layer -> int64 [n, k]
+Forward = Callable[[], tuple[Tensor, Found]]  # of a pass: its part of the step's loss, and what else the caller wants
 BLIND = Blind()
 
 
@@ -52,30 +56,43 @@ class Stepper:
         self.dtype = getattr(torch, recipe.train.dtype)
 
     def gradients(
-        self, phase: Phase, batch: Batch, experts: Sequence[Experts] | None = None, look: Observer | Blind = BLIND
+        self, phase: Phase, batch: Batch, experts: Sequence[Experts] | None = None, look: Blind = BLIND
     ) -> Outcome:
         """Forward and backward over `batch`, on the host; gradients are clipped then.
 
         experts: for each pass, those to take instead of choosing.
         """
-        self.model.train()
-        self.model.attention_stage = phase.attention
         parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch, self.world.total)
-        losses, measured = [], []
-        with only_indexers(self.model) if phase.indexer_only else nullcontext():
-            for part, chosen in zip(parts, experts or [{}] * len(parts), strict=True):
-                with self._taking(chosen):
-                    found, metrics = self._pass(phase, part, look)
-                losses.append(found)
-                measured.append(metrics)
-        look.gradients()
-        norm = clip_gradients(self.model, self.recipe.optim.grad_clip, self.world)
+        forwards = [partial(self._losses, phase, part) for part in parts]
+        found, norm = self.accumulate(phase, zip(experts or [{}] * len(parts), forwards, strict=True), look)
+        losses, measured = zip(*found)
         rows = [len(part.batch.ids) for part in parts]
         tokens = int(self.world.total((batch.targets != IGNORED).sum()))
         metrics = {name: self.world.mean(values) for name, values in mean_metrics(measured, rows).items()}
         return Outcome(summed(losses, self.world.total), norm, tokens, metrics)
 
-    def update(self, phase: Phase, look: Observer | Blind = BLIND) -> None:
+    def accumulate(
+        self, phase: Phase, passes: Iterable[tuple[Experts, Forward[Found]]], look: Blind = BLIND
+    ) -> tuple[list[Found], float]:
+        """Adds up the gradients of the passes' losses, and clips them; what the passes found, and the norm before.
+
+        passes: the experts that a pass takes instead of choosing, and its forward pass.
+        """
+        self.model.train()
+        self.model.attention_stage = phase.attention
+        found = []
+        with only_indexers(self.model) if phase.indexer_only else nullcontext():
+            for experts, forward in passes:
+                with self._taking(experts):
+                    with look.watching():
+                        loss, more = forward()
+                    look.backward(loss)
+                    loss.backward()
+                found.append(more)
+        look.gradients()
+        return found, clip_gradients(self.model, self.recipe.optim.grad_clip, self.world)
+
+    def update(self, phase: Phase, look: Blind = BLIND) -> None:
         """The optimizer's step with the gradients as they are, and the router biases'."""
         set_learning_rate(self.optimizer, phase.lr)
         with look.updating():
@@ -113,12 +130,11 @@ class Stepper:
         """Passes within take these experts, which a checkpoint has given back on the host."""
         return replay_routing(self.model, {layer: experts.to(self.device) for layer, experts in chosen.items()})
 
-    def _pass(self, phase: Phase, part: Pass, look: Observer | Blind) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        with look.watching():
-            out = self._forward(part.batch, shares=part.shares)
+    def _losses(self, phase: Phase, part: Pass) -> tuple[Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """What the phase learns from, in a pass; that and its parts, and the model's measurements."""
+        out = self._forward(part.batch, shares=part.shares)
         loss = sum(phase.weights[name] * value for name, value in out.losses.items() if name in phase.weights)
-        loss.backward()
-        return {"loss": loss, **out.losses}, out.metrics
+        return loss, ({"loss": loss, **out.losses}, out.metrics)
 
     def _forward(self, batch: Batch, **options: Any) -> Any:
         batch = batch.to(self.device)

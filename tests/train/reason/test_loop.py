@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from abyssal.model import Transformer, generate
 from abyssal.model.generation.sampling import Sampling
-from abyssal.train.reason.loop import GrpoRun, passes
+from abyssal.model.routing import replay_routing
+from abyssal.train.reason.loop import GrpoRun, passes, routes
 from abyssal.train.reason.policy import of_tokens
 from abyssal.train.reason.rollout import roll_out
 from abyssal.train.recipe import load_recipe
@@ -157,7 +158,8 @@ def started(tmp_path: Path, tuned, *overrides) -> GrpoRun:
 
 
 def log_ratio(run: GrpoRun, rollouts, experts) -> float:
-    log_pi, _ = run.log_policy(run.model, rollouts, experts)
+    with replay_routing(run.model, routes(experts)):
+        log_pi, _ = run.log_policy(run.model, rollouts)
     return (of_tokens(log_pi, rollouts.next_ids) - rollouts.log_old)[rollouts.written].abs().max().item()
 
 
@@ -272,6 +274,11 @@ def test_two_steps_and_two_resumed_equal_four(tuned, whole, tmp_path, elsewhere)
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old), file
     old, new = load_file(whole.out / "reference.safetensors"), load_file(end / "reference.safetensors")
     assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_recomputed_layers_take_the_experts_of_the_rollout_too(tuned, whole, tmp_path):
+    again = train(recipe(f"train.init={tuned.out}", "train.recompute=1"), tmp_path / "run", shown=False)
+    assert without_clock(again.out) == without_clock(whole.out)
 
 
 def test_another_seed_asks_and_draws_otherwise(tuned, whole, tmp_path):
