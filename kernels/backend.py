@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .watch import ToldEngine, is_watched
+
 BACKENDS = ("auto", "reference", "eager", "triton")
 log = logging.getLogger("abyssal.kernels")
 
@@ -26,7 +28,8 @@ def implementation(op: str, backend: str | None, tensor: Tensor) -> ModuleType:
         RuntimeError: `triton` was asked for by name and cannot run here.
     """
     backend = backend or os.environ.get("ABYSSAL_BACKEND", "auto")
-    return getattr(_Found, _find(op, backend, tensor.device.type, tensor.dtype == torch.float64))
+    engine = getattr(_Found, _find(op, backend, tensor.device.type, tensor.dtype == torch.float64))
+    return ToldEngine(engine) if is_watched() else engine
 
 
 class _Found:

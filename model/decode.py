@@ -21,6 +21,7 @@ from ..kernels.moe_experts.step import moe_experts_step, swiglu_step
 from ..kernels.moe_route.step import moe_route_step
 from ..kernels.norm_rope.step import head_norm_step, rms_norm_step, rope_rotation_step, rope_step
 from ..kernels.pool.step import pool_step
+from ..kernels.watch import is_watched, told
 from .attention import Attention
 from .block import Block
 from .cache import CompressorCache, LayerCache, Step, continue_layout
@@ -86,19 +87,21 @@ class IndexerStep:
     def __init__(self, module: Indexer, picks: int) -> None:
         self.shape, self.picks = (module.heads, module.head_dim), picks
         self.wq_b, self.weights_proj = view(module.wq_b.weight), view(module.weights_proj.weight)
-        self.compressor = CompressorStep(module.compressor)
+        self.layer = module.compressor.layer
+        self.compressor = told(CompressorStep(module.compressor), module.compressor)
+        self.topk = told(index_topk_step, "index_topk")
 
     def __call__(self, x: np.ndarray, q_latent: np.ndarray, turns: Turns, cache: CompressorCache) -> np.ndarray | None:
         keys = self.compressor(x, turns, cache)
         if len(keys) <= self.picks:
             return None
         q = self.wq_b.dot(q_latent).reshape(self.shape)
-        rope_step(q, turns.of(self.compressor.layer))
+        rope_step(q, turns.of(self.layer))
         if isinstance(keys, CodedStep):
             q = keys.format.rotate_step(q)
         weights = self.weights_proj.dot(x)
         weights *= (self.shape[0] * self.shape[1]) ** -0.5
-        return index_topk_step(q, weights, keys, self.picks)
+        return self.topk(q, weights, keys, self.picks)
 
 
 class AttentionStep:
@@ -111,9 +114,10 @@ class AttentionStep:
         self.q_norm, self.kv_norm = view(module.q_norm.weight), view(module.kv_norm.weight)
         self.wo_a = view(module.wo_a.weight).reshape(c.o_groups, c.o_lora_rank, -1)
         self.wo_b, self.sink = view(module.wo_b.weight), view(module.attn_sink)[:, None]
-        self.compressor = CompressorStep(module.compressor) if module.ratio else None
+        self.attend = told(attention_step, "attention")
+        self.compressor = told(CompressorStep(module.compressor), module.compressor) if module.ratio else None
         sparse = module.kind == "compressed_sparse_attention"
-        self.indexer = IndexerStep(module.indexer, c.index_topk) if sparse else None
+        self.indexer = told(IndexerStep(module.indexer, c.index_topk), module.indexer) if sparse else None
 
     def __call__(self, x: np.ndarray, turns: Turns, cache: LayerCache) -> np.ndarray:
         turn = turns.of(self.layer)
@@ -128,7 +132,7 @@ class AttentionStep:
             if self.indexer is not None and cache.indexer is not None:
                 picks = self.indexer(x, q_latent, turns, cache.indexer)
             keys.append(entries[EVERY if picks is None else picks])
-        out = attention_step(q, keys, self.sink, self.shape[1] ** -0.5)
+        out = self.attend(q, keys, self.sink, self.shape[1] ** -0.5)
         rope_step(out, turn.conj())
         return self._project(out)
 
@@ -150,12 +154,13 @@ class MoEStep:
         self.table = view(gate.tid2eid) if gate.is_hash else None
         self.w13, self.w2 = view(module.experts.w13), view(module.experts.w2)
         self.shared13, self.shared2 = view(module.shared_experts.w13.weight), view(module.shared_experts.w2.weight)
+        self.routed, self.shared = told(moe_experts_step, module.experts), told(shared_expert, module.shared_experts)
 
     def __call__(self, x: np.ndarray, token: int) -> np.ndarray:
         given = None if self.table is None else self.table[token]
         experts, weights = moe_route_step(self.gate.dot(x), self.scale, self.top_k, self.bias, given)
-        out = moe_experts_step(x, experts, weights, self.w13, self.w2, self.limit)
-        out += self.shared2.dot(swiglu_step(self.shared13.dot(x), self.limit))
+        out = self.routed(x, experts, weights, self.w13, self.w2, self.limit)
+        out += self.shared(x, self.shared13, self.shared2, self.limit)
         return out
 
 
@@ -163,20 +168,23 @@ class BlockStep:
     """`Block` for one token, streams [n, d] to streams."""
 
     def __init__(self, module: Block) -> None:
-        self.engram, self.eps = module.engram, module.attn_norm.eps
+        self.engram, self.memory, self.eps = module.engram, told(memory, module.engram), module.attn_norm.eps
         self.hc_attn, self.hc_ffn = site(module.hc_attn), site(module.hc_ffn)
         self.attn_norm, self.ffn_norm = view(module.attn_norm.weight), view(module.ffn_norm.weight)
-        self.attn, self.ffn = AttentionStep(module.attn), MoEStep(module.ffn)
+        self.read_attn, self.read_ffn = told(hyper_step, module.hc_attn), told(hyper_step, module.hc_ffn)
+        self.norm_attn, self.norm_ffn = told(rms_norm_step, module.attn_norm), told(rms_norm_step, module.ffn_norm)
+        self.recombine = told(hyper_recombine_step, "hyper_recombine")
+        self.attn, self.ffn = told(AttentionStep(module.attn), module.attn), told(MoEStep(module.ffn), module.ffn)
 
     def __call__(self, streams: np.ndarray, token: int, turns: Turns, cache: LayerCache) -> np.ndarray:
         if self.engram is not None:
-            streams = streams + memory(self.engram, streams, token, turns.position, cache)
-        u, post, comb = hyper_step(streams, self.hc_attn)
-        y = self.attn(rms_norm_step(u, self.attn_norm, self.eps), turns, cache)
-        streams = hyper_recombine_step(y, streams, post, comb)
-        u, post, comb = hyper_step(streams, self.hc_ffn)
-        y = self.ffn(rms_norm_step(u, self.ffn_norm, self.eps), token)
-        return hyper_recombine_step(y, streams, post, comb)
+            streams = streams + self.memory(self.engram, streams, token, turns.position, cache)
+        u, post, comb = self.read_attn(streams, self.hc_attn)
+        y = self.attn(self.norm_attn(u, self.attn_norm, self.eps), turns, cache)
+        streams = self.recombine(y, streams, post, comb)
+        u, post, comb = self.read_ffn(streams, self.hc_ffn)
+        y = self.ffn(self.norm_ffn(u, self.ffn_norm, self.eps), token)
+        return self.recombine(y, streams, post, comb)
 
 
 class Decoder:
@@ -185,8 +193,9 @@ class Decoder:
     def __init__(self, model: nn.Module) -> None:
         self.config = model.config
         self.embed = view(model.embed.weight)
-        self.layers = [BlockStep(block) for block in model.layers]
+        self.layers = [told(BlockStep(block), block) for block in model.layers]
         self.head, self.norm, self.eps = site(model.hc_head), view(model.norm.weight), model.norm.eps
+        self.collapse, self.norm_head = told(hyper_head_step, model.hc_head), told(rms_norm_step, model.norm)
 
     def __call__(self, tokens: list[int], past: int, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
         """Hidden states [1, t, d] and streams [1, t, n, d] of the tokens, which are appended to the caches."""
@@ -200,7 +209,7 @@ class Decoder:
         turns = Turns(self.config, position)
         for layer, cache in zip(self.layers, caches):
             streams = layer(streams, token, turns, cache)
-        return rms_norm_step(hyper_head_step(streams, self.head), self.norm, self.eps), streams
+        return self.norm_head(self.collapse(streams, self.head), self.norm, self.eps), streams
 
 
 class Made:
@@ -216,7 +225,7 @@ class Made:
             and all(map(is_plain_tensor, model.parameters()))
             and not any(isinstance(m, nn.Linear) and m.bias is not None for m in self.modules)
         )
-        self.decoder: Decoder | None = None
+        self.decoders: dict[bool, Decoder] = {}  # one whose parts are `told`, for when somebody watches, and a plain one
 
     def holds(self) -> bool:
         """Whether every module is still the one it was, and its tensors lie where they lay."""
@@ -257,9 +266,9 @@ def decoder(model: nn.Module, step: Step) -> Decoder | None:
         made = _made[model] = Made(model)
     if not made.is_plain():
         return None
-    if made.decoder is None:
-        made.decoder = Decoder(model)
-    return made.decoder
+    if is_watched() not in made.decoders:
+        made.decoders[is_watched()] = Decoder(model)
+    return made.decoders[is_watched()]
 
 
 def is_plain_tensor(x: Tensor) -> bool:
@@ -274,6 +283,11 @@ def view(x: Tensor) -> np.ndarray:
 def site(module: HyperConnection | HyperHead) -> HyperSite:
     rounds = module.iterations if isinstance(module, HyperConnection) else 0
     return HyperSite(view(module.fn), view(module.base), view(module.scale), module.eps, module.norm_eps, rounds)
+
+
+def shared_expert(x: np.ndarray, w13: np.ndarray, w2: np.ndarray, limit: float) -> np.ndarray:
+    """`SharedExpert` for one token, x [d] to [d]."""
+    return w2.dot(swiglu_step(w13.dot(x), limit))
 
 
 def memory(engram: Engram, streams: np.ndarray, token: int, position: int, cache: LayerCache) -> np.ndarray:

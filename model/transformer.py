@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy
+from ..kernels.watch import told
 from .attention import STAGES
 from .block import Block, Signals
 from .cache import Cache, continue_layout
@@ -235,7 +236,7 @@ class Transformer(nn.Module):
         out.losses["lm"] = lm * shares.lm
         weights = {"lm": 1.0, "mtp": c.mtp_loss_weight, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
         for mtp in self.mtp:
-            loss, signal = self._mtp_loss(mtp, streams, ids, targets, layout)
+            loss, signal = told(self._mtp_loss, mtp)(mtp, streams, ids, targets, layout)
             out.losses["mtp"], signals = loss * shares.mtp, [*signals, signal]
         routers = [s.router for s in signals if s.router is not None]
         index = [s.indexer for s in signals if s.indexer is not None]
