@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..measure.bench import OPS
+from ..measure.bench import ALIASES, OPS
 from .options import Command, flag
 
 
@@ -56,8 +56,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from ..measure.bench.run import run
 
-    op = options.command.removeprefix("bench ")
-    run(op, shape=options.shape, data=options.data, **_bench_common(options))
+    name = options.command.removeprefix("bench ")
+    for op in ALIASES.get(name, (name,)):
+        run(op, shape=options.shape, data=options.data, **_bench_common(options))
 
 
 COMMANDS = {
@@ -71,6 +72,6 @@ COMMANDS = {
         f"bench {op}": Command(
             _bench, _bench_arguments, text, f"abyssal bench {op} --tokens 1024,4096 --out runs/bench"
         )
-        for op, text in OPS.items()
+        for op, text in (OPS | {name: f"As {' and then '.join(ops)}" for name, ops in ALIASES.items()}).items()
     },
 }

@@ -133,8 +133,9 @@ def test_indexer_by_hand():
     assert m.selection == Work(0, 4 * seen + 4 * 10)
     picked = sum(min(1, (t + 1) // 4) for t in range(10))
     teacher = 2 * 10 * 2 * 16 + 2 * 2 * 16 + 4 * 10 * 2
-    assert m.loss(roofline.Attention(10, 2, 16, 4, 4, 1)) == Work(2 * (32 + 24) * picked, teacher + inputs + 4 * 10)
-    assert m.loss_backward == Work(4 * 24 * picked, 2 * inputs + 8 * 10)
+    attention = roofline.Attention(10, 2, 16, 4, 4, 1)
+    assert roofline.index_loss(m, attention) == Work(2 * (32 + 24) * picked, teacher + inputs + 4 * 10)
+    assert roofline.index_loss_backward(m) == Work(4 * 24 * picked, 2 * inputs + 8 * 10)
 
 
 def test_streams_by_hand():
@@ -156,7 +157,7 @@ def test_streams_by_hand():
 
 
 def test_head_flops_are_those_of_the_products():
-    head = roofline.Head(tokens=12, width=8, vocabulary=20, itemsize=4)
+    head = roofline.CrossEntropy(tokens=12, width=8, vocabulary=20, itemsize=4)
     x, weight = torch.randn(12, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     counter = FlopCounterMode(display=False)
     with counter:
@@ -193,7 +194,7 @@ def test_newton_schulz_flops_are_those_of_the_products(rows, columns):
         (roofline.Hyper(8192, 4096).pre_backward, 0.291),
         (roofline.Engram(8192, 5120).gate, 0.364),
         (roofline.Engram(8192, 5120).gate_backward, 0.615),
-        (roofline.Head(8192, 4096, 129280).forward + roofline.Head(8192, 4096, 129280).backward, 32.6),
+        (roofline.CrossEntropy(8192, 4096, 129280).forward + roofline.CrossEntropy(8192, 4096, 129280).backward, 32.6),
         (roofline.Pool(8192, 512, 4, True, 4).forward, 0.0238),
         (roofline.NewtonSchulz(1, 2048, 4096, 5).forward, 0.538),
     ],

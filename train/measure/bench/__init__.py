@@ -14,13 +14,22 @@ A new op is a file with a `task.Op` named OP, and a line in OPS.
 """
 
 OPS = {
-    "moe": "Routed experts and their routing, against torch's and transformers'",
+    "moe_experts": "Routed experts, against torch's and transformers'",
+    "moe_route": "The choice of experts and their order, against torch's",
     "attention": "Sliding, sparse and heavily compressed attention, against torch's, attn-gym's and transformers'",
-    "indexer": "Index scores with top-k, top-k alone and the index loss, against torch's and other libraries'",
-    "compressor": "The compressor's pooling, norm and rotation, against torch's",
+    "index_topk": "Index scores with top-k, and top-k alone, against torch's and other libraries'",
+    "index_loss": "The loss that teaches the indexer, against torch's",
+    "pool": "The compressor's pooling, against torch's",
+    "norm_rope": "Norm and rotation of queries, keys and entries, against torch's",
     "hyper": "An mHC site, forward and backward, against transformers'",
     "engram": "Engram's hash, its look-up and its gate, against torch's",
-    "loss": "The language model's head with its loss, against torch's",
+    "cross_entropy": "The language model's head with its loss, against torch's",
     "newton_schulz": "Muon's orthogonalisation, against torch's",
     "quant": "The released number formats and the Hadamard rotation, against torch's",
+}
+ALIASES = {  # earlier names, of several ops each
+    "moe": ("moe_experts", "moe_route"),
+    "indexer": ("index_topk", "index_loss"),
+    "compressor": ("pool", "norm_rope"),
+    "loss": ("cross_entropy",),
 }

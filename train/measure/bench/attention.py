@@ -71,7 +71,6 @@ OP = Op(
     defaults={"cuda": "v4-flash,v4-pro", "cpu": "peer"},
     data={"random": "any entries of the past are picked: the worst case for a cache", "recency": "the latest ones are"},
     tasks=tasks,
-    tests=("test_attention.py", "triton/test_attention_gpu.py"),
     make=lambda h, d, w, m, k, heavy: Shape(h, d, w, m, k, heavy, (1024, 8192)),
     format="HEADSxDIMxWINDOWxRATIOxPICKSxHEAVY",
 )

@@ -88,7 +88,6 @@ OP = Op(
         "repeated": "the text repeats itself 64 times: every row is read that often",
     },
     tasks=tasks,
-    tests=("test_engram.py", "triton/test_engram_gpu.py"),
     make=lambda d, n, o, k, w, r: Shape(d, n, o, k, w, r, (4096,)),
     format="WIDTHxSTREAMSxORDERSxHEADSxDIMxROWS",
 )

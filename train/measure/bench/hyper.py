@@ -59,7 +59,6 @@ OP = Op(
     defaults={"cuda": "v4-flash,v4-pro", "cpu": "peer,wide"},
     data={"normal": "streams, projection and biases of unit variance"},
     tasks=tasks,
-    tests=("test_hyper.py",),
     make=lambda d, n: Shape(d, n, (4096,)),
     format="WIDTHxSTREAMS",
 )

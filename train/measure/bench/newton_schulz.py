@@ -44,7 +44,6 @@ OP = Op(
     defaults={"cuda": "v4-flash,tall", "cpu": "peer"},
     data={"normal": "matrices of independent entries"},
     tasks=tasks,
-    tests=("test_newton_schulz.py", "triton/test_newton_schulz_gpu.py"),
     make=lambda m, n: Shape(m, n, (1, 16)),
     format="ROWSxCOLUMNS",
 )

@@ -107,7 +107,6 @@ OP = Op(
     defaults={"cuda": "v4-flash", "cpu": "peer"},
     data={"normal": "values of unit variance"},
     tasks=tasks,
-    tests=("test_quant.py", "triton/test_quant_gpu.py"),
     make=shape_of,
     format="WIDTHxINDEX_DIM",
 )

@@ -77,7 +77,7 @@ def run(
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1")
     with kernels_at(base) if base else nullcontext((None, None)) as (package, commit):
-        checked = check(module, op, on.type) if tests else "not run: --no-tests"
+        checked = check(op, on.type) if tests else "not run: --no-tests"
         result = describe(op, kind, on, data, repeats) | {"tests": checked, "base": commit}
         print(_heading(result), flush=True)
         for name, sizes in shapes.items():
@@ -203,7 +203,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 
 def _try_draw(path: Path) -> str:

@@ -76,6 +76,5 @@ class Op:
     defaults: Mapping[str, str]  # device type: names of shapes, with commas
     data: Mapping[str, str]  # name: meaning; the first is the default
     tasks: Callable[[Setting], list[Task]]
-    tests: tuple[str, ...]  # below tests/kernels; those below triton/ need a GPU
     format: str  # of a shape that has no name: its numbers' names with "x" between them
     make: Callable[..., Any]  # such a shape, of those numbers

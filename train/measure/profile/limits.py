@@ -91,7 +91,7 @@ def _ends(parts: _Parts, c: ModelConfig, n: int, s: int) -> None:
     flops, row = 2 * n * streams * (c.hc_mult + 1), s * n * c.hidden_size
     parts.add("mHC", [Work(flops, s * n * streams + row)], [Work(2 * flops, 2 * s * n * streams + row)])
     _norm(parts, n * c.hidden_size, s)
-    head = roofline.Head(n, c.hidden_size, c.vocab_size, s)
+    head = roofline.CrossEntropy(n, c.hidden_size, c.vocab_size, s)
     parts.add("loss and head", [head.forward], [head.backward])
 
 
@@ -154,8 +154,8 @@ def _indexer(parts: _Parts, c: ModelConfig, documents: list[int], attentions: li
     _compressor(parts, "indexer", c, documents, dim, ratio, overlap=True)
     ops = [roofline.Indexer(t, heads, dim, ratio, c.index_topk, s) for t in documents]
     parts.add("indexer", [_sum(op.topk for op in ops)])
-    losses = [op.loss(attention) for op, attention in zip(ops, attentions)]
-    parts.add("index loss", [_sum(losses)], [_sum(op.loss_backward for op in ops)])
+    losses = [roofline.index_loss(op, attention) for op, attention in zip(ops, attentions)]
+    parts.add("index loss", [_sum(losses)], [_sum(roofline.index_loss_backward(op) for op in ops)])
 
 
 def _experts(parts: _Parts, c: ModelConfig, n: int, s: int) -> None:

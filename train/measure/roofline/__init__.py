@@ -7,17 +7,17 @@ without padding or recomputation; activations and sums, below a hundredth of the
 main memory: every tensor read or written once, a row once however often it is gathered. Ids and fp32 numbers take 4
 bytes.
 
-device     work, peaks, limits
-moe        routed experts
-attention  sliding, compressed-sparse and heavily-compressed attention, the indexer and its loss
-streams    what passes over memory: pooling, norms, rotation, mHC, Engram, number formats
-head       linear cross-entropy; Muon's orthogonalisation
+A file per op that is counted, and device.py: work, peaks, limits.
 """
 
-from .attention import Attention, Indexer
-from .device import DTYPES, H100_ACHIEVED, Peak, Work, datasheet
-from .head import Head, NewtonSchulz
-from .moe import (
+from .attention import Attention
+from .cross_entropy import CrossEntropy
+from .device import DTYPES, H100_ACHIEVED, Peak, Work, datasheet, elementwise
+from .engram import Engram
+from .hyper import Hyper
+from .index_loss import index_loss, index_loss_backward
+from .index_topk import Indexer
+from .moe_experts import (
     MoE,
     moe_backward,
     moe_combine,
@@ -26,22 +26,20 @@ from .moe import (
     moe_down_weight,
     moe_forward,
     moe_kept,
-    moe_logits,
-    moe_permutation,
-    moe_route,
-    moe_route_backward,
     moe_up,
     moe_up_backward,
     moe_up_weight,
 )
-from .streams import Engram, Hyper, Pool, elementwise
+from .moe_route import moe_logits, moe_permutation, moe_route, moe_route_backward
+from .newton_schulz import NewtonSchulz
+from .pool import Pool
 
 __all__ = [
     "DTYPES",
     "H100_ACHIEVED",
     "Attention",
+    "CrossEntropy",
     "Engram",
-    "Head",
     "Hyper",
     "Indexer",
     "MoE",
@@ -51,6 +49,8 @@ __all__ = [
     "Work",
     "datasheet",
     "elementwise",
+    "index_loss",
+    "index_loss_backward",
     "moe_backward",
     "moe_combine",
     "moe_down",

@@ -1,4 +1,4 @@
-"""Attention over a window and compressed entries, and the indexer that picks entries.
+"""Attention over a window and compressed entries.
 
 Counted are the pairs of query and key that are seen:
 
@@ -18,7 +18,7 @@ def _window_pairs(tokens: int, window: int) -> int:
     return full * (full + 1) // 2 + (tokens - full) * window
 
 
-def _entry_pairs(tokens: int, ratio: int, picks: int | None) -> int:
+def entry_pairs(tokens: int, ratio: int, picks: int | None) -> int:
     """sum_t min(picks, floor((t + 1) / ratio)), in closed form."""
     whole, rest = divmod(tokens, ratio)
     seen = ratio * (whole * (whole - 1) // 2) + whole * (rest + 1)
@@ -46,7 +46,7 @@ class Attention:
 
     @property
     def pairs(self) -> int:
-        seen = _entry_pairs(self.tokens, self.ratio, self.picks) if self.ratio else 0
+        seen = entry_pairs(self.tokens, self.ratio, self.picks) if self.ratio else 0
         return _window_pairs(self.tokens, self.window) + seen
 
     @property
@@ -73,55 +73,3 @@ class Attention:
     def kept(self) -> int:
         """Bytes between forward and backward besides inputs and output: the log-sum-exp."""
         return 4 * self.tokens * self.heads
-
-
-@dataclass(frozen=True)
-class Indexer:
-    tokens: int
-    heads: int
-    dim: int
-    ratio: int
-    picks: int
-    itemsize: int = 2
-
-    @property
-    def entries(self) -> int:
-        return self.tokens // self.ratio
-
-    @property
-    def pairs(self) -> int:
-        """Of a query and an entry that it may see."""
-        return _entry_pairs(self.tokens, self.ratio, None)
-
-    @property
-    def picked(self) -> int:
-        """Of a query and an entry that it picks."""
-        return _entry_pairs(self.tokens, self.ratio, self.picks)
-
-    @property
-    def _inputs(self) -> int:
-        """Bytes of queries, weights and keys."""
-        t, h, d, s = self.tokens, self.heads, self.dim, self.itemsize
-        return s * t * h * d + s * self.entries * d + 4 * t * h
-
-    @property
-    def topk(self) -> Work:
-        """Scores and picks: the scores never reach memory."""
-        return Work(2 * self.heads * self.dim * self.pairs, self._inputs + 4 * self.tokens * self.picks)
-
-    @property
-    def selection(self) -> Work:
-        """The picks alone, from fp32 scores in memory: reads every entry's score once."""
-        return Work(0, 4 * self.pairs + 4 * self.tokens * self.picks)
-
-    def loss(self, attention: Attention) -> Work:
-        """Teacher and student on the picks: reads q, entries, lse, the indexer's inputs and the picks."""
-        t, h, d, s = self.tokens, attention.heads, attention.dim, self.itemsize
-        teacher = s * t * h * d + s * self.entries * d + 4 * t * h
-        flops = 2 * (h * d + self.heads * self.dim) * self.picked
-        return Work(flops, teacher + self._inputs + 4 * t * self.picks)
-
-    @property
-    def loss_backward(self) -> Work:
-        """dq and dkeys of the student: reads the indexer's inputs and, per pick, one number; writes three gradients."""
-        return Work(4 * self.heads * self.dim * self.picked, 2 * self._inputs + 8 * self.tokens * self.picks)

@@ -15,6 +15,11 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
 
+def elementwise(values: int, read: int, write: int) -> Work:
+    """Each value read and written once, in that many bytes."""
+    return Work(0, values * (read + write))
+
+
 class Peak(NamedTuple):
     """What a device reaches at most, per second, in one dtype, and who says so."""
 

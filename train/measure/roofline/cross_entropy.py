@@ -1,6 +1,6 @@
-"""The language model's head with its loss, and the orthogonalisation of Muon's updates.
+"""The language model's head with its loss.
 
-t tokens · d width · v vocabulary · a x b a matrix, a <= b · s bytes of an element
+t tokens · d width · v vocabulary · s bytes of an element
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from .device import Work
 
 
 @dataclass(frozen=True)
-class Head:
+class CrossEntropy:
     """Linear layer and softmax cross-entropy. The logits are counted as never reaching memory."""
 
     tokens: int
@@ -35,22 +35,3 @@ class Head:
     def kept(self) -> int:
         """Bytes between forward and backward besides the inputs: both gradients, which the forward pass makes."""
         return self._inputs
-
-
-@dataclass(frozen=True)
-class NewtonSchulz:
-    """`steps` rounds of X <- a X + (b A + c A^2) X with A = X X^T, on `count` matrices."""
-
-    count: int
-    rows: int
-    columns: int
-    steps: int
-    itemsize: int = 2
-
-    @property
-    def forward(self) -> Work:
-        """Three products a round, each reading its factors and writing its result once."""
-        a, b = sorted((self.rows, self.columns))
-        flops = 4 * a * a * b + 2 * a**3
-        moved = self.itemsize * (3 * a * b + 3 * a * a)
-        return Work(self.count * self.steps * flops, self.count * self.steps * moved)
