@@ -1,9 +1,12 @@
 """Rules of the house: who imports whom, what the package needs, what a public op promises."""
 
 import ast
+import functools
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,29 +14,90 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {"kernels": {"kernels"}, "model": {"kernels", "model"}, "train": {"kernels", "model", "train", "configs"}}
 FILES = [(folder, path) for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
+# Rooms from the ground up: one imports from floors below its own. A room is a file or a folder of model/ or train/.
+FLOORS = (
+    "kernels",
+    "model.fields model.kinds model.layout model.text",
+    "model.dialect model.norm model.tables",
+    "model.config",
+    "model.hyper model.losses model.quantization model.rotary model.storage",
+    "model.cache model.moe",
+    "model.accounting model.compressor model.engram model.routing",
+    "model.indexer",
+    "model.attention",
+    "model.block",
+    "model.mtp model.recompute",
+    "model.decode",
+    "model.transformer",
+    "model.lineage",
+    "model.generation model.interchange",
+    "model",
+    "train.settings",
+    "train.data train.optim",
+    "train.distributed train.recipe",
+    "train.run",
+    "train.reason train.talk",
+    "train.plots train.start",
+    "train.evaluate train.measure",
+    "train.ablate",
+    "train.cli",
+    "train.__main__",
+)
 
 
-def imported_folders(path: Path, folder: str) -> set[str]:
-    """Our own folders that a file imports, from relative imports and from `abyssal.*`."""
+def module_of(path: Path) -> str:
+    """`train.run.loop`, `train.run` for its __init__.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for folder in (*MAY_IMPORT, "configs") for path in (ROOT / folder).rglob("*.py")}
+
+
+def nodes(tree: ast.AST, for_types: bool) -> Iterator[ast.AST]:
+    """All of a tree; what stands under TYPE_CHECKING only if asked for."""
+    for node in ast.iter_child_nodes(tree):
+        if for_types or not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            yield node
+            yield from nodes(node, for_types)
+
+
+@functools.cache
+def imported(module: str, for_types: bool = False) -> set[str]:
+    """Our modules that one imports when it runs, at the top of the file or in a function."""
+    path, found = MODULES[module], set()
     package = ("abyssal", *path.relative_to(ROOT).parts[:-1])
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            names = [node.module] if node.module else [a.name for a in node.names]
-            found |= {".".join((*base, name)).split(".")[1] for name in names if len(base) > 1 or len(base) == 1}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.module.split(".")[0] not in MAY_IMPORT, f"{path}: bare import of {node.module}"
-            if node.module.startswith("abyssal."):
-                found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            assert not {a.name.split(".")[0] for a in node.names} & MAY_IMPORT.keys(), f"{path}: bare import"
-    return found & {"kernels", "model", "train", "configs"}
+    for node in nodes(ast.parse(path.read_text("utf-8")), for_types):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            base = (*package[: len(package) - node.level + 1], node.module) if node.level else (node.module,)
+            stem = ".".join(filter(None, base))
+            names = [f"{stem}.{name}" for name in names]
+        assert not any(name.split(".")[0] in MAY_IMPORT for name in names), f"{path}: bare import of {names}"
+        ours = [name.removeprefix("abyssal.") for name in names if name.startswith("abyssal.")]
+        found |= {name if name in MODULES else name.rpartition(".")[0] for name in ours}
+    return found & MODULES.keys() - {module}
+
+
+def room_of(module: str) -> str:
+    folder, *inner = module.split(".")
+    return ".".join((folder, *inner[:1])) if folder in ("model", "train") else folder
 
 
 @pytest.mark.parametrize("folder, path", FILES, ids=[str(p.relative_to(ROOT)) for _, p in FILES])
 def test_imports_flow_one_way(folder, path):
-    assert imported_folders(path, folder) <= MAY_IMPORT[folder]
+    assert {name.split(".")[0] for name in imported(module_of(path), for_types=True)} <= MAY_IMPORT[folder]
+
+
+def test_modules_import_each_other_in_no_circle():
+    TopologicalSorter({module: imported(module) for module in MODULES}).prepare()  # CycleError names the circle
+
+
+def test_rooms_import_from_floors_below():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+    assert floor.keys() == {room_of(module) for module in MODULES} - {"configs", "train"}  # these two are empty
+    steps = [(a, b) for a in MODULES for b in imported(a) if room_of(b) not in (room_of(a), "configs")]
+    assert not [f"{a} imports {b}" for a, b in steps if floor[room_of(a)] <= floor[room_of(b)]]
 
 
 @pytest.mark.parametrize("folder, path", FILES, ids=[str(p.relative_to(ROOT)) for _, p in FILES])
