@@ -28,6 +28,7 @@ from ...model import Transformer
 from ...model.attention import Attention
 from ...model.engram import Engram
 from ...model.hyper import HyperConnection
+from ...model.kinds import SPARSE
 from ...model.layout import Layout
 from ...model.rotary import token_rotation
 from ..distributed.shard import whole
@@ -96,7 +97,7 @@ class Observer(Blind):
                 hooks.append(connection.register_forward_hook(_keep_comb(combs)))
             if block.engram is not None:
                 hooks.append(block.engram.register_forward_hook(_measure_engram(found)))
-            if block.attn.kind == "compressed_sparse_attention" and block.attn.stage == "sparse":
+            if block.attn.kind == SPARSE and block.attn.stage == "sparse":
                 hooks.append(block.attn.register_forward_hook(_measure_recall(found["recall"])))
         try:
             yield
