@@ -9,10 +9,77 @@ import pytest
 import torch
 from oracle import assert_same
 
-from abyssal.kernels import attention, moe_experts, moe_route, rms_norm, rope, swiglu
-from abyssal.kernels.attention.step import attention_step
+from abyssal.kernels import moe_experts, moe_route, rms_norm, rope, swiglu
 from abyssal.kernels.norm_rope import rope_frequencies, rope_rotation
 from abyssal.kernels.norm_rope.step import head_norm_step, rms_norm_step, rope_rotation_step, rope_step
+
+LIMITS = {np.float32: 3e-6, np.float64: 1e-13}
+both = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: dtype.__name__)
+
+
+def drawing(dtype, seed=0):
+    generator = np.random.default_rng(seed)
+    return lambda *shape: generator.standard_normal(shape).astype(dtype)
+
+
+def exact(*arrays):
+    """Float64 tensors that ask for a gradient; integers as they are."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(x)) for x in arrays]
+    return [x.double().requires_grad_() if x.is_floating_point() else x for x in tensors]
+
+
+def check(name, got, want):
+    """Against float64, with the tolerance and the dtype of what the step was given."""
+    assert_same(name, torch.from_numpy(np.ascontiguousarray(got)), want, LIMITS[got.dtype.type])
+
+
+# norms and rotations
+
+
+@both
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+@pytest.mark.parametrize("heads, width", [(1, 1), (3, 7), (5, 64)])
+def test_norms(heads, width, eps, dtype):
+    draw = drawing(dtype)
+    x, weight = draw(heads, width) * dtype(0.01), draw(width)
+    check("head_norm", head_norm_step(x, eps), rms_norm(*exact(x), None, eps))
+    for row in x:
+        check("rms_norm", rms_norm_step(row, weight, eps), rms_norm(*exact(row, weight), eps))
+    assert not rms_norm_step(x[0] * 0, weight, eps).any() and not head_norm_step(x * 0, eps).any()
+
+
+@pytest.mark.parametrize("position", [0, 1, 1000, 1_000_003])
+def test_rotation_is_that_of_the_public_op(position):
+    """Also where float32 angles are coarse: they are to be the same."""
+    frequencies = rope_frequencies(16, 10000.0)
+    got = rope_rotation_step(position, frequencies.numpy())
+    want = rope_rotation(torch.tensor([[position]]), frequencies)[0, 0].numpy()
+    assert got.dtype == want.dtype and np.abs(got - want).max() < 2e-7
+    twice = rope_rotation_step(position, frequencies.double().numpy())
+    assert twice.dtype == np.complex128
+    assert np.abs(twice - np.exp(1j * position * frequencies.double().numpy())).max() < 1e-9
+
+
+@both
+@pytest.mark.parametrize("shape, dim", [((8,), 8), ((12,), 4), ((3, 7), 2), ((2, 3, 9), 6)])
+def test_rope_turns_in_place_and_back(shape, dim, dtype):
+    x = drawing(dtype)(*shape)
+    rotation = rope_rotation_step(5, rope_frequencies(dim, 100.0).numpy().astype(dtype))
+    turned = x.copy()
+    rope_step(turned, rotation)
+    angles = torch.from_numpy(rotation.astype(np.complex128))[None, None]
+    check("turned", turned, rope(*exact(x[None, None]), angles)[0, 0])
+    rope_step(turned, rotation.conj())
+    check("turned back", turned, torch.from_numpy(x.astype(np.float64)))
+
+
+"""The ops of one token in numpy, and what the references do without gradient for a few tokens, against the public ops
+in float64 as they compute with gradient: that way shares no line with either.
+"""
+
+
+import numpy as np
+import pytest
 
 LIMITS = {np.float32: 3e-6, np.float64: 1e-13}
 both = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: dtype.__name__)
@@ -128,39 +195,7 @@ def of_few_tokens():
     }
 
 
-def attentions():
-    """One query per row."""
-    q, kv, compressed, sink = normal(2, 1, 3, 8), normal(2, 9, 8, seed=1), normal(2, 6, 8, seed=2), normal(3, seed=3)
-    rows = torch.tensor([[1], [2]])
-    one, last = torch.tensor([[1]]), torch.tensor([[5]])
-    entries = {
-        "window": {},
-        "range": {"start": one, "end": last},
-        "ranges that differ": {"start": rows, "end": rows + 3},
-        "one start, ends that differ": {"start": one, "end": rows + 3},
-        "starts that differ, one end": {"start": rows, "end": last},
-        "empty range": {"start": last, "end": last},
-        "picks": {"index": torch.tensor([[[0, 4, 5]], [[1, 1, 2]]])},
-        "picks, some missing": {"index": torch.tensor([[[-1, 4, 5]], [[1, 1, 2]]])},
-        "document": {"start": one, "end": last, "window_start": torch.tensor([[7]])},
-    }
-    for name, options in entries.items():
-        for window in (3, 20):
-            given = (q, kv, compressed if options else None, sink)
-            yield f"attention, {name}, window {window}", attended(window, options), given
-    none = {"start": one * 0, "end": one * 0}
-    yield "attention, no entries yet", attended(4, none), (q, kv, compressed[:, :0], sink)
-    for size in (1e4, -1e4, 1e30, math.inf, -math.inf):
-        yield f"attention, sink {size}", attended(4, entries["range"]), (q, kv, compressed, sink + size)
-    yield "attention, large scores", attended(4, {}), (q * 1e4, kv, None, sink)
-
-
-def attended(window, options):
-    return lambda q, kv, compressed, sink: attention(q, kv, compressed, sink, window=window, scale=0.6, **options)
-
-
 SHORT = {name: (op, inputs) for name, (op, *inputs) in of_few_tokens().items()}
-SHORT |= {name: (op, inputs) for name, op, inputs in attentions()}
 
 
 def outputs(op, tensors):
