@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -288,6 +289,7 @@ def test_an_interrupted_call_leaves_no_trace(remembering, undisturbed, step, err
         before = state(cache)
         with monkeypatch.context() as patch, pytest.raises(error, match="stopped"):
             patch.setattr(decode, step, stopping(getattr(decode, step), CALLS[step], error))
+            patch.setattr(decode, "_made", WeakKeyDictionary())  # a decoder of its own, which finds the patched step
             remembering(draw_ids(1, 2, seed=1), cache=cache)
         assert state(cache) == before
         assert torch.equal(feed(remembering, cache, ids[:, at : at + 2]), logits[:, at : at + 2])
