@@ -114,7 +114,7 @@ def _picked_shares(mass: Tensor, hidden: Tensor, unpicked: Tensor) -> tuple[Tens
     mass = mass.masked_fill_(hidden, 0)
     visible, picked = mass.sum(-1), mass.masked_fill(unpicked, 0).sum(-1)
     reading = visible > FLOOR
-    return (picked / visible.clamp_min(FLOOR) * reading).sum(), reading.sum()
+    return torch.where(reading, picked / visible, 0).sum(), reading.sum()
 
 
 def _flat_rows(picks: Tensor, entries: int) -> Tensor:

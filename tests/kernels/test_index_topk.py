@@ -103,6 +103,10 @@ CASES["NaN"] = case(1, 24, 2, 4, 24, 3)
 CASES["NaN"]["keys"][0, 7] = CASES["NaN"]["q"][0, 20] = math.nan
 
 
+def on(device, given):
+    return {name: x.to(device) if torch.is_tensor(x) else x for name, x in given.items()}
+
+
 def of_scores(rows, k, start, end):
     """Inputs of one query per row whose scores are these [r, p]: ReLU(x) - ReLU(-x)."""
     signs = torch.tensor([1.0, -1.0], dtype=rows.dtype, device=rows.device).expand(len(rows), 1, 2)
@@ -192,8 +196,7 @@ def test_several_blocks_of_the_eager_engine(heads, k):
 
 def test_a_query_does_not_depend_on_the_rest(engine, device):
     t, few = {"eager": (400, 123), "triton": (14, 9)}[engine]
-    given = case(2, t, 1, 8, t // 2, 4)
-    given = {name: x.to(device) if torch.is_tensor(x) else x for name, x in given.items()}
+    given = on(device, case(2, t, 1, 8, t // 2, 4))
     whole = index_topk(**given, backend=engine)
     part = {name: given[name][1:, :few] for name in ("q", "weights")} | {"keys": given["keys"][1:, : few // 2], "k": 4}
     part |= {name: given[name][:, :few] for name in ("start", "end")}
@@ -251,7 +254,7 @@ def test_zero_equals_minus_zero(launch, device):
 
 
 def test_keys_of_another_dtype_are_rounded_to_that_of_the_queries(launch, device):
-    given = {name: x.to(device) if torch.is_tensor(x) else x for name, x in case(1, 12, 2, 16, 30, 5).items()}
+    given = on(device, case(1, 12, 2, 16, 30, 5))
     want = index_topk(**given)
     halves = {name: given[name].bfloat16() for name in ("q", "weights")}
     near = given["keys"] * (1 + 2**-12)  # lost in bfloat16
@@ -279,7 +282,7 @@ def test_the_scratch_is_bounded_at_a_million_tokens(shipped, monkeypatch):
 
 
 def test_opcheck_and_compile(shipped, device):
-    given = {name: x.to(device) if torch.is_tensor(x) else x for name, x in case(1, 3, 2, 4, 6, 2).items()}
+    given = on(device, case(1, 3, 2, 4, 6, 2))
     q, weights, keys, k, start, end = given.values()
     operator = importlib.import_module("abyssal.kernels.index_topk.triton")._index_topk
     torch.library.opcheck(operator, (q, weights, keys, k, start, end))
