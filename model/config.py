@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .dialect import BOOKKEEPING, from_huggingface
-from .fields import build, require, settle
+from .fields import build, drop_fixed, require, settle
 from .kinds import LAYER_TYPES, SLIDING, kinds_of
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -240,9 +240,7 @@ class ModelConfig:
             TypeError, ValueError: as the class, for an unknown or missing key, or a value that V4 does not vary.
         """
         values = from_huggingface(data)
-        for key, allowed in FIXED.items():
-            if key in values:
-                require(values[key] == allowed, key, values.pop(key), repr(allowed))
+        drop_fixed(values, FIXED)
         return build(cls, values, also=(*FIXED, *BOOKKEEPING))
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .fields import require
+from .fields import drop_fixed
 from .kinds import HEAVY, SLIDING, SPARSE, kinds_of
 
 # Keys that describe the program that wrote or serves a configuration, not the model.
@@ -42,8 +42,7 @@ def from_huggingface(data: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("layer_types", "compress_rates", "mlp_layer_types") if values.get(key) is None]
     if missing:
         raise ValueError(f"missing keys: {', '.join(missing)}")
-    for key, allowed in (("mlp_bias", False), ("router_jitter_noise", 0.0)):
-        require(values.pop(key, allowed) == allowed, key, data.get(key), repr(allowed))
+    drop_fixed(values, {"mlp_bias": False, "router_jitter_noise": 0.0})
     kinds, rates = values["layer_types"], values.pop("compress_rates")
     strange = [kind for kind in kinds if kind != SLIDING and kind not in rates]
     if strange:

@@ -47,6 +47,13 @@ def settle(config: Any, prefix: str = "") -> None:
             require(f.metadata["check"](value), name, value, f.metadata["allowed"])
 
 
+def drop_fixed(values: dict[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Takes out the keys that do not vary. Raises ValueError where one has another value."""
+    for key, allowed in fixed.items():
+        if key in values:
+            require(values[key] == allowed, key, values.pop(key), repr(allowed))
+
+
 def require(ok: Any, name: str, value: Any, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r}: allowed is {allowed}")

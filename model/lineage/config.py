@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import DTYPES, RopeScaling
 from ..dialect import BOOKKEEPING, lineage_from_huggingface
-from ..fields import build, require, settle
+from ..fields import build, drop_fixed, require, settle
 
 KINDS = ("deepseek_v3", "deepseek_v32")
 SHIPPED = ("v3", "v3.2")
@@ -130,9 +130,7 @@ class LineageConfig:
             TypeError, ValueError: as the class, for an unknown or missing key, or a value that V3 does not vary.
         """
         values = lineage_from_huggingface(data)
-        for key, allowed in _FIXED.items():
-            if key in values:
-                require(values[key] == allowed, key, values.pop(key), repr(allowed))
+        drop_fixed(values, _FIXED)
         return build(cls, values, also=(*_FIXED, *BOOKKEEPING))
 
     def to_dict(self) -> dict[str, Any]:
