@@ -67,6 +67,16 @@ def test_route(engine, name, device):
         assert got["scores"].dtype == got["weights"].dtype == wide and got["dlogits"].dtype == dtype
 
 
+def test_route_without_gradient(engine, device):
+    for dtype in FLOATS[engine]:
+        given = case(40, 9, 3, "plain")
+        given["logits"] = 10 * given["logits"] - 30
+        got = hold(
+            moe_route, given, engine, dtype, fixed={"logits"}, limits={"scores": 1e-6, "weights": 1e-6}, device=device
+        )
+        assert "dlogits" not in got
+
+
 def special_rows():
     """Ties of every kind, whole numbers, what is hidden, NaN, rows of one value."""
     draw = drawing(0)
