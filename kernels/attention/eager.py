@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..blocks import query_blocks, visible_entries
+from ..blocks import query_blocks, sharing_pays, visible_entries
 from ..precision import accumulation, tracked, without_autocast
 
 NONE = -math.inf
@@ -196,13 +196,6 @@ def _gathers(q: Tensor, compressed: Tensor | None, index: Tensor | None) -> bool
     if compressed is None or index is None:
         return False
     return not sharing_pays(compressed.shape[1], index.shape[2], q.shape[2])
-
-
-def sharing_pays(entries: int, picks: int, heads: int) -> bool:
-    """Masked scores over all entries against copying the picks: a copy serves all heads, so that many heads favour
-    copying.
-    """
-    return entries <= picks * (1 + 28 / heads)
 
 
 def _blocks(q: Tensor, keys: Keys, mask: Mask) -> Iterator[Block]:
