@@ -102,7 +102,7 @@ def test_weights_change_with_the_tail_and_in_the_warmup():
         ({"schedule": {"batch_start": 7, "batch_ramp_steps": 5}}, r"batch_start=7: allowed are 1 to 6"),
         ({"stages": []}, r"stages=\[\]: allowed are one or more"),
         ({"stages": {"steps": 3}}, r"allowed are one or more tables \[\[stages\]\]"),
-        ({"stages": [{"attention": "thick"}]}, "stages.attention='thick': allowed is dense, warmup or sparse"),
+        ({"stages": [{"attention": "thick"}]}, "stages.attention='thick': allowed is sparse, dense or warmup"),
         ({"stages": [{"stepps": 3}]}, "unknown key 'stages.stepps': the nearest known key is 'stages.steps'"),
         ({"schedule": {"mtp_final_share": 2.0}}, "mtp_final_share=2.0"),
         ({"grpo": {}, "reason": {}}, r"\[stages\] beside \[grpo\]"),
