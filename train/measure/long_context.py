@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...model import ModelConfig, Transformer
-from ...model import attention as attention_module
-from ...model import decode as decode_module
 from ...model.accounting import cache_bytes
 from ...model.cache import Cache, Step
+from ...model.decode import decoder
 from ...model.generation.prefill import chunk_tokens
 from ...model.kinds import HEAVY, SLIDING, SPARSE
 from ..data.corpus import load_corpus
 from ..data.rows import Stream
 from ..run.metrics import peak_memory_gib
+from .follow import following
 
 MARKS = (4_096, 65_536)  # tokens after which a few are decoded and taken back
 PROBE = 16  # tokens of such a probe
@@ -43,98 +43,68 @@ KINDS = {SLIDING: "sliding", SPARSE: "CSA", HEAVY: "HCA"}
 
 
 class Stopwatch:
-    """Seconds of every wrapped callable by (kind of layer, part), without those of wrapped callables inside it."""
+    """Seconds of parts by (kind of layer, part), without those of parts inside them.
 
-    def __init__(self) -> None:
+    parts: what is timed, and as what; the kind None is that of the part around it.
+    """
+
+    def __init__(self, parts: dict[Any, tuple[str | None, str]]) -> None:
+        self.parts = parts
         self.seconds: dict[tuple[str, str], float] = {}
-        self._running: list[tuple[str, list[float]]] = []  # kind and seconds of the parts inside
-        self._wrapped: list[tuple[Any, str, bool, Any]] = []
+        self._running: list[tuple[str, str]] = []
+        self._since = 0.0
 
-    def wrap(self, owner: Any, name: str, part: str, kind: str | None = None) -> None:
-        """Times owner.name as that part; the kind is by default that of the part which calls it."""
-        original, own = getattr(owner, name), name in vars(owner)
-        self._wrapped.append((owner, name, own, original))
-        setattr(owner, name, self._timed(original, part, kind))
+    def begins(self, what: Any) -> None:
+        if what in self.parts:
+            self._count()
+            kind, part = self.parts[what]
+            if kind is None:
+                kind = self._running[-1][0] if self._running else ""
+            self._running.append((kind, part))
 
-    def unwrap(self) -> None:
-        """Puts every wrapped callable back."""
-        for owner, name, own, original in reversed(self._wrapped):
-            if own:
-                setattr(owner, name, original)
-            else:
-                delattr(owner, name)
-        self._wrapped.clear()
+    def ends(self, what: Any) -> None:
+        if what in self.parts:
+            self._count()
+            self._running.pop()
 
-    def _timed(self, call: Callable[..., Any], part: str, kind: str | None) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            label = kind or (self._running[-1][0] if self._running else "")
-            inside = [0.0]
-            self._running.append((label, inside))
-            began = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                elapsed = time.perf_counter() - began
-                self._running.pop()
-                if self._running:
-                    self._running[-1][1][0] += elapsed
-                self.seconds[label, part] = self.seconds.get((label, part), 0.0) + elapsed - inside[0]
-
-        return timed
+    def _count(self) -> None:
+        """What passed since the last change is the innermost part's."""
+        now = time.perf_counter()
+        if self._running:
+            label = self._running[-1]
+            self.seconds[label] = self.seconds.get(label, 0.0) + now - self._since
+        self._since = now
 
 
-STEPS = (  # of a decoded token: the owner, its callable, the part
-    (decode_module.BlockStep, "__call__", "norms"),
-    (decode_module.AttentionStep, "__call__", "projections"),
-    (decode_module.CompressorStep, "__call__", "compressor"),
-    (decode_module.IndexerStep, "__call__", "indexer"),
-    (decode_module.MoEStep, "__call__", "experts"),
-    (decode_module, "memory", "Engram"),
-    (decode_module, "hyper_step", "mHC"),
-    (decode_module, "hyper_recombine_step", "mHC"),
-    (decode_module, "attention_step", "attention"),
-    (decode_module, "index_topk_step", "index top-k"),
-)
-
-
-@contextmanager
-def watched_steps(model: Transformer) -> Iterator[Stopwatch]:
-    """A stopwatch on the parts of a decoded token, for as long as the block lasts."""
-    watch = Stopwatch()
-    watch.wrap(model, "forward", "embedding, cache, head", "model")
-    for owner, name, part in STEPS:
-        watch.wrap(owner, name, part, "every layer")
-    try:
-        yield watch
-    finally:
-        watch.unwrap()
-
-
-@contextmanager
-def watched(model: Transformer) -> Iterator[Stopwatch]:
-    """A stopwatch on the parts of a model, for as long as the block lasts."""
-    watch = Stopwatch()
-    watch.wrap(model, "forward", "embedding, streams, head", "model")
-    for op, part in (("attention", "attention"), ("index_topk", "index top-k")):
-        watch.wrap(attention_module, op, part)
+def parts_of(model: Transformer) -> dict[Any, tuple[str | None, str]]:
+    """What a stopwatch times of a model."""
+    every = "every layer"
+    parts: dict[Any, tuple[str | None, str]] = {
+        model: ("model", "embedding, streams, head"),
+        "attention": (None, "attention"),
+        "index_topk": (None, "index top-k"),
+        "hyper_recombine": (every, "mHC"),
+    }
     for layer, block in enumerate(model.layers):
-        kind = KINDS[model.config.layer_kind(layer)]
-        watch.wrap(block, "forward", "norms", kind)
-        watch.wrap(block.attn, "forward", "projections", kind)
-        if hasattr(block.attn, "compressor"):
-            watch.wrap(block.attn.compressor, "forward", "compressor", kind)
-        if hasattr(block.attn, "indexer"):
-            watch.wrap(block.attn.indexer, "forward", "indexer", kind)
+        kind, attn = KINDS[model.config.layer_kind(layer)], block.attn
+        parts |= {block: (kind, "norms"), attn: (kind, "projections"), block.ffn: (every, "experts")}
+        parts |= {block.hc_attn: (every, "mHC"), block.hc_ffn: (every, "mHC")}
+        if attn.ratio:
+            parts[attn.compressor] = kind, "compressor"
+        if attn.kind == SPARSE:
+            parts[attn.indexer] = kind, "indexer"
         if block.engram is not None:
-            watch.wrap(block.engram, "forward", "Engram", "every layer")
-        watch.wrap(block.ffn, "forward", "experts", "every layer")
-        for site in (block.hc_attn, block.hc_ffn):
-            watch.wrap(site, "forward", "mHC", "every layer")
-            watch.wrap(site, "recombine", "mHC", "every layer")
-    try:
+            parts[block.engram] = every, "Engram"
+    return parts
+
+
+@contextmanager
+def timed(model: Transformer, in_numpy: bool = False) -> Iterator[Stopwatch]:
+    """A stopwatch on the parts of a model; `in_numpy` leaves alone the modules of layers, which must have no hooks."""
+    watch = Stopwatch(parts_of(model))
+    modules = [part for part in watch.parts if isinstance(part, nn.Module)]
+    with following(watch, [model] if in_numpy else modules):
         yield watch
-    finally:
-        watch.unwrap()
 
 
 @dataclass(frozen=True)
@@ -332,7 +302,7 @@ def _segments(t: int, chunk: int, marks: Sequence[int]) -> list[tuple[int, int]]
 def _read(model, cache: Cache, ids: Tensor, chunk: int, bar: "_Bar") -> tuple[Piece, Tensor]:
     """Prefills ids [1, t] in chunks."""
     began = time.perf_counter()
-    with watched(model) as watch:
+    with timed(model) as watch:
         for piece in ids.split(chunk, 1):
             logits = model(piece, cache=cache, logits_to_keep=1).logits
             bar.add(piece.shape[1])
@@ -343,9 +313,9 @@ def _read(model, cache: Cache, ids: Tensor, chunk: int, bar: "_Bar") -> tuple[Pi
 def _write(model, cache: Cache, logits: Tensor, count: int) -> tuple[Piece, list[int]]:
     """Decodes `count` tokens greedily, each of them through the cache."""
     text = []
-    alone = decode_module.decoder(model, Step([1], [1], 1)) is not None
+    in_numpy = decoder(model, Step([1], [1], 1)) is not None
     began = time.perf_counter()
-    with watched_steps(model) if alone else watched(model) as watch:
+    with timed(model, in_numpy) as watch:
         for _ in range(count):
             token = logits.argmax(-1)
             text.append(int(token))

@@ -1,19 +1,20 @@
 """The long run on a short sequence: the stopwatch adds up, probes leave no trace, the report says what was measured."""
 
 import json
+from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from abyssal.kernels.watch import is_watched
 from abyssal.model import ModelConfig, Transformer, generate
-from abyssal.model import attention as attention_module
-from abyssal.model import decode as decode_module
+from abyssal.model.cache import Step
+from abyssal.model.decode import decoder
 from abyssal.train.data.corpus import load_corpus
 from abyssal.train.data.tokenizers import BOS, ByteTokenizer
 from abyssal.train.measure import long_context
-from abyssal.train.measure.long_context import Stopwatch, long_text, main, measure, report, watched, watched_steps
+from abyssal.train.measure.long_context import Stopwatch, long_text, main, measure, report, timed
 
 
 def nano(**changes):
@@ -28,56 +29,56 @@ def draw(*shape):
 def test_a_part_has_its_own_time_only(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(long_context.time, "perf_counter", lambda: now[0])
+    watch = Stopwatch({"op": (None, "op"), "inner": ("CSA", "inner"), "run": ("model", "run")})
 
-    def spend(seconds, *calls):
+    def spend(seconds, what, *calls):
+        watch.begins(what)
         now[0] += seconds
         for call in calls:
             call()
+        watch.ends(what)
 
-    whole = SimpleNamespace(
-        op=lambda: spend(3), inner=lambda: spend(1, lambda: whole.op()), run=lambda: spend(2, whole.inner, whole.op)
-    )
-    watch, original = Stopwatch(), whole.run
-    watch.wrap(whole, "op", "op")
-    watch.wrap(whole, "inner", "inner", "CSA")
-    watch.wrap(whole, "run", "run", "model")
-    whole.run()
-    assert watch.seconds == {("model", "run"): 2, ("model", "op"): 3, ("CSA", "inner"): 1, ("CSA", "op"): 3}
-    whole.inner()
-    assert watch.seconds == {("model", "run"): 2, ("model", "op"): 3, ("CSA", "inner"): 2, ("CSA", "op"): 6}
-    watch.unwrap()
-    assert whole.run is original
+    op = partial(spend, 3, "op")
+    inner = partial(spend, 1, "inner", partial(spend, 0.5, "unknown"), op)
+    spend(2, "run", inner, op)
+    assert watch.seconds == {("model", "run"): 2, ("model", "op"): 3, ("CSA", "inner"): 1.5, ("CSA", "op"): 3}
+    now[0] += 100
+    inner()
+    assert watch.seconds == {("model", "run"): 2, ("model", "op"): 3, ("CSA", "inner"): 3, ("CSA", "op"): 6}
+
+
+PARTS = {
+    *(f"{kind}: {part}" for kind in ("CSA", "HCA", "sliding") for part in ("norms", "projections", "attention")),
+    *("CSA: compressor", "HCA: compressor", "CSA: indexer", "CSA: index top-k", "model: embedding, streams, head"),
+    *("every layer: mHC", "every layer: experts", "every layer: Engram"),
+}
 
 
 def test_a_part_that_fails_is_timed_and_the_model_is_put_back():
-    model, before = nano(), attention_module.index_topk
-    with watched(model) as watch:
+    model = nano()
+    with timed(model) as watch:
         model(draw(1, 20))
-        names = {f"{kind}: {part}" for kind, part in watch.seconds}
+        assert {f"{kind}: {part}" for kind, part in watch.seconds} == PARTS
         with pytest.raises(IndexError):
             model(draw(1, 20) + 300)
         assert watch._running == []
-    assert {"CSA: index top-k", "CSA: attention", "HCA: attention", "sliding: attention", "CSA: indexer"} <= names
-    assert {
-        "CSA: compressor",
-        "HCA: compressor",
-        "every layer: mHC",
-        "every layer: experts",
-        "every layer: Engram",
-    } <= names
-    assert attention_module.index_topk is before
-    assert all("forward" not in vars(module) and "recombine" not in vars(module) for module in model.modules())
+    assert not is_watched()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_the_parts_of_a_decoded_token():
+    """The same by the modules and in numpy, where the model must find no hooks that would keep it from numpy."""
     model = nano()
-    cache, step = model.new_cache(1, 64), decode_module.BlockStep.__call__
-    model(draw(1, 40), cache=cache)
-    with watched_steps(model) as watch:
+    cache = model.new_cache(1, 120, rewind=1)
+    model(draw(1, 100), cache=cache)
+    for in_numpy in (True, False):
         model(draw(1, 1), cache=cache)
-    parts = {"attention", "projections", "compressor", "indexer", "experts", "mHC", "norms", "Engram"}
-    assert parts <= {part for _, part in watch.seconds}
-    assert decode_module.BlockStep.__call__ is step and "forward" not in vars(model)
+        cache.truncate(100)
+        with timed(model, in_numpy) as watch:
+            assert (decoder(model, Step([100], [1], 1)) is not None) == in_numpy
+            model(draw(1, 1), cache=cache)
+        cache.truncate(100)
+        assert {f"{kind}: {part}" for kind, part in watch.seconds} == PARTS, in_numpy
 
 
 @pytest.mark.parametrize("chunk, segments", [(7, 64), (7, 2), (1000, 64)])

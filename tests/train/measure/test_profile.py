@@ -3,28 +3,29 @@
 import json
 import time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from abyssal.model import ModelConfig
-from abyssal.model import attention as attention_module
-from abyssal.model import decode as decode_module
-from abyssal.model import transformer as transformer_module
+from abyssal.kernels.watch import is_watched
+from abyssal.model import ModelConfig, Transformer
 from abyssal.model.accounting import account
 from abyssal.train.cli import main
 from abyssal.train.measure.profile import limits, trace
 from abyssal.train.measure.profile.clock import Clock, typical
 from abyssal.train.measure.profile.draw import COLOURS, draw
-from abyssal.train.measure.profile.mechanisms import ATTENTIONS, MECHANISMS, attached, attached_to_numpy, owners
+from abyssal.train.measure.profile.mechanisms import ATTENTIONS, MECHANISMS, attached, owners
 from abyssal.train.measure.profile.memory import Memory
 from abyssal.train.measure.profile.observe import REST, Observer
-from abyssal.train.measure.profile.preset import available_memory, check_fits, cut, load_preset
+from abyssal.train.measure.profile.preset import Preset, available_memory, check_fits, cut, load_preset
 from abyssal.train.measure.profile.steps import DecodeStep, TrainingStep, cycle
 from abyssal.train.measure.roofline import Work
 from abyssal.train.run.loop import Run
+from abyssal.train.settings import StageConfig
 from abyssal.train.start import open_source
 
 CPU = torch.device("cpu")
@@ -51,17 +52,44 @@ def run_attached(step, observer):
 # steps ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_training_step_is_that_of_a_training(tiny, tmp_path):
-    recipe = tiny("train.steps=1")
-    given = [f"data.source='{recipe.data.source}'", "data.sequence_length=48", "data.batch_size=2", "train.steps=1"]
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["optim.decay_share=1", "schedule.mtp_final_share=0.1", "schedule.bias_rest_share=1", "train.micro_batch=1"],
+        "warmup",
+    ],
+    ids=["plain", "weights", "warmup"],
+)
+def test_the_training_step_is_that_of_a_training(more, tiny, tmp_path):
+    """Losses, gradients and weights, with what the step's phase says of them."""
+    recipe = tiny("train.steps=1", *more if more != "warmup" else [])
+    if more == "warmup":
+        recipe = replace(recipe, stages=(StageConfig(steps=1, attention="warmup", sequence_length=40),))
     run = Run(recipe, open_source(recipe), tmp_path / "run", None, shown=False)
-    preset = load_preset("nano", CPU, overrides=[*given, "optim.warmup_steps=2"])
-    ours = TrainingStep(preset, CPU, Path())
-    record, losses = run.step(), ours.run(Clock(CPU))
+    ours = TrainingStep(Preset(recipe, "float32", 40, 1, reads_text=True), CPU, Path())
+    clock = Clock(CPU)
+    with learnt(run) as theirs, learnt(ours) as found, attached(ours.model, clock):
+        record, losses = run.step(), ours.run(clock)
     run.close()
-    assert {name: record[name] for name in losses} == losses
-    for (name, a), b in zip(run.model.named_parameters(), ours.model.parameters()):
+    assert {name: record[name] for name in losses} == losses and ours.phase == run.schedule.phase(0)
+    assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
+    assert all(".indexer." in name for name in theirs) == ours.phase.indexer_only
+    for (name, a), b in zip(run.model.state_dict().items(), ours.model.state_dict().values()):
         assert torch.equal(a, b), name
+
+
+@contextmanager
+def learnt(step):
+    """The gradients that a step's optimizer is given."""
+    found, update = {}, step.optimizer.step
+
+    def keeping():
+        found.update({name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None})
+        update()
+
+    step.optimizer.step = keeping
+    yield found
 
 
 @pytest.mark.parametrize("place", ["resident", "mapped"])
@@ -93,15 +121,12 @@ def test_a_released_configuration_trains_on_random_tokens(tmp_path):
 def test_decoding_is_the_same_with_and_without_instruments(given):
     preset = load_preset("nano", CPU, overrides=given, decode_length=40)
     written = []
-    for watch in (None, attached_to_numpy):
+    for watch in (nullcontext, attached):
         decoding, observer = DecodeStep(preset, CPU, 12), Observer()
-        assert decoding.path == "numpy"
         tokens = []
         for _ in range(12):
-            if watch:
-                with watch(observer):
-                    decoding.run(observer)
-            else:
+            with watch(decoding.model, observer, True) if watch is attached else watch():
+                assert decoding.path == "numpy"
                 decoding.run(observer)
             tokens.append(decoding.token.tolist())
         written.append(tokens)
@@ -130,7 +155,7 @@ def test_a_cycle_holds_whole_windows_of_every_compressor():
 def test_every_parameter_has_the_owner_that_the_account_names(name):
     config = ModelConfig.load(name)
     with torch.device("meta"):
-        model = transformer_module.Transformer(config)
+        model = Transformer(config)
     found = dict.fromkeys(MECHANISMS, 0)
     for parameter, owner in owners(model).items():
         found[owner] += parameter.numel()
@@ -170,8 +195,7 @@ PLACES = (  # the first that a node's traceback shows is what made it
     ("in _mtp_loss", "MTP"),
     ("model/engram.py", "Engram"),
     ("model/indexer.py", "indexer"),
-    ("return self._cross_entropy(", "loss and head"),
-    ("lm = self._cross_entropy(", "loss and head"),
+    ("kernels/cross_entropy/", "loss and head"),
     ("kernels/index_loss/", "index loss"),
     ("model/compressor.py", "compressor"),
     ("model/hyper.py", "mHC"),
@@ -240,27 +264,20 @@ def test_attention_is_of_the_layers_kind(ratio, kind, given):
     preset = load_preset("nano", CPU, overrides=[*given, *one], decode_length=40)
     clock = run_attached(TrainingStep(preset, CPU, Path()), Clock(CPU))
     assert {name for _, name in clock.times()} & set(ATTENTIONS.values()) == {kind}
-    decoding = DecodeStep(preset, CPU, 2)
-    for watch in (attached_to_numpy, lambda observer: attached(decoding.model, observer)):
-        with watch(clock):
+    decoding = DecodeStep(preset, CPU, 4)
+    decoding.run(Observer())
+    for in_numpy in (True, False):
+        with attached(decoding.model, clock, in_numpy):
             decoding.run(clock)
         assert {name for _, name in clock.times()} & set(ATTENTIONS.values()) == {kind}
 
 
 def test_everything_is_put_back(step):
-    before = attention_module.attention, decode_module.attention_step, decode_module.CompressorStep.__call__
-    run_attached(step, Observer())
-    with pytest.raises(RuntimeError, match="on the way"), attached_to_numpy(Observer()):
-        assert decode_module.attention_step is not before[1]
+    with pytest.raises(RuntimeError, match="on the way"), attached(step.model, Observer()):
+        assert is_watched() and step.model.layers[0].attn._forward_hooks
         raise RuntimeError("on the way")
-    assert before == (
-        attention_module.attention,
-        decode_module.attention_step,
-        decode_module.CompressorStep.__call__,
-    )
-    for module in step.model.modules():
-        assert not module._forward_hooks and not module._forward_pre_hooks
-        assert not {"recombine", "_mtp_loss", "_cross_entropy"} & vars(module).keys()
+    assert not is_watched()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in step.model.modules())
 
 
 def test_scopes_within_a_mechanism_are_its_own():
@@ -276,9 +293,6 @@ def test_scopes_within_a_mechanism_are_its_own():
     observer.leave()
     observer.leave()
     assert observer.current == "projections"
-    observer.enter("experts")
-    observer.leave("shared expert")
-    assert observer.current == "shared expert"
     observer.leave()
     assert observer.current == REST
 
@@ -325,7 +339,7 @@ def test_decode_parts_are_the_step(given):
     decoding.run(Observer())
 
     def run(clock):
-        with attached_to_numpy(clock):
+        with attached(decoding.model, clock, in_numpy=True):
             decoding.run(clock)
         assert visits(clock, "decode")["norms"] == 2 * decoding.model.config.num_hidden_layers + 1
 
@@ -361,14 +375,14 @@ def kept_of(step):
     known = [*step.model.parameters(), *step.model.buffers(), *vars(step.batch).values()]
     known += [x for state in step.optimizer.state.values() for x in state.values()]
     memory = Memory(known)
-    with attached(step.model, memory), memory.watching():
+    with attached(step.model, memory), memory.counting():
         step.run(memory)
     return memory
 
 
 def test_kept_bytes_of_the_shared_expert_and_the_experts(step):
     step.run(Observer())
-    c, n = step.preset.model, step.preset.tokens
+    c, n = step.recipe.model, step.preset.tokens
     layers, f = c.num_hidden_layers, c.moe_intermediate_size
     memory = kept_of(step)
     assert memory.kept["shared expert"] == layers * 4 * n * 3 * f  # pre-activations and activation
@@ -382,7 +396,7 @@ def test_nothing_that_lives_after_the_forward_pass_is_missed(step):
     """Against autograd's own list of saved tensors."""
     memory = Memory([*step.model.parameters(), *step.model.buffers(), *vars(step.batch).values()])
     sizes = {}
-    with memory.watching(), attached(step.model, memory):
+    with memory.counting(), attached(step.model, memory):
         memory.phase("forward")
         out = step.model(step.batch.ids, targets=step.batch.targets, documents=step.batch.documents)
         memory.phase(None)
@@ -406,7 +420,7 @@ def test_nothing_that_lives_after_the_forward_pass_is_missed(step):
 def test_a_storage_belongs_to_the_first_that_saves_it():
     x = torch.randn(64, requires_grad=True)
     memory = Memory([x])
-    with memory.watching():
+    with memory.counting():
         memory.phase("forward")
         memory.enter("norms")
         y = x.detach() * 2
@@ -460,7 +474,7 @@ def test_products_are_those_of_the_model(step):
     observer = Products(counter)
     with counter:
         run_attached(step, observer)
-    works = limits.training_limits(step.preset.model, limits.document_lengths(step.batch.documents), 4)
+    works = limits.training_limits(step.recipe.model, limits.document_lengths(step.batch.documents), 4)
     formula = flops_of(works)
     for mechanism in ("projections", "shared expert", "compressor", "router"):
         for phase in ("forward", "backward"):
@@ -490,7 +504,7 @@ def test_bytes_by_hand():
 
 
 def test_every_mechanism_has_a_limit(step):
-    works = limits.training_limits(step.preset.model, [96], 4)
+    works = limits.training_limits(step.recipe.model, [96], 4)
     named = {mechanism for _, mechanism in works}
     assert named == IN_TRAINING - {REST}
     assert works["optimizer", "optimizer"] == [Work(0, 32 * step.preset.parameters)]

@@ -1,20 +1,18 @@
 """The mechanisms of the model: what a step's time and memory are divided into.
 
-A module or function stands for a mechanism with everything that it calls, but for those in `observe.OPEN`, whose parts
+A module or op stands for a mechanism with everything that it calls, but for those in `observe.OPEN`, whose parts
 count for themselves. "projections" are attention's linear maps with their norms and rotations, alike in all layers; the
 three attentions are what lies between: scores, softmax and sum. "MTP" is the whole block of the MTP module with its
 loss.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ....model import attention as attention_module
-from ....model import decode
-from ....model import transformer as transformer_module
+from ....model import mtp
 from ....model.attention import Attention
 from ....model.block import Block
 from ....model.compressor import Compressor
@@ -25,6 +23,7 @@ from ....model.kinds import HEAVY, SLIDING, SPARSE
 from ....model.moe import Experts, Gate, MoE, SharedExpert
 from ....model.norm import RMSNorm
 from ....model.transformer import Transformer
+from ..follow import following
 from .observe import MTP, OPEN, OPTIMIZER, REST, Observer
 
 ATTENTIONS = {SLIDING: "sliding attention", SPARSE: "CSA attention", HEAVY: "HCA attention"}
@@ -44,6 +43,13 @@ _MODULES: dict[type, str] = {
     Indexer: "indexer",
     MoE: "router",
     SharedExpert: "shared expert",
+    mtp.MTP: MTP,
+}
+_OPS = {
+    "cross_entropy": "loss and head",
+    "hyper_recombine": "mHC",
+    "index_loss": "index loss",
+    "index_topk": "indexer",
 }
 
 
@@ -65,102 +71,36 @@ def _mechanism(model: Transformer, path: str) -> str | None:
     module, parent = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
     if isinstance(module, RMSNorm) and isinstance(parent, Block | Transformer):
         return "norms"
-    return {"embed": "embedding", "head": "loss and head", "mtp": MTP}.get(path) or _MODULES.get(type(module))
+    return {"embed": "embedding", "head": "loss and head"}.get(path) or _MODULES.get(type(module))
+
+
+class Scopes:
+    """Tells an observer the mechanisms of what begins and ends."""
+
+    def __init__(self, model: Transformer, observer: Observer) -> None:
+        found = ((module, _mechanism(model, path)) for path, module in model.named_modules() if path)
+        self.modules = {module: mechanism for module, mechanism in found if mechanism}
+        self.mechanisms: dict[Any, str] = {**_OPS, **self.modules}
+        self.observer = observer
+
+    def begins(self, what: Any) -> None:
+        if isinstance(what, Attention):
+            self.mechanisms["attention"] = ATTENTIONS[what.kind]
+        if what in self.mechanisms:
+            self.observer.enter(self.mechanisms[what])
+
+    def ends(self, what: Any) -> None:
+        if what in self.mechanisms:
+            self.observer.leave()
 
 
 @contextmanager
-def attached(model: Transformer, observer: Observer) -> Iterator[None]:
-    """Tells the observer, from modules' hooks and replaced functions, what is at work; all is put back at the end."""
-    kind = ""
-
-    def enters_attention(module: Attention, _: Any) -> None:
-        nonlocal kind
-        kind = ATTENTIONS[module.kind]
-
-    with ExitStack() as undo:
-        observer.attach(lambda: owners(model))
-        undo.callback(observer.detach)
-        for path, module in model.named_modules():
-            mechanism = _mechanism(model, path) if path else None
-            if mechanism and not isinstance(module, nn.ModuleList):
-                undo.callback(module.register_forward_pre_hook(_entering(observer, mechanism)).remove)
-                undo.callback(module.register_forward_hook(_leaving(observer), always_call=True).remove)
-            if isinstance(module, Attention):
-                undo.callback(module.register_forward_pre_hook(enters_attention).remove)
-            if isinstance(module, HyperConnection):
-                _replace(undo, module, "recombine", observer, "mHC")
-        _replace(undo, model, "_mtp_loss", observer, MTP)
-        _replace(undo, model, "_cross_entropy", observer, "loss and head")
-        _replace(undo, attention_module, "attention", observer, lambda: kind)
-        _replace(undo, attention_module, "index_topk", observer, "indexer")
-        _replace(undo, attention_module, "index_loss", observer, "index loss")
-        _replace(undo, transformer_module, "exact_linear", observer, "loss and head")
-        yield
-
-
-@contextmanager
-def attached_to_numpy(observer: Observer) -> Iterator[None]:
-    """The same for `model.decode`, which runs one token in numpy and calls no module."""
-    kind = ""
-
-    def which_attention(step: Any, *_: Any) -> None:
-        nonlocal kind
-        kind = "HCA attention" if step.compressor else "sliding attention"
-        kind = "CSA attention" if step.indexer else kind
-
-    with ExitStack() as undo:
-        observer.attach(dict)
-        undo.callback(observer.detach)
-        _replace(undo, decode.CompressorStep, "__call__", observer, "compressor")
-        _replace(undo, decode.IndexerStep, "__call__", observer, "indexer")
-        _replace(undo, decode.AttentionStep, "__call__", observer, "projections", first=which_attention)
-        _replace(undo, decode.MoEStep, "__call__", observer, "router")
-        _replace(undo, decode, "attention_step", observer, lambda: kind)
-        _replace(undo, decode, "moe_experts_step", observer, "experts", then="shared expert")
-        _replace(undo, decode, "rms_norm_step", observer, "norms", only_in=REST)
-        _replace(undo, decode, "memory", observer, "Engram")
-        for name in ("hyper_step", "hyper_recombine_step", "hyper_head_step"):
-            _replace(undo, decode, name, observer, "mHC")
-        _replace(undo, transformer_module, "exact_linear", observer, "loss and head")
-        yield
-
-
-def _entering(observer: Observer, mechanism: str) -> Callable[..., None]:
-    return lambda *_: observer.enter(mechanism)
-
-
-def _leaving(observer: Observer) -> Callable[..., None]:
-    return lambda *_: observer.leave()
-
-
-def _replace(
-    undo: ExitStack,
-    holder: Any,
-    name: str,
-    observer: Observer,
-    mechanism: str | Callable[[], str],
-    *,
-    first: Callable[..., None] | None = None,
-    then: str = "",
-    only_in: str = "",
-) -> None:
-    """The function `name` of a module, class or object, counted for a mechanism until `undo` is closed.
-
-    first: called with its arguments before; then: what the caller goes on with afterwards; only_in: within any other
-    mechanism it belongs to that one.
-    """
-    function, own = getattr(holder, name), name in vars(holder)
-
-    def counted(*args: Any, **options: Any) -> Any:
-        if only_in and observer.current != only_in:
-            return function(*args, **options)
-        if first:
-            first(*args)
-        observer.enter(mechanism if isinstance(mechanism, str) else mechanism())
-        try:
-            return function(*args, **options)
-        finally:
-            observer.leave(then)
-
-    setattr(holder, name, counted)
-    undo.callback(setattr, holder, name, function) if own else undo.callback(delattr, holder, name)
+def attached(model: Transformer, observer: Observer, in_numpy: bool = False) -> Iterator[None]:
+    """Tells the observer what is at work; `in_numpy` leaves alone the modules, which must have no hooks then."""
+    scopes = Scopes(model, observer)
+    observer.attach(lambda: owners(model))
+    try:
+        with following(scopes, () if in_numpy else scopes.modules):
+            yield
+    finally:
+        observer.detach()

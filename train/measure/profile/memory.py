@@ -19,7 +19,7 @@ from .observe import Observer
 
 
 class Memory(Observer):
-    """Bytes of all tensors that operators return while `watching`; those of `known` tensors are not counted.
+    """Bytes of all tensors that operators return while `counting`; those of `known` tensors are not counted.
 
     What one operator needs within itself is not seen. kept: by mechanism, at the end of the forward pass; peak: the
     most in the step, and `peak_at` the phase and mechanism at work then.
@@ -36,7 +36,8 @@ class Memory(Observer):
         self.kept: dict[str, int] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def counting(self) -> Iterator[None]:
+        """Around a step."""
         with _Storages(self), torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor):
             yield
 

@@ -5,21 +5,24 @@ backward pass, which mechanism a node belongs to; a node that accumulates a grad
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...run.observe import Blind
+
 REST, OPTIMIZER, MTP = "rest", "optimizer", "MTP"
 OPEN = ("projections", "router", REST)  # contain parts of other mechanisms
 
 
-class Observer:
+class Observer(Blind):
     """Follows phases and mechanisms; subclasses are told of every change (`changed`) or of single nodes.
 
-    Not attached to a model, it sees phases alone, each all `REST` (or `OPTIMIZER`).
+    A training step tells it its phases itself (`Blind`). Not attached to a model, it sees little else.
     """
 
     def __init__(self) -> None:
@@ -48,6 +51,19 @@ class Observer:
             self.borders, self.beyond = [0], [REST]
         self.changed()
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self.phase("forward")
+        yield
+        self.phase(None)
+
+    def backward(self, loss: Tensor) -> None:
+        self.follow(loss)
+        self.phase("backward")
+
+    def gradients(self) -> None:
+        self.phase(OPTIMIZER)
+
     def enter(self, mechanism: str) -> None:
         """In the backward pass this is a part that is worked out again, whatever node asked for it."""
         before = self.current
@@ -55,12 +71,9 @@ class Observer:
         self.stack.append(mechanism if before in OPEN or again else before)
         self._moved(before)
 
-    def leave(self, then: str = "") -> None:
-        """Ends the innermost scope; the one around it goes on as `then`, if given."""
-        before = self.stack.pop()
-        if then and self.current in OPEN:
-            self.stack[-1] = then
-        self._moved(before)
+    def leave(self) -> None:
+        """Ends the innermost scope."""
+        self._moved(self.stack.pop())
 
     def _moved(self, before: str) -> None:
         if self.current == before:

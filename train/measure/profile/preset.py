@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from ....model.accounting import account
 from ....model.config import ModelConfig, read_recipe
 from ...recipe import Recipe, apply
-from ...settings import DataConfig, OptimConfig, TrainConfig
+from ...run.schedule import Phase, Schedule
 from ..roofline import DTYPES
 
 STATE = 16  # bytes of a parameter in training: float32 weight, gradient and two moments
@@ -19,24 +19,34 @@ STATE = 16  # bytes of a parameter in training: float32 weight, gradient and two
 
 @dataclass(frozen=True)
 class Preset:
-    name: str
-    model: ModelConfig
-    data: DataConfig
-    optim: OptimConfig
-    train: TrainConfig
+    recipe: Recipe
     dtype: str
     decode_length: int
     decode_batch: int
     reads_text: bool  # a recipe, whose text is profiled; otherwise random tokens are
 
     @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def phase(self) -> Phase:
+        """Of the training step: the recipe's first."""
+        return Schedule(self.recipe).phase(0)
+
+    @property
     def tokens(self) -> int:
         """Of a training step."""
-        return self.data.batch_size * self.data.sequence_length
+        return len(self.phase.rows) * self.phase.length
 
     @property
     def parameters(self) -> int:
-        return account(self.model).trainable
+        return account(self.recipe.model).trainable
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "recipe"}
+        return self.recipe.to_dict() | own | {"parameters": self.parameters}
 
 
 def load_preset(
@@ -68,22 +78,26 @@ def load_preset(
         raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     values = apply(read_recipe(name), overrides)
     reads_text = Path(name).suffix == ".toml" or len(read_recipe(name)) > 1
-    if reads_text:
-        recipe = Recipe.from_dict({"name": Path(name).stem, **values})
-        model, data, optim, train = recipe.model, recipe.data, recipe.optim, recipe.train
-    else:
-        model = ModelConfig.from_dict(values["model"])
-        kind = "bfloat16" if device.type == "cuda" else "float32"
-        data = DataConfig(**{"sequence_length": 4096, "batch_size": 1} | values.get("data", {}))
-        optim, train = OptimConfig(**values.get("optim", {})), TrainConfig(**{"dtype": kind} | values.get("train", {}))
-    model = cut(model, layers, experts)
-    data = replace(data, sequence_length=tokens or data.sequence_length, batch_size=batch or data.batch_size)
-    longest = model.max_position_embeddings
+    if not reads_text:  # nor is the tokenizer read, which is the configuration's own
+        values["data"] = {"sequence_length": 4096, "batch_size": 1, "tokenizer": name} | values.get("data", {})
+        values["train"] = {"dtype": "bfloat16" if device.type == "cuda" else "float32"} | values.get("train", {})
+    recipe = Recipe.from_dict(values | {"name": Path(name).stem})
+    recipe = _resized(replace(recipe, model=cut(recipe.model, layers, experts)), tokens, batch)
+    longest = recipe.model.max_position_embeddings
     length = min(1024, longest // 2) if decode_length is None else decode_length
-    for option, value in (("tokens", data.sequence_length), ("decode_length", length)):
+    preset = Preset(recipe, dtype or recipe.train.dtype, length, decode_batch, reads_text)
+    for option, value in (("tokens", preset.phase.length), ("decode_length", length)):
         if value > longest:
             raise ValueError(f"{option}={value}: {name} allows max_position_embeddings={longest}")
-    return Preset(Path(name).stem, model, data, optim, train, dtype or train.dtype, length, decode_batch, reads_text)
+    return preset
+
+
+def _resized(recipe: Recipe, tokens: int | None, batch: int | None) -> Recipe:
+    """The recipe with rows of so many tokens and batches of so many rows, in all its stages; None: its own."""
+    size = {"sequence_length": tokens, "batch_size": batch}
+    given = {name: value for name, value in size.items() if value is not None}
+    stages = tuple(replace(stage, **given) for stage in recipe.stages)
+    return replace(recipe, data=replace(recipe.data, **given), stages=stages)
 
 
 def cut(config: ModelConfig, layers: int | None, experts: int | None) -> ModelConfig:

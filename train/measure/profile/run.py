@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..roofline import Peak, datasheet
 from . import report, trace
 from .clock import Clock, Times, typical
 from .limits import decode_limits, document_lengths, training_limits
-from .mechanisms import attached, attached_to_numpy, owners
+from .mechanisms import attached, owners
 from .memory import Memory
 from .observe import Observer
 from .preset import Preset, check_fits, load_preset
@@ -77,7 +77,7 @@ def describe(preset: Preset, device: torch.device, repeats: int) -> dict[str, An
     machine = provenance.machine(device)
     peak = datasheet(machine["name"], preset.dtype) or measured_peak(device, getattr(torch, preset.dtype))
     return {
-        "preset": asdict(preset) | {"model": preset.model.to_dict(), "parameters": preset.parameters},
+        "preset": preset.to_dict(),
         "repeats": repeats,
         "provenance": {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -96,7 +96,7 @@ def profile_training(
     say = _Progress("training step")
     say("model and batch")
     step = TrainingStep(preset, device, folder)
-    plain, parts = _turns(step.run, lambda clock: attached(step.model, clock), 1, repeats, device, say)
+    plain, parts = _turns(step.run, partial(attached, step.model), 1, repeats, device, say)
     say("memory")
     memory = _memory(step, device)
     say("trace")
@@ -104,7 +104,8 @@ def profile_training(
     ranges = trace.Ranges()
     with attached(step.model, ranges):
         kernels = trace.record(lambda: step.run(ranges), device, path)
-    works = training_limits(preset.model, document_lengths(step.batch.documents), getattr(torch, preset.dtype).itemsize)
+    documents, size = document_lengths(step.batch.documents), getattr(torch, preset.dtype).itemsize
+    works = training_limits(preset.recipe.model, documents, size)
     rows = report.mechanism_rows("training", parts, works, peak)
     for name, row in rows.items():
         row |= dict.fromkeys(BYTES, 0) | memory["mechanisms"].get(name, {})
@@ -112,10 +113,10 @@ def profile_training(
         report.add_kernels(rows, kernels)
     say("")
     return {
-        "rows": preset.data.batch_size,
-        "tokens": preset.data.sequence_length,
-        "text": preset.data.source if preset.reads_text else "random tokens",
-        "documents": len(document_lengths(step.batch.documents)),
+        "rows": len(preset.phase.rows),
+        "tokens": preset.phase.length,
+        "text": preset.recipe.data.source if preset.reads_text else "random tokens",
+        "documents": len(documents),
         "plain_ms": report.by_phase(plain),
         "parts_ms": report.by_phase(parts),
         "mechanisms": rows,
@@ -130,11 +131,11 @@ def profile_decode(
     gc.collect()
     say = _Progress("decode step")
     say(f"reading {preset.decode_length:,} tokens")
-    tokens = cycle(preset.model)
+    tokens = cycle(preset.recipe.model)
     turns = max(2, repeats * DECODED // tokens)
     step = DecodeStep(preset, device, tokens * (2 * turns + 2 * WARM) + 1)
     path = step.path
-    watch = attached_to_numpy if path == "numpy" else lambda observer: attached(step.model, observer)
+    watch = partial(attached, step.model, in_numpy=path == "numpy")
     plain, parts = _turns(step.run, watch, tokens, turns, device, say)
     say("trace")
     trace_path = folder / "trace-decode.json"
@@ -142,7 +143,7 @@ def profile_decode(
     with watch(ranges):
         kernels = trace.record(lambda: step.run(ranges), device, trace_path)
     size = getattr(torch, preset.dtype).itemsize
-    works = decode_limits(preset.model, preset.decode_batch, preset.decode_length, size)
+    works = decode_limits(preset.recipe.model, preset.decode_batch, preset.decode_length, size)
     rows = report.mechanism_rows("decode", parts, works, peak)
     if device.type == "cuda":
         report.add_kernels(rows, kernels)
@@ -195,7 +196,7 @@ def _memory(step: TrainingStep, device: torch.device) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(device)
         step.run(Observer())
     allocator = memory_of(device)
-    with attached(step.model, memory), memory.watching():
+    with attached(step.model, memory), memory.counting():
         step.run(memory)
     for name, kept in memory.kept.items():
         mechanisms.setdefault(name, {})["kept"] = kept

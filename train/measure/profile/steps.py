@@ -2,67 +2,53 @@
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from ....model import Transformer
-from ....model import transformer as transformer_module
 from ....model.config import ModelConfig
+from ....model.decode import decoder
 from ....model.generation.prefill import prefill
-from ...data.corpus import load_corpus
-from ...data.rows import Batch, train_batch
-from ...optim import build_optimizer, set_learning_rate
-from ...recipe import Recipe
-from ...run.schedule import learning_rate
+from ...data.rows import Batch
+from ...optim import build_optimizer
+from ...run.step import Stepper
 from ...run.tables import Tables, named_tables, places
-from .observe import OPTIMIZER, Observer
+from ...start import open_source
+from .observe import Observer
 from .preset import Preset
 
 
 class TrainingStep:
-    """Forward, backward, clipping, AdamW and the router's bias, again and again on one batch, from new weights."""
+    """The first step of a recipe's training, again and again, from new weights."""
 
     def __init__(self, preset: Preset, device: torch.device, folder: Path) -> None:
         """folder: of Engram tables that are mapped to a file."""
-        self.preset, self.device, self.number = preset, device, 0
-        self.dtype = getattr(torch, preset.dtype)
-        self.host_batch = make_batch(preset)
-        self.batch = self.host_batch.to(device)
-        torch.manual_seed(preset.train.seed)
-        with places(cast(Recipe, preset), folder):
-            self.model = Transformer(preset.model).to(device)
-        self.model.recompute = preset.train.recompute
-        self.optimizer = build_optimizer(self.model, preset.optim)
+        self.preset, self.recipe, self.number = preset, preset.recipe, 0
+        self.phase, self.batch = preset.phase, make_batch(preset)
+        torch.manual_seed(self.recipe.train.seed)
+        with places(self.recipe, folder):
+            self.model = Transformer(self.recipe.model).to(device)
+        self.model.recompute = self.recipe.train.recompute
+        self.optimizer = build_optimizer(self.model, self.recipe.optim)
         self.tables = Tables(self.model)
-        set_learning_rate(self.optimizer, learning_rate(0, preset.train.steps, preset.optim))
+        self.stepper = Stepper(self.model, self.optimizer, self.recipe, device)
+        self.stepper.dtype = getattr(torch, preset.dtype)
 
     def run(self, observer: Observer) -> dict[str, float]:
         """One step; returns its losses. The weights move: in time and memory a step is like the one before."""
-        batch, model = self.batch, self.model.train()
         observer.phase("forward")
         if self.tables.tables:
             observer.enter("Engram")
-            self.tables.begin(self.number, lambda _: self.host_batch)
+            self.tables.begin(self.number, lambda _: self.batch)
             observer.leave()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = model(batch.ids, targets=batch.targets, documents=batch.documents)
-        losses = {"loss": out.loss.item(), **{name: part.item() for name, part in out.losses.items()}}
-        observer.phase(None)
-        observer.follow(out.loss)
-        observer.phase("backward")
-        out.loss.backward()
-        observer.phase(OPTIMIZER)
-        clip_grad_norm_(model.parameters(), self.preset.optim.grad_clip or math.inf).item()
-        self.optimizer.step()
+        done = self.stepper.gradients(self.phase, self.batch, look=observer)
+        self.stepper.update(self.phase, observer)
         self.tables.end()
-        self.optimizer.zero_grad()
-        model.update_router_bias(self.preset.model.router_bias_update_speed)
         observer.phase(None)
         self.number += 1
-        return losses
+        return done.losses
 
     def bytes_by_owner(self, owner: dict[Tensor, str]) -> dict[str, dict[str, int]]:
         """Bytes of parameters, gradients and optimizer states by mechanism; gradients are of the parameters' size.
@@ -90,9 +76,9 @@ class DecodeStep:
 
     def __init__(self, preset: Preset, device: torch.device, tokens: int) -> None:
         """tokens: how many will be decoded in all. Reads `preset.decode_length` random tokens first."""
-        self.device, config = device, preset.model
-        self.model = new_model(config, getattr(torch, preset.dtype), device, preset.train.seed)
-        generator = torch.Generator().manual_seed(preset.train.seed)
+        config, seed = preset.recipe.model, preset.recipe.train.seed
+        self.model = new_model(config, getattr(torch, preset.dtype), device, seed)
+        generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(config.vocab_size, (preset.decode_batch, preset.decode_length + 1), generator=generator)
         ids = ids.to(device)
         self.cache = self.model.new_cache(preset.decode_batch, preset.decode_length + tokens)
@@ -103,13 +89,16 @@ class DecodeStep:
     def path(self) -> str:
         """ "numpy" where the model decodes in `model.decode`, "torch" where its modules run."""
         step = self.cache.begin(self.model.config, self.token, None)
-        numpy = self.cache.dtype == torch.float32 and transformer_module.decoder(self.model, step)
-        return "numpy" if numpy else "torch"
+        return "numpy" if self.cache.dtype == torch.float32 and decoder(self.model, step) else "torch"
 
     @torch.no_grad()
     def run(self, observer: Observer) -> None:
         observer.phase("decode")
-        self.token = self.model(self.token, cache=self.cache).logits[:, -1].argmax(-1, keepdim=True)
+        out = self.model(self.token, cache=self.cache)
+        observer.enter("loss and head")
+        logits = out.logits
+        observer.leave()
+        self.token = logits[:, -1].argmax(-1, keepdim=True)
         observer.phase(None)
 
 
@@ -131,12 +120,11 @@ def new_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, see
 
 def make_batch(preset: Preset) -> Batch:
     """The first batch of a recipe's training; of a released configuration, random tokens of one document each."""
-    length, rows = preset.data.sequence_length, preset.data.batch_size
+    phase, recipe = preset.phase, preset.recipe
     if preset.reads_text:
-        corpus = load_corpus(preset.data.source, preset.data.held_out_fraction)
-        return train_batch(corpus, length, rows, preset.train.seed, 0)
-    generator = torch.Generator().manual_seed(preset.train.seed)
-    ids = torch.randint(preset.model.vocab_size, (rows, length + 1), generator=generator)
+        return open_source(recipe).batch(phase.rows, phase.length, phase.stage)
+    generator = torch.Generator().manual_seed(recipe.train.seed)
+    ids = torch.randint(recipe.model.vocab_size, (len(phase.rows), phase.length + 1), generator=generator)
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]))
 
 

@@ -41,9 +41,9 @@ class Ranges(Observer):
         super().enter(mechanism)
         self._begin(self.current)
 
-    def leave(self, then: str = "") -> None:
+    def leave(self) -> None:
         self._end()
-        super().leave(then)
+        super().leave()
 
     def watch(self, node: Any, mechanism: str) -> None:
         node.register_prehook(lambda _: self._begin(mechanism))
