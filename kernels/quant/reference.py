@@ -23,7 +23,7 @@ Block = int | tuple[int, int]
 @torch.no_grad()
 def quantize(x: Tensor, format: str, *, block: Block) -> tuple[Tensor, Tensor]:
     """`scale = 2^ceil(log2(max(amax, floor) / top))`, `code = nearest(x / scale)`, ties to the even code."""
-    x, values = x.double(), x.new_tensor(VALUES[format], dtype=torch.float64)
+    x, values = x.double().contiguous(), x.new_tensor(VALUES[format], dtype=torch.float64)
     amax = _largest(x.abs(), block).clamp_min(FLOORS[format])
     scales = torch.searchsorted(x.new_tensor(SCALES) * values[-1], amax).to(torch.uint8).view(torch.float8_e8m0fnu)
     scaled = x / _each(scales.double(), block, x.shape)
