@@ -19,7 +19,7 @@ b batch rows · t new tokens · k rows kept · p entries
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,15 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .kinds import SPARSE
 from .layout import Entries, Layout
 from .storage import Coded, CodedStep, Format, formats
 
 SLACK = 32  # rows that a tail can grow before it moves to a new buffer
+
+
+class Undo(Exception):
+    """Ends a block of `Cache.appending` whose tokens are to be forgotten."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class CompressorCache:
         format: Format | None,
         like: Tensor,
     ) -> None:
-        ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == "compressed_sparse_attention"
+        ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == SPARSE
         self.ratio = ratio
         channels = 2 * (2 if overlap else 1) * width
         exact = like.new_zeros(0, dtype=torch.float32)
@@ -208,7 +213,7 @@ class LayerCache:
         self.compressor = self.indexer = self.ids = self.conv = None
         if config.compress_ratio(layer):
             self.compressor = CompressorCache(config, layer, c, batch, max_length, rewind, entry, like)
-        if config.layer_kind(layer) == "compressed_sparse_attention":
+        if config.layer_kind(layer) == SPARSE:
             self.indexer = CompressorCache(config, layer, config.index_head_dim, batch, max_length, rewind, key, like)
         memory = config.engram
         if memory and layer in memory.layers:
@@ -226,6 +231,17 @@ class LayerCache:
         stores = [c.store for c in (self.compressor, self.indexer) if c]
         holders: list[Tail | Store] = [*self.tails(), *stores]
         return [(holder, holder.rows) for holder in holders]
+
+    def appended(self, step: Step) -> list[Tensor]:
+        """Copies of the rows that a step, `even`, has put in and that later tokens read, as they are read."""
+        tails = self.tails()
+        parts: list[tuple[Tail | Store, slice]] = [(x, slice(x.end - min(step.columns, x.hold), x.end)) for x in tails]
+        for part in (self.compressor, self.indexer):
+            if part is not None:
+                first, last = step.past[0] // part.ratio, (step.past[0] + step.columns) // part.ratio
+                parts.append((part.store, slice(first, last)))
+        rows = [(holder, holder.rows[:, which].clone()) for holder, which in parts]
+        return [x.format.decode(new) if isinstance(x, CodedTail | CodedStore) else new for x, new in rows]
 
 
 class Cache:
@@ -302,8 +318,8 @@ class Cache:
 
     @contextmanager
     def appending(self, step: Step) -> Iterator[None]:
-        """Takes the step's tokens in, which the layers append meanwhile."""
-        with self._all_or_nothing():
+        """Takes the step's tokens in, which the layers append meanwhile. `Undo` forgets them and goes no further."""
+        with suppress(Undo), self._all_or_nothing():
             yield
             self._lengths = [past + n for past, n in zip(step.past, step.new)]
             self._furthest = [max(pair) for pair in zip(self._furthest, self._lengths)]

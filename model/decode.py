@@ -4,9 +4,17 @@ A token is a hundred small products per layer, and what they cost is their calls
 torch's. `Transformer` takes this path by itself where it applies (`decoder`); it computes what `Block` computes, reads
 the same parameters where they lie, and writes to the same cache.
 
+The layers stand here a second time, so that an edit of theirs must be made here too. Whether it has been is looked at,
+not believed (`decode`): tokens that do something for the first time are computed by the modules as well, on the same
+cache. Where they differ by more than rounding, the modules' result is taken, and from then on the modules.
+
 n streams · d width · h heads · c head dim · m compression ratio · g output groups · r their rank
 """
 
+import math
+import os
+import warnings
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,11 +32,12 @@ from ..kernels.pool.step import pool_step
 from ..kernels.watch import is_watched, told
 from .attention import Attention
 from .block import Block
-from .cache import CompressorCache, LayerCache, Step, continue_layout
+from .cache import Cache, CompressorCache, LayerCache, Step, Undo, continue_layout
 from .compressor import Compressor
 from .engram import Engram
 from .hyper import HyperConnection, HyperHead
 from .indexer import Indexer
+from .kinds import SPARSE
 from .moe import Experts, Gate, MoE, SharedExpert
 from .mtp import MTP
 from .norm import RMSNorm
@@ -37,10 +46,20 @@ from .storage import CodedStep
 from .tables import RowTable, Table
 
 EVERY = slice(None)
+TOLERANCE = 1e-4  # of a tensor's largest value; rounding in float32 is 3e-6 at most in models of 5 and 6 layers
+SMALLEST = 1e-12  # largest value that counts as one
+CHANCES = 3  # differences in a row that make a verdict where near ties may fall either way: picks, stored codes
 MOST = 2  # tokens of a call up to which one after the other is faster than torch with all at once
 PLAIN = (
     *(Attention, Block, Compressor, Engram, HyperConnection, HyperHead, Indexer, Experts, Gate, MoE, SharedExpert, MTP),
     *(RMSNorm, RowTable, Table, nn.Linear, nn.Embedding, nn.ModuleList),
+)
+Pass = tuple[Tensor, Tensor]  # hidden states [1, t, d] and streams [1, t, n, d]
+DIFFERS = (
+    "decoding in numpy (model/decode.py) and the model's modules differ by {apart:.1e} of the largest value at "
+    "position {position}: one has been edited and the other has not. From now on this model decodes by its modules. "
+    "Carry the edit over to model/decode.py or kernels/*/step.py, or set model.fast_decode = False or "
+    "ABYSSAL_FAST_DECODE=0."
 )
 FORWARD = {kind: kind.forward for kind in PLAIN}
 
@@ -116,7 +135,7 @@ class AttentionStep:
         self.wo_b, self.sink = view(module.wo_b.weight), view(module.attn_sink)[:, None]
         self.attend = told(attention_step, "attention")
         self.compressor = told(CompressorStep(module.compressor), module.compressor) if module.ratio else None
-        sparse = module.kind == "compressed_sparse_attention"
+        sparse = module.kind == SPARSE
         self.indexer = told(IndexerStep(module.indexer, c.index_topk), module.indexer) if sparse else None
 
     def __call__(self, x: np.ndarray, turns: Turns, cache: LayerCache) -> np.ndarray:
@@ -197,7 +216,7 @@ class Decoder:
         self.head, self.norm, self.eps = site(model.hc_head), view(model.norm.weight), model.norm.eps
         self.collapse, self.norm_head = told(hyper_head_step, model.hc_head), told(rms_norm_step, model.norm)
 
-    def __call__(self, tokens: list[int], past: int, caches: list[LayerCache]) -> tuple[Tensor, Tensor]:
+    def __call__(self, tokens: list[int], past: int, caches: list[LayerCache]) -> Pass:
         """Hidden states [1, t, d] and streams [1, t, n, d] of the tokens, which are appended to the caches."""
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             found = [self._token(token, past + i, caches) for i, token in enumerate(tokens)]
@@ -225,7 +244,7 @@ class Made:
             and all(map(is_plain_tensor, model.parameters()))
             and not any(isinstance(m, nn.Linear) and m.bias is not None for m in self.modules)
         )
-        self.decoders: dict[bool, Decoder] = {}  # one whose parts are `told`, for when somebody watches, and a plain one
+        self.decoders: dict[bool, Decoder] = {}  # whether its parts are `told`, for when somebody watches
 
     def holds(self) -> bool:
         """Whether every module is still the one it was, and its tensors lie where they lay."""
@@ -250,16 +269,91 @@ class Made:
         return [x.data_ptr() for tensors in self.holders for x in tensors.values() if x is not None]
 
 
+class Trust:
+    """What a model's decoder has been seen to do as the modules do."""
+
+    def __init__(self) -> None:
+        self.proven: set[tuple[Any, ...]] = set()
+        self.doubts = 0
+        self.lost = False
+
+    def judge(self, apart: float, step: Step, chances: int) -> bool:
+        """Whether both agree; at the last of the `chances` to do so in a row, the verdict."""
+        self.doubts = self.doubts + 1 if apart > TOLERANCE else 0
+        if self.doubts >= chances and not self.lost:
+            self.lost = True
+            warnings.warn(DIFFERS.format(apart=apart, position=step.past[0]), RuntimeWarning, stacklevel=8)
+        return not self.doubts
+
+
 _made: WeakKeyDictionary[nn.Module, Made] = WeakKeyDictionary()
+_trust: WeakKeyDictionary[nn.Module, Trust] = WeakKeyDictionary()
+
+
+def decode(model: nn.Module, ids: Tensor, step: Step, cache: Cache, in_torch: Callable[[], Pass]) -> Pass | None:
+    """A step in numpy, appended to the cache; None, and the cache as it was, where the modules are to compute it.
+
+    in_torch: computes the step by the modules, which append to the layers' caches.
+    """
+    layers = decoder(model, step) if cache.dtype == torch.float32 else None
+    if layers is None:
+        return None
+    trust, doings = _trust.setdefault(model, Trust()), what_it_does(model.config, step, cache.storage)
+    want: list[Tensor] = []
+    if not doings <= trust.proven and not is_watched():
+        with cache.appending(step):
+            want = [*in_torch(), *written(cache, step)]
+            raise Undo
+    found = None
+    with cache.appending(step):
+        found = layers(ids[0].tolist(), step.past[0], cache.layers)
+        if want:
+            apart = max(map(difference, [*found, *written(cache, step)], want))
+            near_ties = cache.storage != "exact" or any("choice" in doing for doing in doings)
+            if not trust.judge(apart, step, CHANCES if near_ties else 1):
+                found = None
+                raise Undo
+            trust.proven |= doings
+    return found
+
+
+def what_it_does(config: Any, step: Step, storage: str) -> set[tuple[Any, ...]]:
+    """What a step makes the layers do that not every step does: positions twice as far, a ratio's first entry or one
+    with a window before it, a choice among entries.
+    """
+    before, after = step.past[0], step.past[0] + step.columns
+    doings: set[tuple[Any, ...]] = {(storage, "position", after.bit_length())}
+    for ratio in {*config.compress_ratios} - {0}:
+        if after // ratio > before // ratio:
+            doings.add((storage, "entry", ratio, after // ratio > 1))
+        if after // ratio > config.index_topk:
+            doings.add((storage, "choice", ratio))
+    return doings
+
+
+def written(cache: Cache, step: Step) -> list[Tensor]:
+    return [rows for layer in cache.layers for rows in layer.appended(step)]
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b| / max |b|; what is not finite equals itself alone."""
+    if a.shape != b.shape:
+        return math.inf
+    apart = (a - b).abs().masked_fill((a == b) | (a.isnan() & b.isnan()), 0).nan_to_num(math.inf)
+    return float(apart.max() / b.abs().nan_to_num(0, 0, 0).max().clamp_min(SMALLEST)) if a.numel() else 0.0
 
 
 def decoder(model: nn.Module, step: Step) -> Decoder | None:
     """The decoder for a call, if it is one of few tokens of one sequence, and the model is plain float32 on a CPU that
-    rounds nothing (`quantization_aware`).
+    rounds nothing (`quantization_aware`), wants it (`fast_decode`) and has not been caught.
     """
     if len(step.past) > 1 or not 1 <= step.columns <= MOST or not step.even:
         return None
+    if not model.fast_decode or os.environ.get("ABYSSAL_FAST_DECODE") == "0":
+        return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    if model in _trust and _trust[model].lost:
         return None
     made = _made.get(model)
     if made is None or not made.holds():

@@ -19,9 +19,9 @@ from ..kernels import cross_entropy
 from ..kernels.watch import told
 from .attention import STAGES
 from .block import Block, Signals
-from .cache import Cache, continue_layout
+from .cache import Cache, Step, continue_layout
 from .config import ModelConfig
-from .decode import decoder
+from .decode import decode
 from .hyper import HyperHead, spread
 from .layout import Layout, make_layout
 from .losses import IGNORED, LossShares, has_next, next_targets
@@ -55,12 +55,15 @@ class Transformer(nn.Module):
     `recompute` layers at a time are worked out again in the backward pass, to save memory (`recompute.py`); 0 = none.
     `attention_stage` says what CSA layers read (V4 4.2.2, V3.2 2.1): "sparse", the default, the indexer's picks;
     "dense", all visible entries, without the indexer; "warmup", all visible entries, from which the indexer learns.
+    `fast_decode` lets one token at a time on a CPU run in numpy where that computes the same (`decode.py`); it and the
+    environment variable `ABYSSAL_FAST_DECODE=0` turn it off.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = 0
+        self.fast_decode = True
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.hc_head = HyperHead(config)
@@ -200,23 +203,33 @@ class Transformer(nn.Module):
         return Output(hidden, self.head.weight)
 
     @torch.no_grad()
-    def _append(self, ids, cache: Cache, lengths, targets, documents, logits_to_keep) -> Output:
+    def _append(
+        self,
+        ids: Tensor,
+        cache: Cache,
+        lengths: Tensor | Sequence[int] | None,
+        targets: Tensor | None,
+        documents: Tensor | None,
+        logits_to_keep: int,
+    ) -> Output:
         for name, value in (("targets", targets), ("documents", documents)):
             if value is not None:
                 raise ValueError(f"{name} cannot be given together with a cache")
         step = cache.begin(self.config, ids, lengths)
-        few = decoder(self, step) if cache.dtype == torch.float32 else None
-        if few is not None:
+        found = decode(self, ids, step, cache, lambda: self._continue(ids, step, cache, 0))
+        if found is None:
             with cache.appending(step):
-                hidden, streams = few(ids[0].tolist(), step.past[0], cache.layers)
-            return Output(hidden[:, -logits_to_keep:], self.head.weight, streams=streams)
+                found = self._continue(ids, step, cache, logits_to_keep)
+        hidden, streams = found
+        return Output(hidden[:, -logits_to_keep:], self.head.weight, streams=streams)  # -0 keeps all
+
+    def _continue(self, ids: Tensor, step: Step, cache: Cache, logits_to_keep: int) -> tuple[Tensor, Tensor]:
+        """Hidden states of the last tokens and streams of all, by the modules, which append to the layers' caches."""
         layout = continue_layout(step, ids.device)
         streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
-        with cache.appending(step):
-            for block, state in zip(self.layers, cache.layers):
-                streams, _ = block(streams, ids, layout, cache=state)
-        kept = streams[:, -logits_to_keep:]  # -0 keeps all
-        return Output(self.norm(self.hc_head(kept)), self.head.weight, streams=streams)
+        for block, state in zip(self.layers, cache.layers):
+            streams, _ = block(streams, ids, layout, cache=state)
+        return self.norm(self.hc_head(streams[:, -logits_to_keep:])), streams
 
     @torch.no_grad()
     def update_router_bias(self, speed: float | None = None) -> None:

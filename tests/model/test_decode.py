@@ -6,7 +6,12 @@ The oracle is the model's forward pass without a cache, or the same calls with t
 import contextlib
 import copy
 import gc
+import importlib
+import shutil
+import sys
+import types
 import weakref
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -14,7 +19,8 @@ import torch
 from lively import draw_ids, lively
 from torch import nn
 
-from abyssal.model import decode
+from abyssal.kernels.watch import watched
+from abyssal.model import Transformer, decode
 from abyssal.model.cache import Step
 from abyssal.model.moe import Gate
 from abyssal.model.norm import RMSNorm
@@ -490,6 +496,166 @@ def test_batches_and_padding_run_in_torch(nano, taken):
     cache = nano.new_cache(1, 20)
     assert_close(nano(ids[:1, :2], cache=cache, lengths=[2]).logits, full[:1, :2])
     assert taken == [2]
+
+
+# an edit in one of the two that compute a token
+
+EDITS = {
+    "router": ("moe.py", "logits = exact_linear(x, self.weight)", "logits = exact_linear(x, self.weight).tanh()"),
+    "scale": ("attention.py", "self.config.head_dim**-0.5", "0.5 * self.config.head_dim**-0.5"),
+    "output": ("attention.py", "rope(out, turn, inverse=True)", "out"),
+    "pooling": ("compressor.py", "k, z, self.ape, ratio", "k, 0 * z, self.ape, ratio"),
+    "entry": ("compressor.py", "self.norm(pooled.to(dtype))", "pooled.to(dtype)"),
+    "index keys": (
+        "indexer.py",
+        "keys = self.compressor(x, layout, cache)",
+        "keys = self.compressor(x.abs(), layout, cache)",
+    ),
+    "index scores": ("indexer.py", "weights = self.weights_proj(x)", "weights = -self.weights_proj(x)"),
+    "streams": ("hyper.py", "coefficients.post, coefficients.comb)", "coefficients.post, coefficients.comb.mT)"),
+    "step": ("decode.py", "out += self.shared(", "out -= self.shared("),
+}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A folder from which packages of edited modules can be imported."""
+    folder = tmp_path_factory.mktemp("edited")
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+def edited(house, name):
+    """The class `Transformer` of a copy of the source with an edit in it."""
+    source, package = Path(decode.__file__).parent, house / f"edited_{name.replace(' ', '_')}"
+    file, old, new = EDITS.get(name, ("moe.py", "", ""))
+    if not package.exists():
+        shutil.copytree(source, package / "model")
+        (package / "kernels").symlink_to(source.parent / "kernels")
+        text = (package / "model" / file).read_text("utf-8")
+        assert old in text
+        (package / "model" / file).write_text(text.replace(old, new), "utf-8")
+    return importlib.import_module(f"{package.name}.model")
+
+
+def copied(model, package):
+    """The same weights in the edited class."""
+    twin = package.Transformer(package.ModelConfig.from_dict(model.config.to_dict())).eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("storage", ["exact", "released"])
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_mechanism_is_never_silently_another_model(nano, house, name, storage):
+    """The whole pass, and a prompt with tokens after it, are the same model; one warning, and then it is quiet."""
+    model, ids = copied(nano, edited(house, name)), draw_ids(1, 60)
+    cache, plain = model.new_cache(1, 60, storage=storage), model.new_cache(1, 60, storage=storage)
+    with pytest.warns(RuntimeWarning, match="one has been edited") as warned:
+        got = feed(model, cache, ids, [22])
+    model.fast_decode = False
+    assert len(warned) == 1
+    assert_close(got, feed(model, plain, ids, [22]))
+    if storage == "exact":
+        assert_close(got, model(ids).logits)
+    assert (got - nano(ids).logits).abs().max() > TOLERANCE or name == "step"
+
+
+def test_a_copy_without_an_edit_decodes_in_numpy(nano, house, recwarn):
+    model, ids = copied(nano, edited(house, "nothing")), draw_ids(1, 60)
+    got = feed(model, model.new_cache(1, 60), ids, [5])
+    model.fast_decode = False
+    assert not torch.equal(got, feed(model, model.new_cache(1, 60), ids, [5])) and not recwarn.list
+
+
+@pytest.fixture
+def by_modules(monkeypatch):
+    """The positions that are computed by the modules too."""
+    positions, original = [], Transformer._continue
+
+    def spy(self, ids, step, *rest):
+        positions.append(step.past[0])
+        return original(self, ids, step, *rest)
+
+    monkeypatch.setattr(Transformer, "_continue", spy)
+    return positions
+
+
+def test_what_is_looked_at(small, by_modules, taken):
+    """Positions twice as far; the first and second entries of 4 and 16; more entries than the 4 picks; once."""
+    ids = draw_ids(1, 70)
+    feed(small, small.new_cache(1, 70), ids)
+    assert by_modules == [0, 1, 3, 7, 15, 19, 31, 63] and len(taken) == 70
+    feed(small, small.new_cache(1, 70), ids)
+    assert len(by_modules) == 8
+    feed(small, small.new_cache(1, 70, storage="released"), ids[:, :5])
+    assert by_modules[8:] == [0, 1, 3]
+
+
+def test_nothing_is_looked_at_while_somebody_watches(small, by_modules, taken):
+    """A profile measures the token alone."""
+    with watched(types.SimpleNamespace(begins=lambda what: None, ends=lambda what: None)):
+        feed(small, small.new_cache(1, 9), draw_ids(1, 9))
+    assert not by_modules and len(taken) == 9
+    feed(small, small.new_cache(1, 9), draw_ids(1, 9))
+    assert by_modules
+
+
+def test_a_look_leaves_no_trace(remembering, by_modules):
+    """The same bits in tokens and cache with and without it."""
+    ids, ours, theirs = draw_ids(1, 60), remembering.new_cache(1, 60), remembering.new_cache(1, 60)
+    decode._trust.pop(remembering, None)
+    first = feed(remembering, ours, ids, [9])
+    looks = len(by_modules)
+    assert torch.equal(first, feed(remembering, theirs, ids, [9])) and looks > 3 and len(by_modules) == looks + 1
+    assert ours._furthest == theirs._furthest == [60]
+    for mine, other in zip(ours.layers, theirs.layers):
+        for (a, _), (b, _) in zip(mine.tensors(), other.tensors()):
+            assert torch.equal(needed(a), needed(b)) and getattr(a, "end", 0) == getattr(b, "end", 0)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_look_leaves_no_trace(small, error, monkeypatch):
+    cache = small.new_cache(1, 9)
+    feed(small, cache, draw_ids(1, 3))
+    before = state(cache)
+    with monkeypatch.context() as patch, pytest.raises(error, match="stopped"):
+        patch.setattr(Gate, "forward", stopping(Gate.forward, 1, error))
+        patch.setitem(decode.FORWARD, Gate, Gate.forward)
+        small(draw_ids(1, 1, seed=3), cache=cache)
+    assert state(cache) == before
+
+
+def test_switched_off(small, taken, monkeypatch):
+    ids = draw_ids(1, 9)
+    small.fast_decode = False
+    feed(small, small.new_cache(1, 9), ids)
+    small.fast_decode = True
+    monkeypatch.setenv("ABYSSAL_FAST_DECODE", "0")
+    feed(small, small.new_cache(1, 9), ids)
+    assert not taken
+    monkeypatch.delenv("ABYSSAL_FAST_DECODE")
+    feed(small, small.new_cache(1, 9), ids)
+    assert taken == [1] * 9
+
+
+def test_near_ties_need_three_differences_in_a_row(small, monkeypatch, recwarn):
+    """A pick within rounding may fall either way; an agreement in between starts the count anew."""
+    trust, step = decode.Trust(), Step([5], [1], 1)
+    answers = [trust.judge(apart, step, 3) for apart in (1e-2, 1e-2, 1e-6, 1e-2, 1e-2)]
+    assert answers == [False, False, True, False, False] and not trust.lost and not recwarn.list
+    with pytest.warns(RuntimeWarning, match=r"1\.0e-02 of the largest value at position 5"):
+        trust.judge(1e-2, step, 3)
+    assert trust.lost
+
+
+def test_difference():
+    a, nan = torch.tensor([1.0, -4.0]), float("nan")
+    assert decode.difference(a, a) == 0 and decode.difference(a + 0.4, a) == pytest.approx(0.1)
+    assert decode.difference(torch.tensor([nan, torch.inf]), torch.tensor([nan, torch.inf])) == 0
+    assert decode.difference(torch.tensor([nan, 1.0]), torch.tensor([1.0, 1.0])) == torch.inf
+    assert decode.difference(a, a[:1]) == torch.inf and decode.difference(a[:0], a[:0]) == 0
 
 
 # weights that change
