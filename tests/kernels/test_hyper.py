@@ -548,8 +548,8 @@ TOKENS, N, D = 2000, 4, 1024
 @pytest.mark.parametrize("n, d, std", [(1, 64, 1), (3, 250, 1), (4, 1024, 1), (4, 4096, 1), (8, 512, 1), (4, 1024, 30)])
 @pytest.mark.parametrize("dtype", [bf16, fp16, f32], ids=str)
 def test_real_sizes(real_memory, dtype, n, d, std):
-    sharp = dict.fromkeys([*NEAR, *GRADIENTS, "collapsed", "mixed"], 5e-5)
-    limits = NEAR if dtype != f32 else sharp if std > 1 else GRADIENTS
+    names = [*NEAR, *GRADIENTS, "collapsed", "mixed"] if dtype == f32 else NEAR
+    limits = dict.fromkeys(names, 5e-5 if std > 1 else 5e-6)
     hold(sublayer, site((700,), n, d, std), "triton", dtype, kept=WEIGHTS, limits=limits, device="cuda")
 
 
