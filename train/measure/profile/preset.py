@@ -95,7 +95,7 @@ def load_preset(
 def _resized(recipe: Recipe, tokens: int | None, batch: int | None) -> Recipe:
     """The recipe with rows of so many tokens and batches of so many rows, in all its stages; None: its own."""
     size = {"sequence_length": tokens, "batch_size": batch}
-    given = {name: value for name, value in size.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in size.items() if value is not None}
     stages = tuple(replace(stage, **given) for stage in recipe.stages)
     return replace(recipe, data=replace(recipe.data, **given), stages=stages)
 
