@@ -375,7 +375,7 @@ class Cache:
             self._lengths = [self._lengths[r] for r in order]
             self._furthest = [self._furthest[r] for r in order]
 
-    def fork(self, copies: int) -> "Cache":
+    def fork(self, copies: int = 1) -> "Cache":
         """A new cache with each row `copies` times; this one stays as it is. Raises ValueError for copies < 1."""
         if copies < 1:
             raise ValueError(f"copies={copies}: allowed are integers from 1")

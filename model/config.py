@@ -85,8 +85,9 @@ class EngramConfig:
 
     Each order 2..`max_ngram` has `heads` hash heads of width `head_dim`, each with `vocab_size` rows nominally (the
     next unused prime is taken). `kernel_size` is the short convolution's; 0 leaves it out. `canonical_vocab_size` is
-    the number of token classes after tokenizer compression (None: the model's vocabulary), `pad_token_id` the token
-    that stands before a document's first.
+    the number of token classes after tokenizer compression (None: no compression; a run works the classes out from its
+    tokenizer and says their number where this one differs), `pad_token_id` the token that stands before a document's
+    first.
 
     Raises:
         TypeError, ValueError: a field of another type, or outside its range; the message names it.

@@ -59,10 +59,9 @@ class Engram(nn.Module):
         """
         if lookup.shape != self.canonical.shape:
             raise ValueError(f"lookup has shape {tuple(lookup.shape)}: it must be {tuple(self.canonical.shape)}")
-        if int(lookup.max()) + 1 != self.classes:
-            raise ValueError(
-                f"lookup has {int(lookup.max()) + 1} classes: engram.canonical_vocab_size is {self.classes}"
-            )
+        classes = int(lookup.max()) + 1
+        if classes != self.classes:
+            raise ValueError(f"engram.canonical_vocab_size={self.classes}: allowed is {classes}, for this vocabulary")
         self.canonical.copy_(lookup)
 
     def forward(self, streams: Tensor, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from ...model import Transformer, generate
 from ..data.rows import Batch
 from ..data.source import Source
-from ..data.tokenizers import ByteTokenizer, Tokenizer
+from ..data.tokenizers import ByteTokenizer, Tokenizer, canonical_ids
 from ..distributed.shard import shard, split_by_mesh, whole_model
 from ..distributed.world import ALONE, Nowhere, World, choose_device, own_device
 from ..optim import build_optimizer
@@ -80,6 +80,7 @@ class Run:
         torch.manual_seed(recipe.train.seed)
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)
+        _compress_vocabulary(self.model, source.tokenizer)
         if prepare:
             prepare(self.model)
         self.model.recompute = recipe.train.recompute
@@ -335,6 +336,18 @@ def _check_same_model(recipe: Recipe, resumed: Path) -> None:
     changed = [text for text in differences(checkpoint.read_state(resumed)[0], recipe) if text.startswith("model.")]
     if changed:
         raise ValueError(f"{str(resumed)!r} is a checkpoint of another model: {'; '.join(changed)}")
+
+
+def _compress_vocabulary(model: Transformer, tokenizer: Tokenizer | None) -> None:
+    """Gives Engram the tokenizer's classes where the configuration asks for some. A checkpoint brings its own."""
+    memory = model.config.engram
+    if memory is None or memory.canonical_vocab_size is None:
+        return
+    if tokenizer is None:
+        raise ValueError(f"engram.canonical_vocab_size={memory.canonical_vocab_size}: allowed with text only")
+    lookup = canonical_ids(tokenizer, model.config.vocab_size)
+    for layer in memory.layers:
+        model.layers[layer].engram.set_canonical(lookup)
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer | None, resumed: Path) -> None:

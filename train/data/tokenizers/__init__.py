@@ -9,6 +9,7 @@ from pathlib import Path
 from .base import Tokenizer
 from .bpe import BPETokenizer, read_bpe, train_bpe
 from .byte import BOS, ByteTokenizer
+from .canonical import canonical_ids
 from .special import COUNT as SPECIAL_TOKENS
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ByteTokenizer",
     "Tokenizer",
     "bpe_size",
+    "canonical_ids",
     "load_tokenizer",
     "read_bpe",
     "train_bpe",
