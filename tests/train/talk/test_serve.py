@@ -135,6 +135,15 @@ def test_sampling_and_choices(client, voice):
     assert ask(client, seed=6, **sampling).choices[0].message.content == reply.choices[1].message.content
 
 
+def test_the_prompt_of_several_choices_is_read_once(client, voice, monkeypatch):
+    """Then each choice reads the last token, and what it writes itself but for its last."""
+    read, original = [], type(voice.model)._append
+    monkeypatch.setattr(type(voice.model), "_append", lambda *given: read.append(given[1].shape[1]) or original(*given))
+    reply = ask(client, n=3, max_tokens=4)
+    assert sum(read) == reply.usage.prompt_tokens - 1 + 3 * 4 and read.count(1) == 3 * 4
+    assert len({choice.message.content for choice in reply.choices}) == 1, "greedy: each goes on from the prompt alone"
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_streams_are_the_whole_answer_in_pieces(client, n):
     options = {"seed": 3, "temperature": 1, "n": n, "max_tokens": 24, "extra_body": {"thinking": {"type": "enabled"}}}

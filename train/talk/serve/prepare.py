@@ -3,6 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
+from ....model.cache import Cache
+from ....model.generation.prefill import prefill
 from ....model.text.constrain import Constraint, Grammar, GrammarError, json_schema, tool_calls
 from ..dialogue import Answer, Delta, Reader, prompt, speak
 from ..voice import Voice
@@ -72,14 +76,22 @@ def _work(
         _check_budget(constraint, manner.max_new_tokens)
 
     def steps() -> Iterator[Items]:
+        shared = _read(voice, ids, manner.max_new_tokens) if asked.choices > 1 and len(ids) > 1 else None
         for i in range(asked.choices):
             read, seed = reader(), manner.seed
             mine = replace(manner, seed=None if seed is None else seed + i)
-            for deltas in speak(voice, ids, read, mine, constraint):
+            for deltas in speak(voice, ids, read, mine, constraint, shared and shared.fork()):
                 yield [(i, delta) for delta in deltas]
             yield [(i, read.answer)]
 
     return Work(len(ids), steps, reply, asked.stream, asked.usage)
+
+
+def _read(voice: Voice, ids: list[int], max_new_tokens: int) -> Cache:
+    """A cache of all but the last token, which every choice goes on from with a copy of its own."""
+    cache = voice.model.new_cache(1, len(ids) + max_new_tokens)
+    prefill(voice.model, torch.tensor([ids[:-1]], device=voice.model.head.weight.device), cache)
+    return cache
 
 
 def _constraint(voice: Voice, asked: ChatRequest) -> Constraint | None:
