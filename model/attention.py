@@ -1,5 +1,4 @@
-"""Sliding, compressed-sparse and heavily-compressed attention: one module, the layer's ratio decides (V4 2.3; spec B.2
-- B.5).
+"""Sliding, compressed-sparse and heavily-compressed attention: the layer's ratio decides (V4 2.3; spec B.2 - B.5).
 
     q_latent = RMSNorm(W_qa x),  q = RoPE( W_qb q_latent / rms per head )
     kv = RoPE( RMSNorm(W_kv x) )                                     one head, K = V
@@ -9,7 +8,7 @@
 b batch · t tokens · h heads · c head dim · g output groups · r output rank · p compressed entries
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -19,7 +18,7 @@ from ..kernels import attention, index_loss, index_topk, norm_rope, rope
 from .cache import LayerCache
 from .compressor import Compressor
 from .config import ModelConfig
-from .indexer import Indexer
+from .indexer import Indexer, IndexInputs
 from .kinds import HEAVY, SPARSE
 from .layout import Layout
 from .norm import RMSNorm
@@ -38,9 +37,7 @@ class IndexSignal(NamedTuple):
 
 
 class Attention(nn.Module):
-    """x [b, t, d] to [b, t, d]. Flash: 64 heads of 512 (64 of them rotary), latent 1024, 8 groups of rank 1024, window
-    128.
-    """
+    """x [b, t, d] to [b, t, d]. Flash: 64 heads of 512 (64 rotary), latent 1024, 8 groups of rank 1024, window 128."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -72,51 +69,68 @@ class Attention(nn.Module):
         self, x: Tensor, layout: Layout, learn: bool = False, cache: LayerCache | None = None
     ) -> tuple[Tensor, IndexSignal | None]:
         """The sublayer's output and, for a CSA layer that is asked to learn, the indexer's loss."""
-        turn = token_rotation(self.config, self.layer, layout)
+        rotation = token_rotation(self.config, self.layer, layout)
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
-        q = norm_rope(q, None, self.config.rms_norm_eps, turn)
-        kv = rope(self.kv_norm(self.wkv(x)), turn)
+        q = norm_rope(q, None, self.config.rms_norm_eps, rotation)
+        kv = rope(self.kv_norm(self.wkv(x)), rotation)
         if cache is not None:
             kv = cache.window.extend(kv, layout.step)
-        out, signal = self._attend(x, q_latent, q, kv, turn, layout, learn, cache)
-        return self._project(rope(out, turn, inverse=True)), signal
+        out, signal = self._attend(x, q_latent, q, kv, rotation, layout, learn, cache)
+        return self._project(rope(out, rotation, inverse=True)), signal
 
-    def _attend(self, x, q_latent, q, kv, turn, layout, learn, cache) -> tuple[Tensor, IndexSignal | None]:
+    def _attend(
+        self,
+        x: Tensor,
+        q_latent: Tensor,
+        q: Tensor,
+        kv: Tensor,
+        rotation: Tensor,
+        layout: Layout,
+        learn: bool,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, IndexSignal | None]:
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window
-        reach = {"window": window, "window_start": layout.first_rows(window - 1), "scale": scale}
+        sliding: dict[str, Any] = {"window": window, "window_start": layout.first_rows(window - 1), "scale": scale}
         if not self.ratio:
-            return attention(q, kv, None, self.attn_sink, **reach)[0], None
+            return attention(q, kv, None, self.attn_sink, **sliding)[0], None
         entries = self.compressor.entries(layout)
         compressed = self.compressor(x, layout, cache and cache.compressor)
-        seen = {"start": entries.start, "end": entries.end}
+        visible: dict[str, Any] = {"start": entries.start, "end": entries.end}
         if self.kind == HEAVY:
-            return attention(q, kv, values(compressed), self.attn_sink, **reach, **seen)[0], None
+            return attention(q, kv, values(compressed), self.attn_sink, **sliding, **visible)[0], None
         if self.stage == "dense" and cache is None:
-            return attention(q, kv, compressed, self.attn_sink, **reach, **seen)[0], None
-        inputs = self.indexer(x, q_latent, turn, layout, cache and cache.indexer)
+            return attention(q, kv, compressed, self.attn_sink, **sliding, **visible)[0], None
+        inputs = self.indexer(x, q_latent, rotation, layout, cache and cache.indexer)
         if self.stage != "sparse":
-            return self._attend_densely(inputs, q, kv, values(compressed), reach, seen, learn)
-        picks = index_topk(*inputs, k=self.config.index_topk, **seen)
+            return self._attend_densely(inputs, q, kv, values(compressed), sliding, visible, learn)
+        picks = index_topk(*inputs, k=self.config.index_topk, **visible)
         compressed, picks = picked(compressed, picks)
-        out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **reach)
+        out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **sliding)
         if not learn:
             return out, None
-        learned = index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **seen)  # type: ignore[call-arg, misc]
+        learned = index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **visible)  # type: ignore[call-arg, misc]
         return out, IndexSignal(*learned)
 
-    def _attend_densely(self, inputs, q, kv, compressed, reach, seen, learn) -> tuple[Tensor, IndexSignal | None]:
+    def _attend_densely(
+        self,
+        inputs: IndexInputs,
+        q: Tensor,
+        kv: Tensor,
+        compressed: Tensor,
+        sliding: dict[str, Any],
+        visible: dict[str, Any],
+        learn: bool,
+    ) -> tuple[Tensor, IndexSignal | None]:
         """CSA before it is sparse: all visible entries are read, and the indexer learns from all of them (V3.2 2.1)."""
-        out, lse = attention(q, kv, compressed, self.attn_sink, **reach, **seen)
+        out, lse = attention(q, kv, compressed, self.attn_sink, **sliding, **visible)
         if not learn or self.stage == "dense":
             return out, None
-        learned = index_loss(*inputs, q, compressed, lse, scale=reach["scale"], **seen)  # type: ignore[call-arg, misc]
+        learned = index_loss(*inputs, q, compressed, lse, scale=sliding["scale"], **visible)  # type: ignore[call-arg, misc]
         return out, IndexSignal(*learned)
 
     def _project(self, out: Tensor) -> Tensor:
-        """Grouped low-rank output: each group of heads to rank r, then all groups to d. No norm or activation
-        between.
-        """
+        """Grouped low-rank output: each group of heads to rank r, then all groups to d, with nothing between."""
         grouped = rearrange(out, "b t (g h) c -> b t g (h c)", g=self.config.o_groups)
         weight, format = self.wo_a.weight, rounding(self.config, "linears")
         if format is not None:

@@ -64,8 +64,8 @@ DIFFERS = (
 FORWARD = {kind: kind.forward for kind in PLAIN}
 
 
-class Turns:
-    """The rotations of one position: forth and back, of the two bases."""
+class Rotations:
+    """RoPE at one position, of the two bases."""
 
     def __init__(self, config: Any, position: int) -> None:
         self.config, self.position = config, position
@@ -88,14 +88,14 @@ class CompressorStep:
         self.wkv, self.wgate, self.ape = map(view, (module.wkv.weight, module.wgate.weight, module.ape))
         self.norm, self.eps = view(module.norm.weight), module.norm.eps
 
-    def __call__(self, x: np.ndarray, turns: Turns, cache: CompressorCache) -> Any:
-        rows = cache.tail.push(np.concatenate((self.wkv.dot(x), self.wgate.dot(x))), turns.position)
-        seen = (turns.position + 1) // self.ratio
-        if (turns.position + 1) % self.ratio == 0:
+    def __call__(self, x: np.ndarray, rotations: Rotations, cache: CompressorCache) -> Any:
+        rows = cache.tail.push(np.concatenate((self.wkv.dot(x), self.wgate.dot(x))), rotations.position)
+        seen = (rotations.position + 1) // self.ratio
+        if (rotations.position + 1) % self.ratio == 0:
             half = rows.shape[1] // 2
             entry = pool_step(rows[:, :half], rows[:, half:], self.ape, self.overlap)
             entry = rms_norm_step(entry, self.norm, self.eps)
-            rope_step(entry, turns.of(self.layer, (seen - 1) * self.ratio))
+            rope_step(entry, rotations.of(self.layer, (seen - 1) * self.ratio))
             cache.store.put(seen - 1, entry)
         return cache.store.first(seen)
 
@@ -110,12 +110,14 @@ class IndexerStep:
         self.compressor = told(CompressorStep(module.compressor), module.compressor)
         self.topk = told(index_topk_step, "index_topk")
 
-    def __call__(self, x: np.ndarray, q_latent: np.ndarray, turns: Turns, cache: CompressorCache) -> np.ndarray | None:
-        keys = self.compressor(x, turns, cache)
+    def __call__(
+        self, x: np.ndarray, q_latent: np.ndarray, rotations: Rotations, cache: CompressorCache
+    ) -> np.ndarray | None:
+        keys = self.compressor(x, rotations, cache)
         if len(keys) <= self.picks:
             return None
         q = self.wq_b.dot(q_latent).reshape(self.shape)
-        rope_step(q, turns.of(self.layer))
+        rope_step(q, rotations.of(self.layer))
         if isinstance(keys, CodedStep):
             q = keys.format.rotate_step(q)
         weights = self.weights_proj.dot(x)
@@ -138,21 +140,21 @@ class AttentionStep:
         sparse = module.kind == SPARSE
         self.indexer = told(IndexerStep(module.indexer, c.index_topk), module.indexer) if sparse else None
 
-    def __call__(self, x: np.ndarray, turns: Turns, cache: LayerCache) -> np.ndarray:
-        turn = turns.of(self.layer)
+    def __call__(self, x: np.ndarray, rotations: Rotations, cache: LayerCache) -> np.ndarray:
+        rotation = rotations.of(self.layer)
         q_latent = rms_norm_step(self.wq_a.dot(x), self.q_norm, self.eps)
         q = head_norm_step(self.wq_b.dot(q_latent).reshape(self.shape), self.eps)
         kv = rms_norm_step(self.wkv.dot(x), self.kv_norm, self.eps)
-        rope_step(q, turn)
-        rope_step(kv, turn)
-        keys = [cache.window.push(kv, turns.position)]
+        rope_step(q, rotation)
+        rope_step(kv, rotation)
+        keys = [cache.window.push(kv, rotations.position)]
         if self.compressor is not None and cache.compressor is not None:
-            entries, picks = self.compressor(x, turns, cache.compressor), None
+            entries, picks = self.compressor(x, rotations, cache.compressor), None
             if self.indexer is not None and cache.indexer is not None:
-                picks = self.indexer(x, q_latent, turns, cache.indexer)
+                picks = self.indexer(x, q_latent, rotations, cache.indexer)
             keys.append(entries[EVERY if picks is None else picks])
         out = self.attend(q, keys, self.sink, self.shape[1] ** -0.5)
-        rope_step(out, turn.conj())
+        rope_step(out, rotation.conj())
         return self._project(out)
 
     def _project(self, out: np.ndarray) -> np.ndarray:
@@ -195,11 +197,11 @@ class BlockStep:
         self.recombine = told(hyper_recombine_step, "hyper_recombine")
         self.attn, self.ffn = told(AttentionStep(module.attn), module.attn), told(MoEStep(module.ffn), module.ffn)
 
-    def __call__(self, streams: np.ndarray, token: int, turns: Turns, cache: LayerCache) -> np.ndarray:
+    def __call__(self, streams: np.ndarray, token: int, rotations: Rotations, cache: LayerCache) -> np.ndarray:
         if self.engram is not None:
-            streams = streams + self.memory(self.engram, streams, token, turns.position, cache)
+            streams = streams + self.memory(self.engram, streams, token, rotations.position, cache)
         u, post, comb = self.read_attn(streams, self.hc_attn)
-        y = self.attn(self.norm_attn(u, self.attn_norm, self.eps), turns, cache)
+        y = self.attn(self.norm_attn(u, self.attn_norm, self.eps), rotations, cache)
         streams = self.recombine(y, streams, post, comb)
         u, post, comb = self.read_ffn(streams, self.hc_ffn)
         y = self.ffn(self.norm_ffn(u, self.ffn_norm, self.eps), token)
@@ -225,13 +227,13 @@ class Decoder:
 
     def _token(self, token: int, position: int, caches: list[LayerCache]) -> tuple[np.ndarray, np.ndarray]:
         streams = np.tile(self.embed[token], (self.config.hc_mult, 1))
-        turns = Turns(self.config, position)
+        rotations = Rotations(self.config, position)
         for layer, cache in zip(self.layers, caches):
-            streams = layer(streams, token, turns, cache)
+            streams = layer(streams, token, rotations, cache)
         return self.norm_head(self.collapse(streams, self.head), self.norm, self.eps), streams
 
 
-class Made:
+class Source:
     """A model's decoder and what it was made from, to tell whether it still holds. The model itself is not held."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -286,7 +288,7 @@ class Trust:
         return not self.doubts
 
 
-_made: WeakKeyDictionary[nn.Module, Made] = WeakKeyDictionary()
+_sources: WeakKeyDictionary[nn.Module, Source] = WeakKeyDictionary()
 _trust: WeakKeyDictionary[nn.Module, Trust] = WeakKeyDictionary()
 
 
@@ -344,25 +346,28 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def decoder(model: nn.Module, step: Step) -> Decoder | None:
-    """The decoder for a call, if it is one of few tokens of one sequence, and the model is plain float32 on a CPU that
-    rounds nothing (`quantization_aware`), wants it (`fast_decode`) and has not been caught.
+    """The decoder for a call, if it is one of at most `MOST` tokens of one sequence, nobody wants otherwise
+    (`fast_decode`, the definitions), and the model is plain float32 on a CPU, rounds nothing (`quantization_aware`) and
+    has not been caught.
     """
     if len(step.past) > 1 or not 1 <= step.columns <= MOST or not step.even:
         return None
     if not model.fast_decode or os.environ.get("ABYSSAL_FAST_DECODE") == "0":
         return None
+    if os.environ.get("ABYSSAL_BACKEND") == "reference":
+        return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
     if model in _trust and _trust[model].lost:
         return None
-    made = _made.get(model)
-    if made is None or not made.holds():
-        made = _made[model] = Made(model)
-    if not made.is_plain():
+    source = _sources.get(model)
+    if source is None or not source.holds():
+        source = _sources[model] = Source(model)
+    if not source.is_plain():
         return None
-    if is_watched() not in made.decoders:
-        made.decoders[is_watched()] = Decoder(model)
-    return made.decoders[is_watched()]
+    if is_watched() not in source.decoders:
+        source.decoders[is_watched()] = Decoder(model)
+    return source.decoders[is_watched()]
 
 
 def is_plain_tensor(x: Tensor) -> bool:

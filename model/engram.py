@@ -1,5 +1,4 @@
-"""Engram, conditional memory: rows of hashed n-gram tables, gated into the streams before attention (arXiv 2601.07372;
-spec 1).
+"""Engram, conditional memory: rows of hashed n-gram tables, gated into the streams (arXiv 2601.07372; spec 1).
 
     e_t    = concat of the table rows at hash(x'_{t-n+1..t}),  n = 2..N, k heads per order;  x' canonical token ids
     v_t    = W_V e_t  shared by the streams,   k_t[j] = W_K[j] e_t
@@ -99,9 +98,7 @@ class Engram(nn.Module):
         return engram_hash(ids, multipliers, moduli, offsets, pad=pad, start=start)[:, -t:]
 
     def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
-        """sum_j conv[last - j] x[t - j N] for the last rows of x, those of `positions`; taps before the document's
-        first token are 0.
-        """
+        """sum_j conv[last - j] x[t - j N] at `positions`, x's last rows; taps before a document's first token are 0."""
         taps, t = len(self.conv), positions.shape[1]
         reach = (taps - 1) * self.memory.max_ngram
         x = F.pad(x, (0, 0, 0, 0, reach, 0))  # a row for every tap, also where there is no past

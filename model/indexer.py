@@ -48,10 +48,10 @@ class Indexer(nn.Module):
         nn.init.normal_(self.weights_proj.weight, std=self.std)
 
     def forward(
-        self, x: Tensor, q_latent: Tensor, turn: Tensor, layout: Layout, cache: CompressorCache | None = None
+        self, x: Tensor, q_latent: Tensor, rotation: Tensor, layout: Layout, cache: CompressorCache | None = None
     ) -> IndexInputs:
         x, q_latent = x.detach(), q_latent.detach()
-        q = rope(self.wq_b(q_latent).unflatten(-1, (self.heads, self.head_dim)), turn)
+        q = rope(self.wq_b(q_latent).unflatten(-1, (self.heads, self.head_dim)), rotation)
         weights = self.weights_proj(x).float() * (self.head_dim * self.heads) ** -0.5
         keys = self.compressor(x, layout, cache)
         if isinstance(keys, Coded):

@@ -1,8 +1,8 @@
 """Where each token stands: in its document, in the window and among the compressed entries (V4 4.1; spec B.3, B.4).
 
 A row of a batch holds one sequence, or several packed documents with padding between or on either side. Documents never
-see each
-other, and each is compressed on its own: windows of m tokens start at the document's first token, its tail is dropped.
+see each other, and each is compressed on its own: windows of m tokens start at the document's first token, its tail is
+dropped.
 Everything that attention, compression and n-grams need to know about that is worked out here, once per forward pass.
 
 b batch · t tokens · p compressed entries of a row, t // m at most

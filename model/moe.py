@@ -3,8 +3,8 @@
     s = sqrt(softplus(W_g x))                               float32
     chosen = top-k of (s + bias), or tid2eid[token]         the bias selects, it never weights
     w = scale s[chosen] / sum s[chosen]
-    y = sum_e W2_e( silu(min(W1_e x, 10)) clamp(W3_e x, -10, 10) w_e ) + the same form, unweighted, for the shared
-    expert
+    y = sum_e W2_e( silu(min(W1_e x, 10)) clamp(W3_e x, -10, 10) w_e )
+        + the same form, unweighted, for the shared expert
 
 b batch · t tokens · d width · E routed experts · k experts per token · n expert width · v vocabulary
 """
@@ -29,9 +29,7 @@ class LoadSignal(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Scores and choice of experts. `bias` moves against the load after each step (`update_bias`); a hash gate has
-    none.
-    """
+    """Scores and choice of experts. `bias` moves against the load after each step; a hash gate has none."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -149,10 +147,9 @@ class MoE(nn.Module):
 def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tensor:
     """A balanced table int64 [v, k] of distinct experts per token id; the released one is not documented (spec H.1).
 
-    A block of E / gcd(E, k) consecutive ids deals a random permutation of the experts out, k to an id, going round k /
-    gcd times: every expert gets the same number of ids of a block, and neighbouring ids, which tokenizers give to
-        pieces of similar frequency,
-    get different experts.
+    A block of E / gcd(E, k) consecutive ids deals a random permutation of the experts out, k to an id, going round
+    k / gcd times: every expert gets the same number of ids of a block, and neighbouring ids, which tokenizers give to
+    pieces of similar frequency, get different experts.
     """
     generator = torch.Generator().manual_seed(seed)
     block = experts // torch.gcd(torch.tensor(experts), torch.tensor(per_token)).item()

@@ -39,9 +39,7 @@ class Output:
     loss: Tensor | None = None  # the weighted sum of `losses`
     losses: dict[str, Tensor] = field(default_factory=dict)  # "lm", "mtp", and, summed over layers, "balance", "index"
     metrics: dict[str, Tensor] = field(default_factory=dict)  # "load" [l, E], "captured" [csa layers], "spread" [l]
-    streams: Tensor | None = (
-        None  # [b, t, n, d] before the final collapse, from a pass with a cache: what `draft` starts from
-    )
+    streams: Tensor | None = None  # [b, t, n, d] before the collapse, of a pass with a cache: what `draft` starts from
 
     @cached_property
     def logits(self) -> Tensor:
@@ -90,14 +88,13 @@ class Transformer(nn.Module):
             ids: int64 [b, t] token ids.
             targets: int64 [b, t] the token to predict at each position; -100 = ignored.
             documents: int64 [b, t] which document each token belongs to, -1 = padding, on either side. Documents never
-                see
-                each other: attention, compression, n-grams, convolution and MTP stop at their borders.
+                see each other: attention, compression, n-grams, convolution and MTP stop at their borders.
             logits_to_keep: only the last that many positions' logits; 0 = all.
             cache: what was seen before; the tokens are appended to it, any number in any split. Nothing is
                 differentiated then.
             lengths: with a cache, how many of the t tokens are real in each row, from the left; None = all.
             shares: the batch is a part of a step, and these are its shares in the means: the losses are what it adds to
-                the step's (`counts.py`); None = it is the whole step.
+                the step's (`losses.py`); None = it is the whole step.
 
         Raises:
             ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape, a cache
@@ -240,7 +237,17 @@ class Transformer(nn.Module):
         for block in (*self.layers, *self.mtp):
             block.ffn.gate.update_bias(self.config.router_bias_update_speed if speed is None else speed)
 
-    def _learn(self, out, hidden, streams, ids, targets, layout, signals: list[Signals], shares) -> None:
+    def _learn(
+        self,
+        out: Output,
+        hidden: Tensor,
+        streams: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        layout: Layout,
+        signals: list[Signals],
+        shares: LossShares | None,
+    ) -> None:
         """Fills in loss, losses and metrics."""
         c = self.config
         targets = targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED)
@@ -261,10 +268,10 @@ class Transformer(nn.Module):
         out.metrics["load"] = torch.stack([r.load for r in routers])
         out.metrics["captured"] = torch.stack([i.captured for i in index]) if index else hidden.new_zeros(0)
 
-    def _mtp_loss(self, mtp: MTP, streams, ids, targets, layout: Layout) -> tuple[Tensor, Signals]:
-        """Position t, with token t + 1 at hand, predicts the target of position t + 1, if that is of the same
-        document.
-        """
+    def _mtp_loss(
+        self, mtp: MTP, streams: Tensor, ids: Tensor, targets: Tensor, layout: Layout
+    ) -> tuple[Tensor, Signals]:
+        """Position t predicts from token t + 1 the target of position t + 1, if that is of the same document."""
         next_ids, follows = ids.roll(-1, 1), has_next(ids, layout)
         hidden, signals = self._run(
             [mtp], mtp.predict, streams, self.embed(next_ids), next_ids, layout, learn=True, real=follows

@@ -295,7 +295,7 @@ def test_an_interrupted_call_leaves_no_trace(remembering, undisturbed, step, err
         before = state(cache)
         with monkeypatch.context() as patch, pytest.raises(error, match="stopped"):
             patch.setattr(decode, step, stopping(getattr(decode, step), CALLS[step], error))
-            patch.setattr(decode, "_made", WeakKeyDictionary())  # a decoder of its own, which finds the patched step
+            patch.setattr(decode, "_sources", WeakKeyDictionary())  # a decoder of its own, which finds the patched step
             remembering(draw_ids(1, 2, seed=1), cache=cache)
         assert state(cache) == before
         assert torch.equal(feed(remembering, cache, ids[:, at : at + 2]), logits[:, at : at + 2])
@@ -503,7 +503,7 @@ def test_batches_and_padding_run_in_torch(nano, taken):
 EDITS = {
     "router": ("moe.py", "logits = exact_linear(x, self.weight)", "logits = exact_linear(x, self.weight).tanh()"),
     "scale": ("attention.py", "self.config.head_dim**-0.5", "0.5 * self.config.head_dim**-0.5"),
-    "output": ("attention.py", "rope(out, turn, inverse=True)", "out"),
+    "output": ("attention.py", "rope(out, rotation, inverse=True)", "out"),
     "pooling": ("compressor.py", "k, z, self.ape, ratio", "k, 0 * z, self.ape, ratio"),
     "entry": ("compressor.py", "self.norm(pooled.to(dtype))", "pooled.to(dtype)"),
     "index keys": (

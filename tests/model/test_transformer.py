@@ -190,7 +190,7 @@ def test_every_config_key_is_read():
     sources = "".join(
         p.read_text("utf-8")
         for folder in ("model", "train")
-        for p in (root / folder).glob("*.py")
+        for p in (root / folder).rglob("*.py")
         if p.name != "config.py"
     )
     from dataclasses import fields
