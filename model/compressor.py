@@ -24,9 +24,7 @@ from .storage import Coded
 
 
 class Compressor(nn.Module):
-    """x [b, t, d] to entries [b, p, c], normed and rotated to the position of their first token. Flash: c = 512 (index
-    keys: 128).
-    """
+    """x [b, t, d] to entries [b, p, c], normed and rotated to their first token. Flash: c = 512 (index keys: 128)."""
 
     def __init__(self, config: ModelConfig, layer: int, head_dim: int) -> None:
         super().__init__()

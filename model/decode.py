@@ -46,7 +46,7 @@ from .storage import CodedStep
 from .tables import RowTable, Table
 
 EVERY = slice(None)
-TOLERANCE = 1e-4  # of a tensor's largest value; rounding in float32 is 3e-6 at most in models of 5 and 6 layers
+TOLERANCE = 1e-4  # of a tensor's largest value; float32 rounds 3e-6 at most in models of 5 to 20 layers
 SMALLEST = 1e-12  # largest value that counts as one
 CHANCES = 3  # differences in a row that make a verdict where near ties may fall either way: picks, stored codes
 MOST = 2  # tokens of a call up to which one after the other is faster than torch with all at once

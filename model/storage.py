@@ -142,9 +142,7 @@ class Coded(NamedTuple):
         return self.format.decode(self.rows)
 
     def picked(self, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Values, and where among them the picks [b, t, k] are: the picked ones alone, [b, t k, c], if these are fewer
-        than all.
-        """
+        """Values, and where among them the picks [b, t, k] are: the picked alone, [b, t k, c], if fewer than all."""
         b, t, k = picks.shape
         if t * k >= self.rows.shape[1]:
             return self.values(), picks
