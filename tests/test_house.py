@@ -153,3 +153,38 @@ def test_every_engine_has_the_signature_of_its_op():
             if hasattr(public, name) and inspect.isfunction(getattr(reference, name, None)):
                 face = [p for p in inspect.signature(getattr(public, name)).parameters if p != "backend"]
                 assert face == list(inspect.signature(getattr(reference, name)).parameters), f"{op}.{name}"
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("kernels/*/triton/launch.py")), ids=lambda p: p.parts[-3])
+def test_launches_group_their_arguments(path):
+    many = {f.name: len(f.args.args) + len(f.args.kwonlyargs) for f in functions(path)}
+    assert not {name: count for name, count in many.items() if name.startswith("_") and count > 8}
+
+
+TYPED = [*(ROOT / "model" / f"{name}.py" for name in ("transformer", "attention", "cache"))]
+TYPED += sorted(ROOT.glob("kernels/*/reference.py")) + sorted(ROOT.glob("kernels/*/eager.py"))
+
+
+@pytest.mark.parametrize("path", TYPED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_argument_has_a_type(path):
+    bare = [
+        f.name
+        for f in functions(path)
+        if f.returns is None
+        or any(a.annotation is None and a.arg not in ("self", "cls") for a in (*f.args.args, *f.args.kwonlyargs))
+    ]
+    assert not bare
+
+
+def test_every_op_has_its_doors():
+    ops = sorted(path.parent for path in (ROOT / "kernels").glob("*/eager.py"))
+    assert len(ops) == 12
+    doors = ("__init__", "reference", "triton/__init__", "triton/launch", "triton/kernels")
+    assert not [f"{op.name}/{door}.py" for op in ops for door in doors if not (op / f"{door}.py").is_file()]
+    assert not [op.name for op in ops if not (ROOT / f"tests/kernels/test_{op.name}.py").is_file()]
+    assert not [op.name for op in ops if not (ROOT / f"tests/support/compiled_{op.name}.py").is_file()]
+    assert not [op.name for op in ops if not (ROOT / f"train/measure/bench/{op.name}.py").is_file()]

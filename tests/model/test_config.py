@@ -221,7 +221,7 @@ def test_types_are_checked(changes, words):
 def test_a_key_is_suggested_only_where_it_is_near():
     with pytest.raises(ValueError, match=r"'n_layer': known are vocab_size, hidden_size, .*, transformers_version"):
         ModelConfig.from_dict(nano(n_layer=5))
-    with pytest.raises(ValueError, match="nearest known key is 'num_hash_layers' or 'num_hidden_layers'$"):
+    with pytest.raises(ValueError, match=r"nearest known key is 'num_hash_layers' or 'num_hidden_layers'$"):
         ModelConfig.from_dict(nano(num_layers=5))
     with pytest.raises(ValueError, match=r"'engram.rows': known are layers, head_dim, vocab_size"):
         ModelConfig.from_dict(nano(engram={"rows": 5}))
