@@ -125,11 +125,11 @@ def test_only_what_was_compiled_from_these_sources_by_this_triton_stands_for_com
 
 def test_what_is_filed_is_what_was_found(monkeypatch, tmp_path):
     numbers = dict(zip(record.NUMBERS, range(11, 11 + len(record.NUMBERS))))
-    found = [{"op": "loss", "target": target, "case": "c", "kernel": "k", **numbers} for target in ("sm_80", "sm_90")]
+    found = [{"op": "cross_entropy", "target": target, "case": "c", "kernel": "k", **numbers} for target in ("sm_80", "sm_90")]
     monkeypatch.setattr(aot, "compiled", lambda *_: {"rows": found, "sources": {}})
     monkeypatch.setattr(record, "PATH", tmp_path / "compiled.json")
-    record.add("loss")
-    assert record.rows("loss", record.load()["loss"][triton.__version__]) == found
+    record.add("cross_entropy")
+    assert record.rows("cross_entropy", record.load()["cross_entropy"][triton.__version__]) == found
 
 
 def test_registers_that_programs_leave_to_each_other(monkeypatch):
