@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from abyssal.model.text import chat
@@ -48,6 +48,7 @@ DOCUMENTS = [(text * 5).encode() for text in TEXTS] + [b"\xff\xfe broken \x80" *
 TRAINED = train_bpe(DOCUMENTS, 320)
 TOKENIZERS: list[Tokenizer] = [ByteTokenizer(), TRAINED]
 each = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.name)
+patient = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # beside other work drawing is slow
 
 
 def test_byte_ids():
@@ -68,6 +69,7 @@ def test_special_tokens_end_the_vocabulary(tokenizer: Tokenizer):
 
 
 @each
+@patient
 @given(
     data=st.one_of(
         st.binary(), st.text().map(str.encode), st.lists(st.sampled_from(TEXTS)).map("".join).map(str.encode)
@@ -82,6 +84,7 @@ def test_any_bytes_round_trip(tokenizer: Tokenizer, data: bytes):
 
 
 @each
+@patient
 @given(parts=st.lists(st.one_of(st.text(), st.sampled_from(SPECIAL))))
 def test_special_strings_are_text_unless_asked_for(tokenizer: Tokenizer, parts: list[str]):
     text = "".join(parts)
@@ -107,6 +110,7 @@ def specials_of(text: str) -> list[str]:
 
 
 @each
+@patient
 @given(ids=st.lists(st.integers(0, 300)), special=st.booleans())
 def test_a_stream_is_the_text_in_pieces(tokenizer: Tokenizer, ids: list[int], special: bool):
     pieces = list(tokenizer.decode_stream(iter(ids), special))
