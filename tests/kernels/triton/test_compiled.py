@@ -125,7 +125,10 @@ def test_only_what_was_compiled_from_these_sources_by_this_triton_stands_for_com
 
 def test_what_is_filed_is_what_was_found(monkeypatch, tmp_path):
     numbers = dict(zip(record.NUMBERS, range(11, 11 + len(record.NUMBERS))))
-    found = [{"op": "cross_entropy", "target": target, "case": "c", "kernel": "k", **numbers} for target in ("sm_80", "sm_90")]
+    found = [
+        {"op": "cross_entropy", "target": target, "case": "c", "kernel": "k", **numbers}
+        for target in ("sm_80", "sm_90")
+    ]
     monkeypatch.setattr(aot, "compiled", lambda *_: {"rows": found, "sources": {}})
     monkeypatch.setattr(record, "PATH", tmp_path / "compiled.json")
     record.add("cross_entropy")
