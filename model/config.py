@@ -118,7 +118,7 @@ class QuantizationAware:
 
     `experts` ('fp4' or 'fp8') are the routed experts' weights, `linears` ('fp8') the weights and inputs of the other
     projections that the release stores in FP8, `index` ('fp4') the index queries and keys. None, the default, leaves a
-    family exact. Gradients are straight-through. `model/rounding.py` has the blocks.
+    family exact. Gradients are straight-through. `model/quantization.py` has the blocks.
 
     Raises:
         TypeError, ValueError: a field of another type, or a format that its family does not have.

@@ -77,7 +77,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         return _sequence(name, value, get_args(kind))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name}={value!r}: allowed is {kind.__name__}, not {type(value).__name__}")
     if kind is float and not math.isfinite(value):

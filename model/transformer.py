@@ -108,7 +108,7 @@ class Transformer(nn.Module):
             raise ValueError("lengths needs a cache; without one, mark padding by documents = -1")
         layout = make_layout(ids, documents)
         learn = targets is not None
-        streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        streams = self._streams(ids)
         signals: list[Signals] = []
         spreads: list[Tensor] = []
         for group in self._groups():
@@ -223,10 +223,14 @@ class Transformer(nn.Module):
     def _continue(self, ids: Tensor, step: Step, cache: Cache, logits_to_keep: int) -> tuple[Tensor, Tensor]:
         """Hidden states of the last tokens and streams of all, by the modules, which append to the layers' caches."""
         layout = continue_layout(step, ids.device)
-        streams = self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        streams = self._streams(ids)
         for block, state in zip(self.layers, cache.layers):
             streams, _ = block(streams, ids, layout, cache=state)
         return self.norm(self.hc_head(streams[:, -logits_to_keep:])), streams
+
+    def _streams(self, ids: Tensor) -> Tensor:
+        """[b, t, n, d]: n copies of each token's embedding."""
+        return self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
 
     @torch.no_grad()
     def update_router_bias(self, speed: float | None = None) -> None:

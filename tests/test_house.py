@@ -146,13 +146,13 @@ def test_every_engine_has_the_signature_of_its_op():
 
     ops = [p.parent.name for p in (ROOT / "kernels").glob("*/eager.py")]
     assert len(ops) >= 9
-    for op in ops:
-        reference = importlib.import_module(f"abyssal.kernels.{op}.eager")
+    for op, engine in [(op, engine) for op in ops for engine in ("reference", "eager")]:
+        module = importlib.import_module(f"abyssal.kernels.{op}.{engine}")
         public = importlib.import_module(f"abyssal.kernels.{op}")
         for name in kernels.__all__:
-            if hasattr(public, name) and inspect.isfunction(getattr(reference, name, None)):
+            if hasattr(public, name) and inspect.isfunction(getattr(module, name, None)):
                 face = [p for p in inspect.signature(getattr(public, name)).parameters if p != "backend"]
-                assert face == list(inspect.signature(getattr(reference, name)).parameters), f"{op}.{name}"
+                assert face == list(inspect.signature(getattr(module, name)).parameters), f"{op}.{engine}: {name}"
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:

@@ -21,6 +21,14 @@ def test_there_is_python_to_run():
     assert BLOCKS
 
 
+SOURCES = sorted(path for top in ("kernels", "model", "train", "tests") for path in (ROOT / top).rglob("*.py"))
+
+
+def test_files_named_in_sources_are_there():
+    named = {(str(path.relative_to(ROOT)), name) for path in SOURCES for name in FILE.findall(path.read_text("utf-8"))}
+    assert not [(where, name) for where, name in named if "<" not in name and not list(ROOT.glob(name))]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_are_there(page):
     named = set(FILE.findall((ROOT / page).read_text("utf-8")))

@@ -1,5 +1,7 @@
 """Who watches is told of every op and of nothing else; results are the same; compiled graphs go unwatched."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -46,6 +48,32 @@ def test_several_watch_and_one_leaves_first():
             rms_norm(x, torch.ones(4), 1e-6)
         rms_norm(x, torch.ones(4), 1e-6)
     assert len(first.lines) == 2 and len(second.lines) == 1
+
+
+def test_calls_end_in_the_order_in_which_they_began():
+    told_of = []
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def begins(self, what):
+            told_of.append(f"{self.name} begins")
+
+        def ends(self, what):
+            told_of.append(f"{self.name} ends")
+
+    with watched(Named("outer")), watched(Named("inner")):
+        told(lambda: None, "call")()
+    assert told_of == ["outer begins", "inner begins", "inner ends", "outer ends"]
+
+
+def test_who_joins_during_a_call_is_not_told_of_its_end():
+    late, entered = Diary(), contextlib.ExitStack()
+    with watched(Diary()):
+        told(lambda: entered.enter_context(watched(late)), "call")()
+    entered.close()
+    assert not late.lines and not is_watched()
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -64,7 +64,7 @@ def stack(rows: list[tuple[list[int], list[int], list[int]]]) -> Batch:
 
 
 class ReasonSource:
-    """Conversations about generated problems; scored by examinations (see `train.source.Source`)."""
+    """Conversations about generated problems; scored by examinations (see `train.data.source.Source`)."""
 
     def __init__(self, recipe: "Recipe") -> None:
         assert recipe.reason is not None

@@ -1,6 +1,6 @@
 """A step in parts: several passes in one process, and a share of the rows in each of several processes.
 
-    L = sum_i (n_i / n) L_i,   dL = sum_i (n_i / n) dL_i        n_i: what a part's loss is a mean over (`model.counts`)
+    L = sum_i (n_i / n) L_i,   dL = sum_i (n_i / n) dL_i        n_i: what a part's loss is a mean over (`model.losses`)
 
 Each part of the loss has its own counts. Those of the whole step come first (they depend on tokens alone: no pass is
 needed), then each pass is given its shares, and gradients add up, exactly but for the order of the sums. Router loads

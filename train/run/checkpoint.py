@@ -7,8 +7,8 @@
                                                         muon      NAME.momentum
                                                         balanced  NAME.exp_avg
                                 random.safetensors      states of the random generators
-                                tokenizer.json ...      of a trained tokenizer (`train.tokenizers`)
-                                memory.safetensors      experts chosen ahead (`train.stability`), if there are any
+                                tokenizer.json ...      of a trained tokenizer (`train.data.tokenizers`)
+                                memory.safetensors      experts chosen ahead (`train.run.stability`), if there are any
                                 checkpoint.json         step, recipe, tokens and seconds so far, what else is remembered
 
 A run of several processes writes folders model/ and optimizer/ of the same tensors in parts, a file for each process

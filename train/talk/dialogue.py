@@ -5,7 +5,7 @@
 
 Special tokens are control, text is text: a message that spells `<｜User｜>` is encoded as the bytes it is written with,
 and a special token that the model writes where the format has no place for it is left out of the text. An answer is in
-the format or it is not (strict, as in `model/chat.py`): tool calls are given only where the whole answer is, and
+the format or it is not (strict, as in `model/text/chat.py`): tool calls are given only where the whole answer is, and
 otherwise everything it says is content, with `Answer.error` saying where it went wrong.
 """
 

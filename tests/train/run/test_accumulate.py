@@ -194,3 +194,22 @@ def test_only_indexers_learn_in_a_warmup(model):
             torch.testing.assert_close(parameter.grad, expected[name])
         else:
             assert parameter.grad is None, name
+
+
+def test_a_step_trains_whatever_came_before():
+    made = stepper(load_recipe("nano"))
+    phase = Schedule(made.recipe).phase(0)
+    made.model.eval()
+    made.gradients(phase, uneven_batch())
+    assert made.model.training and all(block.ffn.gate.counts is not None for block in made.model.layers[1:])
+    made.forget()
+    assert all(block.ffn.gate.counts is None for block in (*made.model.layers, *made.model.mtp))
+    assert all(p.grad is None for p in made.model.parameters())
+
+
+def test_experts_are_chosen_as_the_phase_attends():
+    made = stepper(load_recipe("nano"))
+    phase = dataclasses.replace(Schedule(made.recipe).phase(0), attention="dense")
+    made.model.attention_stage = "sparse"
+    made.experts(phase, uneven_batch())
+    assert made.model.attention_stage == "dense" and not made.model.training

@@ -1,4 +1,4 @@
-"""What every mechanism has to compute and to move in a step: the formulas of `train.roofline`, layer by layer.
+"""What every mechanism has to compute and to move in a step: the formulas of `train.measure.roofline`, layer by layer.
 
 A document is a sequence of its own: it is counted by its length. Weights count once a step, in the step's dtype.
 
