@@ -239,6 +239,7 @@ class Source:
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())[1:]
         self.parts = [(m._modules, dict(m._modules)) for m in (model, *self.modules) if m._modules]
+        self.own = [vars(m) for m in self.modules]
         self.holders = [tensors for m in self.modules for tensors in (m._parameters, m._buffers) if tensors]
         self.tensors, self.memory = [*model.parameters(), *model.buffers()], self._memory()
         self.suits = (
@@ -253,18 +254,13 @@ class Source:
         return all(now == then for now, then in self.parts) and self._memory() == self.memory
 
     def is_plain(self) -> bool:
-        """Whether every module computes what its class here says: no subclass, nothing patched, no hook, the
-        sparse stage of attention, experts that the gates choose."""
+        """Whether every module computes what its class here says: no subclass, nothing patched (`is_untouched`)."""
         return (
             self.suits
             and not nn.modules.module._has_any_global_hook()
             and {type(m) for m in self.modules} <= FORWARD.keys()
             and all(kind.forward is forward for kind, forward in FORWARD.items())
-            and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules)
-            and all(
-                m.__dict__.get("replayed") is None and m.__dict__.get("stage", "sparse") == "sparse"
-                for m in self.modules
-            )
+            and all(map(is_untouched, self.own))
         )
 
     def _memory(self) -> list[int]:
@@ -368,6 +364,18 @@ def decoder(model: nn.Module, step: Step) -> Decoder | None:
     if is_watched() not in source.decoders:
         source.decoders[is_watched()] = Decoder(model)
     return source.decoders[is_watched()]
+
+
+def is_untouched(own: dict[str, Any]) -> bool:
+    """Whether a module's own attributes leave its class's forward pass as it is: no hook, nothing patched, the sparse
+    stage of attention, experts that the gate chooses."""
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or own.get("replayed") is not None
+        or own.get("stage", "sparse") != "sparse"
+    )
 
 
 def is_plain_tensor(x: Tensor) -> bool:
