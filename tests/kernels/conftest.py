@@ -20,6 +20,7 @@ def engine(request):
     """Each engine of an op in turn, to be held against the definition."""
     if request.param == "triton":
         request.getfixturevalue("by_triton")
+        request.getfixturevalue("launch")
     return request.param
 
 
@@ -48,3 +49,16 @@ def by_triton(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     with np.errstate(all="ignore"):  # a GPU does not warn of infinities either
         yield
+
+
+@pytest.fixture
+def launch():
+    """Triton's launches of an op, shrunk; its tests say how, where they have to."""
+
+
+@pytest.fixture
+def shipped(launch, monkeypatch):
+    """Triton as it ships: fake tensors cannot be filled with NaN, and gigabytes need not be."""
+    monkeypatch.undo()
+    monkeypatch.setenv("ABYSSAL_BACKEND", "triton")
+    return launch

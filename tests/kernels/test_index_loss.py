@@ -37,21 +37,6 @@ def launch(request, device, monkeypatch):
     return module
 
 
-@pytest.fixture
-def shipped(launch, monkeypatch):
-    """Triton as it ships: fake tensors cannot be filled with NaN, and gigabytes need not be."""
-    monkeypatch.undo()
-    monkeypatch.setenv("ABYSSAL_BACKEND", "triton")
-    return launch
-
-
-@pytest.fixture
-def engine(engine, request):
-    if engine == "triton":
-        request.getfixturevalue("launch")
-    return engine
-
-
 # cases ---------------------------------------------------------------------------------------------------------------
 
 

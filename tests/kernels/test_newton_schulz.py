@@ -33,21 +33,6 @@ def launch(request, monkeypatch):
 
 
 @pytest.fixture
-def shipped(launch, monkeypatch):
-    """Triton as it ships: fake tensors cannot be filled with NaN, and gigabytes need not be."""
-    monkeypatch.undo()
-    monkeypatch.setenv("ABYSSAL_BACKEND", "triton")
-    return launch
-
-
-@pytest.fixture
-def engine(engine, request):
-    if engine == "triton":
-        request.getfixturevalue("launch")
-    return engine
-
-
-@pytest.fixture
 def steps(engine):
     """V4's schedule, in the interpreter two steps of it."""
     return HYBRID if engine == "eager" else SHORT

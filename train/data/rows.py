@@ -112,11 +112,6 @@ def train_rows(corpus: Corpus | Tokenised, length: int, seed: int, rows: range, 
     return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "targets", "documents")))
 
 
-def train_batch(corpus: Corpus | Tokenised, length: int, batch_size: int, seed: int, step: int) -> Batch:
-    """The batch of step `step` (from 0) of a run of one stage: rows step·b ... step·b + b - 1."""
-    return train_rows(corpus, length, seed, range(step * batch_size, (step + 1) * batch_size))
-
-
 @lru_cache(maxsize=2)
 def _epoch(corpus: Corpus | Tokenised, length: int, seed: int, stage: int, epoch: int) -> tuple[Stream, np.ndarray]:
     """The training documents in a new order, and an order of the rows that this cuts."""

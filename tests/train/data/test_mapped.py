@@ -10,7 +10,7 @@ import torch
 from abyssal.train.data import mapped
 from abyssal.train.data.corpus import Corpus, Document, load_corpus
 from abyssal.train.data.mapped import cache_folder, tokenised, trained_tokenizer
-from abyssal.train.data.rows import held_out, stream, train_batch
+from abyssal.train.data.rows import held_out, stream, train_rows
 from abyssal.train.data.tokenizers import ByteTokenizer, Tokenizer
 
 
@@ -58,8 +58,8 @@ def same(one, other) -> bool:
 def test_bytes_in_a_file_are_cut_into_the_rows_of_those_in_memory(corpus, length):
     there = tokenised(corpus, ByteTokenizer())
     assert there.train.tokens.dtype == np.uint16 and isinstance(there.train.tokens, np.memmap)
-    for seed, step in ((0, 0), (0, 40), (5, 3)):
-        assert same(train_batch(corpus, length, 3, seed, step), train_batch(there, length, 3, seed, step))
+    for seed, rows in ((0, range(3)), (0, range(120, 123)), (5, range(9, 12))):
+        assert same(train_rows(corpus, length, seed, rows), train_rows(there, length, seed, rows))
     one, other = held_out(corpus, length, 4), held_out(there, length, 4)
     assert all(map(same, one.batches(3), other.batches(3)))
     assert one.target_positions().tolist() == other.target_positions().tolist()
@@ -200,7 +200,7 @@ def test_a_large_file_is_never_in_memory(tmp_path):
     tracemalloc.start()
     corpus = load_corpus(str(tmp_path / "large.txt"), in_memory=False)
     there = tokenised(corpus, ByteTokenizer())
-    train_batch(there, 256, 8, 0, 0)
+    train_rows(there, 256, 0, range(8))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(there.train.tokens) + len(there.held_out.tokens) > 0.98 * size

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from abyssal.train.data.corpus import Corpus, Document
-from abyssal.train.data.rows import BOS, IGNORED, PADDING, Stream, held_out, train_batch
+from abyssal.train.data.rows import BOS, IGNORED, PADDING, Stream, held_out, train_rows
 
 LENGTHS = (1, 7, 30, 2, 2, 13, 64, 5)
 
@@ -73,12 +73,12 @@ def test_padding_only_at_the_end_of_the_last_row():
 
 
 def test_a_batch_depends_on_seed_and_step_alone(corpus):
-    first = [train_batch(corpus, 12, 4, seed=3, step=s) for s in range(12)]
-    again = [train_batch(Corpus(corpus.train, corpus.held_out), 12, 4, seed=3, step=s) for s in (11, 0, 5)]
+    first = [train_rows(corpus, 12, 3, range(4 * s, 4 * s + 4)) for s in range(12)]
+    again = [train_rows(Corpus(corpus.train, corpus.held_out), 12, 3, range(4 * s, 4 * s + 4)) for s in (11, 0, 5)]
     for step, batch in zip((11, 0, 5), again):
         for name in ("ids", "targets", "documents"):
             assert torch.equal(getattr(first[step], name), getattr(batch, name)), (step, name)
-    other = train_batch(corpus, 12, 4, seed=4, step=0)
+    other = train_rows(corpus, 12, 4, range(4))
     assert not torch.equal(first[0].ids, other.ids)
 
 
@@ -87,7 +87,7 @@ def test_an_epoch_reads_every_training_byte_once_and_the_next_in_another_order(c
     wanted = sorted(b"".join(d.text for d in corpus.train))
     epochs = []
     for epoch in range(2):
-        batches = [train_batch(corpus, 12, 1, seed=0, step=epoch * rows + i) for i in range(rows)]
+        batches = [train_rows(corpus, 12, 0, range(i, i + 1)) for i in range(epoch * rows, (epoch + 1) * rows)]
         targets = torch.cat([batch.targets.flatten() for batch in batches])
         epochs.append(targets[targets != IGNORED].tolist())
         assert sorted(epochs[-1]) == wanted
@@ -96,8 +96,8 @@ def test_an_epoch_reads_every_training_byte_once_and_the_next_in_another_order(c
 
 def test_a_batch_can_reach_over_the_end_of_an_epoch(corpus):
     rows = Stream(corpus.train, 12).rows
-    wide = train_batch(corpus, 12, 3 * rows, seed=0, step=0)
-    single = [train_batch(corpus, 12, 1, seed=0, step=i).ids for i in range(3 * rows)]
+    wide = train_rows(corpus, 12, 0, range(3 * rows))
+    single = [train_rows(corpus, 12, 0, range(i, i + 1)).ids for i in range(3 * rows)]
     assert torch.equal(wide.ids, torch.cat(single))
 
 
@@ -105,7 +105,7 @@ def test_nothing_held_out_is_ever_trained_on():
     train = tuple(Document(f"t{i}", bytes([i]) * 40) for i in range(10))
     kept = tuple(Document(f"h{i}", bytes([200 + i]) * 40) for i in range(3))
     corpus = Corpus(train, kept)
-    seen = torch.cat([train_batch(corpus, 16, 4, seed=1, step=s).ids.flatten() for s in range(30)])
+    seen = torch.cat([train_rows(corpus, 16, 1, range(4 * s, 4 * s + 4)).ids.flatten() for s in range(30)])
     assert seen[seen != BOS].max() < 200
     evaluated = torch.cat([batch.ids.flatten() for batch in held_out(corpus, 16).batches(4)])
     assert evaluated[evaluated != BOS].min() >= 200

@@ -14,7 +14,7 @@ from torch import nn
 
 from abyssal.train.cli import main
 from abyssal.train.data.corpus import Corpus, Document
-from abyssal.train.data.rows import held_out, train_batch
+from abyssal.train.data.rows import held_out, train_rows
 from abyssal.train.data.source import TextSource
 from abyssal.train.data.tokenizers import BPETokenizer, ByteTokenizer
 from abyssal.train.recipe import load_recipe
@@ -48,8 +48,8 @@ def test_rows_of_bytes_are_those_of_the_first_release():
         )
 
     corpus, sha = Corpus(documents(0, 40), documents(1000, 9)), hashlib.sha256()
-    steps = ((16, 4, 0, 0), (16, 4, 0, 70), (64, 8, 3, 5), (64, 8, 3, 400), (333, 2, 1, 9))
-    batches = [train_batch(corpus, *step) for step in steps]
+    steps = ((16, 4, 0, 0), (16, 4, 0, 70), (64, 8, 3, 5), (64, 8, 3, 400), (333, 2, 1, 9))  # length, b, seed, step
+    batches = [train_rows(corpus, length, seed, range(step * b, (step + 1) * b)) for length, b, seed, step in steps]
     batches += [batch for rows in (0, 5) for batch in held_out(corpus, 32, rows).batches(3)]
     for batch in batches:
         for tensor in (batch.ids, batch.targets, batch.documents):
