@@ -85,7 +85,7 @@ def test_the_band_of_the_schedule():
 @pytest.mark.parametrize(
     ("compute", "slack", "apart"), [(torch.float32, 1e-6, (3e-4, 3e-4)), (torch.bfloat16, 0.01, (0.01, 0.25))]
 )
-def test_v4s_schedule_orthogonalises(m, n, tail, compute, slack, apart):
+def test_v4s_schedule_orthogonalises_by_eager(m, n, tail, compute, slack, apart):
     """Singular values from 1 down to `tail`: all of them where the schedule promises, the factors those of M."""
     short = min(m, n)
     u, v = (torch.linalg.qr(normal(side, short, seed=side + i, dtype=torch.float64)).Q for i, side in enumerate((m, n)))
@@ -207,17 +207,18 @@ def test_autocast_and_gradients_leave_it_alone(engine, steps, device):
         assert not newton_schulz(x.clone().requires_grad_(), backend=backend).requires_grad
 
 
-def test_many_matrices_of_any_shape():
+def test_many_matrices_of_any_shape(engine, steps):
     shapes = [(8, 12), (12, 8), (3, 8, 12), (2, 2, 12, 8), (5, 5), (1, 7), (8, 12), (12, 9), (0, 4)]
     matrices = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
-    matrices += [normal(8, 12, dtype=torch.float64), normal(12, 8, dtype=torch.bfloat16), matrices[4].mT]
-    results = newton_schulz_many(matrices)
-    assert len(results) == len(matrices) and newton_schulz_many([]) == []
+    matrices += [*(normal(12, 8, dtype=dtype) for dtype in FLOATS[engine]), matrices[4].mT]
+    options = {"coefficients": steps, "backend": engine}
+    results = newton_schulz_many(matrices, **options)
+    assert len(results) == len(matrices) and newton_schulz_many([], **options) == []
     for x, got in zip(matrices, results):
-        assert got.dtype == x.dtype and torch.equal(got, newton_schulz(x)), x.shape
+        assert got.dtype == x.dtype and torch.equal(got, newton_schulz(x, **options)), x.shape
 
 
-def test_many_matrices_make_few_batches_of_bounded_size(monkeypatch):
+def test_many_matrices_make_few_batches_of_bounded_size_by_eager(monkeypatch):
     batches = []
     stock = eager.newton_schulz
     monkeypatch.setattr(eager, "newton_schulz", lambda x, **o: batches.append(tuple(x.shape)) or stock(x, **o))
@@ -230,7 +231,7 @@ def test_many_matrices_make_few_batches_of_bounded_size(monkeypatch):
     assert batches == [(2, 4, 6), (2, 4, 6), (1, 3, 3), (1, 4, 6)]
 
 
-def test_scratch_does_not_grow_with_the_stack(monkeypatch):
+def test_scratch_does_not_grow_with_the_stack_by_eager(monkeypatch):
     monkeypatch.setattr(eager, "SCRATCH", 3 * 8 * 16 * 5)
     sizes, iterate = [], eager._iterate
     monkeypatch.setattr(eager, "_iterate", lambda *a: sizes.append(a[0].numel()) or iterate(*a))
