@@ -379,7 +379,7 @@ def test_fake_quant_is_straight_through(engine, format, device):
 @pytest.mark.parametrize("where", ["cpu", "meta"])
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize("lead", [(), (0,), (3, 0), (2, 5)])
-def test_shapes_with_and_without_rows(lead, backend, where):
+def test_shapes_with_and_without_rows_by_eager_and_definition(lead, backend, where):
     on = {"backend": backend}
     for format, block, codes_shape in (("e4m3", 64, (*lead, 128)), ("e2m1", 32, (*lead, 64))):
         x = torch.zeros(*lead, 128, device=where)

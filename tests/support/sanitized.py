@@ -65,17 +65,13 @@ def load() -> dict[str, Any]:
 
 
 def save(record: dict[str, Any]) -> None:
-    record["parts"] = dict(sorted(record["parts"].items()))
+    record["parts"] = {name: part for name, part in sorted(record["parts"].items()) if name in parts()}
     RECORD.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 def parts() -> list[str]:
     """Every op with kernels, those beside the ops, and whole models."""
-    return [
-        *(folder.name for folder in op_folders()),
-        "scatter",
-        "models",
-    ]
+    return [*(folder.name for folder in op_folders()), "scatter", "models"]
 
 
 def stale() -> list[str]:
