@@ -13,8 +13,11 @@ n streams · d width · h heads · c head dim · m compression ratio · g output
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable
+from operator import itemgetter
+from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,6 +52,7 @@ EVERY = slice(None)
 TOLERANCE = 1e-4  # of a tensor's largest value; float32 rounds 3e-6 at most in models of 5 to 20 layers
 SMALLEST = 1e-12  # largest value that counts as one
 CHANCES = 3  # differences in a row that make a verdict where near ties may fall either way: picks, stored codes
+ANYHOW = 997  # tokens from one look to the next where nothing new is done
 MOST = 2  # tokens of a call up to which one after the other is faster than torch with all at once
 PLAIN = (
     *(Attention, Block, Compressor, Engram, HyperConnection, HyperHead, Indexer, Experts, Gate, MoE, SharedExpert, MTP),
@@ -57,11 +61,12 @@ PLAIN = (
 Pass = tuple[Tensor, Tensor]  # hidden states [1, t, d] and streams [1, t, n, d]
 DIFFERS = (
     "decoding in numpy (model/decode.py) and the model's modules differ by {apart:.1e} of the largest value at "
-    "position {position}: one has been edited and the other has not. From now on this model decodes by its modules. "
-    "Carry the edit over to model/decode.py or kernels/*/step.py, or set model.fast_decode = False or "
-    "ABYSSAL_FAST_DECODE=0."
+    "position {position}, as where one has been edited and the other has not. From now on this model decodes by its "
+    "modules; what a cache holds of tokens that came one by one is still numpy's: read the text anew. Carry the edit "
+    "over to model/decode.py or kernels/*/step.py, or set model.fast_decode = False or ABYSSAL_FAST_DECODE=0."
 )
 FORWARD = {kind: kind.forward for kind in PLAIN}
+BUILT_IN = {*vars(nn.Module()), "counts", "fast_decode", "recompute"}  # tell nothing of what a module computes
 
 
 class Rotations:
@@ -131,6 +136,7 @@ class AttentionStep:
     def __init__(self, module: Attention) -> None:
         c = module.config
         self.layer, self.shape, self.eps = module.layer, (c.num_attention_heads, c.head_dim), c.rms_norm_eps
+        self.q_eps, self.kv_eps = module.q_norm.eps, module.kv_norm.eps
         self.wq_a, self.wq_b, self.wkv = (view(x.weight) for x in (module.wq_a, module.wq_b, module.wkv))
         self.q_norm, self.kv_norm = view(module.q_norm.weight), view(module.kv_norm.weight)
         self.wo_a = view(module.wo_a.weight).reshape(c.o_groups, c.o_lora_rank, -1)
@@ -142,9 +148,9 @@ class AttentionStep:
 
     def __call__(self, x: np.ndarray, rotations: Rotations, cache: LayerCache) -> np.ndarray:
         rotation = rotations.of(self.layer)
-        q_latent = rms_norm_step(self.wq_a.dot(x), self.q_norm, self.eps)
+        q_latent = rms_norm_step(self.wq_a.dot(x), self.q_norm, self.q_eps)
         q = head_norm_step(self.wq_b.dot(q_latent).reshape(self.shape), self.eps)
-        kv = rms_norm_step(self.wkv.dot(x), self.kv_norm, self.eps)
+        kv = rms_norm_step(self.wkv.dot(x), self.kv_norm, self.kv_eps)
         rope_step(q, rotation)
         rope_step(kv, rotation)
         keys = [cache.window.push(kv, rotations.position)]
@@ -169,7 +175,8 @@ class MoEStep:
 
     def __init__(self, module: MoE) -> None:
         c, gate = module.gate.config, module.gate
-        self.scale, self.top_k, self.limit = c.routed_scaling_factor, c.num_experts_per_tok, c.swiglu_limit
+        self.scale, self.top_k = c.routed_scaling_factor, c.num_experts_per_tok
+        self.limit, self.shared_limit = module.experts.limit, module.shared_experts.limit
         self.gate = view(gate.weight)
         self.bias = None if gate.is_hash else view(gate.bias)
         self.table = view(gate.tid2eid) if gate.is_hash else None
@@ -181,7 +188,7 @@ class MoEStep:
         given = None if self.table is None else self.table[token]
         experts, weights = moe_route_step(self.gate.dot(x), self.scale, self.top_k, self.bias, given)
         out = self.routed(x, experts, weights, self.w13, self.w2, self.limit)
-        out += self.shared(x, self.shared13, self.shared2, self.limit)
+        out += self.shared(x, self.shared13, self.shared2, self.shared_limit)
         return out
 
 
@@ -189,9 +196,10 @@ class BlockStep:
     """`Block` for one token, streams [n, d] to streams."""
 
     def __init__(self, module: Block) -> None:
-        self.engram, self.memory, self.eps = module.engram, told(memory, module.engram), module.attn_norm.eps
+        self.engram, self.memory = module.engram, told(memory, module.engram)
         self.hc_attn, self.hc_ffn = site(module.hc_attn), site(module.hc_ffn)
         self.attn_norm, self.ffn_norm = view(module.attn_norm.weight), view(module.ffn_norm.weight)
+        self.attn_eps, self.ffn_eps = module.attn_norm.eps, module.ffn_norm.eps
         self.read_attn, self.read_ffn = told(hyper_step, module.hc_attn), told(hyper_step, module.hc_ffn)
         self.norm_attn, self.norm_ffn = told(rms_norm_step, module.attn_norm), told(rms_norm_step, module.ffn_norm)
         self.recombine = told(hyper_recombine_step, "hyper_recombine")
@@ -201,10 +209,10 @@ class BlockStep:
         if self.engram is not None:
             streams = streams + self.memory(self.engram, streams, token, rotations.position, cache)
         u, post, comb = self.read_attn(streams, self.hc_attn)
-        y = self.attn(self.norm_attn(u, self.attn_norm, self.eps), rotations, cache)
+        y = self.attn(self.norm_attn(u, self.attn_norm, self.attn_eps), rotations, cache)
         streams = self.recombine(y, streams, post, comb)
         u, post, comb = self.read_ffn(streams, self.hc_ffn)
-        y = self.ffn(self.norm_ffn(u, self.ffn_norm, self.eps), token)
+        y = self.ffn(self.norm_ffn(u, self.ffn_norm, self.ffn_eps), token)
         return self.recombine(y, streams, post, comb)
 
 
@@ -238,33 +246,52 @@ class Source:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())[1:]
-        self.parts = [(m._modules, dict(m._modules)) for m in (model, *self.modules) if m._modules]
-        self.own = [vars(m) for m in self.modules]
-        self.holders = [tensors for m in self.modules for tensors in (m._parameters, m._buffers) if tensors]
-        self.tensors, self.memory = [*model.parameters(), *model.buffers()], self._memory()
+        self.own = [vars(m) for m in (model, *self.modules)]
+        self.hooks = [own[name] for own in self.own[1:] for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self.parts = [(own["_modules"], dict(own["_modules"])) for own in self.own if own["_modules"]]
+        self.holders = [own[kind] for own in self.own[1:] for kind in ("_parameters", "_buffers") if own[kind]]
+        self.places = places(model)
+        self.functions = [x for place, values in self.places for x in values(place) if isinstance(x, FunctionType)]
+        self.numbers, self.things = self._numbers(), self._things()
         self.suits = (
             model.config.quantization_aware is None
             and all(map(is_plain_tensor, model.parameters()))
             and not any(isinstance(m, nn.Linear) and m.bias is not None for m in self.modules)
+            and not any("forward" in own or own.get("replayed") is not None for own in self.own[1:])
+            and not any(own.get("stage", "sparse") != "sparse" for own in self.own)
         )
         self.decoders: dict[bool, Decoder] = {}  # whether its parts are `told`, for when somebody watches
 
     def holds(self) -> bool:
-        """Whether every module is still the one it was, and its tensors lie where they lay."""
-        return all(now == then for now, then in self.parts) and self._memory() == self.memory
+        """Whether modules, tensors, where these lie, attributes and functions are still those that they were."""
+        try:
+            return (
+                all(now == then for now, then in self.parts)
+                and self._numbers() == self.numbers
+                and self._things() == self.things
+            )
+        except KeyError:  # an attribute that is no more
+            return False
 
     def is_plain(self) -> bool:
-        """Whether every module computes what its class here says: no subclass, nothing patched (`is_untouched`)."""
+        """Whether every module computes what its class here says: no subclass, no hook, no other forward pass, the
+        sparse stage of attention, experts that the gates choose."""
         return (
             self.suits
             and not nn.modules.module._has_any_global_hook()
             and {type(m) for m in self.modules} <= FORWARD.keys()
             and all(kind.forward is forward for kind, forward in FORWARD.items())
-            and all(map(is_untouched, self.own))
+            and not any(self.hooks)
         )
 
-    def _memory(self) -> list[int]:
-        return [x.data_ptr() for tensors in self.holders for x in tensors.values() if x is not None]
+    def _numbers(self) -> list[int]:
+        """Which tensors there are, where they lie, how many attributes each module has."""
+        tensors = [x for holder in self.holders for x in holder.values() if x is not None]
+        return [*map(id, tensors), *map(Tensor.data_ptr, tensors), *map(len, self.own)]
+
+    def _things(self) -> list[Any]:
+        """Attributes and functions, and the code of these: a notebook that reloads a file puts it into the old ones."""
+        return [*(values(place) for place, values in self.places), *(x.__code__ for x in self.functions)]
 
 
 class Trust:
@@ -272,6 +299,7 @@ class Trust:
 
     def __init__(self) -> None:
         self.proven: set[tuple[Any, ...]] = set()
+        self.unseen = 0  # tokens since the last look
         self.doubts = 0
         self.lost = False
 
@@ -296,9 +324,10 @@ def decode(model: nn.Module, ids: Tensor, step: Step, cache: Cache, in_torch: Ca
     layers = decoder(model, step) if cache.dtype == torch.float32 else None
     if layers is None:
         return None
-    trust, doings = _trust.setdefault(model, Trust()), what_it_does(model.config, step, cache.storage)
+    trust, doings = _trust[model], what_it_does(model.config, step, cache.storage)
+    trust.unseen += step.columns
     want: list[Tensor] = []
-    if not doings <= trust.proven and not is_watched():
+    if not is_watched() and (trust.unseen > ANYHOW or not doings <= trust.proven):
         with cache.appending(step):
             want = [*in_torch(), *written(cache, step)]
             raise Undo
@@ -312,21 +341,22 @@ def decode(model: nn.Module, ids: Tensor, step: Step, cache: Cache, in_torch: Ca
                 found = None
                 raise Undo
             trust.proven |= doings
+            trust.unseen = 0
     return found
 
 
 def what_it_does(config: Any, step: Step, storage: str) -> set[tuple[Any, ...]]:
-    """What a step makes the layers do that not every step does: positions twice as far, a ratio's first entry or one
-    with a window before it, a choice among entries.
+    """What a step makes the layers do that not every step does: positions twice as far, a full window, a ratio's first
+    entry or one with a window before it, a choice that leaves 1, 2, 4 or 8 entries out.
     """
     before, after = step.past[0], step.past[0] + step.columns
-    doings: set[tuple[Any, ...]] = {(storage, "position", after.bit_length())}
-    for ratio in {*config.compress_ratios} - {0}:
-        if after // ratio > before // ratio:
-            doings.add((storage, "entry", ratio, after // ratio > 1))
-        if after // ratio > config.index_topk:
-            doings.add((storage, "choice", ratio))
-    return doings
+    doings: set[tuple[Any, ...]] = {("position", after.bit_length()), ("window", after > config.sliding_window)}
+    for kind, ratio in {*zip(config.layer_types, config.compress_ratios)}:
+        if ratio and after // ratio > before // ratio:
+            doings.add(("entry", ratio, after // ratio > 1))
+        if kind == SPARSE and (left_out := after // ratio - config.index_topk) > 0:
+            doings.add(("choice", ratio, min(left_out.bit_length(), 4)))
+    return {(storage, *doing) for doing in doings}
 
 
 def written(cache: Cache, step: Step) -> list[Tensor]:
@@ -354,11 +384,13 @@ def decoder(model: nn.Module, step: Step) -> Decoder | None:
         return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    if model in _trust and _trust[model].lost:
+    trust = _trust.setdefault(model, Trust())
+    if trust.lost:
         return None
     source = _sources.get(model)
     if source is None or not source.holds():
         source = _sources[model] = Source(model)
+        trust.proven.clear()
     if not source.is_plain():
         return None
     if is_watched() not in source.decoders:
@@ -366,16 +398,15 @@ def decoder(model: nn.Module, step: Step) -> Decoder | None:
     return source.decoders[is_watched()]
 
 
-def is_untouched(own: dict[str, Any]) -> bool:
-    """Whether a module's own attributes leave its class's forward pass as it is: no hook, nothing patched, the sparse
-    stage of attention, experts that the gate chooses."""
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or "forward" in own
-        or own.get("replayed") is not None
-        or own.get("stage", "sparse") != "sparse"
-    )
+def places(model: nn.Module) -> list[tuple[Any, Callable[[Any], tuple[Any, ...]]]]:
+    """Where it is said what the modules compute, and how to get at it: their attributes, the methods of their classes,
+    the functions that their files name."""
+    own = [m for m in model.modules() if not type(m).__module__.startswith("torch.")]
+    files = [vars(sys.modules[name]) for name in {type(m).__module__ for m in own}]
+    code = [*map(vars, {type(m) for m in own}), *files]
+    named = [(vars(m), list(vars(m).keys() - BUILT_IN)) for m in own]
+    named += [(place, [name for name, x in place.items() if isinstance(x, FunctionType)]) for place in code]
+    return [(place, itemgetter(names[0], *names)) for place, names in named if names]
 
 
 def is_plain_tensor(x: Tensor) -> bool:

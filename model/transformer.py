@@ -115,7 +115,7 @@ class Transformer(nn.Module):
             streams, found, measured = self._run(group, _through, group, streams, ids, layout, learn)
             signals += found
             spreads += measured
-        hidden = self.norm(self.hc_head(streams))
+        hidden = self._hidden(streams)
         out = Output(hidden[:, -logits_to_keep:] if logits_to_keep else hidden, self.head.weight)
         if learn:
             self._learn(out, hidden, streams, ids, targets, layout, signals, shares)
@@ -226,11 +226,15 @@ class Transformer(nn.Module):
         streams = self._streams(ids)
         for block, state in zip(self.layers, cache.layers):
             streams, _ = block(streams, ids, layout, cache=state)
-        return self.norm(self.hc_head(streams[:, -logits_to_keep:])), streams
+        return self._hidden(streams[:, -logits_to_keep:]), streams
 
     def _streams(self, ids: Tensor) -> Tensor:
         """[b, t, n, d]: n copies of each token's embedding."""
         return self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+
+    def _hidden(self, streams: Tensor) -> Tensor:
+        """[b, t, d]: the streams read into one, normalised, as the head takes it."""
+        return self.norm(self.hc_head(streams))
 
     @torch.no_grad()
     def update_router_bias(self, speed: float | None = None) -> None:

@@ -5,6 +5,7 @@ The oracle is the model's forward pass without a cache, or the same calls with t
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import importlib
 import shutil
@@ -21,6 +22,7 @@ from torch import nn
 
 from abyssal.kernels.watch import watched
 from abyssal.model import Transformer, decode
+from abyssal.model.attention import Attention
 from abyssal.model.cache import Step
 from abyssal.model.moe import Gate
 from abyssal.model.norm import RMSNorm
@@ -552,7 +554,7 @@ def test_an_edited_mechanism_is_never_silently_another_model(nano, house, name, 
     """The whole pass, and a prompt with tokens after it, are the same model; one warning, and then it is quiet."""
     model, ids = copied(nano, edited(house, name)), draw_ids(1, 60)
     cache, plain = model.new_cache(1, 60, storage=storage), model.new_cache(1, 60, storage=storage)
-    with pytest.warns(RuntimeWarning, match="one has been edited") as warned:
+    with pytest.warns(RuntimeWarning, match="one has been edited and the other has not") as warned:
         got = feed(model, cache, ids, [22])
     model.fast_decode = False
     assert len(warned) == 1
@@ -582,15 +584,21 @@ def by_modules(monkeypatch):
     return positions
 
 
-def test_what_is_looked_at(small, by_modules, taken):
-    """Positions twice as far; the first and second entries of 4 and 16; more entries than the 4 picks; once."""
+def test_what_is_looked_at(small, by_modules, taken, monkeypatch):
+    """Positions twice as far; a full window; the first and second entries of 4 and 16; 1, 2, 4 and 8 entries that are
+    not among the 4 picks; once. Where nothing is new, every so many tokens.
+    """
     ids = draw_ids(1, 70)
     feed(small, small.new_cache(1, 70), ids)
-    assert by_modules == [0, 1, 3, 7, 15, 19, 31, 63] and len(taken) == 70
+    assert by_modules == [0, 1, 3, 7, 15, 16, 19, 23, 31, 47, 63] and len(taken) == 70
+    by_modules.clear()
     feed(small, small.new_cache(1, 70), ids)
-    assert len(by_modules) == 8
+    assert not by_modules
     feed(small, small.new_cache(1, 70, storage="released"), ids[:, :5])
-    assert by_modules[8:] == [0, 1, 3]
+    assert by_modules == [0, 1, 3]
+    monkeypatch.setattr(decode, "ANYHOW", 30)
+    feed(small, small.new_cache(1, 70), ids)
+    assert by_modules[3:] == [29, 60]
 
 
 def test_nothing_is_looked_at_while_somebody_watches(small, by_modules, taken):
@@ -600,6 +608,79 @@ def test_nothing_is_looked_at_while_somebody_watches(small, by_modules, taken):
     assert not by_modules and len(taken) == 9
     feed(small, small.new_cache(1, 9), draw_ids(1, 9))
     assert by_modules
+
+
+def other_eps(model, patch):
+    model.layers[1].ffn_norm.eps, model.layers[1].attn.q_norm.eps = 0.5, 0.1
+
+
+def other_limit(model, patch):
+    model.layers[0].ffn.experts.limit = model.layers[0].ffn.shared_experts.limit = 0.01
+
+
+def other_rounds(model, patch):
+    model.layers[0].hc_attn.iterations, model.layers[0].hc_attn.eps = 1, 0.1
+
+
+def other_picks(model, patch):
+    model.layers[1].attn.config = dataclasses.replace(model.config, index_topk=1)
+
+
+def transposed(model, patch):
+    """In the memory where it was."""
+    linear = model.layers[0].attn.wq_a
+    linear.weight = nn.Parameter(linear.weight.detach().T)
+
+
+def method_of_an_instance(model, patch):
+    module = model.layers[2].attn
+    patch.setattr(module, "_project", lambda out, stock=module._project: 2 * stock(out), raising=False)
+
+
+def method_of_a_class(model, patch):
+    patch.setattr(Attention, "_project", lambda self, out, stock=Attention._project: 2 * stock(self, out))
+
+
+def method_of_the_model(model, patch):
+    patch.setattr(model, "_streams", lambda ids, stock=model._streams: 2 * stock(ids), raising=False)
+
+
+def function_of_a_file(model, patch):
+    file = sys.modules[Gate.__module__]
+    patch.setattr(
+        file, "moe_route", lambda logits, *rest, stock=file.moe_route, **named: stock(-logits, *rest, **named)
+    )
+
+
+def code_of_a_function(model, patch):
+    """As a notebook reloads an edited file."""
+
+    def _read(self, streams):
+        return 2 * self.norm(self.hc_head(streams))
+
+    patch.setattr(Transformer._hidden, "__code__", _read.__code__)
+
+
+FOLLOWED = (other_eps, other_limit, other_rounds, other_picks, transposed)
+LEFT = (method_of_an_instance, method_of_a_class, method_of_the_model, function_of_a_file, code_of_a_function)
+
+
+@pytest.mark.parametrize("change", FOLLOWED + LEFT)
+def test_what_is_changed_between_tokens_is_seen(change, monkeypatch, recwarn):
+    """In numpy where an attribute says it, by the modules, with a warning, where only they know."""
+    model, ids = make(q_lora_rank=64), draw_ids(1, 50)
+    caches = [model.new_cache(1, 50) for _ in range(3)]
+    for cache in caches:
+        feed(model, cache, ids[:, :30], [12])
+    before = feed(model, caches[0], ids[:, 30:])
+    assert not recwarn.list
+    change(model, monkeypatch)
+    got = feed(model, caches[1], ids[:, 30:])
+    assert len(recwarn.list) == (change in LEFT)
+    model.fast_decode = False
+    want = feed(model, caches[2], ids[:, 30:])
+    assert_close(got, want)
+    assert (want - before).abs().max() > 1e-3
 
 
 def test_a_look_leaves_no_trace(remembering, by_modules):
