@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 
 _TRAIN = {
@@ -29,7 +30,12 @@ MOVED = {
     "abyssal.model.rounding": "abyssal.model.quantization",
     "abyssal.model.sampling": "abyssal.model.generation.sampling",
     "abyssal.model.speculative": "abyssal.model.generation.speculative",
+    "abyssal.train.bench.compressor": "abyssal.train.measure.bench.pool",
+    "abyssal.train.bench.indexer": "abyssal.train.measure.bench.index_topk",
+    "abyssal.train.bench.loss": "abyssal.train.measure.bench.cross_entropy",
+    "abyssal.train.bench.moe": "abyssal.train.measure.bench.moe_experts",
     "abyssal.train.chatting": "abyssal.train.talk.dialogue",
+    "abyssal.train.roofline.moe": "abyssal.train.measure.roofline.moe_experts",
     **{
         f"abyssal.train.{name}": f"abyssal.train.{room}.{name}"
         for room, names in _TRAIN.items()
@@ -54,9 +60,10 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _now(name: str) -> str | None:
-    """Where a module of this name lies now, None if it never moved."""
-    old = ".".join(name.split(".")[:3])
-    return MOVED[old] + name[len(old) :] if old in MOVED else None
+    """Where a module of this name lies now, None if it never moved or is no more."""
+    old = name if name in MOVED else ".".join(name.split(".")[:3])
+    now = MOVED[old] + name[len(old) :] if old in MOVED else None
+    return now if now and find_spec(now) else None
 
 
 def install() -> None:

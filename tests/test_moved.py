@@ -8,6 +8,7 @@ import pytest
 from abyssal.moved import MOVED
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the packages on the way
 @pytest.mark.parametrize("old", MOVED)
 def test_an_earlier_name_is_the_same_module(old):
     sys.modules.pop(old, None)
@@ -26,5 +27,6 @@ def test_modules_within_follow():
 def test_other_names_are_not_found():
     with pytest.raises(ModuleNotFoundError, match=r"abyssal\.model\.nowhere"):
         importlib.import_module("abyssal.model.nowhere")
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("abyssal.train.tokenizers.nowhere")
+    for gone in ("tokenizers.nowhere", "roofline.head", "roofline.streams"):
+        with pytest.raises(ModuleNotFoundError, match=rf"abyssal\.train\.{gone}"):
+            importlib.import_module(f"abyssal.train.{gone}")

@@ -9,6 +9,7 @@ b batch · t queries · h query heads · d head dim · s window rows · p compre
 from torch import Tensor
 
 from ..backend import implementation
+from ..shapes import check_bounds, check_shape
 
 
 def attention(
@@ -43,12 +44,15 @@ def attention(
         index: [b, t, k] picked entries, -1 = none; replaces the range.
 
     Returns:
-        out [b, t, h, d] in q's dtype and the sink-inclusive log-sum-exp [b, t, h] in float32 (not differentiable).
+        out [b, t, h, d] in q's dtype and the sink-inclusive log-sum-exp [b, t, h], float32 (float64 of float64), which
+        is not differentiable.
 
     Raises:
         ValueError: shapes that do not fit, or `compressed` without a range and without an index.
     """
+    check_shape("q", q, "batch", "queries", "heads", "head dim")
     b, t, h, d = q.shape
+    check_bounds(b, t, window_start=window_start, start=start, end=end)
     if kv.ndim != 3 or kv.shape[0] != b or kv.shape[1] < t or kv.shape[2] != d:
         raise ValueError(f"kv has shape {tuple(kv.shape)}: with q {tuple(q.shape)} it must be [{b}, at least {t}, {d}]")
     if sink.shape != (h,):
@@ -56,12 +60,11 @@ def attention(
     if window < 1:
         raise ValueError(f"window={window}: at least 1 (the query itself)")
     if compressed is not None:
-        if compressed.ndim != 3 or compressed.shape[0] != b or compressed.shape[2] != d:
-            raise ValueError(f"compressed has shape {tuple(compressed.shape)}: it must be [{b}, entries, {d}]")
+        check_shape("compressed", compressed, b, "entries", d)
         if index is None and (start is None or end is None):
             raise ValueError("compressed entries need either index or both start and end")
-        if index is not None and index.shape[:2] != (b, t):
-            raise ValueError(f"index has shape {tuple(index.shape)}: it must be [{b}, {t}, picks]")
+        if index is not None:
+            check_shape("index", index, b, t, "picks")
     run = implementation("attention", backend, q).attention
     return run(
         q,

@@ -9,6 +9,7 @@ b batch · t queries · h attention heads · d head dim · i index heads · e in
 from torch import Tensor
 
 from ..backend import implementation
+from ..shapes import check_bounds, check_shape
 
 
 def index_loss(
@@ -44,11 +45,15 @@ def index_loss(
     Raises:
         ValueError: shapes that do not fit.
     """
-    if index_q.shape[:2] != q.shape[:2]:
-        raise ValueError(f"index_q has shape {tuple(index_q.shape)}: q has batch and queries {tuple(q.shape[:2])}")
-    if index_keys.shape[:2] != compressed.shape[:2]:
-        raise ValueError(
-            f"index_keys has shape {tuple(index_keys.shape)}: compressed begins with {tuple(compressed.shape[:2])}"
-        )
+    check_shape("q", q, "batch", "queries", "heads", "head dim")
+    b, t, h, d = q.shape
+    check_shape("index_q", index_q, b, t, "index heads", "index head dim")
+    check_shape("index_weights", index_weights, b, t, index_q.shape[2])
+    check_shape("compressed", compressed, b, "entries", d)
+    check_shape("index_keys", index_keys, b, compressed.shape[1], index_q.shape[3])
+    check_shape("lse", lse, b, t, h)
+    check_bounds(b, t, start=start, end=end)
+    if index is not None:
+        check_shape("index", index, b, t, "picks")
     run = implementation("index_loss", backend, q).index_loss
     return run(index_q, index_weights, index_keys, q, compressed, lse, scale=scale, start=start, end=end, index=index)

@@ -8,6 +8,7 @@ b batch · t queries · h index heads · d index head dim · p compressed entrie
 from torch import Tensor
 
 from ..backend import implementation
+from ..shapes import check_bounds, check_shape
 
 
 def index_topk(
@@ -31,13 +32,11 @@ def index_topk(
     Raises:
         ValueError: k < 1 or shapes that do not fit.
     """
+    check_shape("q", q, "batch", "queries", "heads", "head dim")
     b, t, h, d = q.shape
     if k < 1:
         raise ValueError(f"k={k}: at least one entry must be picked")
-    if weights.shape != (b, t, h):
-        raise ValueError(
-            f"weights has shape {tuple(weights.shape)}: with q {tuple(q.shape)} it must be [{b}, {t}, {h}]"
-        )
-    if keys.ndim != 3 or keys.shape[0] != b or keys.shape[2] != d:
-        raise ValueError(f"keys has shape {tuple(keys.shape)}: it must be [{b}, entries, {d}]")
+    check_shape("weights", weights, b, t, h)
+    check_shape("keys", keys, b, "entries", d)
+    check_bounds(b, t, start=start, end=end)
     return implementation("index_topk", backend, q).index_topk(q, weights, keys, k=k, start=start, end=end)

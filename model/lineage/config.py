@@ -49,6 +49,28 @@ class LineageScaling(RopeScaling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Elsewhere:
+    """Keys of a configuration that are read in another form, or not at all: they have their type nevertheless."""
+
+    architectures: tuple[str, ...] | None = None
+    aux_loss_alpha: float | None = None
+    ep_size: int | None = None
+    expert_dtype: str | None = None
+    head_dim: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    mlp_layer_types: tuple[str, ...] | None = None
+    num_key_value_heads: int | None = None
+    num_local_experts: int | None = None
+    num_nextn_predict_layers: int | None = None
+    pretraining_tp: int | None = None
+    qk_head_dim: int | None = None
+    seq_aux: bool | None = None
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LineageConfig:
     """Shape and constants of a V3 or V3.2 model. The indexer's sizes are None in V3.
 
@@ -129,9 +151,16 @@ class LineageConfig:
         Raises:
             TypeError, ValueError: as the class, for an unknown or missing key, or a value that V3 does not vary.
         """
-        values = lineage_from_huggingface(data)
+        kinds = _check_read(data).mlp_layer_types
+        values = lineage_from_huggingface(data if kinds is None else {**data, "mlp_layer_types": list(kinds)})
+        if isinstance(values.get("rope_scaling"), Mapping):
+            kind = values["rope_scaling"]["type"]
+            require(kind in (None, "yarn"), "rope_scaling.type", kind, "'yarn'")
         drop_fixed(values, _FIXED)
-        return build(cls, values, also=(*_FIXED, *BOOKKEEPING))
+        config = build(cls, values, also=(*_FIXED, *BOOKKEEPING))
+        count, layers = len(kinds or ()), config.num_hidden_layers
+        require(kinds is None or count == layers, "len(mlp_layer_types)", count, f"num_hidden_layers={layers}")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """In the keys of a released config.json, which transformers reads too."""
@@ -139,6 +168,17 @@ class LineageConfig:
         own = {k: v for k, v in asdict(self).items() if v is not None and k not in _OBJECTIVE}
         also = {"architectures": [name], "num_key_value_heads": self.num_attention_heads}
         return dict(sorted({**_FIXED, **own, **also}.items()))
+
+
+def _check_read(data: Mapping[str, Any]) -> _Elsewhere:
+    """What is read in another form, or not at all, in the types that it declares."""
+    require(isinstance(data, Mapping), "data", data, "a table of a config.json's keys")
+    yarn = ", ".join(f.name for f in fields(LineageScaling))
+    tables = {"rope_scaling": yarn, "rope_parameters": f"rope_theta, rope_type, {yarn}"}
+    for name, keys in {**tables, "quantization_config": "how weights are stored"}.items():
+        value = data.get(name)
+        require(isinstance(value, Mapping | LineageScaling | None), name, value, f"a table of {keys}, or none")
+    return _Elsewhere(**{f.name: data[f.name] for f in fields(_Elsewhere) if f.name in data})
 
 
 def _check_sizes(c: LineageConfig) -> None:

@@ -387,6 +387,11 @@ def test_memory_of_scores_is_bounded(engine):
         ({"compressed": torch.zeros(1, 3, 8)}, "start and end"),
         ({"compressed": torch.zeros(1, 3, 7)}, "compressed"),
         ({"compressed": torch.zeros(1, 3, 8), "index": torch.zeros(1, 3, 2)}, "index"),
+        ({"compressed": torch.zeros(1, 3, 8), "index": torch.zeros(1, 4)}, r"index has shape \(1, 4\)"),
+        ({"q": torch.zeros(4, 2, 8)}, r"q has shape \(4, 2, 8\): it must be \[batch, queries, heads, head dim\]"),
+        ({"window_start": torch.full((1, 7), 2)}, r"window_start has shape \(1, 7\): it must be \[1 or 1, 4\]"),
+        ({"start": torch.zeros(4)}, r"start has shape \(4,\)"),
+        ({"end": torch.zeros(2, 4)}, r"end has shape \(2, 4\)"),
         ({"backend": "fast"}, "backend='fast'"),
     ],
 )

@@ -237,11 +237,17 @@ def test_backward_twice_and_checkpointing(engine, device):
         assert all(torch.equal(x.grad, g) for x, g in zip(leaves, once))
 
 
-@pytest.mark.parametrize("change", ["index_q", "index_keys"])
-def test_bad_input(change):
+TENSORS = ("index_q", "index_weights", "index_keys", "q", "compressed", "lse", "start", "end", "index")
+
+
+def test_bad_input():
+    """Each without its batch; where the last size is given by others, with one less."""
     given = case(1, 6, 2, 4, 2, 4, 9, 4)
-    with pytest.raises(ValueError, match=f"{change} has shape"):
-        index_loss(**given | {change: given[change][:, 1:]})
+    bad = [(name, given[name][0]) for name in TENSORS]
+    bad += [(name, given[name][..., 1:]) for name in TENSORS if name not in ("index_q", "q", "index")]
+    for name, x in bad:
+        with pytest.raises(ValueError, match=rf"^{name} has shape \({str(tuple(x.shape))[1:-1]}\): it must be \["):
+            index_loss(**given | {name: x})
 
 
 # Triton --------------------------------------------------------------------------------------------------------------

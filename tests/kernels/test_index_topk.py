@@ -195,6 +195,9 @@ def test_a_query_does_not_depend_on_the_rest(engine, device):
         ({"k": 0}, "k=0"),
         ({"weights": torch.zeros(1, 8, 3)}, "weights has shape"),
         ({"keys": torch.zeros(1, 2, 5)}, "keys has shape"),
+        ({"q": torch.zeros(8, 2, 4)}, "q has shape"),
+        ({"start": torch.zeros(1, 9)}, r"start has shape \(1, 9\): it must be \[1 or 1, 8\]"),
+        ({"end": torch.zeros(8)}, "end has shape"),
     ],
 )
 def test_bad_input(change, message):

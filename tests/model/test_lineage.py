@@ -303,6 +303,11 @@ def test_released_sizes(name, total):
         ({"index_head_dim": 4}, "index_head_dim=4: allowed is at least"),
         ({"rope_scaling": {"type": "yarn"}}, "missing keys: rope_scaling.factor"),
         ({"rope_scaling": {**YARN, "type": "linear"}}, "rope_scaling.type='linear': allowed is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear': allowed is 'yarn'"),
+        ({"rope_scaling": "x"}, "rope_scaling='x': allowed is a table of factor, original_max"),
+        ({"rope_parameters": 3}, "rope_parameters=3: allowed is a table of rope_theta, rope_type"),
+        ({"quantization_config": "junk"}, "quantization_config='junk': allowed is a table"),
+        ({"mlp_layer_types": ("dense", "sparse")}, r"len\(mlp_layer_types\)=2: allowed is num_hidden_layers=3"),
         ({"rope_scaling": {**YARN, "type": "yarn", "mscale": 0.7}}, "mscale=0.7: allowed is mscale_all_dim=1.0"),
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"rope_theta": 0}, "rope_theta=0.0: allowed is positive"),
@@ -326,6 +331,9 @@ def test_configurations_that_are_refused(changes, says):
         ({"num_hidden_layers": 61.0}, "num_hidden_layers=61.0: allowed is int, not float"),
         ({"n_group": True}, "n_group=True: allowed is int, not bool"),
         ({"index_topk": "9"}, "index_topk='9': allowed is int, not str"),
+        ({"mlp_layer_types": "dense"}, "mlp_layer_types='dense': allowed is a list of str"),
+        ({"num_nextn_predict_layers": "abc"}, "num_nextn_predict_layers='abc': allowed is int, not str"),
+        ({"head_dim": "zz"}, "head_dim='zz': allowed is int, not str"),
         ({"rope_scaling": {**YARN, "factor": 40}}, "rope_scaling.type=None: allowed is str"),
         ({"rope_scaling": {**YARN, "type": "yarn", "factor": "40"}}, "rope_scaling.factor='40': allowed is float"),
     ],
@@ -344,6 +352,8 @@ def test_keys_that_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=says):
             LineageConfig.from_dict({**data, **changes})
+    with pytest.raises(ValueError, match=r"data=\[\]: allowed is a table"):
+        LineageConfig.from_dict([])
     with pytest.raises(FileNotFoundError, match=r"v3, v3\.2"):
         LineageConfig.load("v2")
     path = tmp_path / "config.json"
