@@ -16,7 +16,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from operator import itemgetter
+from itertools import chain
+from operator import is_, itemgetter
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -268,7 +269,7 @@ class Source:
             return (
                 all(now == then for now, then in self.parts)
                 and self._numbers() == self.numbers
-                and self._things() == self.things
+                and all(map(is_, self._things(), self.things))
             )
         except KeyError:  # an attribute that is no more
             return False
@@ -291,7 +292,8 @@ class Source:
 
     def _things(self) -> list[Any]:
         """Attributes and functions, and the code of these: a notebook that reloads a file puts it into the old ones."""
-        return [*(values(place) for place, values in self.places), *(x.__code__ for x in self.functions)]
+        found = chain.from_iterable([values(place) for place, values in self.places])
+        return [*found, *[x.__code__ for x in self.functions]]
 
 
 class Trust:
