@@ -250,7 +250,9 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_goes_on(recipe_of, alo
         text=True,
     )
     wait_for(lambda: checkpoint.checkpoints(out), process)
-    os.kill(worker(process.pid, rank=1), signal.SIGKILL)
+    first, second = (worker(process.pid, rank) for rank in range(2))
+    os.kill(second, signal.SIGKILL)
+    os.kill(first, signal.SIGTERM)  # as torchrun does at once, where the first has not yet found out by itself
     said, _ = process.communicate(timeout=SECONDS)  # less than the collective's own patience, however busy the machine
     assert process.returncode
     assert "abyssal train: another process of the run ended" in said and f"go on with --resume {out}" in said

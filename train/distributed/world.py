@@ -9,6 +9,7 @@ training has one path.
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ def processes(device: torch.device, expert_parallel: int = 1, timeout: float = 6
 
     Raises:
         ValueError: the number of processes does not divide by `expert_parallel`.
-        ProcessLost: within the context, another process ended or did not answer.
+        ProcessLost: within the context, another process ended or did not answer, or torchrun ends this one.
     """
     ours = not dist.is_initialized()
     size = int(os.environ.get("WORLD_SIZE", "1")) if ours else dist.get_world_size()
@@ -176,6 +177,7 @@ def processes(device: torch.device, expert_parallel: int = 1, timeout: float = 6
     wait = timedelta(seconds=timeout)
     if ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=wait)
+        before = signal.signal(signal.SIGTERM, _ended)
     try:
         yield _world(device, size, expert_parallel, wait)
     except RuntimeError as error:
@@ -184,7 +186,13 @@ def processes(device: torch.device, expert_parallel: int = 1, timeout: float = 6
         raise ProcessLost(f"another process of the run ended or did not answer for {timeout:g} s") from error
     finally:
         if ours:
+            signal.signal(signal.SIGTERM, before)
             dist.destroy_process_group()
+
+
+def _ended(*_: Any) -> None:
+    """torchrun, a tenth of a second after one of its processes has died, ends the others, which may not know yet."""
+    raise ProcessLost("another process of the run ended, or the run was told to end (SIGTERM)")
 
 
 def _world(device: torch.device, size: int, expert_parallel: int, wait: timedelta) -> World:
