@@ -306,7 +306,7 @@ def decoding(name: str, batch: int, prompt: int, tokens: int, dtype: str = "bflo
             first, worst = counted.specialisations, 0
             for _ in range(tokens):
                 counted.clear()
-                model(ids[:, :1], cache=cache).logits
+                _ = model(ids[:, :1], cache=cache).logits
                 worst = max(worst, counted.waits.total())
         new = counted.specialisations - first
         return {"token": counted.summary(), "most waits of a token": worst, "new specialisations": new}
