@@ -1,11 +1,19 @@
-"""What the eager engines ask of their tensors: where to accumulate (float32 for half precisions and float32, float64
-for float64, never under autocast), and whether a gradient may be asked for.
+"""What the ops ask of their tensors: what autocast makes of them, where engines accumulate (float32 for half precisions
+and float32, float64 for float64, never under autocast), and whether a gradient may be asked for.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would multiply `x`: autocast's where that is on, but float64 stays."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def accumulation(x: Tensor) -> torch.dtype:

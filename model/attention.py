@@ -21,7 +21,7 @@ from .config import ModelConfig
 from .indexer import Indexer, IndexInputs
 from .kinds import HEAVY, SPARSE
 from .layout import Layout
-from .norm import RMSNorm
+from .norm import RMSNorm, norm_then_rope
 from .quantization import linear, rounded_input, rounded_weight, rounding
 from .rotary import token_rotation
 from .storage import picked, values
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         q_latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(q_latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
         q = norm_rope(q, None, self.config.rms_norm_eps, rotation)
-        kv = rope(self.kv_norm(self.wkv(x)), rotation)
+        kv = norm_then_rope(self.kv_norm, self.wkv(x), rotation)
         if cache is not None:
             kv = cache.window.extend(kv, layout.step)
         out, signal = self._attend(x, q_latent, q, kv, rotation, layout, learn, cache)

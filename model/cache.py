@@ -11,6 +11,9 @@ Storage. Window keys, entries and index keys are held in the model's dtype ("exa
 Rewinding. Tails keep `rewind` rows more than the next token needs, entries past the length are simply not seen, so that
 the cache can be cut back by up to `rewind` tokens, exactly.
 
+Repeating. A pass whose numbers are all on the device (`FixedStep`: one new token in every row) can be a CUDA graph
+(`generation/graph.py`): tails are then full and roll, entries are written where the device says.
+
 Interruptions. What a length counts is never written over: tails are written past their end or into a new buffer,
 entries past the length. Putting the old buffers and lengths back therefore undoes a call that did not come to its end.
 
@@ -57,6 +60,17 @@ class Step:
         return min(keep, max(self.past))
 
 
+@dataclass(frozen=True)
+class FixedStep:
+    """One new token in every row, of a cache that is `fixed`; where it stands, only the device knows."""
+
+    past: Tensor  # int64 [b, 1]
+
+    def kept(self, keep: int) -> int:
+        """As of `Step`: every tail is full."""
+        return keep
+
+
 class Tail:
     """The last rows of a growing sequence, per batch row, the newest of all rows in the same column.
 
@@ -69,8 +83,10 @@ class Tail:
         self.rows = like.new_zeros(batch, self.hold + SLACK, *shape)
         self.end = 0
 
-    def extend(self, new: Tensor, step: Step) -> Tensor:
+    def extend(self, new: Tensor, step: Step | FixedStep) -> Tensor:
         """Appends the real columns of new [b, t, ...]; returns [b, kept + t, ...], the past in need and all of new."""
+        if isinstance(step, FixedStep):
+            return self._roll(new)
         kept, t = step.kept(self.keep), new.shape[1]
         if step.even and self.end + t <= self.rows.shape[1]:
             self.rows[:, self.end : self.end + t] = new
@@ -80,6 +96,17 @@ class Tail:
         both = torch.cat([self.rows[:, self.end - old : self.end], new.to(self.rows.dtype)], 1)
         self._store(both, [old + n for n in step.new])
         return both[:, old - kept :]
+
+    def fix(self) -> None:
+        """Full from here on, the newest row at its end; rows that were never written are zeros that nobody sees."""
+        rows, have = torch.zeros_like(self.rows), min(self.hold, self.end)
+        rows[:, self.hold - have : self.hold] = self.rows[:, self.end - have : self.end]
+        self.rows, self.end = rows, self.hold
+
+    def _roll(self, new: Tensor) -> Tensor:
+        both = torch.cat([self.rows[:, : self.hold], new.to(self.rows.dtype)], 1)
+        self.rows[:, : self.hold] = both[:, 1:]
+        return both[:, self.hold - self.keep :]
 
     def push(self, row: np.ndarray, past: int) -> np.ndarray:
         """Appends a row to a single sequence of `past` rows; returns [kept + 1, ...], the past in need and the row."""
@@ -114,14 +141,25 @@ class Store:
     def __init__(self, batch: int, capacity: int, width: int, like: Tensor) -> None:
         self.rows = like.new_zeros(batch, capacity, width)
 
-    def write(self, entries: Tensor, step: Step, ratio: int) -> None:
+    def write(self, entries: Tensor, step: Step | FixedStep, ratio: int) -> None:
         """entries [b, new, d] are those that the step's tokens complete, in order."""
+        if isinstance(step, FixedStep):
+            self._write_if_complete(entries, step.past, ratio)
+            return
         for b, (past, new) in enumerate(zip(step.past, step.new)):
             first, last = past // ratio, (past + new) // ratio
             self.rows[b, first:last] = entries[b, : last - first]
 
-    def seen(self, step: Step, ratio: int) -> Any:
-        """The entries up to the furthest row's last, [b, p, d]."""
+    def _write_if_complete(self, entry: Tensor, past: Tensor, ratio: int) -> None:
+        """entry [b, 1, d], of rows whose window it completes: what lies in the place of others stays."""
+        place = (past // ratio).clamp_max(self.rows.shape[1] - 1)[..., None].expand_as(entry)
+        complete = (past + 1) % ratio == 0
+        self.rows.scatter_(1, place, torch.where(complete[..., None], entry, self.rows.gather(1, place)))
+
+    def seen(self, step: Step | FixedStep, ratio: int) -> Any:
+        """The entries up to the furthest row's last, [b, p, d]; of a fixed step all that there is room for."""
+        if isinstance(step, FixedStep):
+            return self.rows
         return self.rows[:, : max(past + new for past, new in zip(step.past, step.new)) // ratio]
 
     def put(self, number: int, entry: np.ndarray) -> None:
@@ -140,7 +178,7 @@ class CodedTail(Tail):
         super().__init__(batch, keep, rewind, (format.bytes,), like.new_zeros(0, dtype=torch.uint8))
         self.format = format
 
-    def extend(self, new: Tensor, step: Step) -> Tensor:
+    def extend(self, new: Tensor, step: Step | FixedStep) -> Tensor:
         return self.format.decode(super().extend(self.format.encode(new), step))
 
     def push(self, row: np.ndarray, past: int) -> np.ndarray:
@@ -154,10 +192,10 @@ class CodedStore(Store):
         super().__init__(batch, capacity, format.bytes, like.new_zeros(0, dtype=torch.uint8))
         self.format = format
 
-    def write(self, entries: Tensor, step: Step, ratio: int) -> None:
+    def write(self, entries: Tensor, step: Step | FixedStep, ratio: int) -> None:
         super().write(self.format.encode(entries), step, ratio)
 
-    def seen(self, step: Step, ratio: int) -> Coded:
+    def seen(self, step: Step | FixedStep, ratio: int) -> Coded:
         return Coded(super().seen(step, ratio), self.format)
 
     def put(self, number: int, entry: np.ndarray) -> None:
@@ -316,6 +354,17 @@ class Cache:
                 )
         return Step(list(self._lengths), new, t)
 
+    def fix(self) -> None:
+        """Makes ready for `FixedStep`s. Ordinary steps may follow, too."""
+        for layer in self.layers:
+            for tail in layer.tails():
+                tail.fix()
+
+    def advance(self) -> None:
+        """Counts a token in every row that a `FixedStep` has put in."""
+        self._lengths = [n + 1 for n in self._lengths]
+        self._furthest = [max(pair) for pair in zip(self._furthest, self._lengths)]
+
     @contextmanager
     def appending(self, step: Step) -> Iterator[None]:
         """Takes the step's tokens in, which the layers append meanwhile. `Undo` forgets them and goes no further."""
@@ -395,20 +444,36 @@ class Continued(Layout):
         step, device = self.step, self.positions.device
         if step.even and (step.past[0] + step.columns) // ratio == step.past[0] // ratio:
             return _no_entries(self.positions, ratio)
-        past = torch.tensor(step.past, device=device)[:, None]
+        past = sent(step.past, device)[:, None]
         done = [(p + n) // ratio - p // ratio for p, n in zip(step.past, step.new)]
         number = past // ratio + torch.arange(max(done), device=device)
-        exists = number < past // ratio + torch.tensor(done, device=device)[:, None]
+        exists = number < past // ratio + sent(done, device)[:, None]
         first = torch.where(exists, number * ratio - past + step.kept(keep), -1)
-        complete = torch.tensor([(p + n) // ratio for p, n in zip(step.past, step.new)], device=device)[:, None]
+        complete = sent([(p + n) // ratio for p, n in zip(step.past, step.new)], device)[:, None]
         end = torch.minimum((self.positions + 1) // ratio, complete)  # columns that are not real see no more
         return Entries(first, (number > 0) & exists, number * ratio, torch.zeros_like(end), end)
 
     def first_rows(self, keep: int) -> Tensor | None:
         if self.step.even:
             return None
-        past = torch.tensor(self.step.past, device=self.positions.device)[:, None]
+        past = sent(self.step.past, self.positions.device)[:, None]
         return (self.step.kept(keep) - past).clamp_min(0).expand_as(self.positions)
+
+
+@dataclass(frozen=True)
+class Fixed(Layout):
+    """The layout of a `FixedStep`: one token in each row, and the entry that it would complete."""
+
+    step: FixedStep | None = None
+
+    def _work_out_entries(self, ratio: int, keep: int) -> Entries:
+        number, end = self.positions // ratio, (self.positions + 1) // ratio
+        complete = end > number
+        first = torch.where(complete, keep + 1 - ratio, -1)
+        return Entries(first, complete & (number > 0), number * ratio, torch.zeros_like(end), end)
+
+    def first_rows(self, keep: int) -> Tensor:
+        return (keep - self.positions).clamp_min(0)
 
 
 def _no_entries(positions: Tensor, ratio: int) -> Entries:
@@ -417,7 +482,19 @@ def _no_entries(positions: Tensor, ratio: int) -> Entries:
     return Entries(none, none.bool(), none, torch.zeros_like(end), end)
 
 
-def continue_layout(step: Step, device: torch.device) -> Layout:
+def continue_layout(step: Step | FixedStep, device: torch.device) -> Layout:
     """Positions of a step's tokens."""
-    past = torch.tensor(step.past[:1] if step.even else step.past, device=device)[:, None]
-    return Continued(positions=past + torch.arange(step.columns, device=device), step=step)
+    if isinstance(step, FixedStep):
+        return Fixed(positions=step.past, step=step)
+    if step.even:
+        return Continued(
+            positions=torch.arange(step.past[0], step.past[0] + step.columns, device=device)[None], step=step
+        )
+    columns = torch.arange(step.columns, device=device)
+    return Continued(positions=sent(step.past, device)[:, None] + columns, step=step)
+
+
+def sent(numbers: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers of the host on the device; nobody waits until they are there."""
+    pinned = device.type != "cpu" and torch.cuda.is_available()
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)

@@ -13,13 +13,13 @@ b batch · t tokens · m ratio · c head dim · p entries
 import torch
 from torch import Tensor, nn
 
-from ..kernels import pool, rope
+from ..kernels import pool
 from .cache import CompressorCache, unfinished_tokens
 from .config import ModelConfig
 from .kinds import SPARSE
 from .layout import Entries, Layout
-from .norm import RMSNorm, exact_linear
-from .rotary import rotation
+from .norm import RMSNorm, exact_linear, norm_then_rope
+from .rotary import entry_rotation
 from .storage import Coded
 
 
@@ -53,14 +53,15 @@ class Compressor(nn.Module):
         entries = self.entries(layout)
         k, z = exact_linear(x, self.wkv.weight), exact_linear(x, self.wgate.weight)
         if cache is None:
-            return self._pool(k, z, entries, x.dtype)
+            return self._pool(k, z, layout, x.dtype)
         k, z = cache.tail.extend(torch.cat([k, z], -1), layout.step).chunk(2, -1)
         if entries.positions.shape[1]:
-            cache.store.write(self._pool(k, z, entries, x.dtype), layout.step, self.ratio)
+            cache.store.write(self._pool(k, z, layout, x.dtype), layout.step, self.ratio)
         return cache.store.seen(layout.step, self.ratio)
 
-    def _pool(self, k: Tensor, z: Tensor, entries: Entries, dtype: torch.dtype) -> Tensor:
+    def _pool(self, k: Tensor, z: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        entries = self.entries(layout)
         pooled = pool(
             k, z, self.ape, ratio=self.ratio, overlap=self.overlap, first=entries.first, follows=entries.follows
         )
-        return rope(self.norm(pooled.to(dtype)), rotation(self.config, self.layer, entries.positions))
+        return norm_then_rope(self.norm, pooled.to(dtype), entry_rotation(self.config, self.layer, layout, entries))

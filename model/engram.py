@@ -42,6 +42,7 @@ class Engram(nn.Module):
         if memory.kernel_size:
             self.conv_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
             self.conv = nn.Parameter(torch.empty(memory.kernel_size, n, d))
+        self._read: tuple[Tensor, int, int] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,12 +91,14 @@ class Engram(nn.Module):
         start = layout.first_rows(memory.max_ngram - 1)
         if start is not None and ids.shape[1] > t:  # the past rows are looked back at, never looked up
             start = torch.cat([start[:, :1].expand(-1, ids.shape[1] - t), start], 1)
-        moduli = torch.tensor(_primes(memory)[memory.layers.index(self.layer)], device=ids.device)
-        offsets = moduli.flatten().cumsum(0) - moduli.flatten()
-        multipliers = engram_multipliers(self.classes, memory.max_ngram, self.layer, memory.seed)
-        multipliers = torch.as_tensor(multipliers, device=ids.device)
-        pad = int(canonical[memory.pad_token_id])
-        return engram_hash(ids, multipliers, moduli, offsets, pad=pad, start=start)[:, -t:]
+        hashing = _hashing(memory, self.classes, self.layer, ids.device)
+        return engram_hash(ids, *hashing, pad=self._pad(canonical), start=start)[:, -t:]
+
+    def _pad(self, canonical: Tensor) -> int:
+        """The canonical id of what stands before a document; read from the device once, and again when it changes."""
+        if self._read is None or self._read[0] is not canonical or self._read[1] != canonical._version:
+            self._read = canonical, canonical._version, int(canonical[self.memory.pad_token_id])
+        return self._read[2]
 
     def _convolve(self, x: Tensor, positions: Tensor) -> Tensor:
         """sum_j conv[last - j] x[t - j N] at `positions`, x's last rows; taps before a document's first token are 0."""
@@ -108,6 +111,15 @@ class Engram(nn.Module):
             inside = (positions >= back)[..., None, None]
             out = out + torch.where(inside, x[:, -t - back : -back], 0) * self.conv[taps - 1 - j].to(x.dtype)
         return out
+
+
+@functools.lru_cache(maxsize=64)
+def _hashing(memory: EngramConfig, classes: int, layer: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Multipliers, moduli and offsets of `engram_hash`, on the device once and for all."""
+    multipliers = torch.as_tensor(engram_multipliers(classes, memory.max_ngram, layer, memory.seed))
+    moduli = torch.tensor(_primes(memory)[memory.layers.index(layer)])
+    offsets = moduli.flatten().cumsum(0) - moduli.flatten()
+    return multipliers.to(device), moduli.to(device), offsets.to(device)
 
 
 @functools.lru_cache(maxsize=16)

@@ -31,14 +31,14 @@ class Entries:
 class Layout:
     """Positions and visibility of every token; `real` and `start` are None where every row is one whole sequence.
 
-    `cache.Continued` is the layout of tokens that follow what a cache holds; only there is a past, and rows of it are
-    put before the call's own: `kept` counts them.
+    `cache.Continued` and `cache.Fixed` are layouts of tokens that follow what a cache holds; only there is a past, and
+    rows of it are put before the call's own: `kept` counts them.
     """
 
     positions: Tensor  # [b|1, t] position in the document, 0-based
     start: Tensor | None = None  # [b, t] first row of the token's document; of padding: one past its own row
     real: Tensor | None = None  # [b, t] not padding
-    step: Any = None  # the call's `cache.Step`, in `cache.Continued` only
+    step: Any = None  # the call's `cache.Step` or `cache.FixedStep`, behind a cache only
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     def entries(self, ratio: int, keep: int = 0) -> Entries:
@@ -65,39 +65,51 @@ def make_layout(ids: Tensor, documents: Tensor | None) -> Layout:
     """The layout of ids [b, t]; documents [b, t] says which document each token belongs to, -1 = padding.
 
     Raises:
-        ValueError: `documents` of another shape or type, an id below -1, or a document in more than one piece.
+        ValueError: as `check_documents`; values on a GPU are not waited for, an assertion of the device ends it.
     """
     t = ids.shape[1]
     rows = torch.arange(t, device=ids.device)[None]
     if documents is None:
         return Layout(positions=rows)
-    _check(documents, ids)
+    check_documents(documents, ids)
     real = documents >= 0
-    opens = torch.ones_like(real)
-    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    start = torch.where(opens, rows, 0).cummax(1).values
+    start = torch.where(_opens(documents), rows, 0).cummax(1).values
     start = torch.where(real, start, rows + 1)
     return Layout(positions=(rows - start).clamp_min(0), start=start, real=real)
 
 
-def _check(documents: Tensor, ids: Tensor) -> None:
+def check_documents(documents: Tensor, ids: Tensor) -> None:
+    """Whether `documents` may go with ids [b, t].
+
+    Raises:
+        ValueError: another shape or type, an id below -1, or a document in more than one piece.
+    """
     if documents.shape != ids.shape:
         raise ValueError(f"documents has shape {tuple(documents.shape)}: it must be that of ids, {tuple(ids.shape)}")
     if documents.dtype != torch.int64:
         raise ValueError(f"documents has dtype {documents.dtype}: it must be torch.int64")
     if torch.compiler.is_compiling():
         return
+    heads = torch.where(_opens(documents), documents, -1).sort(1).values
+    again = (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)
+    if not documents.is_cpu:
+        allowed = "documents: allowed are ids >= 0, each in one piece of a row, and -1 for padding"
+        torch._assert_async((documents >= -1).all() & ~again.any(), allowed)
+        return
     if int(documents.min()) < -1:
         raise ValueError(f"documents holds {int(documents.min())}: allowed are ids >= 0 and -1 for padding")
-    opens = torch.ones_like(documents, dtype=torch.bool)
-    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    heads = torch.where(opens, documents, -1).sort(1).values
-    again = (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)
     if again.any():
         row, column = again.nonzero()[0].tolist()
         raise ValueError(
             f"documents: id {int(heads[row, column])} has more than one piece in row {row}; a document is contiguous"
         )
+
+
+def _opens(documents: Tensor) -> Tensor:
+    """bool [b, t]: a document, or padding, begins here."""
+    opens = torch.ones_like(documents, dtype=torch.bool)
+    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return opens
 
 
 def _regular_entries(positions: Tensor, ratio: int) -> Entries:

@@ -10,25 +10,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import rms_norm
+from ..kernels import norm_rope, rms_norm, rope
+from ..kernels.precision import tracked, without_autocast
 
 
 class RMSNorm(nn.Module):
-    """w x / rms(x) over the last axis; w is kept in float32 by convention of the release."""
+    """w x / rms(x) over the last axis, turned by a rotation if one is given; w is in float32, as in the release."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        if rotation is None:
+            return rms_norm(x, self.weight, self.eps)
+        return norm_rope(x, self.weight, self.eps, rotation)
+
+
+def norm_then_rope(norm: nn.Module, x: Tensor, rotation: Tensor) -> Tensor:
+    """rope(norm(x), rotation), in one pass where `norm` is ours."""
+    if type(norm).forward is RMSNorm.forward:
+        return norm(x, rotation)
+    return rope(norm(x), rotation)
 
 
 def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """y = W x in float32 (float64 for float64), also under autocast: x [..., d], weight [o, d] to [..., o]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if not torch.is_autocast_enabled(x.device.type):
-        return F.linear(x.to(wide), weight.to(wide))
-    with torch.autocast(x.device.type, enabled=False):
+    """y = W x in float32 (float64 for float64), also under autocast: x [..., d], weight [o, d] to [..., o].
+
+    A GPU multiplies two tensors of one half precision as they are, into float32; their gradients take float32 tensors.
+    """
+    with without_autocast(x):
+        if x.is_cuda and x.itemsize == 2 and x.dtype == weight.dtype and not tracked(x, weight):
+            return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), weight.to(wide))

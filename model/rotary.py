@@ -7,30 +7,38 @@ output.
 
 import functools
 
+import torch
 from torch import Tensor
 
 from ..kernels import rope_frequencies, rope_rotation
 from .config import ModelConfig
-from .layout import Layout
-
-
-def rotation(config: ModelConfig, layer: int, positions: Tensor) -> Tensor:
-    """exp(i t f) for positions [b|1, t]: complex [b|1, t, qk_rope_head_dim / 2]."""
-    return rope_rotation(positions, frequencies(config, layer).to(positions.device))
+from .layout import Entries, Layout
 
 
 def token_rotation(config: ModelConfig, layer: int, layout: Layout) -> Tensor:
-    """The rotation of the tokens themselves; layers of one base share it."""
-    base = ("rotation", config.compress_ratio(layer) > 0)
-    return layout.once(base, lambda: rotation(config, layer, layout.positions))
+    """exp(i t f) at the tokens' positions: complex [b|1, t, qk_rope_head_dim / 2]; layers of one base share it."""
+    base = config.compress_ratio(layer) > 0
+    return layout.once(("rotation", base), lambda: _rotation(config, base, layout.positions))
+
+
+def entry_rotation(config: ModelConfig, layer: int, layout: Layout, entries: Entries) -> Tensor:
+    """The same at the positions of a layer's entries, [b|1, p, ...]; layers of one ratio share it."""
+    key = "entry rotation", config.compress_ratio(layer)
+    return layout.once(key, lambda: _rotation(config, True, entries.positions))
 
 
 def frequencies(config: ModelConfig, layer: int) -> Tensor:
     """f, float32 [qk_rope_head_dim / 2]."""
-    return _frequencies(config, config.compress_ratio(layer) > 0)
+    return _frequencies(config, config.compress_ratio(layer) > 0, torch.device("cpu"))
+
+
+def _rotation(config: ModelConfig, compressed: bool, positions: Tensor) -> Tensor:
+    return rope_rotation(positions, _frequencies(config, compressed, positions.device))
 
 
 @functools.lru_cache(maxsize=64)
-def _frequencies(config: ModelConfig, compressed: bool) -> Tensor:
+def _frequencies(config: ModelConfig, compressed: bool, device: torch.device) -> Tensor:
+    """On the device once and for all: a copy there makes the host wait."""
     theta, yarn = (config.compress_rope_theta, config.rope_scaling) if compressed else (config.rope_theta, None)
-    return rope_frequencies(config.qk_rope_head_dim, theta, **(yarn.arguments() if yarn else {}))
+    on_host = rope_frequencies(config.qk_rope_head_dim, theta, **(yarn.arguments() if yarn else {}))
+    return on_host.to(device)

@@ -156,14 +156,21 @@ class RowTable(nn.Module):
         if self._held is not None:
             ids = self._ids
             at = torch.searchsorted(ids, rows).clamp(max=len(ids) - 1)
-            if not torch.compiler.is_compiling() and not torch.equal(ids[at], rows):
-                raise IndexError("these tokens look up rows that the step has not prefetched")
+            self._check_held(ids[at] == rows)
             return engram_gather(self.rows, at)
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("training outside of a step: prefetch() and begin() hold the rows that learn")
         self.wait()
         picked = self.weight[rows.to(self.weight.device)]
         return picked.flatten(2).to(self.rows.device)
+
+    def _check_held(self, held: Tensor) -> None:
+        """On a GPU an assertion of the device: nobody waits for it."""
+        missing = "these tokens look up rows that the step has not prefetched"
+        if not held.is_cpu:
+            torch._assert_async(held.all(), missing)
+        elif not torch.compiler.is_compiling() and not held.all():
+            raise IndexError(missing)
 
     def _read(self, look_ups: Callable[[], Tensor]) -> Held:
         with torch.no_grad():

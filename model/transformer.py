@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import cross_entropy
+from ..kernels.precision import compute_dtype
 from ..kernels.watch import told
 from .attention import STAGES
 from .block import Block, Signals
-from .cache import Cache, Step, continue_layout
+from .cache import Cache, FixedStep, Step, continue_layout
 from .config import ModelConfig
 from .decode import decode
 from .hyper import HyperHead, spread
-from .layout import Layout, make_layout
+from .layout import Layout, check_documents, make_layout
 from .losses import IGNORED, LossShares, has_next, next_targets
 from .mtp import MTP
 from .norm import RMSNorm, exact_linear
@@ -100,6 +101,9 @@ class Transformer(nn.Module):
             ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape, a cache
                 together with targets or documents, a cache that does not fit or would overflow (it is unchanged then).
             IndexError: a token id outside the vocabulary, in ids or in targets.
+
+        Values on a GPU are not looked at, as that would wait for it: `check_batch` looks at them on the host.
+        There, such an id ends in an assertion of the device, such a target in a loss of NaN.
         """
         self._check(ids, targets, logits_to_keep)
         if cache is not None:
@@ -132,6 +136,12 @@ class Transformer(nn.Module):
             raise ValueError(f"attention_stage={stage!r}: allowed are {', '.join(STAGES)}")
         for block in (*self.layers, *self.mtp):
             block.attn.stage = stage
+
+    def check_batch(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> None:
+        """Raises what `forward` raises of such a batch on a CPU: for the host's copy of what goes on to a GPU."""
+        self._check(ids, targets, 0)
+        if documents is not None:
+            check_documents(documents, ids)
 
     def _groups(self) -> list[Sequence[Block]]:
         """The layers in groups of `recompute`, or all in one."""
@@ -196,7 +206,7 @@ class Transformer(nn.Module):
         layout = continue_layout(step, next_ids.device)
         mtp = self.mtp[0]
         with cache.appending(step):
-            hidden, _ = mtp.predict(streams, self.embed(next_ids), next_ids, layout, cache=cache.layers[0])
+            hidden, _ = mtp.predict(streams, self._embedded(next_ids), next_ids, layout, cache=cache.layers[0])
         return Output(hidden, self.head.weight)
 
     @torch.no_grad()
@@ -220,7 +230,9 @@ class Transformer(nn.Module):
         hidden, streams = found
         return Output(hidden[:, -logits_to_keep:], self.head.weight, streams=streams)  # -0 keeps all
 
-    def _continue(self, ids: Tensor, step: Step, cache: Cache, logits_to_keep: int) -> tuple[Tensor, Tensor]:
+    def _continue(
+        self, ids: Tensor, step: Step | FixedStep, cache: Cache, logits_to_keep: int
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states of the last tokens and streams of all, by the modules, which append to the layers' caches."""
         layout = continue_layout(step, ids.device)
         streams = self._streams(ids)
@@ -230,7 +242,12 @@ class Transformer(nn.Module):
 
     def _streams(self, ids: Tensor) -> Tensor:
         """[b, t, n, d]: n copies of each token's embedding."""
-        return self.embed(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+        return self._embedded(ids).unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """[b, t, d] in the dtype that the model computes in: that of autocast, else of the weights."""
+        embedded = self.embed(ids)
+        return embedded.to(compute_dtype(embedded))
 
     def _hidden(self, streams: Tensor) -> Tensor:
         """[b, t, d]: the streams read into one, normalised, as the head takes it."""
@@ -282,12 +299,14 @@ class Transformer(nn.Module):
         """Position t predicts from token t + 1 the target of position t + 1, if that is of the same document."""
         next_ids, follows = ids.roll(-1, 1), has_next(ids, layout)
         hidden, signals = self._run(
-            [mtp], mtp.predict, streams, self.embed(next_ids), next_ids, layout, learn=True, real=follows
+            [mtp], mtp.predict, streams, self._embedded(next_ids), next_ids, layout, learn=True, real=follows
         )
         return self._cross_entropy(hidden, next_targets(targets, follows)), signals
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=IGNORED)
+        """Products in the hidden states' dtype, logits and loss in float32."""
+        head = self.head.weight.to(hidden.dtype)
+        return cross_entropy(hidden.flatten(0, 1), head, targets.flatten(), ignore_index=IGNORED)
 
     def _check(self, ids: Tensor, targets: Tensor | None, logits_to_keep: int) -> None:
         if ids.ndim != 2 or ids.dtype != torch.int64:
@@ -304,16 +323,16 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"targets has shape {tuple(targets.shape)}, dtype {targets.dtype}: it must be int64 {list(ids.shape)}"
             )
-        if torch.compiler.is_compiling():
-            return
-        self._check_range("ids", ids)
-        if targets is not None:
-            self._check_range("targets", targets[targets != IGNORED])
+        if ids.is_cpu and not torch.compiler.is_compiling():
+            self._check_range("ids", ids)
+            if targets is not None:
+                self._check_range("targets", targets.masked_fill(targets == IGNORED, 0))
 
     def _check_range(self, name: str, ids: Tensor) -> None:
         last = self.config.vocab_size - 1
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) > last):
-            bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        lowest, highest = map(int, ids.aminmax())
+        if lowest < 0 or highest > last:
+            bad = lowest if lowest < 0 else highest
             also = " (and -100 = ignored)" if name == "targets" else ""
             raise IndexError(f"{name} holds token id {bad}: allowed are 0 to {last}{also}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backend import implementation
 from ..moe_route.routing import check_ids
+from ..precision import compute_dtype
 
 __all__ = ["moe_experts", "swiglu"]
 
@@ -55,9 +56,7 @@ def moe_experts(
     if shared is not None and shared.shape != x.shape:
         raise ValueError(f"shared has shape {tuple(shared.shape)}: expected {tuple(x.shape)}, that of x")
     check_ids("experts", experts, w13.shape[0])
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w13, w2 = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, w13, w2))
+    x, w13, w2 = (t.to(compute_dtype(t)) for t in (x, w13, w2))
     if not x.dtype == w13.dtype == w2.dtype:
         raise ValueError(f"x is {x.dtype}, w13 {w13.dtype}, w2 {w2.dtype}: they must agree (or use autocast)")
     run = implementation("moe_experts", backend, x).moe_experts

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import Cache
+from ..cache import Cache, sent
 from ..storage import check_storage
 from ..text.constrain import Constraint
 from ..text.constrain.walk import Guide
 from ..transformer import Transformer
+from .graph import TokenGraph, check_graph
 from .prefill import prefill
-from .sampling import Draws, Sampling, pick
+from .sampling import Draws, Sampling
 from .speculative import Speculation, speculate
 
 Stops = list[list[int]]
@@ -119,6 +120,7 @@ def generate(
     storage: str = "exact",
     cache: Cache | None = None,
     constraint: Constraint | Sequence[Constraint | None] | None = None,
+    graph: bool = False,
 ) -> Generation | list[Any]:
     """The tokens that follow the prompt: a list, or if `stream` an iterator with `stats`; for a batch a list of lists.
 
@@ -139,6 +141,8 @@ def generate(
         constraint: what the rows may write, one for all or one (or None) for each; its tokenizer's eos ends a row. The
             mask comes before all of `Sampling`. Unless it says `finish=False`, every row is complete within
             `max_new_tokens` if no stop ends it; a row is complete where eos is its last token (`stats.complete`).
+        graph: on a GPU, one CUDA graph for all tokens after the first (`graph.py`): the same tokens, hundreds of
+            launches fewer. Rows that have ended stay in the batch. Not with `speculative` or a given `cache`.
 
     Raises:
         ValueError: an empty prompt, a prompt that with the new tokens is longer than `max_position_embeddings`, a
@@ -156,6 +160,8 @@ def generate(
     _check_sizes(model, rows, max_new_tokens, chunk)
     if speculative:
         _check_speculation(model, rows)
+    if graph:
+        check_graph(model.head.weight.device, speculative, cache)
     if cache is not None:
         rows = [_unread(cache, rows, max_new_tokens, speculative)]
     guide = Guide(_constraints(model, constraint, len(rows)), max_new_tokens)
@@ -166,7 +172,7 @@ def generate(
         caches = [cache or model.new_cache(len(rows), room, rewind=int(speculative), storage=storage)]
         draws = Draws(seed, len(rows))
         if stats.speculation is None:
-            steps = _decode(model, rows, caches[0], sampling, draws, max_new_tokens, stops, chunk, guide)
+            steps = _decode(model, rows, caches[0], sampling, draws, max_new_tokens, stops, chunk, guide, graph)
         else:
             caches.append(model.new_draft_cache(1, room, storage=storage))
             both = caches[0], caches[1]
@@ -195,18 +201,35 @@ def _decode(
     stops: Stops,
     chunk: int | None,
     guide: Guide,
+    graph: bool,
 ) -> Iterator[tuple[int | None, ...]]:
-    """A token of every row at a time; a row that has ended is taken out of the cache."""
+    """A token of every row at a time; a row that has ended is taken out of the cache, unless a graph needs them all.
+
+    A graph's next pass begins before this one's tokens are looked at, so that it runs meanwhile; the last is in vain.
+    """
     lengths = [len(row) for row in rows]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    out = prefill(model, ids, cache, lengths if len(set(lengths)) > 1 else None, chunk=chunk)
+    logits = prefill(model, ids, cache, lengths if len(set(lengths)) > 1 else None, chunk=chunk).logits[:, -1]
+    repeated = TokenGraph(model, cache) if graph and count > 1 else None
     written: list[list[int]] = [[] for _ in rows]
     active = list(range(len(rows)))
     for left in range(count, 0, -1):
-        p = sampling.probabilities(guide.mask(out.logits[:, -1], active))
-        tokens = guide.take(pick(p, draws.uniform(active)), active)
+        mine = logits if len(logits) == len(active) else logits[sent(active, logits.device)]
+        drawn = sampling.draw(guide.mask(mine, active), draws.uniform(active, logits.device))
+        if not guide.free:
+            _check_drawn(drawn.tolist(), active)
+        tokens = guide.take(drawn, active)
+        if repeated is not None and left > 1:
+            everyone = (
+                tokens
+                if len(tokens) == len(rows)
+                else tokens.new_zeros(len(rows)).scatter_(0, sent(active, tokens.device), tokens)
+            )
+            logits = repeated(everyone.clamp_min(0))[:, -1]
         step: list[int | None] = [None] * len(rows)
-        for row, token in zip(active, tokens.tolist()):
+        taken = tokens.tolist()
+        _check_drawn(taken, active)
+        for row, token in zip(active, taken):
             written[row].append(token)
             step[row] = token
         yield tuple(step)
@@ -214,9 +237,17 @@ def _decode(
         if left == 1 or not going:
             return
         if len(going) < len(active):
-            cache.reorder(going)
+            if repeated is None:
+                cache.reorder(going)
             tokens, active = tokens[going], [active[i] for i in going]
-        out = model(tokens[:, None], cache=cache)
+        if repeated is None:
+            logits = model(tokens[:, None], cache=cache).logits[:, -1]
+
+
+def _check_drawn(tokens: list[int], rows: list[int]) -> None:
+    for row, token in zip(rows, tokens):
+        if token < 0:
+            raise ValueError(f"the largest logit of row {row} is not finite: finite numbers are needed to sample")
 
 
 def _until_stop(tokens: Iterator[int], stops: Stops) -> Iterator[tuple[int | None, ...]]:

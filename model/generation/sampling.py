@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels import stable_topk
+from ..cache import sent
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ class Sampling:
         best = logits.amax(-1, keepdim=True)
         if not bool(best.isfinite().all()):
             raise ValueError(f"the largest logits are {best.flatten().tolist()}: finite numbers are needed to sample")
+        return self._probabilities(logits, best)
+
+    def draw(self, logits: Tensor, u: Tensor) -> Tensor:
+        """Token ids int64 [b] from logits [b, v] and uniform numbers u [b] (`pick`), without a look at any of them: -1
+        for a row of logits without a finite maximum.
+        """
+        best = logits.amax(-1, keepdim=True)
+        return torch.where(best[:, 0].isfinite(), pick(self._probabilities(logits, best), u), -1)
+
+    def _probabilities(self, logits: Tensor, best: Tensor) -> Tensor:
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
         p = ((logits - best) / max(self.temperature, torch.finfo(logits.dtype).tiny)).softmax(-1)
@@ -103,6 +114,6 @@ class Draws:
     def __init__(self, seed: int | None, rows: int) -> None:
         self.rows = [random.Random(None if seed is None else f"seed {int(seed)} row {row}") for row in range(rows)]
 
-    def uniform(self, rows: Sequence[int]) -> Tensor:
+    def uniform(self, rows: Sequence[int], device: torch.device | None = None) -> Tensor:
         """float64 [len(rows)]: the next number of each row that is named."""
-        return torch.tensor([1 - self.rows[row].random() for row in rows], dtype=torch.float64)
+        return sent([1 - self.rows[row].random() for row in rows], device or torch.device("cpu"), torch.float64)

@@ -48,6 +48,7 @@ class LineageTransformer(nn.Module):
 
     mtp = ()  # nothing to draft with
     _check, _check_range = Transformer._check, Transformer._check_range
+    check_batch, _embedded = Transformer.check_batch, Transformer._embedded
 
     def __init__(self, config: LineageConfig) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class LineageTransformer(nn.Module):
         rows = torch.arange(ids.shape[1], device=ids.device)[None]
         start = torch.zeros_like(rows) if layout.start is None else layout.start.minimum(rows)  # padding sees itself
         reach = self._reach(layout.positions, start, rows + 1, layout.start is None)
-        x, signals = self._layers(self.embed(ids), layout.real, targets is not None, reach, None, rows)
+        x, signals = self._layers(self._embedded(ids), layout.real, targets is not None, reach, None, rows)
         out = Output(x[:, -logits_to_keep:] if logits_to_keep else x, self.head.weight)
         if targets is not None:
             self._learn(out, x, targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED), signals)
@@ -120,7 +121,7 @@ class LineageTransformer(nn.Module):
         past = torch.tensor(step.past, device=ids.device)[:, None]
         positions = past + torch.arange(ids.shape[1], device=ids.device)
         reach = self._reach(positions, torch.zeros_like(positions), positions + 1, False)
-        x, _ = self._layers(self.embed(ids), None, False, reach, cache, positions)
+        x, _ = self._layers(self._embedded(ids), None, False, reach, cache, positions)
         cache.past = [past + new for past, new in zip(step.past, step.new)]
         return Output(x[:, -logits_to_keep:], self.head.weight)  # -0 keeps all
 
@@ -139,7 +140,7 @@ class LineageTransformer(nn.Module):
 
     def _learn(self, out: Output, x, targets, signals: list[tuple[IndexSignal | None, LoadSignal | None]]) -> None:
         c = self.config
-        lm = cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), ignore_index=IGNORED)
+        lm = cross_entropy(x.flatten(0, 1), self.head.weight.to(x.dtype), targets.flatten(), ignore_index=IGNORED)
         index, loads = ([s[i] for s in signals if s[i] is not None] for i in (0, 1))
         out.losses = {"lm": lm}
         if loads:

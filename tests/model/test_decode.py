@@ -507,7 +507,7 @@ EDITS = {
     "scale": ("attention.py", "self.config.head_dim**-0.5", "0.5 * self.config.head_dim**-0.5"),
     "output": ("attention.py", "rope(out, rotation, inverse=True)", "out"),
     "pooling": ("compressor.py", "k, z, self.ape, ratio", "k, 0 * z, self.ape, ratio"),
-    "entry": ("compressor.py", "self.norm(pooled.to(dtype))", "pooled.to(dtype)"),
+    "entry": ("compressor.py", "pooled.to(dtype)", "pooled.to(dtype).abs()"),
     "index keys": (
         "indexer.py",
         "keys = self.compressor(x, layout, cache)",

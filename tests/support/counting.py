@@ -8,9 +8,10 @@
     counted.launches, counted.aten      kernels that would run, by name: Triton's and torch's
     counted.waits                       where the host would wait for the device, and for what
     counted.kernels                     specialisations that Triton would compile
+    counted.places                      (kernel of torch's, line that asked for it), with gpu(places=True)
 
     python tests/support/counting.py train small 8 2048      a training step as JSON, twice (the second is warm)
-    python tests/support/counting.py decode small 1 100 140  tokens behind a prompt
+    python tests/support/counting.py decode small 1 100 140  tokens behind a prompt; --places: and where from
 
 TRITON_INTERPRET must be unset, as Triton decides at import. Autocast is imitated: what it casts to the half precision
 is `LOW`, and a weight once per context, as the real one does.
@@ -20,7 +21,6 @@ import contextlib
 import json
 import os
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,9 +57,10 @@ class Counted:
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     grids: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
     kernels: dict[str, set[str]] = field(default_factory=dict)
+    places: Counter[tuple[str, str]] | None = None
 
     def clear(self) -> None:
-        for counts in (self.launches, self.aten, self.ops, self.waits, self.grids):
+        for counts in (self.launches, self.aten, self.ops, self.waits, self.grids, self.places or {}):
             counts.clear()
 
     @property
@@ -76,11 +77,11 @@ class Counted:
             "launches": dict(self.launches.most_common()),
             "kernels": dict(self.aten.most_common()),
             "ops": dict(self.ops.most_common()),
-        }
+        } | ({} if self.places is None else {"places": [f"{n} {' '.join(x)}" for x, n in self.places.most_common(60)]})
 
 
 @contextlib.contextmanager
-def gpu(target: str = "sm_90") -> Iterator[Counted]:
+def gpu(target: str = "sm_90", places: bool = False) -> Iterator[Counted]:
     """Counts what runs inside on meta tensors as if they were on a GPU of that architecture."""
     import triton
     from dryrun import gpu as driver
@@ -89,7 +90,7 @@ def gpu(target: str = "sm_90") -> Iterator[Counted]:
     from abyssal.kernels import backend
 
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter's functions cannot be specialised"
-    counted, autocast = Counted(), _Autocast()
+    counted, autocast = Counted(places=Counter() if places else None), _Autocast()
 
     def compile(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
         counted.kernels.setdefault(self.__name__, set()).add(str(key))
@@ -175,13 +176,22 @@ class _Counting(TorchDispatchMode):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not is_view and short not in NO_KERNEL and (there or _is_meta(out)):
             self.counted.aten[short] += 1
+            if self.counted.places is not None:
+                self.counted.places[short, _place()] += 1
         return out
 
     def _waits(self, what: str) -> None:
-        frames = [f for f in traceback.extract_stack() if str(ROOT) in f.filename and "/tests/" not in f.filename]
-        last = frames[-1] if frames else None
-        where = f"{Path(last.filename).relative_to(ROOT)}:{last.lineno}" if last else "?"
-        self.counted.waits[what, where] += 1
+        self.counted.waits[what, _place()] += 1
+
+
+def _place() -> str:
+    """The innermost line of the project's own."""
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        name = frame.f_code.co_filename
+        if name.startswith(str(ROOT)) and "/tests/" not in name:
+            return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
+    return "autograd"
 
 
 def _is_meta(out: Any) -> bool:
@@ -263,21 +273,22 @@ def _as_on_cuda(autocast: _Autocast) -> Iterator[None]:
         Tensor.is_cuda = property(lambda self: self.device.type == "meta")  # type: ignore[assignment, misc]
         stack.callback(lambda: delattr(Tensor, "is_cuda"))
         stack.enter_context(patch.object(Tensor, "pin_memory", _pinned))
+        stack.enter_context(patch.object(torch.cuda, "is_available", lambda: True))
         yield
 
 
 # whole steps ---------------------------------------------------------------------------------------------------------
 
 
-def training_step(name: str, rows: int, length: int, dtype: str = "bfloat16", repeats: int = 2) -> dict[str, Any]:
-    """Forward and backward of `name` under autocast, packed documents: counts of each, of the last of `repeats`."""
+def training_step(name: str, rows: int, length: int, places: bool = False, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Forward and backward of `name` under autocast, packed documents: counts of each, in the second of two steps."""
     from abyssal.model import ModelConfig, Transformer
 
-    with gpu() as counted:
+    with gpu(places=places) as counted:
         with torch.device("meta"):
             model = Transformer(ModelConfig.load(name)).train()
             ids = torch.zeros(rows, length, dtype=torch.int64)
-        for _ in range(repeats):
+        for _ in range(2):
             counted.clear()
             before = counted.specialisations
             with torch.autocast("meta", getattr(torch, dtype), enabled=dtype != "float32"):
@@ -292,11 +303,13 @@ def training_step(name: str, rows: int, length: int, dtype: str = "bfloat16", re
         return found | {"new specialisations": counted.specialisations - before}
 
 
-def decoding(name: str, batch: int, prompt: int, tokens: int, dtype: str = "bfloat16") -> dict[str, Any]:
+def decoding(
+    name: str, batch: int, prompt: int, tokens: int, places: bool = False, dtype: str = "bfloat16"
+) -> dict[str, Any]:
     """Tokens one by one behind a prompt, weights in `dtype`: counts of the last one, and what was specialised."""
     from abyssal.model import ModelConfig, Transformer
 
-    with gpu() as counted:
+    with gpu(places=places) as counted:
         with torch.device("meta"):
             model = Transformer(ModelConfig.load(name)).to(getattr(torch, dtype)).eval()
             cache = model.new_cache(batch, prompt + tokens)
@@ -315,7 +328,8 @@ def decoding(name: str, batch: int, prompt: int, tokens: int, dtype: str = "bflo
 def main(arguments: list[str]) -> None:
     what, name, *sizes = arguments
     run = {"train": training_step, "decode": decoding}[what]
-    print(json.dumps(run(name, *map(int, sizes)), indent=1))
+    places = "--places" in sizes
+    print(json.dumps(run(name, *(int(size) for size in sizes if size != "--places"), places=places), indent=1))
 
 
 if __name__ == "__main__":
