@@ -13,6 +13,7 @@ from torch import Tensor
 from .watch import ToldEngine, is_watched
 
 BACKENDS = ("auto", "reference", "eager", "triton")
+OLDEST = (8, 0)  # compute capability: bf16 in tensor cores, asynchronous copies
 log = logging.getLogger("abyssal.kernels")
 
 
@@ -21,7 +22,8 @@ def implementation(op: str, backend: str | None, tensor: Tensor) -> ModuleType:
 
     `reference` is the op as the paper writes it: every pair at once, slow and exact, for reading and for doubt. `auto`
     takes Triton for CUDA tensors where the op has such an engine, eager otherwise, also for float64, which Triton does
-    not compute; it logs its choice once. `None` reads the environment variable `ABYSSAL_BACKEND` (default `auto`).
+    not compute, and on GPUs before Ampere; it logs its choice once. `None` reads the environment variable
+    `ABYSSAL_BACKEND` (default `auto`).
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -59,11 +61,21 @@ def _choose(op: str, backend: str, device: str, is_double: bool) -> str:
             raise RuntimeError(f"backend='triton': {op} got a {device} tensor; Triton needs a CUDA device")
         if is_double:
             raise RuntimeError(f"backend='triton': {op} got a float64 tensor; use 'eager' or 'auto'")
+        if old := _too_old(device):
+            raise RuntimeError(f"backend='triton': {op} got a tensor on a GPU of {old}; use 'eager' or 'auto'")
     if backend != "auto":
         return backend
-    chosen = "triton" if device == "cuda" and not is_double and _has_triton(op) else "eager"
-    log.info("%s: %s on %s", op, chosen, device)
+    old = _too_old(device)
+    chosen = "triton" if device == "cuda" and not is_double and not old and _has_triton(op) else "eager"
+    log.info("%s: %s on %s%s", op, chosen, device, f" of {old}" if old else "")
     return chosen
+
+
+def _too_old(device: str) -> str:
+    """What is wrong with the current GPU, nothing where Triton's kernels can run on it."""
+    if device != "cuda" or (found := torch.cuda.get_device_capability()) >= OLDEST:
+        return ""
+    return "compute capability {}.{}, allowed is {}.{} or more".format(*found, *OLDEST)
 
 
 def _has_triton(op: str) -> bool:

@@ -8,15 +8,15 @@ from torch import Tensor
 def architecture() -> str:
     """The family that the current device belongs to, of those that kernels keep a table of blocks for.
 
-    `sm_80` (A100), `sm_86` (consumer cards from Ampere on: 99 KiB of shared memory), `sm_90` (Hopper: wgmma, TMA),
-    `sm_100` (Blackwell: tensor memory), `hip` (AMD CDNA). The interpreter goes by the first.
+    `sm_80` (A100), `sm_89` (sm_86 and sm_120 too: 99 KiB of shared memory), `sm_90` (Hopper: wgmma, TMA), `sm_100`
+    (Blackwell: tensor memory), `hip` (AMD CDNA). The interpreter goes by the first. Older ones: `kernels/backend.py`.
     """
     if triton.knobs.runtime.interpret:
         return "sm_80"
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "hip"
-    return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_86")
+    return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(target.arch, "sm_89")
 
 
 def on_device(x: Tensor) -> torch.cuda.device_of:

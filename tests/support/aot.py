@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests/support"
 OPS = [path.stem.removeprefix("compiled_") for path in sorted(SUPPORT.glob("compiled_*.py"))]
-TARGETS = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
+TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
 COLUMNS = ("target", "case", "kernel", "warps", "registers", "spilled", "shared", "hgmma", "mma", "async", "tma")
 Row = dict[str, Any]
 

@@ -45,7 +45,7 @@ def atomics(h: int, d: int, window: int, k: int) -> None:
 MAIN = ["sm_80", "sm_90", "sm_100"]
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
-    "attention, bf16, h=64 d=512 k=512": ([*MAIN, "sm_86"], lambda: attention(64, 512, 128, 512, bf16)),
+    "attention, bf16, h=64 d=512 k=512": ([*MAIN, "sm_89", "sm_120"], lambda: attention(64, 512, 128, 512, bf16)),
     "attention, bf16, h=128 d=512 k=1024": (MAIN, lambda: attention(128, 512, 128, 1024, bf16)),
     "attention, bf16, documents, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, bf16, True)),
     "attention, fp16, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, fp16)),

@@ -27,7 +27,7 @@ def loss(v: int, d: int, dtype: torch.dtype) -> None:
     op._backward(scalar, share, dx, dw, dtype)
 
 
-ALL = ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"]
+ALL = ["sm_80", "sm_89", "sm_120", "sm_90", "sm_100", "gfx942"]
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "loss, to bf16, V=129280": (ALL, lambda: rows(129_280, bf16)),

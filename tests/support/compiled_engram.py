@@ -31,7 +31,7 @@ def engram(shape: str, dtype: torch.dtype) -> None:
     launch.gate_backward(out, inputs, kept)
 
 
-ALL = ["sm_80", "sm_90", "sm_100", "sm_86", "gfx942"]
+ALL = ["sm_80", "sm_90", "sm_100", "sm_89", "sm_120", "gfx942"]
 CASES = {
     "engram, bf16, n=4 d=5120 rows of 256": (ALL, lambda: engram("v4.1", torch.bfloat16)),
     "engram, bf16, n=4 d=2560 rows of 80": (["sm_90"], lambda: engram("paper", torch.bfloat16)),

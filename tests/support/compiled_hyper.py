@@ -27,7 +27,7 @@ def site(n: int, d: int, dtype: torch.dtype, t: int = 64, iterations: int = 20) 
 
 MAIN = ["sm_80", "sm_90", "sm_100"]
 CASES = {
-    "mHC, bf16, n=4 d=4096": ([*MAIN, "sm_86", "gfx942"], lambda: site(4, 4096, bf16)),
+    "mHC, bf16, n=4 d=4096": ([*MAIN, "sm_89", "sm_120", "gfx942"], lambda: site(4, 4096, bf16)),
     "mHC, bf16, n=4 d=7168": (MAIN, lambda: site(4, 7168, bf16)),
     "mHC, bf16, n=4 d=256": (MAIN, lambda: site(4, 256, bf16)),
     "mHC, fp32, n=4 d=4096": (MAIN, lambda: site(4, 4096, fp32)),

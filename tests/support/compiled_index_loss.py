@@ -25,7 +25,7 @@ MAIN = ["sm_80", "sm_90", "sm_100"]
 bf16, fp32 = torch.bfloat16, torch.float32
 CASES = {
     "loss, bf16, i=64 e=128 k=512 h=64 d=512": (
-        [*MAIN, "sm_86", "gfx942"],
+        [*MAIN, "sm_89", "sm_120", "gfx942"],
         lambda: loss(bf16, 64, 128, 64, 512, 512, 4096),
     ),
     "loss, bf16, i=64 e=128 k=1024 h=128 d=512": (MAIN, lambda: loss(bf16, 64, 128, 128, 512, 1024, 4096)),

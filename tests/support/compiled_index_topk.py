@@ -19,7 +19,10 @@ def topk(dtype: torch.dtype, h: int, d: int, k: int, p: int, t: int = 256) -> No
 MAIN = ["sm_80", "sm_90", "sm_100"]
 bf16, fp32 = torch.bfloat16, torch.float32
 CASES = {
-    "top-k, bf16, h=64 d=128 k=512 p=16384": ([*MAIN, "sm_86", "gfx942"], lambda: topk(bf16, 64, 128, 512, 16384)),
+    "top-k, bf16, h=64 d=128 k=512 p=16384": (
+        [*MAIN, "sm_89", "sm_120", "gfx942"],
+        lambda: topk(bf16, 64, 128, 512, 16384),
+    ),
     "top-k, bf16, h=64 d=128 k=1024 p=262144": (MAIN, lambda: topk(bf16, 64, 128, 1024, 262144)),
     "top-k, bf16, h=64 d=128 k=512 p=8192": (["sm_90"], lambda: topk(bf16, 64, 128, 512, 8192)),
     "top-k, bf16, h=64 d=128 k=512 p=8192, one query": (MAIN, lambda: topk(bf16, 64, 128, 512, 8192, 1)),

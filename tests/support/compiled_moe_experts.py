@@ -36,7 +36,7 @@ def schedule(e: int, k: int) -> None:
 MAIN = ["sm_80", "sm_90", "sm_100"]
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
-    "experts, bf16, d=2048 n=768 K=8": ([*MAIN, "sm_86", "gfx942"], lambda: experts("main", bf16)),
+    "experts, bf16, d=2048 n=768 K=8": ([*MAIN, "sm_89", "sm_120", "gfx942"], lambda: experts("main", bf16)),
     "experts, bf16, d=4096 n=2048 K=6": (MAIN, lambda: experts("flash", bf16)),
     "experts, bf16, d=128 n=64 K=4": (MAIN, lambda: experts("toy", bf16)),
     "experts, fp16, d=2048 n=768 K=8": (["sm_90"], lambda: experts("main", fp16)),

@@ -6,7 +6,7 @@ import torch
 
 PRODUCTS: set[str] = set()  # nothing here multiplies matrices
 MAIN = ["sm_80", "sm_90", "sm_100"]
-ALL = [*MAIN, "sm_86", "gfx942"]
+ALL = [*MAIN, "sm_89", "sm_120", "gfx942"]
 bf16, fp32 = torch.bfloat16, torch.float32
 
 

@@ -23,7 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import compiler
 
-SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes per program
+SHARED = {  # bytes per program
+    "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536
+}  # fmt: skip
 _numbers = itertools.count(1000)  # compiled kernels are cached by device: each context is a device of its own
 
 

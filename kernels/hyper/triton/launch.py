@@ -45,7 +45,7 @@ class Tiles(NamedTuple):
 
 TABLE = {  # n <= 4: up to 32 rows of the projection
     "sm_80": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
-    "sm_86": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
+    "sm_89": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
     "sm_90": Tiles(Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)),
     "sm_100": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
     "hip": Tiles(Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 2), "ieee"),

@@ -40,7 +40,7 @@ class Table(NamedTuple):
 
 HALF = {  # bf16 and fp16
     "sm_80": Table(Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 2)),
-    "sm_86": Table(Blocks(32, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 8, 2)),
+    "sm_89": Table(Blocks(32, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 8, 2)),
     "sm_90": Table(Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 3), Blocks(64, 64, 8, 2)),
     "sm_100": Table(Blocks(32, 64, 4, 2), Blocks(128, 64, 4, 3), Blocks(64, 64, 8, 2)),
     "hip": Table(Blocks(16, 32, 4, 1), Blocks(64, 64, 4, 2), Blocks(16, 64, 8, 1)),

@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
 
 HALF = {  # bf16 and fp16, d <= 128
     "sm_80": Blocks(128, 128, 8, 3),
-    "sm_86": Blocks(128, 64, 8, 2),
+    "sm_89": Blocks(128, 64, 8, 2),
     "sm_90": Blocks(128, 128, 8, 3),
     "sm_100": Blocks(128, 128, 8, 3),
     "hip": Blocks(64, 64, 8, 2),

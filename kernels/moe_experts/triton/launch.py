@@ -49,7 +49,7 @@ class Tiles(NamedTuple):
 
 HALF = {  # bf16 and fp16, widths that are multiples of 16
     "sm_80": Tiles(128, Blocks(64, 32, 8, 4), Blocks(64, 32, 8, 4), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3)),
-    "sm_86": Tiles(128, Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3)),
+    "sm_89": Tiles(128, Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3)),
     "sm_90": Tiles(
         128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 64, 8, 4), tma=True
     ),

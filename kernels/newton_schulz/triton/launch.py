@@ -49,7 +49,7 @@ def _both(*blocks: int) -> Tiles:
 
 HALF = {  # bf16 and fp16, sides that are multiples of 16
     "sm_80": _both(128, 128, 32, 8, 4),
-    "sm_86": _both(128, 128, 32, 8, 3),
+    "sm_89": _both(128, 128, 32, 8, 3),
     "sm_90": Tiles(Blocks(128, 128, 64, 8, 4), Blocks(128, 256, 64, 8, 3), tma=True),
     "sm_100": Tiles(Blocks(128, 128, 64, 8, 4), Blocks(128, 256, 64, 8, 3)),
     "hip": _both(128, 128, 32, 8, 2),

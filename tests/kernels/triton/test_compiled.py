@@ -65,7 +65,7 @@ def check(row: dict[str, Any]) -> None:
             case.check_hopper(row)
 
 
-@pytest.mark.parametrize("targets", [["sm_90"], ["sm_80", "sm_86", "sm_100", "gfx942"]], ids="-".join)
+@pytest.mark.parametrize("targets", [["sm_90"], ["sm_80", "sm_89", "sm_100", "sm_120", "gfx942"]], ids="-".join)
 @pytest.mark.parametrize("op", aot.OPS)
 def test_shipped_kernels(op, targets):
     rows = record.fresh(op) or aot.compiled("--only", op, *targets)["rows"]
