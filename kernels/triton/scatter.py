@@ -75,7 +75,7 @@ def scatter_sum(rows: Tensor, lists: Lists, into: Tensor | None = None) -> Tenso
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p"])
 def sum_lists(
     rows, pairs, offsets, out, p, d, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

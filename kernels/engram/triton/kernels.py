@@ -16,7 +16,7 @@ LEAST = tl.constexpr(CLAMP)
 # hash ----------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "t", "start_stride"])
 def hash_rows(
     ids, multipliers, moduli, offsets, start, history, out, tokens, t, k, pad, start_stride,
     STARTED: tl.constexpr, CONTINUED: tl.constexpr, ORDERS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr
@@ -48,7 +48,7 @@ def hash_rows(
 # gather --------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q"])
 def gather_rows(table, rows, out, r, q, w, LOOKUPS: tl.constexpr, COLUMNS: tl.constexpr):
     """out [q, w] = table [r, w] at rows [q]; NaN for a row that the table does not have."""
     lookup = tl.program_id(0).to(tl.int64) * LOOKUPS + tl.arange(0, LOOKUPS)[:, None]
@@ -131,7 +131,7 @@ def gate_slopes(
     tl.store(ddots + at, ddot, mask=stream < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "strip"])
 def gate_backward(
     h, key, weight, dots, h_rms, k_rms, ddots, dh, dkey, shares, tokens, strip, n, d, h_stride, k_stride,
     N: tl.constexpr, COLUMNS: tl.constexpr
@@ -157,7 +157,7 @@ def gate_backward(
     tl.store(shares + block * n * d + at, dw, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips"])
 def sum_shares(
     shares, weight_h, weight_k, dweight_h, dweight_k, strips, size, STRIPS: tl.constexpr, COLUMNS: tl.constexpr
 ):

@@ -13,7 +13,7 @@ import triton.language as tl
 # projection ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def project(
     u, fn, partial, t, w: tl.constexpr, m: tl.constexpr,
     SPLIT: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr
@@ -34,7 +34,7 @@ def project(
     tl.store(first + m, tl.sum(squares, axis=1), mask=token < t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t", "steps"])
 def project_backward(
     x, fn, scaled, shrink, du, pre, dx, parts, t, d: tl.constexpr, m: tl.constexpr, steps,
     READ: tl.constexpr, DX: tl.constexpr, DFN: tl.constexpr, N: tl.constexpr,
@@ -69,7 +69,7 @@ def project_backward(
         tl.store(parts + group.to(tl.int64) * m * N * d + weight, dfn, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sum_parts(parts, out, count, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out [size] = the sum of parts [count, size], ROWS of them side by side."""
     at, row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
@@ -128,7 +128,7 @@ def _first_iterate(logits, inside, eps, N: tl.constexpr, P: tl.constexpr):
     return share, tl.where(inside, share + eps, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def coefficients(
     partial, base, scale, pre, post, comb, mix, r, t, w, splits, iterations, eps, norm_eps,
     HEAD: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr
@@ -196,7 +196,7 @@ def _sinkhorn_backward(
     return z - share * tl.sum(z, axis=2, keep_dims=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t", "steps"])
 def coefficients_backward(
     dpre, dread, dpost, dcomb, mix, r, base, scale, divisors, scaled, shrink, sums, t, w, steps, iterations, eps,
     DPRE: tl.constexpr, DREAD: tl.constexpr, DPOST: tl.constexpr, DCOMB: tl.constexpr,

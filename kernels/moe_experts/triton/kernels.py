@@ -12,7 +12,7 @@ import triton.language as tl
 # which rows ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def schedule(counts, offsets, tiles, e, total, BM: tl.constexpr, E: tl.constexpr, TILES: tl.constexpr):
     """tiles [total, 2]: expert (-1 past the last) and first row; offsets [e + 1]: first row of each expert."""
     expert = tl.arange(0, E)
@@ -77,7 +77,7 @@ def _swiglu_slopes(g, u, limit):
     return silu * uc, dg, du
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r"])
 def swiglu_forward(h, weight, out, r, f, limit, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out [r, f] = swiglu(h [r, 2 f]) weight [r], a block of rows to a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -91,7 +91,7 @@ def swiglu_forward(h, weight, out, r, f, limit, WEIGHTED: tl.constexpr, ROWS: tl
     tl.store(out + row * f + column, a, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r"])
 def swiglu_backward(
     h, weight, grad, dh, dweight, r, f, limit, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -118,7 +118,7 @@ def swiglu_backward(
 # grouped products ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def grouped_swiglu(
     x, w13, weights, order, tiles, offsets, h, a, total, k, d, f, limit,
     KEEP: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
@@ -153,7 +153,7 @@ def grouped_swiglu(
     tl.store(a + first.to(tl.int64) * f + row * f + column, activation, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def grouped_swiglu_backward(
     dout, w2, weights, order, tiles, offsets, h, dh, a, dweight, total, k, d, f, limit,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
@@ -200,7 +200,7 @@ def _swiglu_gradient(da, weight, h, dh, a, real, start, f, limit, BM: tl.constex
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def grouped(
     a, w, tiles, offsets, out, total, inner, outer, TRANSPOSED: tl.constexpr, A_TMA: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
@@ -256,7 +256,7 @@ def grouped_outer(
 # back to tokens ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def combine(
     rows, inverse, shared, out, n, k, d, SHARED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -274,7 +274,7 @@ def combine(
     tl.store(out + token * d + column, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r"])
 def sum_blocks(parts, out, r, blocks, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     """out [r] = sum of parts [r, blocks] over the blocks."""
     row, block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCKS)

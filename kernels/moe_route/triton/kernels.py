@@ -29,7 +29,7 @@ def _descending_key(value, index):
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def route_forward(
     logits, bias, given, scores, experts, weights, n, e, k, scale,
     BIASED: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr, K: tl.constexpr
@@ -60,7 +60,7 @@ def route_forward(
     tl.store(weights + row * k + slot, s / (tl.sum(s, axis=1)[:, None] + 1e-20) * scale, mask=picked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def route_backward(
     dscores, dweights, scores, experts, dlogits, n, e, k, scale,
     DSCORES: tl.constexpr, DWEIGHTS: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr, K: tl.constexpr
@@ -88,7 +88,7 @@ def route_backward(
     tl.store(dlogits + row * e + expert, ds * slope, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r", "spans"])
 def count(
     experts, real, table, counted, r, e, k, spans,
     REAL: tl.constexpr, SPAN: tl.constexpr, PAIRS: tl.constexpr, E: tl.constexpr
@@ -108,7 +108,7 @@ def count(
     tl.store(counted + at, real_bins if REAL else bins, mask=tl.arange(0, E) <= e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r", "spans"])
 def place(
     experts, ends, table, order, inverse, r, e, spans,
     SPAN: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr

@@ -26,7 +26,7 @@ def _rotated(pairs, rotation, row, dim, per_token, tokens, sign, inside, ROWS: t
     return tl.interleave(a * cos - b * sin, b * cos + a * sin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tokens"])
 def norm_rope_forward(
     x, weight, rotation, y, scales, n, d, dim, per_token, tokens, eps, sign,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, TURN: tl.constexpr,
@@ -57,7 +57,7 @@ def norm_rope_forward(
         tl.store(y + row * d + tail, pairs, mask=turned)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tokens"])
 def norm_rope_backward(
     dy, x, weight, rotation, scales, dx, dweights, n, d, dim, per_token, tokens,
     WEIGHT: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, PLAIN: tl.constexpr, P: tl.constexpr

@@ -48,7 +48,7 @@ def _softmax(z):
     return weights, top, tl.sum(weights, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "p", "t"])
 def pool_forward(
     kv, gate, bias, first, follows, out, n, p, t, m: tl.constexpr, d: tl.constexpr,
     GATHERED: tl.constexpr, OVERLAP: tl.constexpr, S: tl.constexpr, CHANNELS: tl.constexpr, RUN: tl.constexpr
@@ -71,7 +71,7 @@ def pool_forward(
         tl.store(out + (b * p + i) * d + channel, pooled, mask=channel < d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "p", "real", "t"])
 def pool_backward(
     kv, gate, bias, first, follows, dout, dkv, dgate, dslots, tops, scales, means, n, p, real, t,
     m: tl.constexpr, d: tl.constexpr, GATHERED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -117,7 +117,7 @@ def pool_backward(
     tl.store(dslots + at, dbias, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p", "t"])
 def pool_rows(
     kv, gate, bias, first, follows, order, counts, tops, scales, means, dkv, dgate, p, t,
     m: tl.constexpr, d: tl.constexpr, blocks, OVERLAP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr

@@ -86,7 +86,7 @@ def _elements(
     return block, row, column, row * C + column, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "R", "down"])
 def encode(
     x, codes, scales, y, n, R, C, r: tl.constexpr, c: tl.constexpr, down, across,
     E4M3: tl.constexpr, FAKE: tl.constexpr, PACK: tl.constexpr,
@@ -140,7 +140,7 @@ def _write(
             tl.store(codes + at, code.to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "R", "down"])
 def decode(
     codes, scales, y, rows, R, C, r: tl.constexpr, c: tl.constexpr, down, across,
     E4M3: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
@@ -165,7 +165,7 @@ def decode(
         tl.store(y + at, value * power, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "R", "down"])
 def fold(
     codes, scales, folded, common, lost, n, R, C, r: tl.constexpr, c: tl.constexpr, down, across, group,
     G: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, COLUMNS: tl.constexpr
@@ -195,7 +195,7 @@ def fold(
 # Hadamard ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def walsh_hadamard(x, y, n, scale, D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
     """y [n, D]: sums and differences of the channels that differ in one bit of their index, bit after bit."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
