@@ -296,6 +296,17 @@ def test_a_matrix_has_the_same_bits_in_any_batch_chunk_and_orientation(launch, d
     assert torch.equal(full, torch.cat([many[0][None], many[1].mT, many[2]]))
 
 
+def test_a_norm_has_the_same_bits_whichever_thread_adds_what(launch, device):
+    """Which has which element is the compiler's choice, by the strides: any order gives the same sum."""
+    x, draw = normal(32, 8, 16, device=device), torch.Generator().manual_seed(1)
+    order = torch.randperm(8 * 16, generator=draw).to(device)
+    shuffled = x.flatten(1)[:, order].view(x.shape)
+    out, again = torch.empty_like(x), torch.empty_like(x)
+    launch._normalise(x, out)
+    launch._normalise(shuffled, again)
+    assert torch.equal(out.flatten(1)[:, order], again.flatten(1))
+
+
 def test_a_norm_over_many_panels(launch, device, monkeypatch):
     """More panels than one pass of the sum holds; the largest entry lies in the last, in the first, everywhere."""
     monkeypatch.setattr(launch, "PARTS", 4)

@@ -9,6 +9,8 @@ e matrices · r <= c sides · [ROWS, COLUMNS] a panel of elementwise work · BM 
 import triton
 import triton.language as tl
 
+ONE = tl.constexpr(2.0**48)  # of 2^13 squares, at most 1 each, the sum fits into 63 bits
+
 # |M|_F ---------------------------------------------------------------------------------------------------------------
 
 
@@ -32,14 +34,22 @@ def _panel(x, stride_e, stride_r, stride_c, r, c, ROWS: tl.constexpr, COLUMNS: t
 
 @triton.jit
 def measure(x, parts, stride_e, stride_r, stride_c, r, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """parts [program, 2]: the largest |x| of a panel, and the sum of (x / largest)^2, which no finite x overflows."""
+    """parts [program, 2]: the largest |x| of a panel, and the sum of (x / largest)^2, which no finite x overflows.
+
+    The squares are added as multiples of 1 / ONE: which thread has which of them goes by the strides, and floats would
+    add up to other bits.
+    """
     at, inside, _ = _panel(x, stride_e, stride_r, stride_c, r, c, ROWS, COLUMNS)
     size = tl.abs(tl.load(at, mask=inside, other=0.0).to(tl.float32))
     largest = tl.max(tl.max(size, axis=1), axis=0)
     share = size / _or_one(largest)
+    is_number = share == share
+    squares = tl.where(is_number, share * share * ONE, 0.0).to(tl.int64)
+    total = tl.sum(tl.sum(squares, axis=1), axis=0).to(tl.float32) / ONE
+    all_numbers = tl.min(tl.min(is_number.to(tl.int32), axis=1), axis=0) == 1
     part = parts + 2 * tl.program_id(0).to(tl.int64)
     tl.store(part, largest)
-    tl.store(part + 1, tl.sum(tl.sum(share * share, axis=1), axis=0))
+    tl.store(part + 1, tl.where(all_numbers, total, float("nan")))
 
 
 @triton.jit
