@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...precision import without_autocast
-from ...triton.launch import architecture, next_power, on_device
+from ...triton.launch import architecture, next_power, on_device, registers
 from . import kernels
 
 CHUNK = 4096  # tokens: enough for the product dW to outweigh reading and writing dW for every chunk
@@ -86,7 +86,7 @@ def loss_rows(
         grads = logits.new_empty(c, v, dtype=dtype) if apart else logits.view(dtype or logits.dtype)
         kernels.loss_rows[c,](
             logits, targets, losses, grads, v, grads.stride(0), ignore_index, z_loss,
-            GRAD=dtype is not None, BLOCK=min(next_power(v, 1024), BLOCK), num_warps=8,
+            GRAD=dtype is not None, BLOCK=min(next_power(v, 1024), BLOCK), **registers(8),
         )  # fmt: skip
     return grads[:, :v]
 

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...triton.launch import architecture, next_power, on_device
+from ...triton.launch import architecture, next_power, on_device, registers
 from . import kernels
 
 SPLIT = 4096  # columns of the flattened streams that one program of the projection sums over
@@ -138,11 +138,11 @@ def read(site: Site, norm_eps: float, collapsed: bool) -> Read:
     with on_device(streams):
         kernels.project[triton.cdiv(t, b.tokens), splits](
             streams, fn, partial, t, w, m, SPLIT=SPLIT, BT=b.tokens, BK=b.columns, M=next_power(m, 16),
-            PRECISION=table.precision, num_warps=b.warps, num_stages=b.stages,
+            PRECISION=table.precision, num_stages=b.stages, **registers(b.warps),
         )  # fmt: skip
         kernels.coefficients[triton.cdiv(t, TOKENS),](
             partial, base, scale, out.pre, out.post, out.comb, out.mix, out.r, t, w, splits, iterations, eps, norm_eps,
-            HEAD=iterations == 0, N=n, P=next_power(n), BT=TOKENS,
+            HEAD=iterations == 0, N=n, P=next_power(n), BT=TOKENS, **registers(4),
         )  # fmt: skip
         if collapsed:
             _collapse(streams, out.pre, out.u)
@@ -179,7 +179,7 @@ def _coefficients_backward(
     kernels.coefficients_backward[parts,](
         *grads.values(), saved.mix, saved.r, site.base, site.scale, divisors, scaled, shrink, sums,
         t, n * d, steps, rounds, site.eps, **{name: grad is not None for name, grad in grads.items()},
-        HEAD=site.iterations == 0, N=n, P=p, BT=TOKENS,
+        HEAD=site.iterations == 0, N=n, P=p, BT=TOKENS, **registers(4),
     )  # fmt: skip
     return scaled, shrink, _sum_parts(sums)
 
@@ -192,14 +192,15 @@ def _project_backward(
         return None
     (t, n, d), (m, w), table = site.streams.shape, site.fn.shape, tiles_for(len(site.fn))
     b = table.backward
+    columns = min(b.columns, next_power(d, 16))
     groups = max(triton.cdiv(t, b.tokens), 1)
     steps = max(triton.cdiv(groups, GROUPS), STEPS)
     groups = triton.cdiv(groups, steps)
     parts = scaled.new_empty(groups, m, w) if need_fn else None
-    kernels.project_backward[n * triton.cdiv(d, b.columns), groups](
+    kernels.project_backward[n * triton.cdiv(d, columns), groups](
         site.streams, site.fn, scaled, shrink, du, pre, dstreams, parts, t, d, m, steps,
-        READ=du is not None, DX=dstreams is not None, DFN=need_fn, N=n, BT=b.tokens, BK=b.columns, M=next_power(m, 16),
-        PRECISION=table.precision, num_warps=b.warps, num_stages=b.stages,
+        READ=du is not None, DX=dstreams is not None, DFN=need_fn, N=n, BT=b.tokens, BK=columns, M=next_power(m, 16),
+        PRECISION=table.precision, num_stages=b.stages, **registers(b.warps),
     )  # fmt: skip
     return None if parts is None else _sum_parts(parts, site.fn.dtype)
 

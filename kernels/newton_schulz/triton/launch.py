@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...triton.launch import architecture, on_device
+from ...triton.launch import architecture, on_device, registers
 from . import kernels
 
 SCRATCH = 2**28  # elements of the iterates that are at work at once: 512 MiB of bf16
@@ -124,4 +124,4 @@ def _source(x: Tensor, rows: int, columns: int, t: Tiles) -> tuple[Any, bool]:
 
 def _options(b: Blocks, t: Tiles) -> dict[str, int]:
     blocks = {"BM": b.rows, "BN": b.columns, "BK": b.inner, "GROUP": t.group}
-    return {**blocks, "num_warps": b.warps, "num_stages": b.stages}
+    return {**blocks, "num_stages": b.stages, **registers(b.warps)}
