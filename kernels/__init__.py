@@ -37,7 +37,7 @@ else:
     from .index_loss import index_loss
     from .index_topk import index_topk
     from .moe_experts import moe_experts, swiglu
-    from .moe_route import Permutation, Routing, balance_loss, moe_permutation, moe_route
+    from .moe_route import Balance, Permutation, Routing, balance_loss, moe_balance, moe_permutation, moe_route
     from .newton_schulz import newton_schulz, newton_schulz_many
     from .norm_rope import norm_rope, rms_norm, rope, rope_frequencies, rope_rotation
     from .pool import pool
@@ -45,6 +45,7 @@ else:
     from .topk import stable_topk
 
     __all__ = [
+        "Balance",
         "Coefficients",
         "Permutation",
         "Routing",
@@ -68,6 +69,7 @@ else:
         "hyper_recombine",
         "index_loss",
         "index_topk",
+        "moe_balance",
         "moe_experts",
         "moe_permutation",
         "moe_route",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Routing, balance_loss, moe_experts, moe_permutation, moe_route, swiglu
+from ..kernels import Routing, moe_balance, moe_experts, moe_route, swiglu
 from .config import ModelConfig
 from .layout import Layout
 from .norm import exact_linear
@@ -133,15 +133,13 @@ class MoE(nn.Module):
     def _balance(self, routing: Routing, shape: torch.Size, real: Tensor | None) -> LoadSignal:
         """Hash layers are fixed by their table: their balance loss is left out of the objective (zero)."""
         gate = self.gate
-        everyone = None if real is None else real.expand(shape).flatten()
-        counts = moe_permutation(routing.experts, gate.config.n_routed_experts, everyone).counts.to(torch.float32)
+        scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
+        found = moe_balance(scores, experts, None if real is None else real.expand(shape))
+        counts = found.counts.to(torch.float32)
         if gate.training:
             gate.counts = counts if gate.counts is None else gate.counts + counts
         load = counts / counts.sum().clamp_min(1)
-        if gate.is_hash:
-            return LoadSignal(routing.scores.new_zeros(()), load)
-        scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
-        return LoadSignal(balance_loss(scores, experts, None if real is None else real.expand(shape)), load)
+        return LoadSignal(scores.new_zeros(()) if gate.is_hash else found.loss, load)
 
 
 def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..backend import implementation
-from .routing import Permutation, Routing, check_ids
+from .routing import Balance, Permutation, Routing, check_ids
 
-__all__ = ["Permutation", "Routing", "balance_loss", "moe_permutation", "moe_route"]
+__all__ = ["Balance", "Permutation", "Routing", "balance_loss", "moe_balance", "moe_permutation", "moe_route"]
 
 
 def moe_route(
@@ -91,7 +91,13 @@ def moe_permutation(
 
 
 def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """Sequence-wise balance loss: 1 when every expert of a sequence gets the same load, more when load follows score.
+    """The loss of `moe_balance` alone."""
+    return moe_balance(scores, experts, real, backend=backend).loss
+
+
+def moe_balance(scores: Tensor, experts: Tensor, real: Tensor | None = None, *, backend: str | None = None) -> Balance:
+    """Load of the experts, and the sequence-wise balance loss: 1 when every expert of a sequence gets the same load,
+    more when load follows score.
 
     `L = mean_b sum_e f_e P_e`, `f_e = e / (k t) * count_e` (detached), `P_e = mean_t (s_te / sum_e s_te)`, over the
     real tokens of each sequence and over the sequences that have any. The caller applies the coefficient (1e-4).
@@ -103,7 +109,8 @@ def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None = None, *,
         real: bool `[b, t]`; False marks padding.
 
     Returns:
-        A scalar of `scores`' dtype; 0 if no token is real.
+        `Balance(loss, counts [e])`: a scalar of `scores`' dtype, 0 if no token is real, and how often real tokens visit
+        each expert, int64.
 
     Raises:
         ValueError: a shape or dtype does not fit.
@@ -115,4 +122,4 @@ def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None = None, *,
         )
     if real is not None and (real.shape != scores.shape[:2] or real.dtype != torch.bool):
         raise ValueError(f"real is {real.dtype} {tuple(real.shape)}: expected torch.bool {list(scores.shape[:2])}")
-    return implementation("moe_route", backend, scores).balance_loss(scores, experts, real)
+    return implementation("moe_route", backend, scores).moe_balance(scores, experts, real)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..precision import tracked
 from ..topk import stable_topk
-from .routing import Permutation, Routing
+from .routing import Balance, Permutation, Routing
 
 ASYMPTOTE = -40.0  # below, log1p(exp z) = exp z to fp64 precision; fp32 would underflow from -87 on
 
@@ -63,14 +63,14 @@ def moe_permutation(experts: Tensor, num_experts: int, real: Tensor | None = Non
     return Permutation(order, counts, inverse.view(experts.shape))
 
 
-def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None = None) -> Tensor:
-    """See `kernels.moe_route.balance_loss`; sums experts first: `sum_e f_e P_e = mean_t (f . s_t) / (1 . s_t)`."""
+def moe_balance(scores: Tensor, experts: Tensor, real: Tensor | None = None) -> Balance:
+    """See `kernels.moe_route.moe_balance`; sums experts first: `sum_e f_e P_e = mean_t (f . s_t) / (1 . s_t)`."""
     b, t, e = scores.shape
     real = torch.ones(b, t, dtype=torch.bool, device=scores.device) if real is None else real
     length = real.sum(-1).clamp(min=1).to(scores.dtype)  # [b]
     counted = real[:, :, None].expand_as(experts).flatten(1)
-    counts = scores.new_zeros(b, e).scatter_add_(1, experts.flatten(1), counted.to(scores.dtype))
-    load = counts * (e / (experts.shape[-1] * length[:, None]))
+    counts = experts.new_zeros(b, e).scatter_add_(1, experts.flatten(1), counted.long())
+    load = counts.to(scores.dtype) * (e / (experts.shape[-1] * length[:, None]))
     share = (scores * load[:, None]).sum(-1) / (scores.sum(-1) + 1e-20)  # [b, t]
     loss = torch.where(real, share, 0.0).sum(-1) / length
-    return loss.sum() / real.any(-1).sum().clamp(min=1)
+    return Balance(loss.sum() / real.any(-1).sum().clamp(min=1), counts.sum(0))

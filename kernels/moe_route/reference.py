@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import accumulation
-from .routing import Permutation, Routing
+from .routing import Balance, Permutation, Routing
 
 
 def moe_route(
@@ -33,7 +33,7 @@ def moe_permutation(experts: Tensor, num_experts: int, real: Tensor | None = Non
     return Permutation(order, counts, order.argsort().view(experts.shape))
 
 
-def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None = None) -> Tensor:
+def moe_balance(scores: Tensor, experts: Tensor, real: Tensor | None = None) -> Balance:
     """`mean_b sum_e f_e P_e`: f the share of the picks, times e; P the mean share of the score."""
     e, k = scores.shape[-1], experts.shape[-1]
     real = torch.ones_like(experts[..., 0], dtype=torch.bool) if real is None else real
@@ -41,4 +41,5 @@ def balance_loss(scores: Tensor, experts: Tensor, real: Tensor | None = None) ->
     picks = (F.one_hot(experts, e).sum(2) * real[..., None]).sum(1)
     scores = scores.masked_fill(~real[..., None], 0)
     share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).sum(1) / length  # [b, e], as picks
-    return (picks * share / length).sum() * (e / k) / real.any(-1).sum().clamp(min=1)
+    loss = (picks * share / length).sum() * (e / k) / real.any(-1).sum().clamp(min=1)
+    return Balance(loss, picks.sum(0))

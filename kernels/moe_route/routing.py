@@ -22,6 +22,13 @@ class Permutation(NamedTuple):
     inverse: Tensor
 
 
+class Balance(NamedTuple):
+    """How evenly experts are visited: the scalar `loss`, and `counts [e]` int64, the assignments of real tokens."""
+
+    loss: Tensor
+    counts: Tensor
+
+
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
     """Raise IndexError unless the ids lie in `0..limit-1`; not on CUDA, where looking would wait for the device,
     nor in compiled code."""

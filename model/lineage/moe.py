@@ -11,7 +11,7 @@ b batch · t tokens · d width · E routed experts · g groups · k experts per 
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Routing, balance_loss, moe_experts, moe_permutation, stable_topk, swiglu
+from ...kernels import Routing, moe_balance, moe_experts, stable_topk, swiglu
 from ..moe import LoadSignal
 from ..norm import exact_linear
 from .config import LineageConfig
@@ -91,9 +91,9 @@ class GroupMoE(nn.Module):
 
     def _signal(self, routing: Routing, shape: torch.Size, real: Tensor | None) -> LoadSignal:
         gate = self.gate
-        everyone = None if real is None else real.flatten()
-        counts = moe_permutation(routing.experts, gate.config.n_routed_experts, everyone).counts.to(torch.float32)
+        scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
+        found = moe_balance(scores, experts, real)
+        counts = found.counts.to(torch.float32)
         if gate.training:
             gate.counts = counts if gate.counts is None else gate.counts + counts
-        scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
-        return LoadSignal(balance_loss(scores, experts, real), counts / counts.sum().clamp_min(1))
+        return LoadSignal(found.loss, counts / counts.sum().clamp_min(1))

@@ -352,7 +352,11 @@ def test_backward_keeps_inputs_pre_activations_and_routing(engine, device):
     inputs, kept = on(device, case(16, 4, 8, 16, 8)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         moe_experts(**inputs | {name: inputs[name].requires_grad_() for name in LEARNED}, backend=engine)
-    routing = [(64,), (8,), (16, 4)] if engine == "triton" else []  # order, counts, inverse: not tensors of eager's
+    routing = []  # of eager's no tensors
+    if engine == "triton":  # order, inverse, tiles, offsets
+        from abyssal.kernels.moe_experts.triton import launch
+
+        routing = [(64,), (16, 4), (64 // launch.tiles_for(inputs["w2"]).rows + 8, 2), (9,)]
     assert sorted(kept) == sorted([*(inputs[name].shape for name in LEARNED), (64, 16), *routing])
 
 

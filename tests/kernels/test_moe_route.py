@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import assert_same, hold
 
-from abyssal.kernels import balance_loss, moe_permutation, moe_route
+from abyssal.kernels import balance_loss, moe_balance, moe_permutation, moe_route
 from abyssal.kernels.moe_route import reference
 from abyssal.kernels.moe_route.step import moe_route_step
 
@@ -25,6 +25,7 @@ def router(monkeypatch, by_triton):
     from abyssal.kernels.moe_route import triton
 
     monkeypatch.setattr(triton.launch, "SPAN", 3)
+    monkeypatch.setattr(triton.launch, "STRIPS", 3)
     return triton
 
 
@@ -119,9 +120,11 @@ def balance_cases():
 
 
 @pytest.mark.parametrize("name", balance_cases())
-def test_balance_loss(engine, name, device):
+def test_balance(engine, name, device, request, monkeypatch):
+    if engine == "triton":
+        monkeypatch.setattr(request.getfixturevalue("router").launch, "SCORES", 16)  # several blocks to a strip
     for dtype in FLOATS[engine][:-2]:
-        hold(balance_loss, balance_cases()[name], engine, dtype, device=device)
+        hold(moe_balance, balance_cases()[name], engine, dtype, device=device)
 
 
 def test_balance_loss_reaches_the_logits(engine, device):
@@ -293,7 +296,7 @@ def test_refusals_name_the_argument():
         balance_loss(z, ids)
 
 
-@pytest.mark.parametrize("function", [moe_route, moe_permutation, balance_loss], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [moe_route, moe_permutation, moe_balance], ids=lambda function: function.__name__)
 def test_engines_have_the_signature_of_the_definition(function, router):
     from abyssal.kernels.moe_route import eager
 
@@ -323,11 +326,14 @@ def test_float64_is_refused_by_name(router, device):
     assert moe_route(z, top_k=1, scale=1.0, backend="auto")
 
 
-@pytest.mark.parametrize("op", ["route", "hashed", "permutation"])
+@pytest.mark.parametrize("op", ["route", "hashed", "permutation", "balance"])
 def test_opcheck(real_memory, router, device, op):
     z, ids = drawing(0)(9, 4).to(device).requires_grad_(), torch.arange(18, device=device).view(9, 2) % 4
     if op == "permutation":
         torch.library.opcheck(router._permutation, (ids, 4, torch.arange(9, device=device) > 3))
+    elif op == "balance":
+        scores, real = z.view(3, 3, 4).detach().abs().requires_grad_(), torch.arange(9, device=device).view(3, 3) > 3
+        torch.library.opcheck(router._balance, (scores, ids.view(3, 3, 2), real))
     else:
         bias, given = (None, ids) if op == "hashed" else (torch.randn(4, device=device), None)
         torch.library.opcheck(router._route, (z, bias, given, 2, 1.5))

@@ -21,8 +21,8 @@ def experts(widths: str, dtype: torch.dtype) -> None:
     w13, w2 = torch.empty(e, 2 * f, d, dtype=dtype), torch.empty(e, d, f, dtype=dtype)
     rows = Permutation(*(torch.empty(shape, dtype=torch.int64) for shape in (n * k, e, (n, k))))
     operands = launch.Operands(x, weights, w13, w2)
-    out, h = launch.forward(operands, rows, 10.0, keep=True, shared=x)
-    launch.backward(out, h, operands, rows, 10.0)
+    out, h, plan = launch.forward(operands, rows, 10.0, keep=True, shared=x)
+    launch.backward(out, h, operands, launch.Rows(rows.order, rows.inverse), plan, 10.0)
     launch.swiglu_backward(launch.swiglu(h, None, 10.0), h, None, 10.0)
 
 

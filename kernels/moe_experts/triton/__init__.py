@@ -42,26 +42,30 @@ def swiglu(h: Tensor, limit: float | None, weight: Tensor | None = None) -> Tens
 def _experts(
     x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, order: Tensor, counts: Tensor, inverse: Tensor,
     limit: float | None, keep: bool, shared: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     operands, rows = launch.Operands(x, weights, w13, w2), Permutation(order, counts, inverse)
-    return launch.forward(operands, rows, limit, keep=keep, shared=shared)
+    out, h, plan = launch.forward(operands, rows, limit, keep=keep, shared=shared)
+    return out, h, *plan
 
 
 @_experts.register_fake
 def _(
     x: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, order: Tensor, counts: Tensor, inverse: Tensor,
     limit: float | None, keep: bool, shared: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty(len(order) if keep else 0, w13.shape[1])
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    plan = launch.new_schedule(counts, len(order), launch.tiles_for(w2).rows)
+    return x.new_empty(x.shape), x.new_empty(len(order) if keep else 0, w13.shape[1]), *plan
 
 
 @torch.library.custom_op("abyssal::moe_experts_backward", mutates_args=())
 def _experts_backward(
     dout: Tensor, x: Tensor, h: Tensor, weights: Tensor, w13: Tensor, w2: Tensor,
-    order: Tensor, counts: Tensor, inverse: Tensor, limit: float | None, need_x: bool, need_w13: bool, need_w2: bool,
+    order: Tensor, inverse: Tensor, tiles: Tensor, offsets: Tensor,
+    limit: float | None, need_x: bool, need_w13: bool, need_w2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    operands, rows = launch.Operands(x, weights, w13, w2), Permutation(order, counts, inverse)
-    found = launch.backward(dout, h, operands, rows, limit, need_x=need_x, need_w13=need_w13, need_w2=need_w2)
+    operands, rows, plan = launch.Operands(x, weights, w13, w2), launch.Rows(order, inverse), (tiles, offsets)
+    needs = {"need_x": need_x, "need_w13": need_w13, "need_w2": need_w2}
+    found = launch.backward(dout, h, operands, rows, launch.Schedule(*plan), limit, **needs)
     dx, dweights, dw13, dw2 = (x.new_empty(0) if g is None else g for g in found)
     return dx, dweights, dw13, dw2
 
@@ -69,21 +73,23 @@ def _experts_backward(
 @_experts_backward.register_fake
 def _(
     dout: Tensor, x: Tensor, h: Tensor, weights: Tensor, w13: Tensor, w2: Tensor,
-    order: Tensor, counts: Tensor, inverse: Tensor, limit: float | None, need_x: bool, need_w13: bool, need_w2: bool,
+    order: Tensor, inverse: Tensor, tiles: Tensor, offsets: Tensor,
+    limit: float | None, need_x: bool, need_w13: bool, need_w2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needed = ((x, need_x), (weights, True), (w13, need_w13), (w2, need_w2))
     dx, dweights, dw13, dw2 = (t.new_empty(t.shape if need else (0,)) for t, need in needed)
     return dx, dweights, dw13, dw2
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weights, w13, w2, order, counts, inverse, ctx.limit, _, shared = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weights, w13, w2, order, _, inverse, ctx.limit, _, shared = inputs
+    _, h, tiles, offsets = output
     ctx.shared = None if shared is None else shared.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], weights, w13, w2, order, counts, inverse)
+    ctx.save_for_backward(x, h, weights, w13, w2, order, inverse, tiles, offsets)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 10
     needs = ctx.needs_input_grad

@@ -89,18 +89,28 @@ class Gradients(NamedTuple):
     w2: Tensor | None
 
 
+class Rows(NamedTuple):
+    """What the backward pass needs of a `Permutation`: `order [r]` and `inverse [n, k]`."""
+
+    order: Tensor
+    inverse: Tensor
+
+
 class Schedule(NamedTuple):
     """`tiles [total, 2]`: expert (-1 past the last) and first row; `offsets [e + 1]`: first row of each expert."""
 
     tiles: Tensor
     offsets: Tensor
-    total: int
+
+    @property
+    def total(self) -> int:
+        return len(self.tiles)
 
 
 def forward(
     operands: Operands, rows: Permutation, limit: float | None, *, keep: bool, shared: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`out [n, d]`, with `shared [n, d]` added, and the pre-activations `h [r, 2 f]` (`[0, 2 f]` unless kept)."""
+) -> tuple[Tensor, Tensor, Schedule]:
+    """`out [n, d]`, with `shared [n, d]` added, pre-activations `h [r, 2 f]` (`[0, 2 f]` unless kept), and tiles."""
     x, weights, w13, w2 = (t.contiguous() for t in operands)
     r, k, d, f = rows.order.numel(), rows.inverse.shape[1], w2.shape[1], w2.shape[2]
     h, a = x.new_empty(r if keep else 0, 2 * f), x.new_empty(r, f)
@@ -113,11 +123,11 @@ def forward(
             x, w, weights, rows.order, plan.tiles, plan.offsets, h, a, plan.total, k, d, f, _bound(limit),
             KEEP=keep, TMA=tma, **_options(blocks, tiles),
         )  # fmt: skip
-        return combine(_product(a, w2, plan, tiles, transposed=True), rows.inverse, shared), h
+        return combine(_product(a, w2, plan, tiles, transposed=True), rows.inverse, shared), h, plan
 
 
 def backward(
-    dout: Tensor, h: Tensor, operands: Operands, rows: Permutation, limit: float | None,
+    dout: Tensor, h: Tensor, operands: Operands, rows: Rows, plan: Schedule, limit: float | None,
     *, need_x: bool = True, need_w13: bool = True, need_w2: bool = True,
 ) -> Gradients:  # fmt: skip
     """Gradients of `forward`."""
@@ -129,7 +139,6 @@ def backward(
     a, dh, shares = x.new_empty(r, f), x.new_empty(h.shape), x.new_empty(r, across, dtype=torch.float32)
     dweights = weights.new_empty(weights.shape)
     with on_device(x):
-        plan = schedule(rows.counts, r, tiles.rows)
         w, tma = _source(w2, blocks.inner, blocks.columns, tiles)
         kernels.grouped_swiglu_backward[plan.total * across,](
             dout, w, weights, rows.order, plan.tiles, plan.offsets, h, dh, a, shares,
@@ -144,11 +153,18 @@ def backward(
 
 def schedule(counts: Tensor, r: int, rows: int) -> Schedule:
     """Tiles of `rows` rows: an expert with c rows has cdiv(c, rows), all of them at most r // rows + min(e, r)."""
-    e, total = len(counts), r // rows + min(len(counts), r)
-    tiles, offsets = (counts.new_empty(shape, dtype=torch.int32) for shape in ((total, 2), (e + 1,)))
-    grid = (max(triton.cdiv(total, SCHEDULED), 1),)
-    kernels.schedule[grid](counts, offsets, tiles, e, total, BM=rows, E=next_power(e), TILES=SCHEDULED, num_warps=8)
-    return Schedule(tiles, offsets, total)
+    plan, e = new_schedule(counts, r, rows), len(counts)
+    grid = (max(triton.cdiv(plan.total, SCHEDULED), 1),)
+    kernels.schedule[grid](
+        counts, plan.offsets, plan.tiles, e, plan.total, BM=rows, E=next_power(e), TILES=SCHEDULED, num_warps=8
+    )
+    return plan
+
+
+def new_schedule(counts: Tensor, r: int, rows: int) -> Schedule:
+    """Its memory."""
+    total = r // rows + torch.sym_min(len(counts), r)
+    return Schedule(*(counts.new_empty(shape, dtype=torch.int32) for shape in ((total, 2), (len(counts) + 1,))))
 
 
 def combine(rows: Tensor, inverse: Tensor, shared: Tensor | None = None) -> Tensor:
@@ -176,9 +192,7 @@ def _product(a: Tensor, w: Tensor, plan: Schedule, tiles: Tiles, *, transposed: 
     return out
 
 
-def _outer(
-    p: Tensor, q: Tensor, rows: Permutation, plan: Schedule, tiles: Tiles, *, like: Tensor, gather: str
-) -> Tensor:
+def _outer(p: Tensor, q: Tensor, rows: Rows, plan: Schedule, tiles: Tiles, *, like: Tensor, gather: str) -> Tensor:
     """`p^T q` over the rows of each expert, `[e, m, n]` as `like`; the one to gather, "p" or "q", lies by token."""
     (e, m, n), blocks = like.shape, tiles.outer
     out = like.new_empty(like.shape)

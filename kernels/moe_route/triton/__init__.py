@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..eager import balance_loss
-from ..routing import Permutation, Routing
+from ..routing import Balance, Permutation, Routing
 from . import launch
 
-__all__ = ["balance_loss", "moe_permutation", "moe_route"]  # the loss: torch ops; its counts are exact in any order
+__all__ = ["moe_balance", "moe_permutation", "moe_route"]
 
 
 def moe_route(
@@ -27,6 +26,14 @@ def moe_route(
 def moe_permutation(experts: Tensor, num_experts: int, real: Tensor | None = None) -> Permutation:
     """See `kernels.moe_route.moe_permutation`."""
     return Permutation(*_permutation(experts, num_experts, real))
+
+
+def moe_balance(scores: Tensor, experts: Tensor, real: Tensor | None = None) -> Balance:
+    """See `kernels.moe_route.moe_balance`."""
+    return Balance(*_balance(scores, experts, real)[:2])
+
+
+# choice --------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("abyssal::moe_route", mutates_args=())
@@ -71,6 +78,9 @@ def _gradient(ctx: Any, dscores: Tensor | None, _: None, dweights: Tensor | None
 _route.register_autograd(_gradient, setup_context=_keep)
 
 
+# order ---------------------------------------------------------------------------------------------------------------
+
+
 @torch.library.custom_op("abyssal::moe_permutation", mutates_args=())
 def _permutation(experts: Tensor, num_experts: int, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return launch.permutation(experts, num_experts, real)
@@ -79,3 +89,39 @@ def _permutation(experts: Tensor, num_experts: int, real: Tensor | None) -> tupl
 @_permutation.register_fake
 def _(experts: Tensor, num_experts: int, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return launch.permutation_outputs(experts, num_experts)
+
+
+# balance -------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("abyssal::moe_balance", mutates_args=())
+def _balance(scores: Tensor, experts: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch.balance(scores, experts, real)
+
+
+@_balance.register_fake
+def _(scores: Tensor, experts: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch.balance_outputs(scores)
+
+
+@torch.library.custom_op("abyssal::moe_balance_backward", mutates_args=())
+def _balance_backward(dloss: Tensor, scores: Tensor, real: Tensor | None, slopes: Tensor, share: Tensor) -> Tensor:
+    return launch.balance_backward(dloss, scores, real, slopes, share)
+
+
+@_balance_backward.register_fake
+def _(dloss: Tensor, scores: Tensor, real: Tensor | None, slopes: Tensor, share: Tensor) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def _keep_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores, _, real = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(scores, real, *output[2:])
+
+
+def _balance_gradient(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return None if dloss is None else _balance_backward(dloss, *ctx.saved_tensors), None, None
+
+
+_balance.register_autograd(_balance_gradient, setup_context=_keep_balance)

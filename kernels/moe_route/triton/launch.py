@@ -1,6 +1,6 @@
-"""The router and the expert order as launches: one for each direction of the router, two around a cumsum to sort.
+"""The router as launches: one for each direction of the choice, three to sort, two and one for the balance.
 
-n tokens · e experts · k experts per token · r = n k (token, slot) pairs
+n tokens · e experts · k experts per token · r = n k (token, slot) pairs · b sequences · t tokens of a sequence
 """
 
 import torch
@@ -12,7 +12,8 @@ from . import kernels
 
 SCORES = 2048  # of one program, about
 PAIRS = 128  # of one program of the sort
-SPAN = 8  # programs that share a column of its table
+SPAN = 8  # programs that share a row of its table
+STRIPS = 64  # of a sequence, at most: each leaves sums of its own
 
 
 def route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,17 +71,62 @@ def permutation(experts: Tensor, num_experts: int, real: Tensor | None) -> tuple
     experts, real = experts.contiguous(), real if real is None else real.contiguous()
     r, k = experts.numel(), experts.shape[1]
     order, counts, inverse = permutation_outputs(experts, num_experts)
-    blocks = triton.cdiv(r, PAIRS)
+    blocks, wide = triton.cdiv(r, PAIRS), next_power(num_experts, 2)
     spans = triton.cdiv(blocks, SPAN)
-    table, counted = experts.new_empty(2, num_experts + 1, spans, dtype=torch.int32)
+    table, counted, before, offsets = (
+        experts.new_empty(rows, wide, dtype=torch.int32) for rows in (spans, spans if real is not None else 0, spans, 1)
+    )
     with on_device(experts):
         kernels.count[(spans,)](
-            experts, real, table, counted, r, num_experts, k, spans,
-            REAL=real is not None, SPAN=SPAN, PAIRS=PAIRS, E=next_power(num_experts + 1),
+            experts, real, table, counted, r, num_experts, k,
+            REAL=real is not None, SPAN=SPAN, PAIRS=PAIRS, E=wide,
         )  # fmt: skip
-        ends = table.flatten().cumsum(0)
-        torch.sum(counted[:-1], dim=1, out=counts)
+        kernels.scan[(1,)](
+            table, table if real is None else counted, before, offsets, counts, num_experts, spans,
+            E=wide, SPANS=16, num_warps=8,
+        )  # fmt: skip
         kernels.place[(blocks,)](
-            experts, ends, table, order, inverse, r, num_experts, spans, SPAN=SPAN, PAIRS=PAIRS, STEP=min(PAIRS, 64)
-        )
+            experts, before, offsets, order, inverse, r, num_experts,
+            SPAN=SPAN, PAIRS=PAIRS, STEP=min(PAIRS, 64), E=wide,
+        )  # fmt: skip
     return order, counts, inverse
+
+
+def balance_outputs(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the loss, counts `[e]`, and what the gradient needs: slopes `[b, e]` and the share of a sequence."""
+    b, _, e = scores.shape
+    loss, share = scores.new_empty(()), scores.new_empty((), dtype=torch.float32)
+    return loss, scores.new_empty(e, dtype=torch.int64), scores.new_empty(b, e, dtype=torch.float32), share
+
+
+def balance(scores: Tensor, experts: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `balance_outputs`."""
+    scores, experts, real = (x if x is None else x.contiguous() for x in (scores, experts, real))
+    (b, t, e), k = scores.shape, experts.shape[2]
+    wide = next_power(e, 2)
+    rows = max(SCORES // wide, 1)
+    steps = max(triton.cdiv(triton.cdiv(t, rows), STRIPS), 1)
+    strips = triton.cdiv(t, rows * steps)
+    shares, visits = (scores.new_empty(b, strips, wide, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    lengths = visits.new_empty(b, strips)
+    found = balance_outputs(scores)
+    with on_device(scores):
+        kernels.balance_strips[(strips, b)](
+            scores, experts, real, shares, visits, lengths, t, e, k, strips, steps,
+            REAL=real is not None, ROWS=rows, E=wide,
+        )  # fmt: skip
+        kernels.balance_sum[(1,)](shares, visits, lengths, *found, b, e, k, strips, STRIPS=16, E=wide, num_warps=8)
+    return found
+
+
+def balance_backward(dloss: Tensor, scores: Tensor, real: Tensor | None, slopes: Tensor, share: Tensor) -> Tensor:
+    """The scores' gradient `[b, t, e]`."""
+    scores, real = scores.contiguous(), real if real is None else real.contiguous()
+    b, t, e = scores.shape
+    dscores, wide = scores.new_empty(scores.shape), next_power(e, 2)
+    rows = max(SCORES // wide, 1)
+    with on_device(scores):
+        kernels.balance_backward[(triton.cdiv(b * t, rows),)](
+            dloss, scores, real, slopes, share, dscores, b * t, t, e, REAL=real is not None, ROWS=rows, E=wide
+        )
+    return dscores
