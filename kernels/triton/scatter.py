@@ -24,6 +24,7 @@ from .launch import next_power, on_device
 
 ROWS = 32  # pairs of a tile
 COLUMNS = 128  # channels of a program, at most
+BLOCK = 512  # picks or bounds of a program
 
 
 class Lists(NamedTuple):
@@ -49,12 +50,15 @@ def atomics() -> bool:
 
 def entry_lists(picks: Tensor, entries: int) -> Lists:
     """Who picked what: picks int64 `[b, t, k]`, an id outside `0..entries-1` (-1) is none, repeats are legal."""
-    b = picks.shape[0]
-    first = torch.arange(b, device=picks.device) * (entries + 1)  # what is no entry is one more per sequence, the last
-    known = torch.where((picks >= 0) & (picks < entries), picks, entries)
-    ordered, pairs = torch.sort((known + first.view(b, 1, 1)).flatten(), stable=True)
-    bounds = torch.arange(b * (entries + 1), device=picks.device)
-    return Lists(pairs, torch.searchsorted(ordered, bounds).view(b, entries + 1))
+    picks, (b, t, k), r = picks.contiguous(), picks.shape, picks.numel()
+    bounds = b * (entries + 1)  # what is no entry is one more per sequence, the last
+    keys = picks.new_empty(r, dtype=torch.int32 if bounds < 2**31 else torch.int64)
+    offsets = picks.new_empty(b, entries + 1)
+    with on_device(picks):
+        entry_keys[triton.cdiv(r, BLOCK),](picks, keys, r, t * k, entries, BLOCK=BLOCK)
+        ordered, pairs = torch.sort(keys, stable=True)
+        first_places[triton.cdiv(bounds, BLOCK),](ordered, offsets, bounds, r, r.bit_length(), BLOCK=BLOCK)
+    return Lists(pairs, offsets)
 
 
 def scatter_sum(rows: Tensor, lists: Lists, into: Tensor | None = None) -> Tensor:
@@ -73,6 +77,27 @@ def scatter_sum(rows: Tensor, lists: Lists, into: Tensor | None = None) -> Tenso
             rows, lists.pairs, lists.offsets, out, bounds - 1, d, ADD=into is not None, ROWS=ROWS, COLUMNS=columns
         )
     return out
+
+
+@triton.jit(do_not_specialize=["r", "per_sequence", "entries"])
+def entry_keys(picks, keys, r, per_sequence, entries, BLOCK: tl.constexpr):
+    """keys [r]: entry, or `entries` where there is none, after those of the sequences before."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.load(picks + at, mask=at < r, other=-1)
+    entry = tl.where((entry >= 0) & (entry < entries), entry, entries)
+    tl.store(keys + at, at // per_sequence * (entries + 1) + entry, mask=at < r)
+
+
+@triton.jit(do_not_specialize=["bounds", "r", "bits"])
+def first_places(ordered, offsets, bounds, r, bits, BLOCK: tl.constexpr):
+    """offsets [bounds]: how many of `ordered [r]` lie below each, found bit by bit from the highest of r on."""
+    bound = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.zeros((BLOCK,), tl.int64)
+    for i in range(bits):
+        further = place + (tl.full((BLOCK,), 1, tl.int64) << (bits - 1 - i))
+        key = tl.load(ordered + further - 1, mask=further <= r, other=0)
+        place = tl.where((further <= r) & (key < bound), further, place)
+    tl.store(offsets + bound, place, mask=bound < bounds)
 
 
 @triton.jit(do_not_specialize=["p"])

@@ -1,4 +1,7 @@
-"""The kernel of cross-entropy: a row of logits to a program, which becomes its loss and, in place, its gradient."""
+"""The kernels of cross-entropy: a row of logits becomes its loss and, in place, its gradient; what counts, and its sum.
+
+n tokens · c tokens of a chunk · d width · v vocabulary
+"""
 
 import triton
 import triton.language as tl
@@ -39,3 +42,27 @@ def loss_rows(
             x = tl.load(logits + at, mask=at < v, other=0.0)
             tl.debug_barrier()  # every thread has read its logits before any writes a gradient over them
             tl.store(grads + at, tl.exp(x - top) * scale - tl.where(at == target, 1.0, 0.0), mask=at < v)
+
+
+@triton.jit
+def counted_rows(x, targets, out, d, ignore, COLUMNS: tl.constexpr):
+    """out [c, d] = x, zero in the rows whose target is to ignore."""
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    counts = tl.load(targets + row) != ignore
+    tl.store(
+        out + row * d + column, tl.load(x + row * d + column, mask=counts & (column < d), other=0.0), mask=column < d
+    )
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_losses(losses, targets, loss, share, n, ignore, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """share = 1 / max(number of targets that count, 1), or 1 without MEAN; loss = share sum(losses), added in fp64."""
+    lane = tl.arange(0, BLOCK)
+    total, counts = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, n, BLOCK):
+        at = start + lane
+        total += tl.load(losses + at, mask=at < n, other=0.0).to(tl.float64)
+        counts += (tl.load(targets + at, mask=at < n, other=ignore) != ignore).to(tl.int32)
+    part = 1 / tl.maximum(tl.sum(counts, axis=0), 1).to(tl.float32) if MEAN else 1.0
+    tl.store(share, part)
+    tl.store(loss, tl.sum(total, axis=0) * part)

@@ -12,6 +12,7 @@ n tokens · v vocabulary · d width · c tokens of a chunk
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ...precision import without_autocast
@@ -50,27 +51,39 @@ def new_outputs(x: Tensor, weight: Tensor, need_x: bool, need_w: bool) -> Output
 def forward(x: Tensor, weight: Tensor, targets: Tensor, options: Options, need_x: bool, need_w: bool) -> Outputs:
     """The loss and its gradients, chunk by chunk."""
     outputs = new_outputs(x, weight, need_x, need_w)
-    losses, targets = x.new_empty(len(x), dtype=torch.float32), targets.contiguous()
+    losses, x, targets = x.new_empty(len(x), dtype=torch.float32), x.contiguous(), targets.contiguous()
     compute = x.dtype if x.dtype == weight.dtype else torch.float32
     outputs.dw.zero_()
     with without_autocast(x):
         w = weight.to(compute)
         for first in range(0, len(x), options.chunk):
             part = slice(first, first + options.chunk)
-            ignored = targets[part] == options.ignore_index
-            xs = x[part].masked_fill(ignored[:, None], 0).to(compute)  # what they hold must not reach dw
+            xs = _counted(x[part], targets[part], options.ignore_index, compute)
             logits = _product(xs, w.T)
             dtype = compute if need_x or need_w else None
             grads = loss_rows(logits, targets[part], losses[part], options.ignore_index, options.z_loss, dtype)
-            if need_x:
+            if need_x and compute == x.dtype:
+                torch.mm(grads, w, out=outputs.dx[part])
+            elif need_x:
                 outputs.dx[part] = grads @ w
             if need_w:
                 _product(grads.T, xs, outputs.dw)
             del logits, grads  # before the next chunk's
-        valid = (targets != options.ignore_index).sum().clamp(min=1)
-        outputs.share.copy_(1 / valid if options.mean else outputs.share.new_ones(()))
-        outputs.loss.copy_(losses.sum(dtype=torch.float64) * outputs.share)
+        with on_device(x):
+            kernels.sum_losses[1,](
+                losses, targets, outputs.loss, outputs.share, len(x), options.ignore_index,
+                MEAN=options.mean, BLOCK=4096, num_warps=8,
+            )  # fmt: skip
     return outputs
+
+
+def _counted(x: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """x `[c, d]` in `dtype`, zero where the target is to ignore: what such a token holds must not reach dw."""
+    out, (c, d) = x.new_empty(x.shape, dtype=dtype), x.shape
+    columns = min(next_power(d), 1024)
+    with on_device(x):
+        kernels.counted_rows[c, triton.cdiv(d, columns)](x, targets, out, d, ignore_index, COLUMNS=columns)
+    return out
 
 
 def loss_rows(

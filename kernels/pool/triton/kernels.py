@@ -117,15 +117,15 @@ def pool_backward(
     tl.store(dslots + at, dbias, mask=inside)
 
 
-@triton.jit(do_not_specialize=["p", "t"])
+@triton.jit(do_not_specialize=["t"])
 def pool_rows(
-    kv, gate, bias, first, follows, order, counts, tops, scales, means, dkv, dgate, p, t,
+    kv, gate, bias, first, follows, entries, offsets, tops, scales, means, dkv, dgate, t,
     m: tl.constexpr, d: tl.constexpr, blocks, OVERLAP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """Gradients of a block of rows, from all entries that read them, which may be none or several.
 
-    order [b, p] sorts a row's entries by `first`, missing ones last; counts [b, t + 2 m]: how many have
-    `first <= i - m`, i = 0, 1, ...
+    entries are those of the batch in the order of `first`; those that begin at row i of sequence b lie from
+    offsets[b, i] to offsets[b, i + 1].
     """
     panels = tl.cdiv(t, ROWS)
     b = (tl.program_id(0) // panels).to(tl.int64)
@@ -135,16 +135,17 @@ def pool_rows(
     c = 2 * d if OVERLAP else d
     column, inside = half * d + channel, (row < t) & (channel < d)
     own = half == (1 if OVERLAP else 0)
-    low = row + tl.where(own, 0, m)  # own slots: first from row - m + 1 to row; those before: from row + 1 to row + m
-    begin = tl.load(counts + b * (t + 2 * m) + low, mask=row < t, other=0)
-    end = tl.load(counts + b * (t + 2 * m) + low + m, mask=row < t, other=0)
+    low = row + 1 - tl.where(own, m, 0)  # own slots: first from row - m + 1 to row; those before: row + 1 to row + m
+    offsets += b * (t + 1)
+    begin = tl.load(offsets + tl.maximum(low, 0), mask=row < t, other=0)
+    end = tl.load(offsets + tl.minimum(low + m, t), mask=row < t, other=0)
     at = (b * t + row) * c + column
     z = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     values = tl.load(kv + at, mask=inside, other=0.0).to(tl.float32)
     dvalues, dz = tl.zeros((ROWS, CHANNELS), tl.float32), tl.zeros((ROWS, CHANNELS), tl.float32)
     for i in range(tl.max(end - begin)):
         there = begin + i < end
-        entry = b * p + tl.load(order + b * p + begin + i, mask=there, other=0)
+        entry = tl.load(entries + begin + i, mask=there, other=0)
         start = tl.load(first + entry, mask=there, other=0)
         if OVERLAP:
             there &= own | (tl.load(follows + entry, mask=there, other=0) != 0)

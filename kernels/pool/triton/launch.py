@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ...triton.launch import next_power, on_device, registers
+from ...triton.scatter import entry_lists
 from . import kernels
 
 VALUES = 4096  # of kv that a program holds: 16 to a thread in the forward pass, 8 in the backward pass
@@ -96,13 +97,11 @@ def _rows(kv: Tensor, gate: Tensor, bias: Tensor, w: Windows, sums: Tensor, dkv:
     """The second half of the gathered backward pass: dkv and dgate, row by row."""
     assert w.first is not None
     (b, t, _), d, m = kv.shape, sums.shape[2], w.ratio
-    begins, order = w.first.masked_fill(w.first < 0, t + m).sort(dim=1, stable=True)
-    limits = torch.arange(-m, t + m, device=kv.device).expand(b, -1).contiguous()
-    counts = torch.searchsorted(begins, limits, right=True)
+    lists = entry_lists(w.first[..., None], t)  # of the entries that begin at each row
     channels = min(next_power(d), 64)
     rows, blocks = 1024 // channels, triton.cdiv(d, channels)
     kernels.pool_rows[b * triton.cdiv(t, rows), _halves(w) * blocks](
-        kv, gate, bias, w.first, w.follows, order, counts, *sums, dkv, dgate, w.first.shape[1], t, m, d, blocks,
+        kv, gate, bias, w.first, w.follows, *lists, *sums, dkv, dgate, t, m, d, blocks,
         OVERLAP=w.overlap, ROWS=rows, CHANNELS=channels,
     )  # fmt: skip
 
