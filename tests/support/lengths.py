@@ -67,13 +67,14 @@ def moe_experts(t: int) -> None:
 
 
 def moe_route(t: int) -> None:
-    from abyssal.kernels import moe_permutation, moe_route
+    from abyssal.kernels import balance_loss, moe_permutation, moe_route
 
     scores, chosen, weights = moe_route(leaf(t, 24, dtype=whole), top_k=4, scale=1.5, bias=leaf(24, dtype=whole))
     learn(scores, weights)
     learn(moe_route(leaf(t, 24, dtype=whole), top_k=4, scale=1.5, experts=chosen).weights)
-    moe_permutation(chosen, 24, torch.empty(t, dtype=torch.bool, device="meta"))
-    moe_permutation(chosen, 24)
+    for real in (None, torch.empty(t, dtype=torch.bool, device="meta")):
+        moe_permutation(chosen, 24, real)
+        learn(balance_loss(leaf(1, t, 24, dtype=whole), chosen[None], None if real is None else real[None]))
 
 
 def norm_rope(t: int) -> None:

@@ -49,9 +49,8 @@ def counted_rows(x, targets, out, d, ignore, COLUMNS: tl.constexpr):
     """out [c, d] = x, zero in the rows whose target is to ignore."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     counts = tl.load(targets + row) != ignore
-    tl.store(
-        out + row * d + column, tl.load(x + row * d + column, mask=counts & (column < d), other=0.0), mask=column < d
-    )
+    values = tl.load(x + row * d + column, mask=counts & (column < d), other=0.0)
+    tl.store(out + row * d + column, values, mask=column < d)
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...triton.launch import next_power, on_device
+from ...triton.launch import next_power, on_device, registers
 from . import kernels
 
 SCORES = 2048  # of one program, about
@@ -83,7 +83,7 @@ def permutation(experts: Tensor, num_experts: int, real: Tensor | None) -> tuple
         )  # fmt: skip
         kernels.scan[(1,)](
             table, table if real is None else counted, before, offsets, counts, num_experts, spans,
-            E=wide, SPANS=16, num_warps=8,
+            E=wide, SPANS=16, **registers(8),
         )  # fmt: skip
         kernels.place[(blocks,)](
             experts, before, offsets, order, inverse, r, num_experts,
@@ -115,7 +115,7 @@ def balance(scores: Tensor, experts: Tensor, real: Tensor | None) -> tuple[Tenso
             scores, experts, real, shares, visits, lengths, t, e, k, strips, steps,
             REAL=real is not None, ROWS=rows, E=wide,
         )  # fmt: skip
-        kernels.balance_sum[(1,)](shares, visits, lengths, *found, b, e, k, strips, STRIPS=16, E=wide, num_warps=8)
+        kernels.balance_sum[(1,)](shares, visits, lengths, *found, b, e, k, strips, STRIPS=16, E=wide, **registers(8))
     return found
 
 
