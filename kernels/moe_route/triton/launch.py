@@ -113,7 +113,7 @@ def balance(scores: Tensor, experts: Tensor, real: Tensor | None) -> tuple[Tenso
     with on_device(scores):
         kernels.balance_strips[(strips, b)](
             scores, experts, real, shares, visits, lengths, t, e, k, strips, steps,
-            REAL=real is not None, ROWS=rows, E=wide,
+            REAL=real is not None, ROWS=rows, E=wide, **registers(4),
         )  # fmt: skip
         kernels.balance_sum[(1,)](shares, visits, lengths, *found, b, e, k, strips, STRIPS=16, E=wide, **registers(8))
     return found
@@ -127,6 +127,7 @@ def balance_backward(dloss: Tensor, scores: Tensor, real: Tensor | None, slopes:
     rows = max(SCORES // wide, 1)
     with on_device(scores):
         kernels.balance_backward[(triton.cdiv(b * t, rows),)](
-            dloss, scores, real, slopes, share, dscores, b * t, t, e, REAL=real is not None, ROWS=rows, E=wide
-        )
+            dloss, scores, real, slopes, share, dscores, b * t, t, e,
+            REAL=real is not None, ROWS=rows, E=wide, **registers(4),
+        )  # fmt: skip
     return dscores
