@@ -26,6 +26,7 @@ def router(monkeypatch, by_triton):
 
     monkeypatch.setattr(triton.launch, "SPAN", 3)
     monkeypatch.setattr(triton.launch, "STRIPS", 3)
+    monkeypatch.setattr(triton.launch, "SUMMED", 2)
     return triton
 
 

@@ -14,6 +14,7 @@ SCORES = 2048  # of one program, about
 PAIRS = 128  # of one program of the sort
 SPAN = 8  # programs that share a row of its table
 STRIPS = 64  # of a sequence, at most: each leaves sums of its own
+SUMMED = 16  # spans or strips that are added up at once
 
 
 def route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +84,7 @@ def permutation(experts: Tensor, num_experts: int, real: Tensor | None) -> tuple
         )  # fmt: skip
         kernels.scan[(1,)](
             table, table if real is None else counted, before, offsets, counts, num_experts, spans,
-            E=wide, SPANS=16, **registers(8),
+            E=wide, SPANS=SUMMED, **registers(8),
         )  # fmt: skip
         kernels.place[(blocks,)](
             experts, before, offsets, order, inverse, r, num_experts,
@@ -115,7 +116,9 @@ def balance(scores: Tensor, experts: Tensor, real: Tensor | None) -> tuple[Tenso
             scores, experts, real, shares, visits, lengths, t, e, k, strips, steps,
             REAL=real is not None, ROWS=rows, E=wide, **registers(4),
         )  # fmt: skip
-        kernels.balance_sum[(1,)](shares, visits, lengths, *found, b, e, k, strips, STRIPS=16, E=wide, **registers(8))
+        kernels.balance_sum[(1,)](
+            shares, visits, lengths, *found, b, e, k, strips, STRIPS=SUMMED, E=wide, **registers(8)
+        )
     return found
 
 
