@@ -152,6 +152,8 @@ class Store:
 
     def _write_if_complete(self, entry: Tensor, past: Tensor, ratio: int) -> None:
         """entry [b, 1, d], of rows whose window it completes: what lies in the place of others stays."""
+        if self.rows.shape[1] == 0:
+            return
         place = (past // ratio).clamp_max(self.rows.shape[1] - 1)[..., None].expand_as(entry)
         complete = (past + 1) % ratio == 0
         self.rows.scatter_(1, place, torch.where(complete[..., None], entry, self.rows.gather(1, place)))
