@@ -22,6 +22,10 @@ from . import kernels
 
 BUDGET = 1 << 30  # bytes of p, ds and rows of picks: a chunk is as many queries as that holds
 CHUNK = 64  # queries that a chunk, or a program's share of them, is a multiple of
+FEW = 4  # queries of a sequence up to which each is shared among programs; by their number alone, so that a sequence
+# that is decoded has the same bits in any batch
+SPLIT = 128  # keys of a program's share, see `first_key`
+AT_ONCE = 512  # slots of a list
 DENSE = 4  # entries per pick up to which to look at all of them is less work than to give each pick a row
 PROGRAMS = 256  # that occupy a large GPU
 FINITE = 1e30  # stands for an infinite sink
@@ -55,20 +59,31 @@ class Tiles(NamedTuple):
     """The table of one architecture."""
 
     forward: Blocks
+    few: Blocks  # the same of few queries
     backward: Blocks  # dq; its keys divide those of `owned`
     counted: Blocks  # the same with counts, which take a few registers more
     owned: Owned  # dkv
 
 
 HALF = {  # bf16 and fp16, chosen for d = 512
-    "sm_80": Tiles(Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Owned(64, 64, 128, 8, 2)),
-    "sm_89": Tiles(Blocks(32, 32, 8, 1), Blocks(32, 16, 8, 1), Blocks(32, 16, 8, 1), Owned(64, 64, 128, 8, 1)),
-    "sm_90": Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Owned(64, 64, 256, 8, 2)),
-    "sm_100": Tiles(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Owned(64, 64, 256, 8, 2)),
-    "hip": Tiles(Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
+    "sm_80": Tiles(
+        Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Owned(64, 64, 128, 8, 2)
+    ),
+    "sm_89": Tiles(
+        Blocks(32, 32, 8, 1), Blocks(16, 32, 4, 2), Blocks(32, 16, 8, 1), Blocks(32, 16, 8, 1), Owned(64, 64, 128, 8, 1)
+    ),
+    "sm_90": Tiles(
+        Blocks(64, 32, 8, 2), Blocks(16, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Owned(64, 64, 256, 8, 2)
+    ),
+    "sm_100": Tiles(
+        Blocks(64, 32, 8, 2), Blocks(16, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Owned(64, 64, 256, 8, 2)
+    ),
+    "hip": Tiles(
+        Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)
+    ),
 }
 _SMALL = Blocks(16, 16, 4, 1)
-SINGLE = Tiles(Blocks(16, 16, 8, 1), _SMALL, _SMALL, Owned(32, 16, 64, 4, 1))  # float32 takes no tensor cores
+SINGLE = Tiles(Blocks(16, 16, 8, 1), _SMALL, _SMALL, _SMALL, Owned(32, 16, 64, 4, 1))  # float32 takes no tensor cores
 
 
 def tiles_for(q: Tensor) -> Tiles:
@@ -109,26 +124,36 @@ class Inputs(NamedTuple):
         p = 0 if self.compressed is None else self.compressed.shape[1]
         k = 0 if self.mask.picks is None else self.mask.picks.shape[2]
         flags = {"ENTRIES": self.entries, "DOCUMENTS": self.mask.window_start is not None}
-        shapes = {"t": t, "s": self.kv.shape[1], "p": p, "k": k, "h": h, "d": d}
+        rows = {"kv_rows": self.kv.stride(0) // d, "entry_rows": 0 if p == 0 else self.compressed.stride(0) // d}
+        shapes = {"t": t, "s": self.kv.shape[1], "p": p, "k": k, "h": h, "d": d, **rows}
         return {**shapes, "window": self.mask.window, "scale": self.scale, **flags}
 
     def prepared(self) -> "Inputs":
-        """All contiguous, bounds [b, t]; a list ends with the last slot that holds a pick."""
+        """All contiguous but keys of a cache, bounds [b, t]; lists of many queries end with the last slot that holds a
+        pick.
+        """
         b, t = self.q.shape[:2]
-        picks, compressed = self.mask.picks, self.compressed
+        picks, compressed = self.mask.picks, None if self.compressed is None else _in_rows(self.compressed)
         first, start, end = (None if x is None else x.expand(b, t).contiguous() for x in self.mask[1:4])
         picks = None if picks is None else picks.contiguous()
         entries = "range" if picks is None else "list"
         if compressed is None or compressed.shape[1] == 0 or (picks is not None and picks.shape[2] == 0):
             compressed, entries = None, "none"
-        compressed = None if compressed is None else compressed.contiguous()
-        if picks is not None and entries == "list":
+        if picks is not None and entries == "list" and t > FEW:
             end = picks.new_empty(b, t, dtype=torch.int32)
             with on_device(self.q):
-                kernels.used_slots[b * t,](picks, end, picks.shape[2], K=next_power(picks.shape[2]))
+                kernels.used_slots[b * t,](picks, end, picks.shape[2], AT_ONCE=AT_ONCE)
         mask = Mask(self.mask.window, first, start, end, picks)
-        tensors = self.q.contiguous(), self.kv.contiguous(), compressed, self.sink.contiguous()
+        tensors = self.q.contiguous(), _in_rows(self.kv), compressed, self.sink.contiguous()
         return Inputs(*tensors, mask, self.scale, entries)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """x [b, n, d] whose rows follow each other in a sequence, and whole rows lie between sequences: no copy of a slice
+    [:, :n] of a cache.
+    """
+    (b, _, d), (step, *within) = x.shape, x.stride()
+    return x if within == [d, 1] and (b == 1 or step % d == 0) else x.contiguous()
 
 
 def _by_query(x: Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
@@ -147,12 +172,50 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`out [b, t, h, d]` and the log-sum-exp `[b, t, h]`, which counts the sink."""
     x = inputs.prepared()
     out, lse = x.q.new_empty(x.q.shape), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
-    groups, blocks = _by_query(x, tiles_for(x.q).forward)
+    few = x.sizes["t"] <= FEW and (inputs.compressed is not None or x.mask.window > SPLIT)
     with on_device(x.q):
-        kernels.attention_forward[x.q.shape[0] * x.q.shape[1] * groups,](
-            x.q, x.kv, x.compressed, x.sink, *x.mask[1:], out, lse, **x.sizes, **blocks
-        )
+        if few:
+            _forward_by_splits(x, out, lse)
+        else:
+            _forward(x, tiles_for(x.q).forward, out, lse, (1, 0), SPLIT=0)
     return out, lse
+
+
+def _forward(x: Inputs, b: Blocks, out: Tensor, lse: Tensor, splits: tuple[int, int], SPLIT: int) -> None:
+    """Launches `attention_forward` for so many splits in all, so many of the window."""
+    groups, blocks = _by_query(x, b)
+    kernels.attention_forward[x.sizes["t"] * len(x.q) * groups, splits[0]](
+        x.q,
+        x.kv,
+        x.compressed,
+        x.sink,
+        *x.mask[1:],
+        out,
+        lse,
+        window_splits=splits[1],
+        SPLIT=SPLIT,
+        **x.sizes,
+        **blocks,
+    )
+
+
+def _forward_by_splits(x: Inputs, out: Tensor, lse: Tensor) -> None:
+    """The keys of a query shared among programs. No bit depends on how many entries there are, but on those seen."""
+    h, d = x.sizes["h"], x.sizes["d"]
+    of_window = splits_of(min(x.mask.window, x.sizes["s"]))
+    splits = of_window + splits_of(x.sizes["k" if x.entries == "list" else "p"])
+    parts, tops = lse.new_empty(splits, *out.shape), lse.new_empty(splits, 2, *lse.shape)
+    _forward(x, tiles_for(x.q).few, parts, tops, (splits, of_window), SPLIT)
+    kernels.combine_splits[lse.numel(),](
+        parts, tops, x.sink, out, lse, splits, h=h, d=d, D=next_power(d), AT_ONCE=8, num_warps=4
+    )
+
+
+def splits_of(n: int) -> int:
+    """How many splits n keys are, see `first_key`."""
+    least = triton.cdiv(n, SPLIT)
+    doubled = max((least - 1).bit_length() - 4, 0)
+    return 8 * doubled + triton.cdiv(least, 1 << doubled)
 
 
 # backward ------------------------------------------------------------------------------------------------------------
@@ -281,11 +344,11 @@ def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int
     if x.entries == "counts":
         sizes = {"chunk": first, "n": n, **{key: x.sizes[key] for key in "tpk"}}
         counts = outputs.delta.new_zeros(b, n, x.sizes["p"], dtype=torch.int32)
-        kernels.count_picks[b * n,](x.mask.picks, counts, **sizes, K=next_power(sizes["k"]))
+        kernels.count_picks[b * n,](x.mask.picks, counts, **sizes, AT_ONCE=AT_ONCE)
     kernels.attention_backward[b * n * groups,](
         x.q, x.kv, x.compressed, *x.mask[1:], counts, outputs.out, outputs.lse, outputs.dout, dq, outputs.delta, pairs,
-        first, n, **x.sizes, NEED_Q=dq is not None, NEED_KEYS=need_keys,
-        WINDOW_SLOTS=window_slots, SLOTS=window_slots + slots, KEYS=tiles.owned.keys,
+        first, n, (window_slots + slots) // tiles.owned.keys, **x.sizes, NEED_Q=dq is not None, NEED_KEYS=need_keys,
+        WINDOW_SLOTS=window_slots, KEYS=tiles.owned.keys,
         PART=min(blocks["D"], 64), **blocks,
     )  # fmt: skip
     return _Chunk(first, n, outputs.dout, pairs)
@@ -342,7 +405,7 @@ def _by_keys(x: Inputs, chunk: _Chunk, work: _Work, out: Tensor, atomic: bool = 
     kernels.keys_backward[work.owners * work.splits * work.tiles, triton.cdiv(x.sizes["d"], columns)](
         x.q, chunk.dout, chunk.pairs, x.mask.start, x.mask.end, x.mask.picks, out,
         work.first_tile, work.tiles, work.splits, work.span,
-        chunk.first, chunk.n, past=x.sizes["s"] - x.sizes["t"], **sizes, KIND=work.kind, ATOMIC=atomic,
-        WINDOW_SLOTS=_slots(x)[0], SLOTS=sum(_slots(x)), KEYS=b.keys, ROWS=rows, COLUMNS=columns,
+        chunk.first, chunk.n, sum(_slots(x)) // b.keys, past=x.sizes["s"] - x.sizes["t"], **sizes,
+        KIND=work.kind, ATOMIC=atomic, WINDOW_SLOTS=_slots(x)[0], KEYS=b.keys, ROWS=rows, COLUMNS=columns,
         num_stages=b.stages, **registers(b.warps, 1 if x.q.itemsize == 2 else 4),
     )  # fmt: skip
