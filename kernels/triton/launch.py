@@ -34,6 +34,14 @@ def registers(warps: int, programs: int = 1) -> dict[str, int]:
     return {"num_warps": warps} | ({} if architecture() == "hip" else {"maxnreg": most})
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x [b, n, d] whose rows lie one behind the other, and whole rows between sequences: a slice [:, :n] of a cache is
+    not copied. From a sequence to the next it is x.stride(0) // d rows.
+    """
+    (b, _, d), (step, *within) = x.shape, x.stride()
+    return x if within == [d, 1] and (b == 1 or step % d == 0) else x.contiguous()
+
+
 def next_power(n: int, least: int = 1) -> int:
     """The power of two that `n` fits in, as Triton's blocks need."""
     return max(triton.next_power_of_2(n), least)

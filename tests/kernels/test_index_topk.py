@@ -28,6 +28,7 @@ def launch(request, monkeypatch):
     if request.getfixturevalue("emulated"):
         monkeypatch.setattr(module, "blocks_for", lambda q: module.Blocks(8, 32, 4, 2))
         monkeypatch.setattr(module, "STREAMED", 32)
+        monkeypatch.setattr(module, "HELD", (32, 64, 256))
     monkeypatch.setattr(module, "SCRATCH", 4 * 3 * 8 * 48)  # a few tiles
     return module
 
@@ -210,7 +211,7 @@ def test_bad_input(change, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_stream_through(launch, kind, device, monkeypatch):
-    monkeypatch.setattr(launch, "LONGEST_HELD", 0)
+    monkeypatch.setattr(launch, "HELD", ())
     hold(index_topk, CASES[f"blocks, {kind}"], "triton", torch.float32, device=device)
 
 
@@ -226,10 +227,10 @@ def selected(launch, rows, k, start, end):
     return picks[0]
 
 
-@pytest.mark.parametrize("longest", [1 << 14, 0], ids=["held", "streamed"])
+@pytest.mark.parametrize("held", [(64, 1 << 14), ()], ids=["held", "streamed"])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_special_scores_as_they_lie_in_memory(launch, kind, longest, device, monkeypatch):
-    monkeypatch.setattr(launch, "LONGEST_HELD", longest)
+def test_special_scores_as_they_lie_in_memory(launch, kind, held, device, monkeypatch):
+    monkeypatch.setattr(launch, "HELD", held)
     for rows, k, start, end in special(kind):
         want = index_topk(**of_scores(rows, k, start, end), backend="reference")[:, 0]
         assert torch.equal(selected(launch, rows.to(device), k, start.to(device), end.to(device)).cpu(), want)

@@ -31,6 +31,49 @@ def learn(*outputs: Tensor) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
 
+def attention(t: int) -> None:
+    """A pass over the text, and what reads it: a token, a few drafts, a token of a cache that has room for more."""
+    from abyssal.kernels import attention
+
+    for new in sorted({1, 3, t}):
+        past, options = (min(t, 127), {"window": 128, "scale": 0.1, "window_start": leaf(2, new, dtype=ids)})
+        rows, bound = max(past, new), leaf(1, new, dtype=ids)
+        for ratio, k in ((0, 0), (4, 512), (128, 0)):
+            entries = leaf(2, t // ratio + 7, 128)[:, : t // ratio] if ratio else None
+            picks = leaf(2, new, min(k, t // ratio), dtype=ids) if k else None
+            range = {"start": bound, "end": bound} if ratio else {}
+            for index in (None, picks):
+                out, _ = attention(
+                    leaf(2, new, 8, 128),
+                    leaf(2, rows, 128),
+                    entries,
+                    leaf(8, dtype=whole),
+                    index=index,
+                    **range,
+                    **options,
+                )
+                if new == t:
+                    learn(out)
+
+
+def index_topk(t: int) -> None:
+    from abyssal.kernels import index_topk
+
+    for new in {1, 3, t}:
+        bound, entries = leaf(1, new, dtype=ids), leaf(2, t // 4 + 7, 64)[:, : t // 4]
+        index_topk(leaf(2, new, 8, 64), leaf(2, new, 8), entries, k=512, start=bound, end=bound)
+
+
+def index_loss(t: int) -> None:
+    from abyssal.kernels import index_loss
+
+    p, bound = t // 4, leaf(1, t, dtype=ids)
+    student = leaf(2, t, 8, 64), leaf(2, t, 8), leaf(2, p, 64)
+    teacher = leaf(2, t, 8, 128), leaf(2, p, 128), leaf(2, t, 8, dtype=whole)
+    for index in (None, leaf(2, t, min(512, p), dtype=ids)) if p else ():
+        learn(index_loss(*student, *teacher, scale=0.1, start=bound, end=bound, index=index)[0])
+
+
 def cross_entropy(t: int) -> None:
     from abyssal.kernels import cross_entropy
 
@@ -108,7 +151,20 @@ def quant(t: int) -> None:
 
 
 OPS: dict[str, Callable[[int], None]] = {
-    run.__name__: run for run in (cross_entropy, engram, hyper, moe_experts, moe_route, norm_rope, pool, quant)
+    run.__name__: run
+    for run in (
+        attention,
+        index_topk,
+        index_loss,
+        cross_entropy,
+        engram,
+        hyper,
+        moe_experts,
+        moe_route,
+        norm_rope,
+        pool,
+        quant,
+    )
 }
 
 

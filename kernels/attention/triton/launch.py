@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...triton.launch import architecture, next_power, on_device, registers
+from ...triton.launch import architecture, in_rows, next_power, on_device, registers
 from ...triton.scatter import atomics, entry_lists, scatter_sum
 from . import kernels
 
@@ -133,27 +133,20 @@ class Inputs(NamedTuple):
         pick.
         """
         b, t = self.q.shape[:2]
-        picks, compressed = self.mask.picks, None if self.compressed is None else _in_rows(self.compressed)
+        picks, compressed = self.mask.picks, None if self.compressed is None else in_rows(self.compressed)
         first, start, end = (None if x is None else x.expand(b, t).contiguous() for x in self.mask[1:4])
         picks = None if picks is None else picks.contiguous()
         entries = "range" if picks is None else "list"
         if compressed is None or compressed.shape[1] == 0 or (picks is not None and picks.shape[2] == 0):
-            compressed, entries = None, "none"
-        if picks is not None and entries == "list" and t > FEW:
+            compressed = start = end = picks = None
+            entries = "none"
+        if picks is not None and t > FEW:
             end = picks.new_empty(b, t, dtype=torch.int32)
             with on_device(self.q):
                 kernels.used_slots[b * t,](picks, end, picks.shape[2], AT_ONCE=AT_ONCE)
         mask = Mask(self.mask.window, first, start, end, picks)
-        tensors = self.q.contiguous(), _in_rows(self.kv), compressed, self.sink.contiguous()
+        tensors = self.q.contiguous(), in_rows(self.kv), compressed, self.sink.contiguous()
         return Inputs(*tensors, mask, self.scale, entries)
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """x [b, n, d] whose rows follow each other in a sequence, and whole rows lie between sequences: no copy of a slice
-    [:, :n] of a cache.
-    """
-    (b, _, d), (step, *within) = x.shape, x.stride()
-    return x if within == [d, 1] and (b == 1 or step % d == 0) else x.contiguous()
 
 
 def _by_query(x: Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
@@ -402,8 +395,9 @@ def _by_keys(x: Inputs, chunk: _Chunk, work: _Work, out: Tensor, atomic: bool = 
     rows = min(b.rows, next_power(x.sizes["h"], 16)) if work.kind == "list" else b.rows
     columns = min(b.columns, next_power(x.sizes["d"], 16))
     sizes = {key: x.sizes[key] for key in ("t", "p", "k", "h", "d", "window")}
+    bounds = x.mask[2:4] if work.kind == "range" else (None, None)
     kernels.keys_backward[work.owners * work.splits * work.tiles, triton.cdiv(x.sizes["d"], columns)](
-        x.q, chunk.dout, chunk.pairs, x.mask.start, x.mask.end, x.mask.picks, out,
+        x.q, chunk.dout, chunk.pairs, *bounds, x.mask.picks if atomic else None, out,
         work.first_tile, work.tiles, work.splits, work.span,
         chunk.first, chunk.n, sum(_slots(x)) // b.keys, past=x.sizes["s"] - x.sizes["t"], **sizes,
         KIND=work.kind, ATOMIC=atomic, WINDOW_SLOTS=_slots(x)[0], KEYS=b.keys, ROWS=rows, COLUMNS=columns,

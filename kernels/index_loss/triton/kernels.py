@@ -13,6 +13,9 @@ b batch · t queries · n queries of a chunk · h heads · d channels · p entri
 import triton
 import triton.language as tl
 
+LENGTHS = ["first", "n", "t", "p", "k", "width", "span"]  # vary: no kernel of its own for 1 or 16
+BOUNDS = ["index", "start", "end"]  # are read one by one: nor for their alignment
+
 
 @triton.jit
 def _row(first, n, t):
@@ -62,7 +65,7 @@ def _sum_of_heads(key, x, per_head, scale, TEACHER: tl.constexpr):
     return tl.sum(tl.where(hits <= 0, 0.0, hits) * per_head[None, :], axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def sum_heads(
     q, per_head, keys, index, start, end, out, first, n, t, h, d, p, k, width, scale,
     TEACHER: tl.constexpr, PICKED: tl.constexpr, HELD: tl.constexpr,
@@ -91,7 +94,7 @@ def sum_heads(
         tl.store(out + row * width + slot, total, mask=entry >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def divergence(
     mass, scores, index, start, end, losses, first, n, t, k, width, floor,
     PICKED: tl.constexpr, BS: tl.constexpr
@@ -132,7 +135,7 @@ def _through_relu(key, x, weight, dscore):
     return tl.where(hits <= 0, 0.0, hits), g.to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def query_gradient(
     dscores, q, weights, keys, index, start, end, dq, dweights, rows, first, n, t, h, d, p, k, width,
     PICKED: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr
@@ -160,7 +163,7 @@ def query_gradient(
     tl.store(dweights + token * h + head, dweight, mask=head < h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def key_gradient(
     dscores, q, weights, keys, start, end, out, first, n, t, h, d, p, width, span,
     BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr

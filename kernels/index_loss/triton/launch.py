@@ -119,7 +119,7 @@ def index_loss(student: Student, teacher: Teacher, compared: Compared, scale: fl
             _sum_heads(student, compared, scores, chunk)
             kernels.divergence[b * chunk.n,](
                 mass, scores, *compared, losses, chunk.first, chunk.n, t, k=width, width=width, floor=FLOOR,
-                PICKED=compared.picks is not None, BS=min(next_power(width, 16), ROW),
+                PICKED=compared.picks is not None, BS=ROW,
             )  # fmt: skip
             if wanted:
                 _add_gradients(scores, student, compared, gradients, chunk)

@@ -13,16 +13,20 @@ b batch · t queries · h index heads · d index head dim · p entries · k pick
 import triton
 import triton.language as tl
 
+LENGTHS = ["first", "t", "p", "rows", "k", "kept", "sixteens", "queries"]  # vary: no kernel of its own for 1 or 16
+BOUNDS = ["start", "end"]  # are read one by one: nor for their alignment
+
 # scores --------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def index_scores(
-    q, weights, keys, start, end, out, first, t, h, d, p, k, width,
+    q, weights, keys, start, end, out, first, t, h, d, p, rows, k, sixteens,
     BQ: tl.constexpr, BP: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """out [tile - first, query of the tile, entry] of one tile of queries and BP entries, if a crowded query sees any
-    of them; nothing is written to hidden tiles.
+    of them; nothing is written to hidden tiles. A row of out has 16 `sixteens` entries; keys of a sequence begin `rows`
+    behind those of the one before.
     """
     blocks = tl.cdiv(p, BP)
     tile, s = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BP
@@ -34,18 +38,18 @@ def index_scores(
     if (s >= tl.max(tl.where(crowded, high, 0), 0)) | (s + BP <= tl.min(tl.where(crowded, low, p), 0)):
         return
     entry, column = s + tl.arange(0, BP), tl.arange(0, D)
-    at = keys + (batch * p + entry[:, None]) * d + column[None, :]
+    at = keys + (batch * rows + entry[:, None]) * d + column[None, :]
     key = tl.load(at, mask=(entry < p)[:, None] & (column < d)[None, :], other=0.0)
     inside = real[:, None] & (column < d)[None, :]
     q += token[:, None] * h * d + column[None, :]
     weights += token * h
     total = tl.zeros((BQ, BP), tl.float32)
     for head in range(h):
-        rows = tl.load(q + head * d, mask=inside, other=0.0)
+        x = tl.load(q + head * d, mask=inside, other=0.0)
         weight = tl.load(weights + head, mask=real, other=0.0).to(tl.float32)
-        hits = tl.dot(rows, key.T, input_precision="ieee")
+        hits = tl.dot(x, key.T, input_precision="ieee")
         total += tl.where(hits < 0, 0.0, hits) * weight[:, None]  # NaN stays NaN
-    at = out + (tile.to(tl.int64) * BQ + tl.arange(0, BQ)[:, None]) * width + entry[None, :]
+    at = out + (tile.to(tl.int64) * BQ + tl.arange(0, BQ)[:, None]) * (16 * sixteens) + entry[None, :]
     tl.store(at, total, mask=real[:, None] & (entry < p)[None, :])
 
 
@@ -91,20 +95,22 @@ def _cut_streamed(scores, low, high, k, N: tl.constexpr):
     return cut, room
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def select(
-    scores, start, end, picks, first, t, k, kept, width,
-    BQ: tl.constexpr, HELD: tl.constexpr, N: tl.constexpr, C: tl.constexpr
+    scores, start, end, picks, first, t, k, kept, sixteens, queries,
+    HELD: tl.constexpr, N: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """picks [token, kept] of one query. HELD: a row of at most N entries lies in registers; else N at a time stream
-    through. Then all above the k-th largest and the first of those equal to it are written, C entries at a time.
+    """picks [token, kept] of one query; tiles have so many queries.
+
+    HELD: a row of at most N entries lies in registers; else N at a time stream through. Then all above the k-th largest
+    and the first of those equal to it are written, C entries at a time.
     """
     row = tl.program_id(0)
-    tile = first + row // BQ
-    query = tile % tl.cdiv(t, BQ) * BQ + row % BQ
+    tile = first + row // queries
+    query = tile % tl.cdiv(t, queries) * queries + row % queries
     if query >= t:
         return
-    token = (tile // tl.cdiv(t, BQ)).to(tl.int64) * t + query
+    token = (tile // tl.cdiv(t, queries)).to(tl.int64) * t + query
     low, high = tl.load(start + token).to(tl.int32), tl.load(end + token).to(tl.int32)
     picks += token * kept
     if high - low <= k:
@@ -112,7 +118,7 @@ def select(
             slot = i + tl.arange(0, C)
             tl.store(picks + slot, tl.where(low + slot < high, low + slot, -1), mask=slot < kept)
         return
-    scores += row.to(tl.int64) * width
+    scores += row.to(tl.int64) * (16 * sixteens)
     if HELD:
         cut, room = _cut_held(_ranks(scores, tl.arange(0, N), low, high), k)
     else:

@@ -9,11 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ...triton.launch import architecture, next_power, on_device
+from ...triton.launch import architecture, in_rows, next_power, on_device
 from . import kernels
 
 SCRATCH = 1 << 28  # bytes of scores at a time, but at least one tile of queries with all its entries
-LONGEST_HELD = 1 << 14  # entries of a row that fits in registers
+HELD = (1 << 10, 1 << 12, 1 << 14)  # entries of rows that fit in registers, each with a kernel of its own
 STREAMED = 2048  # entries of a row at a time
 
 
@@ -49,7 +49,7 @@ def blocks_for(q: Tensor) -> Blocks:
 
 
 class Inputs(NamedTuple):
-    """`q [b, t, h, d]`, `weights [b, t, h]`, `keys [b, p, d]`, `start` and `end` `[b, t]`, all contiguous."""
+    """`q [b, t, h, d]`, `weights [b, t, h]`, `keys [b, p, d]` in rows, `start`, `end` `[b, t]`; else contiguous."""
 
     q: Tensor
     weights: Tensor
@@ -69,8 +69,8 @@ class Chunk(NamedTuple):
 def index_topk(q: Tensor, weights: Tensor, keys: Tensor, k: int, start: Tensor, end: Tensor) -> Tensor:
     """`picks [b, t, min(k, p)]` int64. Products are made in the dtype of q, to which keys are rounded."""
     (b, t, _, _), p, queries = q.shape, keys.shape[1], blocks_for(q).queries
-    tensors = q, weights, keys.to(q.dtype), start.expand(b, t), end.expand(b, t)
-    x = Inputs(*(tensor.contiguous() for tensor in tensors))
+    bounds = (x.expand(b, t).contiguous() for x in (start, end))
+    x = Inputs(q.contiguous(), weights.contiguous(), in_rows(keys.to(q.dtype)), *bounds)
     picks = q.new_empty(b, t, min(k, p), dtype=torch.int64)
     width, tiles = triton.cdiv(max(p, 1), 16) * 16, b * triton.cdiv(t, queries)
     most = max(SCRATCH // (4 * width * queries), 1)
@@ -88,7 +88,7 @@ def scores(x: Inputs, out: Tensor, chunk: Chunk, k: int) -> None:
     """Rows of `out [tiles queries, width]`: what the crowded queries of the chunk see."""
     (_, t, h, d), p, b = x.q.shape, x.keys.shape[1], blocks_for(x.q)
     kernels.index_scores[chunk.tiles * triton.cdiv(p, b.entries),](
-        *x, out, chunk.first, t, h, d, p, k, width=out.shape[1],
+        *x, out, chunk.first, t, h, d, p, x.keys.stride(0) // d, k, out.shape[1] // 16,
         BQ=b.queries, BP=b.entries, D=next_power(d, 16), num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
 
@@ -96,10 +96,10 @@ def scores(x: Inputs, out: Tensor, chunk: Chunk, k: int) -> None:
 def select(scores: Tensor, start: Tensor, end: Tensor, picks: Tensor, chunk: Chunk, k: int) -> None:
     """The picks of the chunk from the rows `scores [tiles queries, width]`."""
     (_, t), width = start.shape, scores.shape[1]
-    held = width <= LONGEST_HELD
-    n = next_power(width, 32) if held else STREAMED
+    held = next((n for n in HELD if n >= width), 0)
+    n = held or STREAMED
     most = 16 if architecture() == "hip" else 32  # warps of a program
     kernels.select[chunk.tiles * chunk.queries,](
-        scores, start, end, picks, chunk.first, t, k, kept=picks.shape[2], width=width,
-        BQ=chunk.queries, HELD=held, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), most),
+        scores, start, end, picks, chunk.first, t, k, picks.shape[2], width // 16, chunk.queries,
+        HELD=held > 0, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), most),
     )  # fmt: skip
