@@ -119,6 +119,13 @@ def one_query(name):
     }
 
 
+def slices():
+    """Keys that are slices of the buffers of a cache, of two sequences."""
+    given = make(2, 3, 2, 16, p=9, past=4, **bounds([[0, 1, 2]], [[9, 7, 8]]))
+    kv, compressed = (torch.cat([x, x, x], 1) for x in (given["kv"], given["compressed"]))
+    return given | {"kv": kv[:, 7:14], "compressed": compressed[:, :9]}
+
+
 def no_entries(inputs):
     return inputs | {"compressed": inputs["compressed"][:, :0]}
 
@@ -158,6 +165,9 @@ CASES = {
     "no queries, range": make(2, 0, 2, 16, p=3, **bounds([[]], [[]])),
     "no queries, picks": make(2, 0, 2, 16, p=3, **picks(2, 0, 2, 3)),
     "strided": strided(),
+    "slices of a cache": slices(),
+    "few queries, range in many splits": make(2, 2, 17, 20, p=170, past=70, window=70, **bounds([[0, 9]], [[170, 90]])),
+    "few queries, picks in many splits": make(2, 3, 2, 16, p=30, past=3, **picks(2, 3, 90, 30)),
     **one_query("all"),
 }
 LONG = {  # for eager
@@ -460,6 +470,53 @@ def test_a_query_has_the_same_bits_in_any_batch(engine, form, device):
         assert torch.equal(a.flip(0), b)
 
 
+def decoded(entries, capacity=0):
+    """A query of two sequences that see 70 entries, of a cache that has room for so many more, and NaN there."""
+    given = make(2, 1, 3, 16, p=70, past=5, **bounds([[2]], [[70]]))
+    rest = torch.full((2, capacity, 16), math.nan)
+    seen = picks(2, 1, 9, 70) if entries == "picks" else {}
+    return given | {"compressed": torch.cat([given["compressed"], rest], 1)} | seen
+
+
+@of_triton
+@pytest.mark.parametrize("entries", ["range", "picks"])
+def test_a_decoded_query_has_the_same_bits_in_any_batch_and_cache(engine, entries):
+    want = results(engine, decoded(entries))
+    for capacity in (1, 200):
+        assert same(results(engine, decoded(entries, capacity)), want, "01")
+    second = {n: x[1:] if torch.is_tensor(x) and len(x) == 2 else x for n, x in decoded(entries).items()}
+    assert all(torch.equal(results(engine, second)[name], want[name][1:]) for name in "01")
+
+
+@of_triton
+def test_before_the_first_entry_as_with_room_for_some(engine):
+    given = decoded("range") | bounds([[0]], [[0]]) | {"window": 3}
+    assert same(results(engine, given), results(engine, no_entries(given)), "01")
+
+
+@of_triton
+def test_splits_cover_all_keys(engine, launch):
+    assert {
+        launch.kernels.first_key.fn(split + 1, 5) - launch.kernels.first_key.fn(split, 5) for split in range(24)
+    } == {5, 10}
+    for n in [*range(4000), 1 << 18]:
+        splits = launch.splits_of(n)
+        first, last = (launch.kernels.first_key.fn(split, launch.SPLIT) for split in (splits - 1, splits))
+        assert first < n <= last or n == splits == 0
+    assert launch.splits_of(launch.SPLIT << 11) == 72
+
+
+@of_triton
+def test_keys_that_lie_in_rows_are_not_copied(engine):
+    from abyssal.kernels.triton.launch import in_rows
+
+    x = torch.zeros(2, 6, 4)
+    for rows in (x, x[:, 1:4], x[:1, 2:], x[:1].expand(2, 6, 4)):
+        assert in_rows(rows) is rows
+    for other in (x[:, ::2], x[..., :2], x.mT, x.transpose(0, 1)):
+        assert in_rows(other).is_contiguous()
+
+
 @of_triton
 @pytest.mark.parametrize("entries", ["range", "picks"])
 def test_chunks_of_queries(engine, device, launch, monkeypatch, form, entries):
@@ -580,6 +637,14 @@ def real(entries, t=600, h=64, d=512, p=300, k=64):
 @pytest.mark.parametrize(("h", "d"), [(64, 512), (128, 512), (4, 64), (6, 40)])
 def test_real_widths_as_defined(engine, dtype, entries, h, d):
     hold_all(real(entries, t=200, h=h, d=d), engine, dtype, device="cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", list(DTYPES.values())[1:], ids=list(DTYPES)[1:])
+@pytest.mark.parametrize("entries", ["range", "picks"])
+@pytest.mark.parametrize(("h", "d"), [(64, 512), (4, 64), (6, 40)])
+def test_a_decoded_token_at_real_widths(engine, dtype, entries, h, d):
+    hold_all(real(entries, t=1, h=h, d=d, p=5000, k=512), engine, dtype, device="cuda")
 
 
 @on_gpu

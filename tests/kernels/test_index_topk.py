@@ -251,6 +251,14 @@ def test_keys_of_another_dtype_are_rounded_to_that_of_the_queries(launch, device
         assert torch.equal(index_topk(**given | halves | {"keys": keys}), want)
 
 
+@pytest.mark.parametrize("room", [0, 1, 200])
+def test_keys_of_a_cache_are_read_where_they_lie(launch, device, room, monkeypatch):
+    """The first of a buffer that has room for more, and NaN there."""
+    given = case(2, 9, 3, 4, 40, 7, "any")
+    buffer = torch.cat([given["keys"], torch.full((2, 300, 4), math.nan)], 1)
+    hold(index_topk, given | {"keys": buffer[:, : 40 + room]}, "triton", torch.float32, device=device)
+
+
 def test_chunks_of_queries_change_nothing(launch, device, monkeypatch):
     for size in (0, 4 * 2 * 8 * 16, 1 << 30):
         monkeypatch.setattr(launch, "SCRATCH", size)
