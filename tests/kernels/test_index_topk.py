@@ -26,7 +26,7 @@ def launch(request, monkeypatch):
     request.getfixturevalue("by_triton")
     module = importlib.import_module("abyssal.kernels.index_topk.triton.launch")
     if request.getfixturevalue("emulated"):
-        monkeypatch.setattr(module, "blocks_for", lambda q: module.Blocks(8, 32, 4, 2))
+        monkeypatch.setattr(module, "blocks_for", lambda q: module.Blocks(1 if q.shape[1] <= 4 else 8, 32, 4, 2))
         monkeypatch.setattr(module, "STREAMED", 32)
         monkeypatch.setattr(module, "HELD", (32, 64, 256))
     monkeypatch.setattr(module, "SCRATCH", 4 * 3 * 8 * 48)  # a few tiles

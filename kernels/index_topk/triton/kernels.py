@@ -53,6 +53,32 @@ def index_scores(
     tl.store(at, total, mask=real[:, None] & (entry < p)[None, :])
 
 
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
+def index_scores_of_few(
+    q, weights, keys, start, end, out, first, t, h, d, p, rows, k, sixteens,
+    BH: tl.constexpr, BP: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """The same of one query: BH of its heads are the rows of a product, summed as a tree."""
+    blocks = tl.cdiv(p, BP)
+    row, s = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BP
+    token = (first + row).to(tl.int64)
+    low, high = tl.load(start + token), tl.load(end + token)
+    if (high - low <= k) | (s >= high) | (s + BP <= low):
+        return
+    entry, column = s + tl.arange(0, BP), tl.arange(0, D)
+    at = keys + (token // t * rows + entry[:, None]) * d + column[None, :]
+    key = tl.load(at, mask=(entry < p)[:, None] & (column < d)[None, :], other=0.0)
+    total = tl.zeros((BP,), tl.float32)
+    for i in range(0, h, BH):
+        head = i + tl.arange(0, BH)
+        to = q + (token * h + head[:, None]) * d + column[None, :]
+        x = tl.load(to, mask=(head < h)[:, None] & (column < d)[None, :], other=0.0)
+        weight = tl.load(weights + token * h + head, mask=head < h, other=0.0).to(tl.float32)
+        hits = tl.dot(x, key.T, input_precision="ieee")
+        total += tl.sum(tl.where((hits < 0) | (head >= h)[:, None], 0.0, hits) * weight[:, None], axis=0)
+    tl.store(out + row.to(tl.int64) * (16 * sixteens) + entry, total, mask=entry < p)
+
+
 # top-k ---------------------------------------------------------------------------------------------------------------
 
 

@@ -34,12 +34,16 @@ HALF = {  # bf16 and fp16, d <= 128
     "hip": Blocks(64, 64, 8, 2),
 }
 FEW = 64  # queries for which a tile of so many will do; Hopper's tensor cores take no fewer and sum them alike
+ONE = Blocks(1, 64, 4, 2)  # each of still fewer, whose heads are multiplied at once
+STILL_FEWER, HEADS = 4, 64
 WIDE = Blocks(32, 32, 4, 2)  # heads of more channels
 PLAIN = Blocks(16, 16, 8, 2)  # float32, whose products take no tensor cores; of larger ones triton 3.9 spills
 
 
 def blocks_for(q: Tensor) -> Blocks:
-    """The tile for queries of this dtype and width on the current device."""
+    """The tile for queries of this number, dtype and width on the current device."""
+    if q.shape[1] <= STILL_FEWER:
+        return ONE
     if q.itemsize != 2:
         return PLAIN
     if q.shape[-1] > 128:
@@ -87,9 +91,12 @@ def index_topk(q: Tensor, weights: Tensor, keys: Tensor, k: int, start: Tensor, 
 def scores(x: Inputs, out: Tensor, chunk: Chunk, k: int) -> None:
     """Rows of `out [tiles queries, width]`: what the crowded queries of the chunk see."""
     (_, t, h, d), p, b = x.q.shape, x.keys.shape[1], blocks_for(x.q)
-    kernels.index_scores[chunk.tiles * triton.cdiv(p, b.entries),](
+    kernel, rows = kernels.index_scores, {"BQ": b.queries}
+    if b.queries == 1:
+        kernel, rows = kernels.index_scores_of_few, {"BH": min(next_power(h, 16), HEADS if x.q.itemsize == 2 else 16)}
+    kernel[chunk.tiles * triton.cdiv(p, b.entries),](
         *x, out, chunk.first, t, h, d, p, x.keys.stride(0) // d, k, out.shape[1] // 16,
-        BQ=b.queries, BP=b.entries, D=next_power(d, 16), num_warps=b.warps, num_stages=b.stages,
+        **rows, BP=b.entries, D=next_power(d, 16), num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
 
 
