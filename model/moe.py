@@ -9,6 +9,7 @@
 b batch · t tokens · d width · E routed experts · k experts per token · n expert width · v vocabulary
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -150,8 +151,8 @@ def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tens
     pieces of similar frequency, get different experts.
     """
     generator = torch.Generator().manual_seed(seed)
-    block = experts // torch.gcd(torch.tensor(experts), torch.tensor(per_token)).item()
+    block = experts // math.gcd(experts, per_token)
     blocks = -(-vocabulary // block)
-    order = torch.rand(blocks, experts, generator=generator).argsort(-1)
-    deal = torch.arange(block * per_token) % experts
+    order = torch.rand(blocks, experts, generator=generator, device="cpu").argsort(-1)  # wherever the model is built
+    deal = torch.arange(block * per_token, device="cpu") % experts
     return order[:, deal].reshape(-1, per_token)[:vocabulary].contiguous()

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from abyssal.kernels.watch import is_watched
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.accounting import account
+from abyssal.model.moe import hash_table
 from abyssal.train.cli import main
 from abyssal.train.measure.profile import limits, trace
 from abyssal.train.measure.profile.clock import Clock, typical
@@ -22,7 +23,7 @@ from abyssal.train.measure.profile.mechanisms import ATTENTIONS, MECHANISMS, att
 from abyssal.train.measure.profile.memory import Memory
 from abyssal.train.measure.profile.observe import REST, Observer
 from abyssal.train.measure.profile.preset import Preset, available_memory, check_fits, cut, load_preset
-from abyssal.train.measure.profile.steps import DecodeStep, TrainingStep, cycle
+from abyssal.train.measure.profile.steps import DecodeStep, TrainingStep, cycle, to_decode
 from abyssal.train.measure.roofline import Work
 from abyssal.train.run.loop import Run
 from abyssal.train.settings import StageConfig
@@ -41,6 +42,12 @@ def given(tiny):
 @pytest.fixture(scope="module")
 def step(given):
     return TrainingStep(load_preset("nano", CPU, overrides=given), CPU, Path())
+
+
+def decode_step(preset, tokens):
+    """Of new weights."""
+    torch.manual_seed(0)
+    return DecodeStep(preset, to_decode(Transformer(preset.recipe.model), getattr(torch, preset.dtype)), tokens)
 
 
 def run_attached(step, observer):
@@ -122,7 +129,7 @@ def test_decoding_is_the_same_with_and_without_instruments(given):
     preset = load_preset("nano", CPU, overrides=given, decode_length=40)
     written = []
     for watch in (nullcontext, attached):
-        decoding, observer = DecodeStep(preset, CPU, 12), Observer()
+        decoding, observer = decode_step(preset, 12), Observer()
         tokens = []
         for _ in range(12):
             with watch(decoding.model, observer, True) if watch is attached else watch():
@@ -135,7 +142,7 @@ def test_decoding_is_the_same_with_and_without_instruments(given):
 
 @pytest.mark.parametrize("more", [{"decode_batch": 2}, {"dtype": "bfloat16"}])
 def test_several_sequences_and_other_dtypes_decode_by_modules(more, given):
-    decoding = DecodeStep(load_preset("nano", CPU, overrides=given, decode_length=40, **more), CPU, 4)
+    decoding = decode_step(load_preset("nano", CPU, overrides=given, decode_length=40, **more), 4)
     assert decoding.path == "torch"
     clock = Clock(CPU)
     with attached(decoding.model, clock):
@@ -264,7 +271,7 @@ def test_attention_is_of_the_layers_kind(ratio, kind, given):
     preset = load_preset("nano", CPU, overrides=[*given, *one], decode_length=40)
     clock = run_attached(TrainingStep(preset, CPU, Path()), Clock(CPU))
     assert {name for _, name in clock.times()} & set(ATTENTIONS.values()) == {kind}
-    decoding = DecodeStep(preset, CPU, 4)
+    decoding = decode_step(preset, 4)
     decoding.run(Observer())
     for in_numpy in (True, False):
         with attached(decoding.model, clock, in_numpy):
@@ -335,7 +342,7 @@ def test_parts_and_rest_are_the_step(step):
 
 
 def test_decode_parts_are_the_step(given):
-    decoding = DecodeStep(load_preset("nano", CPU, overrides=given, decode_length=70), CPU, 10)
+    decoding = decode_step(load_preset("nano", CPU, overrides=given, decode_length=70), 10)
     decoding.run(Observer())
 
     def run(clock):
@@ -627,6 +634,44 @@ def test_the_traces_hold_a_range_for_each_mechanism(profile):
     events = json.loads((profile / "trace-decode.json").read_text("utf-8"))["traceEvents"]
     names = {e["name"] for e in events if e.get("cat") == "user_annotation"}
     assert names >= {"phase: decode", "indexer", "mHC", "experts", "loss and head"}
+
+
+@pytest.mark.parametrize("place", ["resident", "mapped"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_is_initialised_once_on_its_device(dtype, place, given, tmp_path, monkeypatch):
+    """What has trained decodes, in its dtype; building it does not pass through another device."""
+    built, make = [], Transformer.__init__
+
+    def noted(self, config):
+        make(self, config)
+        built.append({p.device.type for p in self.parameters()} | {b.device.type for b in self.buffers()})
+
+    def moved(self, *arguments, **options):
+        raise AssertionError("a model was moved")
+
+    monkeypatch.setattr(Transformer, "__init__", noted)
+    monkeypatch.setattr(Transformer, "to", moved)
+    apart = ["optim.engram_rows=touched", f"train.engram_tables={place}"]
+    preset = load_preset("nano", CPU, overrides=[*given, *apart], decode_length=20, dtype=dtype)
+    step = TrainingStep(preset, CPU, tmp_path)
+    step.run(Observer())
+    trained = step.model.head.weight.detach().clone()
+    decoding = DecodeStep(preset, to_decode(step.model, getattr(torch, dtype)), 3)
+    decoding.run(Observer())
+    assert built == [{"cpu"}, {"meta"}]
+    weights = decoding.model.state_dict()
+    assert torch.equal(weights["head.weight"], trained.to(getattr(torch, dtype)))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    fresh = Transformer(preset.recipe.model).state_dict()
+    torch.set_default_dtype(before)
+    assert {name: x.dtype for name, x in weights.items()} == {name: x.dtype for name, x in fresh.items()}
+
+
+def test_a_table_of_experts_is_the_same_wherever_the_model_is_built():
+    with torch.device("meta"):
+        there = hash_table(300, 24, 4, seed=1)
+    assert torch.equal(there, hash_table(300, 24, 4, seed=1))
 
 
 # presets -------------------------------------------------------------------------------------------------------------

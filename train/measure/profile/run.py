@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ....model import Transformer
 from ...run import provenance
 from ..bench.measure import measured_peak
 from ..roofline import Peak, datasheet
@@ -26,7 +27,7 @@ from .mechanisms import attached, owners
 from .memory import Memory
 from .observe import Observer
 from .preset import Preset, check_fits, load_preset
-from .steps import DecodeStep, TrainingStep, cycle, memory_of
+from .steps import DecodeStep, TrainingStep, cycle, memory_of, to_decode
 
 WARM = 2  # turns of either kind before one counts
 DECODED = 32  # tokens for each turn asked for, if a cycle is not longer
@@ -52,9 +53,9 @@ def run(
     result = describe(preset, on, repeats)
     print(report.heading(result), flush=True)
     peak = Peak(**result["peak"])
-    result["training"], training_trace = profile_training(preset, on, repeats, peak, folder)
+    result["training"], training_trace, model = profile_training(preset, on, repeats, peak, folder)
     print("\n" + report.training_table(result["training"]), flush=True)
-    result["decode"], decode_trace = profile_decode(preset, on, repeats, peak, folder)
+    result["decode"], decode_trace = profile_decode(preset, to_decode(model, getattr(torch, preset.dtype)), on, repeats, peak, folder)
     print("\n" + report.decode_table(result["decode"]), flush=True)
     path = folder / "profile.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -91,8 +92,8 @@ def describe(preset: Preset, device: torch.device, repeats: int) -> dict[str, An
 
 def profile_training(
     preset: Preset, device: torch.device, repeats: int, peak: Peak, folder: Path
-) -> tuple[dict[str, Any], Path]:
-    """One training step: its part of the JSON document, and its trace's path."""
+) -> tuple[dict[str, Any], Path, Transformer]:
+    """One training step: its part of the JSON document, its trace's path, and the model that it trained."""
     say = _Progress("training step")
     say("model and batch")
     step = TrainingStep(preset, device, folder)
@@ -121,11 +122,11 @@ def profile_training(
         "parts_ms": report.by_phase(parts),
         "mechanisms": rows,
         "memory": memory["totals"],
-    }, path
+    }, path, step.model
 
 
 def profile_decode(
-    preset: Preset, device: torch.device, repeats: int, peak: Peak, folder: Path
+    preset: Preset, model: Transformer, device: torch.device, repeats: int, peak: Peak, folder: Path
 ) -> tuple[dict[str, Any], Path]:
     """One decode step, on average over a cycle of the compressors: its part of the document, and its trace's path."""
     gc.collect()
@@ -133,7 +134,7 @@ def profile_decode(
     say(f"reading {preset.decode_length:,} tokens")
     tokens = cycle(preset.recipe.model)
     turns = max(2, repeats * DECODED // tokens)
-    step = DecodeStep(preset, device, tokens * (2 * turns + 2 * WARM) + 1)
+    step = DecodeStep(preset, model, tokens * (2 * turns + 2 * WARM) + 1)
     path = step.path
     watch = partial(attached, step.model, in_numpy=path == "numpy")
     plain, parts = _turns(step.run, watch, tokens, turns, device, say)

@@ -28,8 +28,8 @@ class TrainingStep:
         self.preset, self.recipe, self.number = preset, preset.recipe, 0
         self.phase, self.batch = preset.phase, make_batch(preset)
         torch.manual_seed(self.recipe.train.seed)
-        with places(self.recipe, folder):
-            self.model = Transformer(self.recipe.model).to(device)
+        with places(self.recipe, folder), device:
+            self.model = Transformer(self.recipe.model)
         self.model.recompute = self.recipe.train.recompute
         self.optimizer = build_optimizer(self.model, self.recipe.optim)
         self.tables = Tables(self.model)
@@ -74,10 +74,10 @@ class DecodeStep:
     An entry is written every m tokens: only a whole `cycle` of tokens costs what decoding costs on average.
     """
 
-    def __init__(self, preset: Preset, device: torch.device, tokens: int) -> None:
+    def __init__(self, preset: Preset, model: Transformer, tokens: int) -> None:
         """tokens: how many will be decoded in all. Reads `preset.decode_length` random tokens first."""
-        config, seed = preset.recipe.model, preset.recipe.train.seed
-        self.model = new_model(config, getattr(torch, preset.dtype), device, seed)
+        config, seed, device = preset.recipe.model, preset.recipe.train.seed, model.head.weight.device
+        self.model = model
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(config.vocab_size, (preset.decode_batch, preset.decode_length + 1), generator=generator)
         ids = ids.to(device)
@@ -107,15 +107,23 @@ def cycle(config: ModelConfig) -> int:
     return math.lcm(*(ratio for ratio in config.compress_ratios if ratio))
 
 
-def new_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Transformer:
-    """New weights in `dtype`, but for those that the release keeps in float32."""
+def to_decode(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A trained model's weights in `dtype`, but for those that the release keeps in float32, for generation."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        torch.manual_seed(seed)
-        return Transformer(config).to(device).eval()
+        with torch.device("meta"):
+            like = dict(Transformer(model.config).named_parameters())
     finally:
         torch.set_default_dtype(before)
+    for name, weight in model.named_parameters():
+        weight.grad = None
+        if name in like:
+            weight.data = weight.data.to(like[name].dtype)
+    for name, table in named_tables(model).items():  # its moments are not needed any more
+        table.store = {"weight": table.weight.to(like[name].dtype)}
+    model.recompute, model.attention_stage = 0, "sparse"
+    return model.eval()
 
 
 def make_batch(preset: Preset) -> Batch:
