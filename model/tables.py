@@ -86,7 +86,8 @@ class RowTable(nn.Module):
         if self.place == "mapped":
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{name}-") as file:
                 os.posix_fallocate(file.fileno(), 0, size.numel() * dtype.itemsize)  # a full disk would kill us later
-                column = torch.from_file(file.name, shared=True, size=size.numel(), dtype=dtype, device="cpu").view(size)
+                column = torch.from_file(file.name, shared=True, size=size.numel(), dtype=dtype, device="cpu")
+            column = column.view(size)
         elif self.place == "file":
             column = torch.empty(size, dtype=dtype, device="meta")
         else:

@@ -108,6 +108,7 @@ def measured() -> Iterator[str]:
         )  # fmt: skip
         yield from (measurement(row) for row in found["rows"] if row["status"] == "ok")
         yield ""
+        yield from first_calls(found["rows"])
         left_out = dict.fromkeys(f"{r['contender']}, {r['status']}: {r['note']}" for r in found["rows"] if r["note"])
         yield f"Left out: {'; '.join(left_out) or 'nothing'}."
         yield ""
@@ -118,6 +119,18 @@ def state(found: dict[str, Any]) -> Iterator[str]:
     if "tests" in found:
         clocks = ", ".join(f"{name} {value}" for name, value in found["provenance"]["clocks"]["before"].items())
         yield f"Tests: {found['tests']}. Clocks: {clocks or 'not told'}."
+
+
+def first_calls(rows: Rows) -> Iterator[str]:
+    """The longest of each contender, which the first files do not tell."""
+    longest: dict[str, float] = {}
+    for row in rows:
+        if "first_call" in row:
+            longest[row["contender"]] = max(longest.get(row["contender"], 0.0), row["first_call"])
+    if longest:
+        told = ", ".join(f"{name} {number(seconds)} s" for name, seconds in longest.items())
+        yield f"Longest first call, with what it compiles: {told}."
+        yield ""
 
 
 def measurement(row: dict[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +16,14 @@ import torch.nn.functional as F
 
 import abyssal
 from abyssal.train.cli import COMMANDS, main
-from abyssal.train.measure.bench import OPS, measure, moe_experts, report, run
+from abyssal.train.measure.bench import OPS, measure, moe_experts, peers, report, run
 from abyssal.train.measure.bench.draw import draw
 from abyssal.train.measure.bench.task import Contender, Setting
 from abyssal.train.measure.roofline import Peak
 
 NO_TRITON = "needs a CUDA device" if importlib.util.find_spec("triton") else "triton is not installed"
 
+PEAK = Peak(1e11, 1e10, "invented")
 TINY = moe_experts.Shape(width=32, expert_width=16, experts=6, slots=3, tokens=(40,))
 
 
@@ -129,6 +133,56 @@ def test_contenders_take_turns_until_their_time_is_up(monkeypatch):
     assert len(called) == 1 + 6 + 5 * 6 + 3
     monkeypatch.setattr(measure, "PATIENCE", 0.0)
     assert {row["turns"] for row in rows_of(task, repeats=3).values()} == {1}
+
+
+def test_the_first_call_is_told_apart_and_costs_neither_time_nor_patience(monkeypatch):
+    task = tasks()[0]
+    reference, seen = task.contenders[0].run, []
+
+    def compiling(*inputs):
+        if not seen:
+            time.sleep(1.0)
+        seen.append(None)
+        return reference(*inputs)
+
+    monkeypatch.setattr(measure, "PATIENCE", 0.9)
+    row = rows_of(replace(task, contenders=[task.contenders[0], Contender("it", compiling)]), repeats=5)["it"]
+    assert row["turns"] == 5 and row["first_call"] > 1.0
+    assert row["milliseconds"]["forward + backward"]["p80"] < 500
+    text = report.table([row | {"shape": "s", "task": "t", "tokens": 1} | report.columns(task, row, PEAK, PEAK)])
+    assert "first call, with what it compiles, s: it 1" in text
+
+
+ABSENT = [f"transformers.models.deepseek_v4{inner}" for inner in ("", ".modeling_deepseek_v4")]
+
+
+def broken(name):
+    """A module whose import ends in an error of its own."""
+    raise RuntimeError(f"{name} wants another version of something")
+
+
+@pytest.mark.parametrize(
+    "module, told", [(ABSENT, "ModuleNotFoundError"), (broken, "RuntimeError")], ids=["", "broken"]
+)
+@pytest.mark.parametrize("op", ["moe_experts", "hyper", "attention", "index_topk"])
+def test_a_peer_that_cannot_be_imported_is_a_row(op, module, told, monkeypatch, tmp_path):
+    """As in transformers before 5.23."""
+    if callable(module):
+        monkeypatch.setattr(peers, "importlib", SimpleNamespace(util=importlib.util, import_module=module))
+    else:
+        for name in module:
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(measure, "measured_peak", lambda *arguments: PEAK)
+    shape, tokens = {
+        "moe_experts": ("32x16x6x3", "40"), "hyper": ("24x3", "50"), "attention": ("3x24x20x4x8x16", "33"),
+        "index_topk": ("4x16x8x4x2x24x16", "90"),
+    }[op]  # fmt: skip
+    path = run.run(op, shape=shape, tokens=tokens, repeats=1, device="cpu", out=tmp_path, tests=False)
+    found = json.loads(path.read_text("utf-8"))["rows"]
+    rows = [row for row in found if row["contender"].startswith("transformers")]
+    assert rows and {row["status"] for row in rows} == {"not run"}
+    assert all("transformers 5" in row["note"] and told in row["note"] for row in rows), rows
+    assert {row["status"] for row in found if row["contender"] == "eager"} == {"ok"}
 
 
 def test_kept_memory_is_the_formula():

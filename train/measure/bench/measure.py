@@ -3,7 +3,7 @@
 A contender whose output or gradients differ from those of eager is reported as wrong and not timed. Contenders take
 turns, each a forward without gradients and a training step (forward, then backward), so that what slows the machine
 down for a while slows all of them down; the first turns are not counted. On a GPU, time is that between events, with
-the caches overwritten before.
+the caches overwritten before. The first call of all, which compiles, is told apart: it is neither time nor patience.
 """
 
 import os
@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..roofline import Peak
-from .task import Contender, Run, Task
+from .task import Contender, NotHere, Run, Task
 
 # relative error up to which a result is right: of outputs, and of gradients, where a clamp that rounding makes two
 # implementations decide differently changes whole elements; fp32 results of tf32 products are wrong
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (3e-3, 2e-2), torch.bfloat16: (2e-2, 6e-2)}
 SAME_SCORE = 1e-4  # of the mean score: picks whose scores differ by less are as good as each other
 WORSE_PICKS = 1e-4  # share of picks with another score up to which a result is right
-WARM_UP = {"cuda": 25, "cpu": 1}  # turns that are not counted, unless they are half of all
+WARM_UP = {"cuda": 25, "cpu": 1}  # turns that are not counted, the first call among them, unless they are half of all
 PATIENCE = 10.0  # seconds in all after which a contender takes no more turns
 SLICE = 1 << 24  # values that are compared at once
 STAGES = ("forward", "training forward", "backward", "forward + backward")
@@ -51,25 +51,28 @@ class Error(NamedTuple):
 def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> list[dict[str, Any]]:
     """A row for each contender: `status` is "ok", "wrong", "failed" or "not run", with a `note` that says why.
 
+    `first_call` is the seconds of its first turn, compilation included, where it came to its end.
+
     Raises whatever eager raises.
     """
     rows: list[dict[str, Any]] = []
-    first: dict[int, list[float]] = {}
     wanted: dict[str, Tensor] = {}
     dout = _dout(task)
     for i, contender in enumerate(task.contenders):
         say(f"checking {contender.name}")
         try:
-            row, first[i] = _check(contender, task, dtype, dout, wanted)
+            row = _check(contender, task, dtype, dout, wanted)
         except Exception as error:  # a foreign library's: a row of the table, not the end of the run
             if i == 0:
                 raise
             row = {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+            if isinstance(error, NotHere):
+                row = {"status": "not run", "note": str(error)}
         rows.append({"contender": contender.name} | row)
     wanted.clear()
     stages = STAGES if task.learned else STAGES[:1]
     runs: dict[int, Any] = {i: task.contenders[i].run for i, row in enumerate(rows) if row["status"] == "ok"}
-    for i, times in _turns(runs, first, task, dout, repeats, say).items():
+    for i, times in _turns(runs, task, dout, repeats, say).items():
         rows[i]["turns"] = len(times)
         rows[i]["milliseconds"] = {
             stage: dict(zip(("min", "p20", "median", "p80"), np.percentile(column, (0, 20, 50, 80)).tolist()))
@@ -82,22 +85,25 @@ def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> l
 
 def _check(
     contender: Contender, task: Task, dtype: torch.dtype, dout: Tensor | None, wanted: dict[str, Tensor]
-) -> tuple[dict[str, Any], list[float]]:
-    """The row's status, and the times of this first turn; an empty `wanted` is filled with the results."""
+) -> dict[str, Any]:
+    """The row's status, and the seconds of this first turn; an empty `wanted` is filled with the results."""
     note = _cannot(contender, task)
     if note or contender.run is None:
-        return {"status": "not run", "note": note}, []
-    times, outputs, gradients = _turn(contender.run, task, dout)
+        return {"status": "not run", "note": note}
+    began = time.perf_counter()
+    _, outputs, gradients = _turn(contender.run, task, dout)
+    seconds = time.perf_counter() - began
     got = dict(zip([*task.outputs, *(f"d{name}" for name in task.learned)], [*outputs, *gradients]))
     got |= {name: _scores_of_picks(got[name], score) for name, score in task.picks.items()}
     wanted |= {} if wanted else {name: x.cpu() for name, x in got.items()}
     errors = [_error(name, got[name], wanted[name], dtype, task) for name in wanted]
     worst = max(errors, key=lambda e: (not e.right, e.relative / max(e.allowed, 1e-30)))
-    row = {"status": "ok", "note": "", "error": worst._asdict() | {"largest": max(e.largest for e in errors)}}
+    row = {"status": "ok", "note": "", "first_call": seconds}
+    row["error"] = worst._asdict() | {"largest": max(e.largest for e in errors)}
     if not worst.right:
         off = f"{worst.tensor} is off by {worst.relative:.1e}, allowed is {worst.allowed:.0e}"
         row |= {"status": "wrong", "note": off}
-    return row, times
+    return row
 
 
 def _cannot(contender: Contender, task: Task) -> str:
@@ -179,19 +185,19 @@ def _worse_picks(got: Tensor, want: Tensor) -> float:
 
 
 def _turns(
-    runs: dict[int, Any], first: dict[int, list[float]], task: Task, dout: Tensor | None, repeats: int, say: Say
+    runs: dict[int, Any], task: Task, dout: Tensor | None, repeats: int, say: Say
 ) -> dict[int, list[list[float]]]:
     """Milliseconds of `STAGES` for each turn of each contender that counts; each turn another one begins.
 
     The first turns, to warm up, count only for a contender whose time is up before it has made twice as many.
     """
-    spent = {i: [first[i]] for i in runs}
-    order, warm_up = list(runs), WARM_UP[next(iter(task.inputs.values())).device.type]
-    turns = repeats + warm_up - 1  # the check was one
+    spent: dict[int, list[list[float]]] = {i: [] for i in runs}
+    order, warm_up = list(runs), WARM_UP[next(iter(task.inputs.values())).device.type] - 1  # the check was one
+    turns = repeats + warm_up
     for turn in range(turns):
         say(f"turn {turn + 1} of {turns}")
         for i in order[turn % len(order) :] + order[: turn % len(order)]:
-            if sum(sum(times[:3]) for times in spent[i]) < 1e3 * PATIENCE:
+            if not spent[i] or sum(sum(times[:3]) for times in spent[i]) < 1e3 * PATIENCE:
                 spent[i].append(_turn(runs[i], task, dout)[0])
     return {i: times[min(warm_up, len(times) // 2) :] for i, times in spent.items()}
 

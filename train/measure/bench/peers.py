@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from ..roofline import Attention, Hyper, Indexer, MoE
-from .task import Contender, Run
+from .task import Contender, NotHere, Run
 
 LIBRARY, GYM = "transformers", "attn_gym"
+DISTRIBUTIONS = {LIBRARY: "transformers", GYM: "attn-gym"}
 BACKENDS = ("eager", "grouped_mm", "batched_mm")  # those that honour the clamp and have a backward pass
 
 
 def experts(m: MoE, limit: float) -> list[Contender]:
     """The experts of its DeepSeek-V4 with each backend, on the inputs of `moe_experts`."""
-    if not importlib.util.find_spec(LIBRARY):
-        return [Contender(f"{LIBRARY} {name}", None, "not installed") for name in BACKENDS]
     gathered = 3 * m.rows * m.width * m.expert_width * m.itemsize  # batched_mm copies the weights for every row
     scratch = {"batched_mm": 2 * gathered}  # the copies, and the gradient of one at a time
-    return [Contender(f"{LIBRARY} {name}", _experts(name, m, limit), scratch=scratch.get(name, 0)) for name in BACKENDS]
+    makes = {name: functools.partial(_experts, name, m, limit) for name in BACKENDS}
+    return [_contender(f"{LIBRARY} {name}", LIBRARY, make, scratch.get(name, 0)) for name, make in makes.items()]
 
 
-def _experts(backend: str, m: MoE, limit: float) -> Any:
+def _experts(backend: str, m: MoE, limit: float) -> Run:
     config = _config(
         hidden_size=m.width,
         moe_intermediate_size=m.expert_width,
@@ -60,10 +60,17 @@ def _config(**sizes: Any) -> Any:
 
 
 def _contender(name: str, library: str, make: Callable[[], Run], scratch: int = 0, why_not: str = "") -> Contender:
-    """`make` looks into the library, when the contender runs for the first time."""
+    """`make` looks into the library, when the contender runs for the first time; what it does not find is NotHere."""
     if not importlib.util.find_spec(library):
         return Contender(name, None, "not installed")
-    found = functools.cache(make)
+
+    @functools.cache
+    def found() -> Run:
+        try:
+            return make()
+        except Exception as error:  # whatever a foreign import raises
+            raise NotHere(f"{library} {_version(library)}: {error!r}".splitlines()[0]) from error
+
     return Contender(name, lambda *inputs: found()(*inputs), why_not, scratch)
 
 
@@ -174,10 +181,11 @@ def hyper_connection(work: Hyper) -> Contender:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for library, name in ((LIBRARY, LIBRARY), (GYM, "attn-gym")):
-        try:
-            found[name] = metadata.version(name) if importlib.util.find_spec(library) else "not installed"
-        except metadata.PackageNotFoundError:
-            found[name] = "of unknown version"
-    return found
+    return {name: _version(library) for library, name in DISTRIBUTIONS.items()}
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(DISTRIBUTIONS[library]) if importlib.util.find_spec(library) else "not installed"
+    except metadata.PackageNotFoundError:
+        return "of unknown version"

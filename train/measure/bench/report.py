@@ -1,5 +1,6 @@
 """From times to a table: rates of useful work, and the share of the roofline limit."""
 
+import textwrap
 from typing import Any
 
 from ..roofline import Peak
@@ -58,11 +59,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{'kept':>7s} {'peak':>7s} {'error':>8s}",
         *(_line(row) for row in rows),
     ]
+    lines += textwrap.wrap(first_calls(rows), 118)
     for row in rows:
         if "times_as_fast_as_base" in row:
             ratios = (f"{name} {ratio:.2f} x" for name, ratio in row["times_as_fast_as_base"].items())
             lines.append(f"{row['contender']}, times as fast as the base: {', '.join(ratios)}")
     return "\n".join(lines)
+
+
+def first_calls(rows: list[dict[str, Any]]) -> str:
+    """What each contender's first turn took, which no time holds."""
+    told = (f"{row['contender']} {_ms(row['first_call'])}" for row in rows if "first_call" in row)
+    return f"first call, with what it compiles, s: {', '.join(told)}"
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -13,6 +13,10 @@ from ..roofline import Work
 Run = Callable[..., tuple[Tensor, ...]]  # of a task's inputs; the first output is the one that gradients start from
 
 
+class NotHere(ImportError):
+    """A foreign library does not hold what was to be compared, or cannot be imported here."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One implementation. `why_not` says why it cannot run here; `scratch` is the bytes it needs, where they are many.

@@ -55,7 +55,7 @@ def run(
     peak = Peak(**result["peak"])
     result["training"], training_trace, model = profile_training(preset, on, repeats, peak, folder)
     print("\n" + report.training_table(result["training"]), flush=True)
-    result["decode"], decode_trace = profile_decode(preset, to_decode(model, getattr(torch, preset.dtype)), on, repeats, peak, folder)
+    result["decode"], decode_trace = profile_decode(preset, model, on, repeats, peak, folder)
     print("\n" + report.decode_table(result["decode"]), flush=True)
     path = folder / "profile.json"
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -113,16 +113,20 @@ def profile_training(
     if device.type == "cuda":
         report.add_kernels(rows, kernels)
     say("")
-    return {
-        "rows": len(preset.phase.rows),
-        "tokens": preset.phase.length,
-        "text": preset.recipe.data.source if preset.reads_text else "random tokens",
-        "documents": len(documents),
-        "plain_ms": report.by_phase(plain),
-        "parts_ms": report.by_phase(parts),
-        "mechanisms": rows,
-        "memory": memory["totals"],
-    }, path, step.model
+    return (
+        {
+            "rows": len(preset.phase.rows),
+            "tokens": preset.phase.length,
+            "text": preset.recipe.data.source if preset.reads_text else "random tokens",
+            "documents": len(documents),
+            "plain_ms": report.by_phase(plain),
+            "parts_ms": report.by_phase(parts),
+            "mechanisms": rows,
+            "memory": memory["totals"],
+        },
+        path,
+        step.model,
+    )
 
 
 def profile_decode(
@@ -134,6 +138,7 @@ def profile_decode(
     say(f"reading {preset.decode_length:,} tokens")
     tokens = cycle(preset.recipe.model)
     turns = max(2, repeats * DECODED // tokens)
+    model = to_decode(model, getattr(torch, preset.dtype))
     step = DecodeStep(preset, model, tokens * (2 * turns + 2 * WARM) + 1)
     path = step.path
     watch = partial(attached, step.model, in_numpy=path == "numpy")
