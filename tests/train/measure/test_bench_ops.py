@@ -224,9 +224,9 @@ def test_tests_run_first_and_red_ones_stop_the_clock(tmp_path, monkeypatch):
     (folder / "test_good.py").write_text("def test_it(): pass\ndef test_triton(): pass\n", "utf-8")
     (folder / "test_bad.py").write_text("def test_it(): assert 1 == 2\n", "utf-8")
     monkeypatch.setattr(checks, "ROOT", tmp_path)
-    assert "1 passed, 1 deselected" in checks.check("good", "cpu")  # in an interpreter Triton would take minutes
+    assert checks.check("good", "cpu").startswith("1 passed in ")  # in an interpreter Triton would take minutes
     assert "2 passed" in checks.check("good", "cuda")
-    with pytest.raises(checks.RedTests, match=r"bad is not timed, its tests are red: FAILED .*test_bad.*assert 1 == 2"):
+    with pytest.raises(checks.RedTests, match=r"bad is not timed, its tests are red: .*test_bad\.py::test_it"):
         checks.check("bad", "cpu")
     with pytest.raises(checks.RedTests, match="absent is not timed"):
         checks.check("absent", "cuda")
