@@ -39,11 +39,14 @@ def _bench_common_arguments(parser: argparse.ArgumentParser, op: str) -> None:
     flag(parser, "--base", str, None, "a commit whose kernels run beside the present ones", "none")
     text = "do not run the op's tests before it is timed (default: they run, and a red op is not timed)"
     parser.add_argument("--no-tests", dest="tests", action="store_false", help=text)
+    text = "leave other libraries' implementations out (default: they run where they are installed)"
+    parser.add_argument("--ours", dest="others", action="store_false", help=text)
+    flag(parser, "--patience", float, 10.0, "seconds after which a contender takes no more turns")
     flag(parser, "--out", Path, None, "folder for the JSON and the PNG", f"runs/bench-{op.upper()}-DATE-TIME")
 
 
 def _bench_common(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("tokens", "dtype", "device", "repeats", "base", "tests", "out")
+    names = ("tokens", "dtype", "device", "repeats", "base", "tests", "others", "patience", "out")
     return {name: getattr(options, name) for name in names}
 
 

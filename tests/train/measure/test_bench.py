@@ -31,8 +31,8 @@ def tasks(dtype=torch.float32, data="uniform", tokens=40, shape=TINY):
     return moe_experts.tasks(Setting(shape, tokens, dtype, torch.device("cpu"), data))
 
 
-def rows_of(task, dtype=torch.float32, repeats=1):
-    return {row["contender"]: row for row in measure.measure(task, dtype, repeats, lambda text: None)}
+def rows_of(task, dtype=torch.float32, repeats=1, **more):
+    return {row["contender"]: row for row in measure.measure(task, dtype, repeats, lambda text: None, **more)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -131,11 +131,10 @@ def test_contenders_take_turns_until_their_time_is_up(monkeypatch):
     called.clear()
     assert {row["turns"] for row in rows_of(task, repeats=3).values()} == {3}
     assert len(called) == 1 + 6 + 5 * 6 + 3
-    monkeypatch.setattr(measure, "PATIENCE", 0.0)
-    assert {row["turns"] for row in rows_of(task, repeats=3).values()} == {1}
+    assert {row["turns"] for row in rows_of(task, repeats=3, patience=0.0).values()} == {1}
 
 
-def test_the_first_call_is_told_apart_and_costs_neither_time_nor_patience(monkeypatch):
+def test_the_first_call_is_told_apart_and_costs_neither_time_nor_patience():
     task = tasks()[0]
     reference, seen = task.contenders[0].run, []
 
@@ -145,8 +144,8 @@ def test_the_first_call_is_told_apart_and_costs_neither_time_nor_patience(monkey
         seen.append(None)
         return reference(*inputs)
 
-    monkeypatch.setattr(measure, "PATIENCE", 0.9)
-    row = rows_of(replace(task, contenders=[task.contenders[0], Contender("it", compiling)]), repeats=5)["it"]
+    task = replace(task, contenders=[task.contenders[0], Contender("it", compiling)])
+    row = rows_of(task, repeats=5, patience=0.9)["it"]
     assert row["turns"] == 5 and row["first_call"] > 1.0
     assert row["milliseconds"]["forward + backward"]["p80"] < 500
     text = report.table([row | {"shape": "s", "task": "t", "tokens": 1} | report.columns(task, row, PEAK, PEAK)])
@@ -207,6 +206,25 @@ def test_live_tensors_are_counted_until_they_end():
         assert live.bytes == 1024
         x.detach().mul_(2)
         assert live.bytes == 1024 and live.peak == 2048
+
+
+def test_what_is_cut_off_leaves_what_it_has_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "measured_peak", lambda *arguments: PEAK)
+    turns = []
+
+    def ends(task, *arguments):
+        turns.append([c.name for c in task.contenders])
+        if len(turns) == 2:
+            raise KeyboardInterrupt
+        return [{"contender": name, "status": "not run", "note": ""} for name in turns[0]]
+
+    monkeypatch.setattr(measure, "measure", ends)
+    given = {"shape": "32x16x6x3", "tokens": "8,40", "device": "cpu", "out": tmp_path, "tests": False, "others": False}
+    with pytest.raises(KeyboardInterrupt):
+        run.run("moe_experts", **given)
+    found = json.loads((tmp_path / "moe_experts-32x16x6x3-cpu.json").read_text("utf-8"))
+    assert [(row["tokens"], row["contender"]) for row in found["rows"]] == [(8, "eager"), (8, "triton")]
+    assert turns == [["eager", "triton"]] * 2
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ down for a while slows all of them down; the first turns are not counted. On a G
 the caches overwritten before. The first call of all, which compiles, is told apart: it is neither time nor patience.
 """
 
+import functools
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.float16: (3e-3, 2e-2), torch.bfl
 SAME_SCORE = 1e-4  # of the mean score: picks whose scores differ by less are as good as each other
 WORSE_PICKS = 1e-4  # share of picks with another score up to which a result is right
 WARM_UP = {"cuda": 25, "cpu": 1}  # turns that are not counted, the first call among them, unless they are half of all
-PATIENCE = 10.0  # seconds in all after which a contender takes no more turns
+PATIENCE = 10.0  # seconds in all after which a contender takes no more turns, unless others are asked for
 SLICE = 1 << 24  # values that are compared at once
 STAGES = ("forward", "training forward", "backward", "forward + backward")
 Say = Callable[[str], None]
@@ -48,7 +49,9 @@ class Error(NamedTuple):
         return self.relative <= self.allowed  # NaN is not
 
 
-def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> list[dict[str, Any]]:
+def measure(
+    task: Task, dtype: torch.dtype, repeats: int, say: Say = print, patience: float = PATIENCE
+) -> list[dict[str, Any]]:
     """A row for each contender: `status` is "ok", "wrong", "failed" or "not run", with a `note` that says why.
 
     `first_call` is the seconds of its first turn, compilation included, where it came to its end.
@@ -72,7 +75,7 @@ def measure(task: Task, dtype: torch.dtype, repeats: int, say: Say = print) -> l
     wanted.clear()
     stages = STAGES if task.learned else STAGES[:1]
     runs: dict[int, Any] = {i: task.contenders[i].run for i, row in enumerate(rows) if row["status"] == "ok"}
-    for i, times in _turns(runs, task, dout, repeats, say).items():
+    for i, times in _turns(runs, task, dout, repeats, say, patience).items():
         rows[i]["turns"] = len(times)
         rows[i]["milliseconds"] = {
             stage: dict(zip(("min", "p20", "median", "p80"), np.percentile(column, (0, 20, 50, 80)).tolist()))
@@ -185,7 +188,7 @@ def _worse_picks(got: Tensor, want: Tensor) -> float:
 
 
 def _turns(
-    runs: dict[int, Any], task: Task, dout: Tensor | None, repeats: int, say: Say
+    runs: dict[int, Any], task: Task, dout: Tensor | None, repeats: int, say: Say, patience: float
 ) -> dict[int, list[list[float]]]:
     """Milliseconds of `STAGES` for each turn of each contender that counts; each turn another one begins.
 
@@ -197,7 +200,7 @@ def _turns(
     for turn in range(turns):
         say(f"turn {turn + 1} of {turns}")
         for i in order[turn % len(order) :] + order[: turn % len(order)]:
-            if not spent[i] or sum(sum(times[:3]) for times in spent[i]) < 1e3 * PATIENCE:
+            if not spent[i] or sum(sum(times[:3]) for times in spent[i]) < 1e3 * patience:
                 spent[i].append(_turn(runs[i], task, dout)[0])
     return {i: times[min(warm_up, len(times) // 2) :] for i, times in spent.items()}
 
@@ -245,8 +248,9 @@ def _milliseconds(marks: list[Any]) -> list[float]:
     return [a.elapsed_time(b) for a, b in pairwise(marks)]
 
 
+@functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The best of a few large products and copies, here and now."""
+    """The best of a few large products and copies, here and, once in a process, now."""
     size, length = (8192, 2**29) if device.type == "cuda" else (1536, 2**26)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = _best(lambda: a @ b, device)

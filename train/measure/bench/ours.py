@@ -17,6 +17,10 @@ def ours(setting: Setting, make: Make, *ops: str) -> list[Contender]:
     return found + (_backends(setting, setting.base, make, ops, BASE) if setting.base else [])
 
 
+def is_ours(name: str) -> bool:
+    return name.removeprefix(BASE) in ("eager", "triton")
+
+
 def _backends(setting: Setting, package: ModuleType, make: Make, ops: tuple[str, ...], prefix: str) -> list[Contender]:
     missing = [op for op in ops if not (_has(package, op, "eager") or _has(package, op, "reference"))]
     if missing:

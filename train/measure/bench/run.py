@@ -9,8 +9,9 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from . import OPS, measure, peers
 from .base import kernels_at
 from .checks import RedTests, check
 from .clocks import clocks
+from .ours import is_ours
 from .report import against_base, columns, table
 from .task import Op, Setting
 
@@ -59,10 +61,14 @@ def run(
     out: Path | None = None,
     base: str | None = None,
     tests: bool = True,
+    others: bool = True,
+    patience: float = measure.PATIENCE,
 ) -> Path:
     """Measures, prints tables as they come, writes the files; returns the JSON's path. None: the op's own choice.
 
-    `base` is a commit whose kernels run beside the present ones; with `tests` the op's own tests run first.
+    `base` is a commit whose kernels run beside the present ones; with `tests` the op's own tests run first; without
+    `others` our own contenders run alone; `patience` is the seconds after which one takes no more turns. The JSON is
+    written anew after each shape and length, so that a run that is cut off leaves what it has measured.
 
     Raises:
         ValueError: an option names something that is not there.
@@ -80,22 +86,27 @@ def run(
         checked = check(op, on.type) if tests else "not run: --no-tests"
         result = describe(op, kind, on, data, repeats) | {"tests": checked, "base": commit}
         print(_heading(result), flush=True)
+        path = _path(out or _folder(op), op, shapes if shape else (), result["provenance"]["machine"], on)
         for name, sizes in shapes.items():
             result["shapes"][name] = asdict(sizes)
             for n in lengths or sizes.tokens:
                 setting = Setting(sizes, n, getattr(torch, kind), on, data, base=package)
-                result["rows"] += _rows(module, setting, name, result)
-    result["provenance"]["clocks"]["after"] = clocks(on)
-    folder = out or _folder(op)
-    folder.mkdir(parents=True, exist_ok=True)
-    where = result["provenance"]["machine"]["name"] if on.type == "cuda" else "cpu"
-    path = folder / f"{_slug('-'.join([op, *(shapes if shape else ()), where]))}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+                result["rows"] += _rows(module, setting, name, result, others, patience)
+                result["provenance"]["clocks"]["after"] = clocks(on)
+                path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"\nnumbers  {path}\npicture  {_try_draw(path)}")
     return path
 
 
-def _rows(module: Op, setting: Setting, name: str, result: dict[str, Any]) -> list[dict[str, Any]]:
+def _path(folder: Path, op: str, shapes: Iterable[str], machine: dict[str, Any], device: torch.device) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    where = machine["name"] if device.type == "cuda" else "cpu"
+    return folder / f"{_slug('-'.join([op, *shapes, where]))}.json"
+
+
+def _rows(
+    module: Op, setting: Setting, name: str, result: dict[str, Any], others: bool, patience: float
+) -> list[dict[str, Any]]:
     """Of all tasks at one shape and length, printed as they come."""
     measured, told = Peak(**result["peaks"]["measured"]), result["peaks"]["datasheet"]
     peak, found = Peak(**told) if told else measured, []
@@ -105,9 +116,11 @@ def _rows(module: Op, setting: Setting, name: str, result: dict[str, Any]) -> li
         print(f"\n{name} T={setting.tokens:,}: the inputs do not fit into the device's memory", flush=True)
         return []
     for task in tasks:
+        if not others:
+            task = replace(task, contenders=[c for c in task.contenders if is_ours(c.name)])
         try:
             with _Progress(f"{name} {task.name} T={setting.tokens:,}") as progress:
-                rows = measure.measure(task, setting.dtype, result["repeats"], progress.say)
+                rows = measure.measure(task, setting.dtype, result["repeats"], progress.say, patience)
         except torch.OutOfMemoryError:
             note = {"status": "not run", "note": "eager runs out of memory"}
             rows = [{"contender": c.name} | note for c in task.contenders]
