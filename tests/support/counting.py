@@ -58,6 +58,7 @@ class Counted:
     grids: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
     kernels: dict[str, set[str]] = field(default_factory=dict)
     places: Counter[tuple[str, str]] | None = None
+    calls: list[tuple[Any, ...]] = field(default_factory=list)  # of JITFunction._do_compile, for each of them
 
     def clear(self) -> None:
         for counts in (self.launches, self.aten, self.ops, self.waits, self.grids, self.places or {}):
@@ -94,6 +95,7 @@ def gpu(target: str = "sm_90", places: bool = False) -> Iterator[Counted]:
 
     def compile(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
         counted.kernels.setdefault(self.__name__, set()).add(str(key))
+        counted.calls.append((self, key, signature, device, *rest))
         kernel = self.device_caches[device][0][key] = _Kernel(self.__name__, counted)
         return kernel
 

@@ -62,13 +62,14 @@ def run(
     base: str | None = None,
     tests: bool = True,
     others: bool = True,
+    drawn: bool = True,
     patience: float = measure.PATIENCE,
 ) -> Path:
     """Measures, prints tables as they come, writes the files; returns the JSON's path. None: the op's own choice.
 
     `base` is a commit whose kernels run beside the present ones; with `tests` the op's own tests run first; without
-    `others` our own contenders run alone; `patience` is the seconds after which one takes no more turns. The JSON is
-    written anew after each shape and length, so that a run that is cut off leaves what it has measured.
+    `others` our own contenders run alone, without `drawn` there is no PNG; `patience` is the seconds after which one
+    takes no more turns. The JSON is written anew after each shape and length: what is cut off leaves what it has.
 
     Raises:
         ValueError: an option names something that is not there.
@@ -94,7 +95,7 @@ def run(
                 result["rows"] += _rows(module, setting, name, result, others, patience)
                 result["provenance"]["clocks"]["after"] = clocks(on)
                 path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(f"\nnumbers  {path}\npicture  {_try_draw(path)}")
+    print(f"\nnumbers  {path}\npicture  {_try_draw(path) if drawn else 'not asked for'}")
     return path
 
 
