@@ -1,6 +1,7 @@
 """The tables of kernels/BENCHMARKS.md, written from kernels/benchmarks/*.json.
 
 python tests/benchmark_page.py              after `abyssal bench [OP] --out kernels/benchmarks`
+python tests/benchmark_page.py --from FOLDER        first file what `python tests/first_contact` measured on a GPU
 python tests/benchmark_page.py --compile [OP ...]   first compile the Triton configurations that ship: compiled.json
 
 The record of another triton is made with that one first on the path:
@@ -182,7 +183,12 @@ def kib(size: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", nargs="*", choices=aot.OPS, metavar="OP", help="of " + ", ".join(aot.OPS))
-    ops = parser.parse_args().compile
+    parser.add_argument("--from", dest="contact", type=Path, metavar="FOLDER", help="of a first contact")
+    options = parser.parse_args()
+    ops = options.compile
+    if options.contact:
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests/first_contact")]
+        importlib.import_module("page").file(options.contact, ROOT)
     for op in [] if ops is None else ops or aot.OPS:
         print(f"compiling {op}", flush=True)
         record.add(op)

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def machine(at: Context) -> None:
         versions=provenance.versions() | versions(),
         source=provenance.source(),
         clocks=clocks(device),
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         cores=os.cpu_count(),
         available_gib=round(available_memory(torch.device("cpu")) / 2**30, 1),
         python=platform.python_build()[0],

@@ -102,7 +102,7 @@ def run(
 def _path(folder: Path, op: str, shapes: Iterable[str], machine: dict[str, Any], device: torch.device) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     where = machine["name"] if device.type == "cuda" else "cpu"
-    return folder / f"{_slug('-'.join([op, *shapes, where]))}.json"
+    return folder / f"{slug('-'.join([op, *shapes, where]))}.json"
 
 
 def _rows(
@@ -216,7 +216,7 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
 
 

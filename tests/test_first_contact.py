@@ -1,0 +1,161 @@
+"""A first contact with a GPU, tried on a CPU: every part to its end; parts that hang, crash or are cut off leave what
+they have told.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "tests/first_contact"
+
+FAILING = """
+import os, time
+
+def hangs(at):
+    for item in at.items(["first", "hangs", "last"]):
+        if item == "hangs":
+            time.sleep(600)
+        at.tell(done=item)
+
+def crashes(at):
+    for item in at.items(["first", "crashes", "last"]):
+        if item == "crashes":
+            print("what it says last", flush=True)
+            os.abort()
+        at.tell(done=item)
+
+def goes_on(at):
+    while True:
+        at.tell(done="something")
+        time.sleep(0.05)
+
+def fails(at):
+    raise RuntimeError("nothing comes of it")
+
+def works(at):
+    at.tell(left=at.left)
+"""
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    """The runner, and a module of parts that other processes can import."""
+    (tmp_path / "failing_parts.py").write_text(FAILING, "utf-8")
+    for folder in (HERE, tmp_path):
+        monkeypatch.syspath_prepend(folder)
+    import runner
+
+    yield runner
+    for name in ("runner", "failing_parts"):
+        sys.modules.pop(name, None)
+
+
+def part(runner, name, seconds=30.0, item=2.0, least=0.1):
+    import failing_parts
+
+    return runner.Part(name, getattr(failing_parts, name), seconds, least=least, item=item)
+
+
+def done(runner, out, name):
+    return [row["done"] for row in runner.rows(out, name) if "done" in row]
+
+
+def test_an_item_that_hangs_is_ended_and_the_next_one_runs(runner, tmp_path):
+    row = runner.run_part(part(runner, "hangs"), tmp_path, "cpu", 60)
+    assert done(runner, tmp_path, "hangs") == ["first", "last"]
+    assert row["status"] == "died" and "hangs: hung" in row["note"] and row["seconds"] < 30
+
+
+def test_an_item_that_crashes_is_told_and_the_next_one_runs(runner, tmp_path):
+    row = runner.run_part(part(runner, "crashes"), tmp_path, "cpu", 60)
+    assert done(runner, tmp_path, "crashes") == ["first", "last"]
+    assert row["status"] == "died" and "crashes: died" in row["note"]
+    assert "what it says last" in (tmp_path / "crashes.log").read_text("utf-8")
+
+
+def test_a_part_that_is_cut_off_leaves_what_it_has_told(runner, tmp_path):
+    row = runner.run_part(part(runner, "goes_on"), tmp_path, "cpu", 4)
+    assert row["status"] == "cut" and 3 < row["seconds"] < 20 and done(runner, tmp_path, "goes_on")
+    with runner.journal(tmp_path, "goes_on").open("a") as file:
+        file.write('{"done": "half a li')
+    assert set(done(runner, tmp_path, "goes_on")) == {"something"}
+
+
+def test_parts_share_what_is_left(runner, tmp_path):
+    parts = [
+        part(runner, "fails", 40),
+        part(runner, "goes_on", 2),
+        part(runner, "works", 30),
+        part(runner, "hangs", 1, least=90),
+    ]
+    said = []
+    told = runner.run_all(parts, tmp_path, "cpu", 30, said.append)
+    assert [row["status"] for row in told] == ["died", "cut", "ok", "skipped"]
+    assert "nothing comes of it" in told[0]["note"] and "were left for it" in told[3]["note"]
+    assert json.loads((tmp_path / "parts.json").read_text("utf-8")) == told
+    (left,) = (row["left"] for row in runner.rows(tmp_path, "works"))
+    assert 2 < left < 30 and any("works: ok" in line for line in said)
+
+
+def contact(*options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(HERE), *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.slow("every part of a first contact runs, each in a process of its own")
+def test_every_part_runs_to_its_end_on_a_cpu(tmp_path):
+    began, out = time.time(), tmp_path / "out"
+    ran = contact("--cpu", "--out", str(out), "--cache", str(tmp_path / "cache"))
+    parts = {row["part"]: row for row in json.loads((out / "parts.json").read_text("utf-8"))}
+    assert ran.returncode == 0, (parts, ran.stdout[-3000:], ran.stderr[-3000:])
+    assert list(parts) == ["machine", "compile", "smoke", "tests", "micro", "train", "decode", "graphs", "profile"]
+    assert {row["status"] for row in parts.values()} == {"ok"}
+    told = {
+        name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text("utf-8").splitlines()] for name in parts
+    }
+    assert told["machine"][0]["versions"].keys() >= {"torch", "triton", "transformers", "python"}
+    assert [row["right"] for row in told["smoke"] if "item" in row] == [True, True]
+    assert told["tests"][0]["passed"] > 50 and not told["tests"][0]["red"] and (out / "tests/tests.xml").is_file()
+    assert not [row for row in told["micro"] if "error" in row]
+    assert len(list((out / "benchmarks").glob("*.json"))) == sum("file" in row for row in told["micro"]) == 12
+    assert told["train"][-1]["steps"] == 3 and told["train"][-1]["tokens_per_second"] > 0
+    assert [row["batch"] for row in told["decode"] if "batch" in row] == [1, 8]
+    assert told["profile"][0]["training"]["total"] > 0 and not list(out.rglob("checkpoints"))
+    if "note" not in told["compile"][0]:
+        assert told["compile"][-1]["compiled"] == told["compile"][-1]["new_entries"] > 0
+    filed(out, tmp_path / "root")
+    assert "tests: " in (out / "log.txt").read_text("utf-8") and time.time() - began < 600
+
+
+def filed(out, root):
+    """The pages that are written from it."""
+    for folder in ("kernels/benchmarks", "train/measure"):
+        (root / folder).mkdir(parents=True)
+    code = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(ROOT)!r}]; import page; from pathlib import Path;"
+    code += f"page.file(Path({str(out)!r}), Path({str(root)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    text = (root / "train/measure/FIRST_CONTACT.md").read_text("utf-8")
+    assert "| train train | " in text and "against its definitions" in text and "torch 2." in text
+    assert "(profile-nano-" in text and len(list((root / "train/measure").glob("profile-nano-*"))) == 2
+    assert len(list((root / "kernels/benchmarks").glob("*.png"))) == 12
+    assert {path.name for path in (root / "kernels/benchmarks").glob("*.json")} == {
+        path.name for path in (out / "benchmarks").glob("*.json")
+    }
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "mine").touch()
+    ran = contact("--cpu", "--out", str(tmp_path))
+    assert ran.returncode == 2 and "there is something in it" in ran.stdout
+
+
+def test_unknown_parts_are_named():
+    assert "allowed are machine, compile, smoke" in contact("--only", "everything").stderr
