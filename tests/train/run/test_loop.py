@@ -24,6 +24,7 @@ from abyssal.train.run.load import load_trained
 from abyssal.train.run.loop import TrainingDiverged
 from abyssal.train.start import train
 
+SMALL = {"index", "grad_norm"}  # numbers that rounding moves more than others
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib"}
 
 
@@ -236,3 +237,34 @@ def test_run_json_says_what_made_the_run(whole, tiny):
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in start["versions"]["torch"]
     assert start["machine"]["threads"] >= 1
     assert start["parameters"] == sum(p.numel() for p in loop.Transformer(tiny().model).parameters())
+
+
+# on a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device, rule, dtype, off",
+    [
+        ("cpu", "muon", "bfloat16", 0.02),
+        pytest.param("cuda", "muon", "bfloat16", 0.02, marks=pytest.mark.gpu),
+        pytest.param("cuda", "muon", "float32", 1e-3, marks=pytest.mark.gpu),
+        pytest.param("cuda", "adamw", "float32", 1e-3, marks=pytest.mark.gpu),
+    ],
+)
+def test_training_on_a_device_is_that_on_a_cpu(device, rule, dtype, off, tiny, tmp_path):
+    """Six steps, and three with three resumed: losses, held-out text, weights."""
+    common = [f"optim.rule='{rule}'", "train.sample_tokens=6"]
+    there = [*common, f"train.device='{device}'", f"train.dtype='{dtype}'"]
+    want = train(tiny(*common), tmp_path / "cpu", shown=False)
+    got = train(tiny(*there), tmp_path / "whole", shown=False)
+    out = tmp_path / "parts"
+    train(tiny(*there), out, stop_at=3, shown=False)
+    resumed = train(tiny(*there), out, resume=out, shown=False)
+    for name in ("lm", "mtp", "balance", "index", "grad_norm"):
+        losses = [[record[name] for record in metrics.read(folder)] for folder in (want.out, got.out, out)]
+        assert losses[1] == pytest.approx(losses[0], rel=10 * off if name in SMALL else off), name
+        assert losses[2] == pytest.approx(losses[1], rel=off / 10), name
+    assert got.scores["held_out"] == pytest.approx(want.scores["held_out"], rel=off)
+    assert resumed.scores["held_out"] == pytest.approx(got.scores["held_out"], rel=off / 10)
+    model = load_trained(got.checkpoint)[0]
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
