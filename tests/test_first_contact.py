@@ -4,10 +4,12 @@ they have told.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,8 +133,20 @@ def test_every_part_runs_to_its_end_on_a_cpu(tmp_path):
     assert told["profile"][0]["training"]["total"] > 0 and not list(out.rglob("checkpoints"))
     if "note" not in told["compile"][0]:
         assert told["compile"][-1]["compiled"] == told["compile"][-1]["new_entries"] > 0
+        carried(tmp_path)
     filed(out, tmp_path / "root")
     assert "tests: " in (out / "log.txt").read_text("utf-8") and time.time() - began < 600
+
+
+def carried(folder):
+    """A cache holds in another checkout of the same sources."""
+    for name in ("abyssal", "kernels", "model", "train", "configs", "tests/first_contact", "tests/support"):
+        shutil.copytree(ROOT / name, folder / "elsewhere" / name, ignore=shutil.ignore_patterns("*.png", "__pycache__"))
+    command = [sys.executable, str(folder / "elsewhere/tests/first_contact"), "--cpu", "--only", "compile"]
+    command += ["--cache", str(folder / "cache"), "--out", str(folder / "again")]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    last = json.loads((folder / "again/compile.jsonl").read_text("utf-8").splitlines()[-1])
+    assert last["compiled"] > 0 and last["new_entries"] == 0
 
 
 def filed(out, root):
@@ -155,6 +169,16 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "mine").touch()
     ran = contact("--cpu", "--out", str(tmp_path))
     assert ran.returncode == 2 and "there is something in it" in ran.stdout
+
+
+def test_what_is_compiled_ahead_is_compiled_for_what_a_driver_names():
+    pytest.importorskip("triton")
+    import dryrun
+    from triton.backends.nvidia.driver import CudaDriver
+
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        card = SimpleNamespace(get_current_device=lambda: 0, get_device_capability=lambda _, found=capability: found)
+        assert CudaDriver.get_current_target(card) == dryrun._target("sm_{}{}".format(*capability))
 
 
 def test_unknown_parts_are_named():

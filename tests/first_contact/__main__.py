@@ -48,17 +48,16 @@ PARTS = [  # most important first; together the default budget
 def main() -> int:
     options = _options()
     device = "cpu" if options.cpu or options.compile_only else "cuda"
-    if device == "cuda" and not _has_gpu():
+    target = options.target or ("sm_90" if device == "cpu" else _architecture())
+    if not target:
         print("torch finds no CUDA device: --cpu tries everything at small sizes, --compile-only compiles ahead")
         return 2
     if options.cache:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve())
-    if options.target:
-        os.environ["FIRST_CONTACT_TARGET"] = options.target
-    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "FIRST_CONTACT_TARGET": target}
     os.environ.pop("TRITON_INTERPRET", None)
     if device == "cpu":
-        os.environ |= {"OMP_NUM_THREADS": "1", "FIRST_CONTACT_TARGET": options.target or "sm_90"}
+        os.environ["OMP_NUM_THREADS"] = "1"
     out = options.out or Path(f"first-contact-{time.strftime('%Y%m%d-%H%M%S')}")
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
@@ -104,15 +103,16 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _has_gpu() -> bool:
-    """Asked in a process of its own: a driver that has been asked cannot be forked."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code]).returncode == 0
+def _architecture() -> str:
+    """Of the GPU, "" without one; asked in a process of its own, as a driver that has been asked cannot be forked."""
+    code = (
+        "import torch; c = torch.cuda; print('sm_{}{}'.format(*c.get_device_capability()) if c.is_available() else '')"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
 def _compile_only(out: Path, seconds: float) -> int:
     """In this process: without a GPU there is nothing that could hang. Says what it means for a first contact."""
-    os.environ.setdefault("FIRST_CONTACT_TARGET", "sm_90")
     fast.compile(Context("compile", out, "meta", time.time() + seconds))
     for line in [*_compiled(out), *estimate(out)]:
         print(line)
