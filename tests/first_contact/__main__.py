@@ -105,9 +105,7 @@ def _options() -> argparse.Namespace:
 
 def _architecture() -> str:
     """Of the GPU, "" without one; asked in a process of its own, as a driver that has been asked cannot be forked."""
-    code = (
-        "import torch; c = torch.cuda; print('sm_{}{}'.format(*c.get_device_capability()) if c.is_available() else '')"
-    )
+    code = "import torch.cuda as c; print('sm_{}{}'.format(*c.get_device_capability()) if c.is_available() else '')"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
