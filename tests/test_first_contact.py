@@ -105,6 +105,37 @@ def test_parts_share_what_is_left(runner, tmp_path):
     assert 2 < left < 30 and any("works: ok" in line for line in said)
 
 
+def test_a_run_that_was_cut_off_is_told(runner, tmp_path):
+    import whole
+
+    folder = tmp_path / "runs/train"
+    (folder / "checkpoints").mkdir(parents=True)
+    steps = [{"step": i, "tokens": 9 * i, "seconds": i, "tokens_per_second": 10 * i, "peak_memory_gib": 1, "loss": 3}
+             for i in (1, 2, 3)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"step": 4', "utf-8")
+    whole.rescue(tmp_path)
+    whole.rescue(tmp_path)
+    (row,) = runner.rows(tmp_path, "train")
+    assert row["cut"] and row["steps"] == 3 and row["tokens_per_second"] == 25 and not list(folder.glob("checkpoints"))
+    sys.modules.pop("whole", None)
+
+
+def test_killed_it_leaves_what_was_done_and_no_process(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(HERE), "--cpu", "--only", "machine,micro", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + 300
+    while not (out / "micro.jsonl").is_file() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert json.loads((out / "parts.json").read_text("utf-8"))[0]["part"] == "machine"
+    time.sleep(5)
+    size = (out / "micro.jsonl").stat().st_size
+    time.sleep(5)
+    assert (out / "micro.jsonl").stat().st_size == size < 2000
+
+
 def contact(*options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

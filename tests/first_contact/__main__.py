@@ -78,6 +78,7 @@ def main() -> int:
 
         wanted = [part for part in PARTS if options.only is None or part.name in options.only]
         told = run_all(wanted, out, device, options.seconds, say)
+        whole.rescue(out)
         for line in summary(out):
             say(line)
     print(f"send this folder: {out}")

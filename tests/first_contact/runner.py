@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -74,11 +75,14 @@ def journal(out: Path, name: str) -> Path:
 
 
 def rows(out: Path, name: str) -> list[Row]:
-    """What a part has told, without a line that was cut off."""
-    path = journal(out, name)
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    """What a part has told."""
+    return lines(journal(out, name))
+
+
+def lines(path: Path) -> list[Row]:
+    """Of a file with one JSON object in each, without one that was cut off."""
     found = []
-    for line in lines:
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         with suppress(ValueError):
             found.append(json.loads(line))
     return found
@@ -140,12 +144,16 @@ def _process(part: Part, out: Path, device: str, end: float) -> tuple[int | None
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
         process.join()
 
 
 def _within(part: Part, at: Context) -> None:
     """In its own process and session: what it says goes to its log."""
+    from abyssal.train.measure.bench.workers import end_with
+
     os.setsid()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     log = os.open(at.out / f"{at.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -154,5 +162,5 @@ def _within(part: Part, at: Context) -> None:
 
 
 def _last_words(out: Path, name: str) -> str:
-    lines = (out / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "without a word")[:200]
+    said = (out / f"{name}.log").read_text("utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in reversed(said) if line.strip()), "without a word")[:200]

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from runner import ROOT, Context
+from runner import ROOT, Context, lines, rows
 
 TEXT = ROOT / "kernels/attention"  # little to read
 SMALL = [f"data.source='{TEXT}'", "data.sequence_length=48", "data.batch_size=2", "data.held_out_rows=2"]
@@ -56,10 +56,18 @@ def _trained(at: Context, item: str, seconds: float, *more: str) -> None:
     at.tell(item=item, wall_seconds=time.time() - began, **of_run(out))
 
 
+def rescue(out: Path) -> None:
+    """Tells of runs that were cut off before they could."""
+    for folder in sorted((out / "runs").glob("*")):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        item, part = folder.name.replace("-", " "), "train" if folder.name == "train" else "graphs"
+        if item not in {row["item"] for row in rows(out, part) if "item" in row}:
+            Context(part, out, "", 0.0).tell(item=item, cut=True, **of_run(folder))
+
+
 def of_run(out: Path) -> dict[str, Any]:
     """Of a run's metrics: its speed when it was warm, its memory and its losses."""
-    path = out / "metrics.jsonl"
-    steps = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    steps = lines(out / "metrics.jsonl")
     if not steps:
         return {"steps": 0}
     warm = [step["tokens_per_second"] for step in steps[len(steps) // 2 :]]

@@ -223,7 +223,7 @@ def pytest_runtestloop(session: Any) -> bool | None:
     names.replace(folder / "collected.json")
     session.config.pluginmanager.register(worker)
     worker.tell("ready", process=os.getpid())
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     item = next_item = None
     for number, candidate in enumerate([*session.items, None]):
         if candidate is not None and not _claim(folder / "claims" / str(number)):
@@ -246,7 +246,7 @@ def _claim(path: Path) -> bool:
     return True
 
 
-def _follow(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Ends this process after its parent, which may have been killed."""
     while os.getppid() == parent:
         time.sleep(0.5)
