@@ -254,13 +254,23 @@ class Transformer(nn.Module):
         return self.norm(self.hc_head(streams))
 
     @torch.no_grad()
-    def update_router_bias(self, speed: float | None = None) -> None:
+    def update_router_bias(self, speed: float | Tensor | None = None) -> None:
         """Moves each score router's bias against the load of the training passes since the last call (spec C.5).
 
-        speed: default `config.router_bias_update_speed`, 0.001. Call it after each optimizer step.
+            bias_e += speed sign(mean load - load_e)
+
+        speed: default `config.router_bias_update_speed`, 0.001; as a tensor [] it may be on the device. Call it after
+            each optimizer step.
         """
-        for block in (*self.layers, *self.mtp):
-            block.ffn.gate.update_bias(self.config.router_bias_update_speed if speed is None else speed)
+        speed = self.config.router_bias_update_speed if speed is None else speed
+        gates = [block.ffn.gate for block in (*self.layers, *self.mtp)]
+        counted = [gate for gate in gates if gate.counts is not None and not gate.is_hash]
+        if counted:
+            loads = torch.stack([gate.counts for gate in counted])
+            moves = speed * torch.sign(loads.mean(-1, keepdim=True) - loads)
+            torch._foreach_add_([gate.bias for gate in counted], list(moves.unbind()))
+        for gate in gates:
+            gate.counts = None
 
     def _learn(
         self,

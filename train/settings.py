@@ -153,7 +153,16 @@ class TrainConfig(Table):
     recompute: int = _not_negative(
         0, "layers of a group that is worked out again in the backward pass, which saves memory; 0 = none"
     )
-    log_every: int = _positive(10, "steps between two lines on the screen, where no progress bar is shown")
+    graph: bool = key(
+        False,
+        "capture the steps of a shape in CUDA graphs and replay them: the same bits, launched at once; looks"
+        " (observe_every) then need the memory of a step beside the graphs'",
+    )
+    log_every: int = _positive(
+        10,
+        "steps between two lines on the screen, where no progress bar is shown; on CUDA also how many steps later the"
+        " numbers of a step are looked at, so that none is waited for (with [stability] at once)",
+    )
     observe_every: int = _not_negative(
         20, "steps between two looks into the mechanisms (gradients, updates, mHC, indexer, Engram); 0 = none"
     )

@@ -12,7 +12,7 @@ With expert parallelism, a layer's experts are shared out over the `expert` axis
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from ...model.tables import RowTable
 from ..optim import Optimizers
 from ..optim.adam import AdamW
 from .world import World
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
 
 
 def shard(model: Transformer, world: World) -> None:
@@ -82,37 +84,33 @@ def _share_experts(model: Transformer, world: World) -> set[nn.Parameter]:
 
 
 @torch.no_grad()
-def gradient_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
+def gradient_norm(grads: Sequence[Tensor], world: World) -> Tensor:
     """The norm of the whole gradient, summed in float64: the same number in every process, and that of one process."""
-    grads = [p.grad for p in parameters if p.grad is not None]
     total = world.total(torch.stack([_own_square(grad, world) for grad in grads]).sum())
     return total.sqrt().to(grads[0].dtype)
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
-    """Scales every gradient so that their whole norm is at most `limit`."""
-    share = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            local(parameter.grad).mul_(share)
-
-
-def clip_gradients(model: nn.Module, limit: float, world: World) -> float:
-    """Scales the whole gradient to a norm of at most `limit` (0 = as it is); its norm before.
+def clip_gradients(model: nn.Module, limit: float, world: World) -> Tensor:
+    """Scales the whole gradient to a norm of at most `limit` (0 = as it is); its norm before, which nobody waits for.
 
     A norm that is not finite scales nothing: it would spread to gradients that are not to blame for it.
     """
-    parameters, limit = [p for p in model.parameters() if p.grad is not None], limit or math.inf
-    if world.size > 1:
-        norm = gradient_norm(parameters, world)
-        if norm.isfinite():
-            clip(parameters, norm, limit)
-        return norm.item()
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm.isfinite():
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm.item()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = gradient_norm(grads, world) if world.size > 1 else nn.utils.get_total_norm(grads)
+    share = ((limit or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(grad) for grad in grads], torch.where(norm.isfinite(), share, 1.0))
+    return norm
+
+
+@torch.no_grad()
+def keep_gradients(model: nn.Module, sound: Tensor) -> None:
+    """Every gradient becomes zero unless `sound`, a bool on the device."""
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    bits = [
+        grad.view(BITS[grad.element_size()]) for grad in grads
+    ]  # NaN · 0 is NaN, but its bits times 0 are those of 0
+    torch._foreach_mul_(bits, sound.to(bits[0].dtype))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ class AdamW(torch.optim.AdamW):
     MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "step"})
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True, capturable=True)
 
     def step(self, closure: None = None, observe: Observer | None = None) -> None:  # type: ignore[override]
         """As `Muon.step`."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...model.tables import RowTable
-from .muon import Observer
+from .muon import Observer, descend
 from .rows import RowRule
 
 ROUNDS = 11
@@ -84,7 +84,7 @@ class Balanced(torch.optim.Optimizer):
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(parameter)
                 update = _direction(parameter.grad, state["exp_avg"], group["momentum"]).mul_(group["scale"])
-                parameter.sub_(update, alpha=group["lr"])
+                descend(parameter, update, group["lr"])
                 if observe:
                     observe(parameter, update)
 

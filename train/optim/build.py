@@ -81,7 +81,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
     return Optimizers([*optimizers, _row_rule(tables, config)] if tables else optimizers)
 
 
-def set_learning_rate(optimizer: Optimizers, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizers, lr: float | Tensor) -> None:
+    """For the steps to come; a tensor [] may be on the device, where no step waits for it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 

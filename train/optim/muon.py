@@ -71,24 +71,31 @@ class Muon(torch.optim.Optimizer):
                 self._update(batch, group, observe)
 
     def _update(self, batch: "list[Learner]", group: dict[str, Any], observe: Observer | None) -> None:
-        looks = [whole(self._look_ahead(parameter, group["momentum"])) for parameter, _ in batch]
+        parameters = [parameter for parameter, _ in batch]
+        looks = [whole(look) for look in self._look_ahead(parameters, group["momentum"])]
         stacks = [split(look, rows) for (look, _), (_, rows) in zip(looks, batch)]
         flat = newton_schulz_many([stack for several in stacks for stack in several], **self.iteration)
+        torch._foreach_mul_(flat, [group["scale"] * math.sqrt(max(done.shape[-2:])) for done in flat])
+        torch._foreach_mul_([local(parameter) for parameter in parameters], 1 - group["lr"] * group["weight_decay"])
         done = iter(flat)
-        for (parameter, _), (look, mine), several in zip(batch, looks, stacks):
-            parts = [next(done).mul_(group["scale"] * math.sqrt(max(stack.shape[-2:]))) for stack in several]
+        for parameter, (look, mine), several in zip(parameters, looks, stacks):
+            parts = [next(done) for _ in several]
             update = mine(parts[0].reshape(look.shape) if len(parts) == 1 else torch.cat(parts, -2))
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            descend(parameter, update, group["lr"])
             if observe:
                 observe(parameter, update)
 
-    def _look_ahead(self, parameter: Tensor, momentum: float) -> Tensor:
-        """μ M + G, after M ← μ M + G."""
-        state, grad = self.state[parameter], parameter.grad
-        assert grad is not None
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        return grad.add(state["momentum"].mul_(momentum).add_(grad), alpha=momentum)
+    def _look_ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """μ M + G of each, after M ← μ M + G."""
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        grads = [local(parameter.grad) for parameter in parameters]
+        sums = [local(self.state[parameter]["momentum"]) for parameter in parameters]
+        torch._foreach_mul_(sums, momentum)
+        torch._foreach_add_(sums, grads)
+        looks = torch._foreach_add(grads, sums, alpha=momentum)
+        return [shared_as(parameter, look) for parameter, look in zip(parameters, looks)]
 
 
 class Learner(NamedTuple):
@@ -105,9 +112,30 @@ def split(x: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
     return list(x.split(rows, -2))
 
 
+def descend(parameter: Tensor, update: Tensor, lr: float | Tensor) -> None:
+    """W ← W - η O; a learning rate on the device is read there."""
+    lr = lr if isinstance(lr, Tensor) else local(parameter).new_tensor(lr)
+    parameter.addcmul_(update, lr, value=-1)
+
+
 def full(x: Tensor) -> Tensor:
     """All of a tensor that processes may share."""
     return x if type(x) is Tensor else x.full_tensor()  # type: ignore[attr-defined]
+
+
+def local(x: Any) -> Tensor:
+    """What this process holds of a tensor that processes may share."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def shared_as(like: Any, x: Tensor) -> Tensor:
+    """What this process holds, as a tensor that processes share as they do `like`."""
+    if not hasattr(like, "to_local"):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements, shape, stride = like.device_mesh, like.placements, like.shape, like.stride()
+    return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def whole(look: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -123,10 +151,7 @@ def whole(look: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     assert isinstance(look, DTensor)
     mesh, placements = look.device_mesh, look.placements
     if look.ndim > 2 and all(getattr(p, "dim", 0) == 0 for p in placements):  # whole copies, or cut along axis 0
-        shape, stride = look.shape, look.stride()
-        return look.to_local(), lambda update: DTensor.from_local(
-            update, mesh, placements, run_check=False, shape=shape, stride=stride
-        )
+        return look.to_local(), lambda update: shared_as(look, update)
     return full(look), lambda update: distribute_tensor(update, mesh, placements, src_data_rank=None)
 
 

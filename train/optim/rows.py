@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...model.tables import RowTable
-from .muon import Observer
+from .muon import Observer, descend
 
 
 class RowRule(ABC):
@@ -35,7 +35,7 @@ class RowRule(ABC):
         for table in self.tables:
             if table.rows.grad is not None:
                 update = self.direction(table.rows.grad, table.columns(), self._group)
-                table.rows.sub_(update, alpha=self._group["lr"])
+                descend(table.rows, update, self._group["lr"])
                 if observe:
                     observe(table.rows, update)
 

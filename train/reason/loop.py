@@ -34,6 +34,7 @@ from ..data.tokenizers import load_tokenizer
 from ..recipe import Recipe
 from ..run import metrics
 from ..run.checkpoint import Progress
+from ..run.line import Line
 from ..run.loop import Run
 from ..run.schedule import Phase
 from ..run.step import Experts
@@ -88,7 +89,7 @@ class GrpoRun(Run):
             for number in range(first, first + self.grpo.prompts)
         ]
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> Line:
         """A batch of completions, and what is learnt from it."""
         began, number = time.perf_counter(), self.progress.step
         asked = [question for question in self.questions(number) for _ in range(self.grpo.group)]
@@ -100,7 +101,7 @@ class GrpoRun(Run):
         measured = self.learn(rollouts, advantages(rewards, self.grpo.group), phase)
         tokens = int(rollouts.written.sum())
         self.progress = Progress(number + 1, self.progress.tokens + tokens, self.seconds())
-        return {
+        record = {
             "step": number + 1,
             "tokens": self.progress.tokens,
             "seconds": round(self.progress.seconds, 3),
@@ -111,6 +112,7 @@ class GrpoRun(Run):
             "tokens_per_second": round(tokens / (time.perf_counter() - began), 1),
             "peak_memory_gib": round(metrics.peak_memory_gib(self.device), 4),
         }
+        return Line(record)
 
     def roll_out(self, asked: list[tuple[Problem, str]], step: int) -> Rollouts:
         """A completion for each question by the policy as it is."""
@@ -133,9 +135,10 @@ class GrpoRun(Run):
         order = torch.Generator().manual_seed(self.recipe.train.seed << 32 | phase.step)
         rows = rows[torch.randperm(len(rows), generator=order)]
         shares = [share for share in rows.tensor_split(self.grpo.updates) if len(share)]
+        updates = [self.update(rollouts.rows(share), advantage[share.to(self.device)], phase) for share in shares]
         sums = dict.fromkeys(MEASURED, 0.0)
-        for share in shares:
-            for name, value in self.update(rollouts.rows(share), advantage[share.to(self.device)], phase).items():
+        for update in updates:  # all are under way before the first number is read
+            for name, value in self.measured(*update, phase).items():
                 sums[name] += value / len(shares)
         return {**sums, "learnt_from": len(rows) / len(rollouts)}
 
@@ -144,8 +147,8 @@ class GrpoRun(Run):
         differs = advantage.unflatten(0, (-1, self.grpo.group)).any(-1).repeat_interleave(self.grpo.group)
         return (differs.cpu() | (not self.grpo.skip_settled)).nonzero().flatten()
 
-    def update(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> dict[str, float]:
-        """One optimizer step."""
+    def update(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> tuple[list[Tensor], Tensor, int, int]:
+        """One optimizer step: what each pass found [5], the gradient's norm, tokens and completions."""
         tokens, b = int(rollouts.written.sum()), len(rollouts)
         split = passes(rollouts.lengths, self.grpo.tokens_per_pass)
         parts = [rollouts.rows(rows) for rows in split]
@@ -155,19 +158,22 @@ class GrpoRun(Run):
             (routes(part.experts), partial(self._loss, part, advantage[rows], share, tokens))
             for rows, part, share in zip(split, parts, shares)
         ]
-        sums, norm = self.stepper.accumulate(phase, forwards)
-        loss, kl, clipped, off_policy, spread = (sum(float(x) for x in column) for column in zip(*sums))
-        found = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}
-        self._check_finite(phase.step + 1, {**found, "grad_norm": norm})
+        found, norm = self.stepper.accumulate(phase, forwards)
         self.stepper.update(phase)
-        return {**found, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm}
+        return found, norm, tokens, b
 
-    def _loss(
-        self, rows: Rollouts, advantage: Tensor, shares: LossShares, tokens: int
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def measured(self, found: list[Tensor], norm: Tensor, tokens: int, b: int, phase: Phase) -> dict[str, float]:
+        """The numbers of an update, once it is over."""
+        loss, kl, clipped, off_policy, spread = (sum(column) for column in zip(*torch.stack(found).tolist()))
+        means = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}
+        self._check_finite(phase.step + 1, {**means, "grad_norm": norm.item()})
+        return {**means, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm.item()}
+
+    def _loss(self, rows: Rollouts, advantage: Tensor, shares: LossShares, tokens: int) -> tuple[Tensor, Tensor]:
         """What some rows add to an update's loss, a mean over its `tokens`, and sums over the rows for the metrics."""
         terms, spread, extra = self.terms(rows, advantage, shares)
-        return terms.loss / tokens + extra, (terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread)
+        sums = torch.stack([terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread])
+        return terms.loss / tokens + extra, sums
 
     def terms(self, rows: Rollouts, advantage: Tensor, shares: LossShares) -> tuple[Terms, Tensor, Tensor]:
         """GRPO's terms of some rows, the sum of the entropies of their tokens, and router and index losses."""

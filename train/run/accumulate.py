@@ -34,7 +34,7 @@ def micro_batches(batch: Batch, rows: int) -> list[Batch]:
     """`batch` in parts of `rows` rows, the last one perhaps smaller; 0 = in one part."""
     if not rows:
         return [batch]
-    parts = zip(*(tensor.split(rows) for tensor in (batch.ids, batch.targets, batch.documents)))
+    parts = zip(*(tensor.split(rows) for tensor in batch.tensors()))
     return [Batch(*part) for part in parts]
 
 
@@ -47,16 +47,17 @@ def passes(config: ModelConfig, batch: Batch, rows: int, total: Total | None = N
     return [Pass(part, loss_shares(count, whole)) for part, count in zip(parts, counts)]
 
 
-def summed(losses: Sequence[dict[str, Tensor]], total: Total | None = None) -> dict[str, float]:
-    """The step's losses from what its passes add to each."""
+def summed(losses: Sequence[dict[str, Tensor]], total: Total | None = None) -> dict[str, Tensor]:
+    """The step's losses [], from what its passes add to each."""
     sums = torch.stack([torch.stack([part[name].detach() for part in losses]).sum() for name in losses[0]])
-    return dict(zip(losses[0], (total(sums) if total else sums).tolist()))
+    return dict(zip(losses[0], (total(sums) if total else sums).unbind()))
 
 
 def mean_metrics(metrics: Sequence[dict[str, Tensor]], rows: Sequence[int]) -> dict[str, Tensor]:
     """The model's measurements of this process' passes, each weighted by its rows."""
     if len(metrics) == 1:
         return metrics[0]
-    weights = torch.tensor(rows) / sum(rows)
-    parts = {name: torch.stack([part[name] for part in metrics]) for name in metrics[0]}
-    return {name: torch.tensordot(weights.to(stack), stack, dims=1) for name, stack in parts.items()}
+    return {
+        name: torch.stack([part[name] * (count / sum(rows)) for part, count in zip(metrics, rows)]).sum(0)
+        for name in metrics[0]
+    }

@@ -6,7 +6,6 @@ The first module is the first whose pass comes to its end, so that an inner one 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..distributed.shard import local
@@ -37,8 +36,7 @@ def bad_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
-            run()
+        run()
     finally:
         for hook in hooks:
             hook.remove()
@@ -46,7 +44,7 @@ def bad_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
 
 def culprit(model: nn.Module, run: Callable[[], Any], world: World = ALONE) -> str:
-    """What to look at, for people; `run()` makes the pass that went wrong once more."""
+    """What to look at, for people; `run()` makes the passes that went wrong once more, backward too."""
     weight = world.heard(bad_weight(model))
     if weight:
         return f"{weight} holds numbers that are not finite"

@@ -24,14 +24,16 @@ from ..distributed.shard import shard, split_by_mesh, whole_model
 from ..distributed.world import ALONE, Nowhere, World, choose_device, own_device
 from ..optim import build_optimizer
 from ..recipe import Recipe, differences
-from . import checkpoint, metrics, provenance
+from . import checkpoint, graph, metrics, provenance
 from .checkpoint import NOTHING, Progress
 from .diagnose import bad_weight, culprit
-from .observe import Blind, Observer
+from .graph import GraphStepper
+from .line import Line, Lines, Stopwatch
+from .observe import Observer
 from .progress import ProgressLine
 from .schedule import Phase, Schedule
 from .stability import Stability
-from .step import Experts, Outcome, Stepper
+from .step import BLIND, Experts, Outcome, Stepper
 from .tables import Tables, places
 from .tensorboard import TensorBoard
 
@@ -74,6 +76,8 @@ class Run:
         if resumed:
             _check_same_model(recipe, resumed)
         self.device = own_device(choose_device(recipe.train.device), world.size)
+        if recipe.train.graph:
+            graph.check(recipe, self.device, world)
         self.dtype = getattr(torch, recipe.train.dtype)
         if resumed:
             _check_same_tokenizer(self.source.tokenizer, resumed)
@@ -90,7 +94,10 @@ class Run:
         self.observer = Observer(self.model)
         self.schedule = Schedule(recipe)
         self.stepper = Stepper(self.model, self.optimizer, recipe, self.device, world)
+        self.graphs = GraphStepper(self.stepper) if recipe.train.graph else None
         self.stability = Stability(recipe.stability) if recipe.stability else None
+        at_once = self.device.type == "cpu" or self.stability is not None
+        self.lines = Lines(self._write, 0 if at_once else recipe.train.log_every)
         self.progress = Progress()
         if resumed:
             self._restore(resumed)
@@ -141,19 +148,18 @@ class Run:
         if self.stability and not checkpoint.checkpoints(self.out):
             self.save()
         while self.progress.step < stop and not self.cut:
-            record = self.step()
-            if record is None:
+            line = self.step()
+            if line is None:
                 continue
             step = self.progress.step
             self.cut = step < stop and bool(minutes) and self.world.agree(self.seconds()) >= 60 * minutes
             last = self.cut or step == stop
             if step == steps or self.cut or _due(step, self.recipe.train.eval_every):
-                record |= self.evaluate()
+                self.lines.flush()
+                self._check_line(line)
+                line.record |= self.evaluate()
                 self.line.report(step, self.source.report(self.scores))
-            self.metrics.write(record)
-            if self.board:
-                self.board.write(record)
-            self.line.step(record)
+            self.lines.add(line)
             if last or _due(step, self.recipe.train.checkpoint_every):
                 self.save()
         if self.cut:
@@ -162,36 +168,54 @@ class Run:
                 " had not fallen to its end; lower train.steps or raise train.minutes"
             )
 
-    def step(self) -> dict[str, Any] | None:
-        """One optimizer step and its record; None if its loss was a spike and the run went back."""
-        began, number = time.perf_counter(), self.progress.step
+    def step(self) -> Line | None:
+        """One optimizer step and its line; None if its loss was a spike and the run went back."""
+        watch, began, number = Stopwatch(self.device), time.perf_counter(), self.progress.step
         phase, experts = self.schedule.phase(number), self._experts(number)
         chosen = time.perf_counter() - began
         batch = self.batch(number)
         self.tables.begin(number, self.batch)
-        look = self.observer if _due(number + 1, self.recipe.train.observe_every) else Blind()
-        done = self.stepper.gradients(phase, batch, experts, look)
-        self._check_finite(
-            number + 1,
-            {**done.losses, "grad_norm": done.norm},
-            lambda: culprit(self.model, lambda: self.stepper.look_again(batch, experts), self.world),
-        )
+        observed = _due(number + 1, self.recipe.train.observe_every)
+        look = self.observer if observed else BLIND
+        graphs = None if observed else self.graphs
+        done = graphs.gradients(phase, batch) if graphs else self.stepper.gradients(phase, batch, experts, look)
         if self._is_spike(phase, done):
-            self._go_back(number, done.losses["lm"])
+            self._go_back(number, float(done.losses["lm"]))
             return None
-        self.stepper.update(phase, look)
+        graphs.update(phase) if graphs else self.stepper.update(phase, look)
         self.tables.end()
         self.progress = Progress(number + 1, self.progress.tokens + done.tokens, self.seconds())
-        speed = done.tokens / (time.perf_counter() - began)
+        watch.stop()
         ahead = {} if experts is None else {"anticipatory": 1, "anticipation_seconds": round(chosen, 4)}
-        return {**self._record(phase, done, speed), **look.record, **ahead}
+        record = {**self._record(phase, done, watch), **look.record, **ahead}
+        return Line(record, lambda: self._again(phase, batch, experts))
+
+    def _again(self, phase: Phase, batch: Batch, experts: list[Experts] | None) -> None:
+        """The passes of a step once more, forward and backward."""
+        self.stepper.forget()
+        self.tables.begin(phase.step, self.batch)
+        self.stepper.gradients(phase, batch, experts)
+
+    def _write(self, line: Line) -> None:
+        """A line whose step is over, to where lines go."""
+        self._check_line(line)
+        self.metrics.write(line.record)
+        if self.board:
+            self.board.write(line.record)
+        self.line.step(line.record)
+
+    def _check_line(self, line: Line) -> None:
+        """A run whose step was not finite ends."""
+        again = line.again
+        cause = (lambda: culprit(self.model, again, self.world)) if again else None
+        self._check_finite(line.record["step"], line.numbers, cause)
 
     def batch(self, number: int) -> Batch:
         """This process' part of the batch of step `number` (from 0), on the host."""
         phase = self.schedule.phase(number)
         return self.source.batch(self.world.share(phase.rows), phase.length, phase.stage)
 
-    def _record(self, phase: Phase, done: Outcome, speed: float) -> dict[str, Any]:
+    def _record(self, phase: Phase, done: Outcome, watch: Stopwatch) -> dict[str, Any]:
         record: dict[str, Any] = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -200,7 +224,7 @@ class Run:
             "lr": phase.lr,
             "grad_norm": done.norm,
             **metrics.model_record(done.metrics),
-            "tokens_per_second": round(speed, 1),
+            "tokens_per_second": lambda: round(done.tokens / watch.seconds(), 1),
             "peak_memory_gib": round(metrics.peak_memory_gib(self.device), 4),
         }
         if self.recipe.stages or self.recipe.schedule.batch_ramp_steps:
@@ -218,9 +242,11 @@ class Run:
         )
 
     def _is_spike(self, phase: Phase, done: Outcome) -> bool:
+        """Needs the loss before the update: a run with [stability] waits for it in every step."""
         if self.stability is None or phase.indexer_only:
             return False
-        return self.stability.watch.sees(phase.step, phase.stage, done.losses["lm"])
+        loss = float(done.losses["lm"])
+        return math.isfinite(loss) and self.stability.watch.sees(phase.step, phase.stage, loss)
 
     def _go_back(self, number: int, loss: float) -> None:
         """Drops step `number` and goes on from the newest checkpoint before it."""
@@ -250,6 +276,7 @@ class Run:
 
     def save(self) -> Path:
         """A checkpoint of the run as it is; never one of weights that are not finite."""
+        self.lines.flush()
         weight = self.world.heard(bad_weight(self.model))
         if weight:
             self._stop(f"after step {self.progress.step}: {weight} holds numbers that are not finite;")

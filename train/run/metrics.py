@@ -6,7 +6,8 @@ lr, grad_norm                         grad_norm before clipping
 load_max, load_cv      [moe layers]   busiest expert's load over the mean load; standard deviation over mean
 spread                 [layers]       relative distance of the residual streams from one another
 captured               [csa layers]   share of attention mass on compressed entries that the indexer's picks hold
-tokens_per_second, peak_memory_gib    of this step; of the process so far (on CUDA: of the device's allocator)
+tokens_per_second, peak_memory_gib    of this step; of the process so far (on CUDA: by the device's clock; of the
+                                      device's allocator)
 grad_by, update_by, sinkhorn, gain, recall, gate, collisions      of mechanisms, every `train.observe_every` steps:
                                       see `observe.py`
 stage, attention, rows, length        of the step, in runs with stages or a batch that grows
@@ -16,7 +17,6 @@ held_out, trigram                     bits per byte, only on steps that evaluate
 """
 
 import json
-import math
 import os
 import resource
 import sys
@@ -29,14 +29,13 @@ from torch import Tensor
 FILE = "metrics.jsonl"
 
 
-def model_record(metrics: dict[str, Tensor]) -> dict[str, list[float | None]]:
-    """The model's own measurements as lists: "load" fractions [layers, E] become `load_max` and `load_cv` per layer."""
-    record = {name: _list(values) for name, values in metrics.items() if name != "load"}
+def model_record(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own measurements: "load" fractions [layers, E] become `load_max` and `load_cv` [layers]."""
+    record = {name: values.float() for name, values in metrics.items() if name != "load"}
     load = metrics.get("load")
     if load is not None and load.numel():
         share = load.float() * load.shape[-1]
-        record["load_max"] = _list(share.amax(-1))
-        record["load_cv"] = _list(share.std(-1, unbiased=False))
+        record |= {"load_max": share.amax(-1), "load_cv": share.std(-1, unbiased=False)}
     return record
 
 
@@ -86,11 +85,3 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _list(values: Tensor) -> list[float | None]:
-    return [_number(value) for value in values.float().flatten().tolist()]
-
-
-def _number(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None

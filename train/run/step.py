@@ -4,7 +4,9 @@
     accumulate    of whatever loss each pass has
     update        optimizer, router biases
 
-Between gradients and update the caller may look at losses and norm, and drop the step (`forget`).
+Between gradients and update the caller may look at losses and norm, and drop the step (`forget`). Nothing here waits
+for the device: numbers stay there, learning rate and bias speed go there, and a step that is not finite changes no
+weight, nor does any after it: its gradient is taken for zero, and so is the learning rate.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from ...model import Transformer
 from ...model.routing import record_routing, replay_routing
 from ..data.rows import IGNORED, Batch
-from ..distributed.shard import add_loads, clip_gradients
+from ..distributed.shard import add_loads, clip_gradients, keep_gradients
 from ..distributed.world import ALONE, World
 from ..optim import Optimizers, set_learning_rate
 from ..recipe import Recipe
@@ -35,10 +37,10 @@ BLIND = Blind()
 class Outcome(NamedTuple):
     """What the passes of a step gave."""
 
-    losses: dict[str, float]  # "loss", what is learnt from, and its unweighted parts
-    norm: float  # of the gradient, before clipping
-    tokens: int  # targets
+    losses: dict[str, Tensor]  # "loss", what is learnt from, and its unweighted parts; each []
+    norm: Tensor  # [] of the gradient, before clipping
     metrics: dict[str, Tensor]
+    tokens: int  # targets
 
 
 class Stepper:
@@ -54,6 +56,9 @@ class Stepper:
     ) -> None:
         self.model, self.optimizer, self.recipe, self.device, self.world = model, optimizer, recipe, device, world
         self.dtype = getattr(torch, recipe.train.dtype)
+        wide = torch.float64 if device.type == "cpu" else torch.float32  # fused AdamW reads a rate of this width
+        self.lr, self.speed = (torch.zeros((), dtype=wide, device=device) for _ in range(2))
+        self.sound = torch.ones((), dtype=torch.bool, device=device)  # all losses and norms so far were finite
 
     def gradients(
         self, phase: Phase, batch: Batch, experts: Sequence[Experts] | None = None, look: Blind = BLIND
@@ -62,18 +67,31 @@ class Stepper:
 
         experts: for each pass, those to take instead of choosing.
         """
-        parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch, self.world.total)
+        parts, tokens = self.passes(batch)
+        return Outcome(*self.on_device(phase, parts, experts, look), tokens)
+
+    def passes(self, batch: Batch) -> tuple[list[Pass], int]:
+        """Those of a step over `batch`, on the host, and its targets, over all processes."""
+        if self.device.type != "cpu":  # where the model looks for itself
+            self.model.check_batch(*batch.tensors())
+        tokens = int(self.world.total((batch.targets != IGNORED).sum()))
+        return passes(self.recipe.model, batch, self.recipe.train.micro_batch, self.world.total), tokens
+
+    def on_device(
+        self, phase: Phase, parts: Sequence[Pass], experts: Sequence[Experts] | None = None, look: Blind = BLIND
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """What `gradients` does with its passes: losses, norm and metrics."""
         forwards = [partial(self._losses, phase, part) for part in parts]
         found, norm = self.accumulate(phase, zip(experts or [{}] * len(parts), forwards, strict=True), look)
         losses, measured = zip(*found)
+        sums = summed(losses, self.world.total)
+        self._judge(*sums.values())
         rows = [len(part.batch.ids) for part in parts]
-        tokens = int(self.world.total((batch.targets != IGNORED).sum()))
-        metrics = {name: self.world.mean(values) for name, values in mean_metrics(measured, rows).items()}
-        return Outcome(summed(losses, self.world.total), norm, tokens, metrics)
+        return sums, norm, {name: self.world.mean(x) for name, x in mean_metrics(measured, rows).items()}
 
     def accumulate(
         self, phase: Phase, passes: Iterable[tuple[Experts, Forward[Found]]], look: Blind = BLIND
-    ) -> tuple[list[Found], float]:
+    ) -> tuple[list[Found], Tensor]:
         """Adds up the gradients of the passes' losses, and clips them; what the passes found, and the norm before.
 
         passes: the experts that a pass takes instead of choosing, and its forward pass.
@@ -90,16 +108,33 @@ class Stepper:
                     loss.backward()
                 found.append(more)
         look.gradients()
-        return found, clip_gradients(self.model, self.recipe.optim.grad_clip, self.world)
+        norm = clip_gradients(self.model, self.recipe.optim.grad_clip, self.world)
+        self._judge(norm)
+        return found, norm
 
     def update(self, phase: Phase, look: Blind = BLIND) -> None:
         """The optimizer's step with the gradients as they are, and the router biases'."""
-        set_learning_rate(self.optimizer, phase.lr)
+        self.set_speeds(phase)
+        self.update_on_device(look)
+
+    def set_speeds(self, phase: Phase) -> None:
+        """Learning rate and speed of the router biases, for the update to come."""
+        self.lr.fill_(phase.lr)
+        self.speed.fill_(phase.bias_speed)
+
+    def update_on_device(self, look: Blind = BLIND) -> None:
+        """What `update` does then."""
+        keep_gradients(self.model, self.sound)
+        set_learning_rate(self.optimizer, self.lr * self.sound)
         with look.updating():
             self.optimizer.step()
         self.optimizer.zero_grad()
         add_loads(self.model, self.world)
-        self.model.update_router_bias(phase.bias_speed)
+        self.model.update_router_bias(self.speed * self.sound)
+
+    def _judge(self, *numbers: Tensor) -> None:
+        """The step is sound while these are finite."""
+        self.sound.logical_and_(torch.stack(numbers).isfinite().all())
 
     def forget(self) -> None:
         """Drops the gradients and loads of a step that is not made."""
@@ -118,13 +153,6 @@ class Stepper:
                 self._forward(part)
             chosen.append({layer: taken[0] for layer, taken in routes.items()})
         return chosen
-
-    def look_again(self, batch: Batch, experts: Sequence[Experts] | None = None) -> None:
-        """The forward passes of a step once more, for those who watch the model."""
-        parts = passes(self.recipe.model, batch, self.recipe.train.micro_batch)
-        for part, chosen in zip(parts, experts or [{}] * len(parts), strict=True):
-            with self._taking(chosen):
-                self._forward(part.batch, shares=part.shares)
 
     def _taking(self, chosen: Experts) -> AbstractContextManager[None]:
         """Passes within take these experts, which a checkpoint has given back on the host."""

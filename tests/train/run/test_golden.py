@@ -56,7 +56,7 @@ def losses(name: str) -> list[dict[str, float]]:
         phase = schedule.phase(step)
         outcome = stepper.gradients(phase, batch(recipe.data.batch_size, phase.length, step))
         stepper.update(phase)
-        found.append(outcome.losses | {"norm": outcome.norm})
+        found.append({name: float(x) for name, x in (outcome.losses | {"norm": outcome.norm}).items()})
     return found
 
 

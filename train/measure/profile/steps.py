@@ -48,7 +48,7 @@ class TrainingStep:
         self.tables.end()
         observer.phase(None)
         self.number += 1
-        return done.losses
+        return {name: float(loss) for name, loss in done.losses.items()}
 
     def bytes_by_owner(self, owner: dict[Tensor, str]) -> dict[str, dict[str, int]]:
         """Bytes of parameters, gradients and optimizer states by mechanism; gradients are of the parameters' size.
