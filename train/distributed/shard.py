@@ -97,7 +97,10 @@ def clip_gradients(model: nn.Module, limit: float, world: World) -> Tensor:
     A norm that is not finite scales nothing: it would spread to gradients that are not to blame for it.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = gradient_norm(grads, world) if world.size > 1 else nn.utils.get_total_norm(grads)
+    if world.size > 1:
+        norm = gradient_norm(grads, world)
+    else:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     share = ((limit or math.inf) / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local(grad) for grad in grads], torch.where(norm.isfinite(), share, 1.0))
     return norm
