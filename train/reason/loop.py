@@ -135,10 +135,9 @@ class GrpoRun(Run):
         order = torch.Generator().manual_seed(self.recipe.train.seed << 32 | phase.step)
         rows = rows[torch.randperm(len(rows), generator=order)]
         shares = [share for share in rows.tensor_split(self.grpo.updates) if len(share)]
-        updates = [self.update(rollouts.rows(share), advantage[share.to(self.device)], phase) for share in shares]
         sums = dict.fromkeys(MEASURED, 0.0)
-        for update in updates:  # all are under way before the first number is read
-            for name, value in self.measured(*update, phase).items():
+        for share in shares:
+            for name, value in self.update(rollouts.rows(share), advantage[share.to(self.device)], phase).items():
                 sums[name] += value / len(shares)
         return {**sums, "learnt_from": len(rows) / len(rollouts)}
 
@@ -147,8 +146,8 @@ class GrpoRun(Run):
         differs = advantage.unflatten(0, (-1, self.grpo.group)).any(-1).repeat_interleave(self.grpo.group)
         return (differs.cpu() | (not self.grpo.skip_settled)).nonzero().flatten()
 
-    def update(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> tuple[list[Tensor], Tensor, int, int]:
-        """One optimizer step: what each pass found [5], the gradient's norm, tokens and completions."""
+    def update(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> dict[str, float]:
+        """One optimizer step, whose numbers are waited for: rollouts, which come next, are of the host anyway."""
         tokens, b = int(rollouts.written.sum()), len(rollouts)
         split = passes(rollouts.lengths, self.grpo.tokens_per_pass)
         parts = [rollouts.rows(rows) for rows in split]
@@ -158,16 +157,12 @@ class GrpoRun(Run):
             (routes(part.experts), partial(self._loss, part, advantage[rows], share, tokens))
             for rows, part, share in zip(split, parts, shares)
         ]
-        found, norm = self.stepper.accumulate(phase, forwards)
+        sums, norm = self.stepper.accumulate(phase, forwards)
         self.stepper.update(phase)
-        return found, norm, tokens, b
-
-    def measured(self, found: list[Tensor], norm: Tensor, tokens: int, b: int, phase: Phase) -> dict[str, float]:
-        """The numbers of an update, once it is over."""
-        loss, kl, clipped, off_policy, spread = (sum(column) for column in zip(*torch.stack(found).tolist()))
-        means = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}
-        self._check_finite(phase.step + 1, {**means, "grad_norm": norm.item()})
-        return {**means, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm.item()}
+        loss, kl, clipped, off_policy, spread = (sum(column) for column in zip(*torch.stack(sums).tolist()))
+        found = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}
+        self._check_finite(phase.step + 1, {**found, "grad_norm": norm.item()})
+        return {**found, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm.item()}
 
     def _loss(self, rows: Rollouts, advantage: Tensor, shares: LossShares, tokens: int) -> tuple[Tensor, Tensor]:
         """What some rows add to an update's loss, a mean over its `tokens`, and sums over the rows for the metrics."""

@@ -77,9 +77,9 @@ def test_the_training_step_is_that_of_a_training(more, tiny, tmp_path):
     ours = TrainingStep(Preset(recipe, "float32", 40, 1, reads_text=True), CPU, Path())
     clock = Clock(CPU)
     with learnt(run) as theirs, learnt(ours) as found, attached(ours.model, clock):
-        record, losses = run.step(), ours.run(clock)
+        line, losses = run.step(), ours.run(clock)
     run.close()
-    assert {name: record[name] for name in losses} == losses and ours.phase == run.schedule.phase(0)
+    assert {name: line.numbers[name] for name in losses} == losses and ours.phase == run.schedule.phase(0)
     assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
     assert all(".indexer." in name for name in theirs) == ours.phase.indexer_only
     for (name, a), b in zip(run.model.state_dict().items(), ours.model.state_dict().values()):

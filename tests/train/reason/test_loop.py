@@ -295,7 +295,7 @@ def test_the_reward_of_an_easy_task_rises(tmp_path, tuned, monkeypatch):
     changes = ["grpo.prompts=4", "grpo.group=16", "reason.max_new_tokens=1", "optim.lr=2e-2", "grpo.kl_weight=0"]
     asked = recipe(f"train.init={tuned.out}", *changes, "train.steps=14")
     run = GrpoRun(asked, open_source(asked), tmp_path / "run", None, False)
-    rewards = [run.step()["reward"] for _ in range(14)]
+    rewards = [run.step().record["reward"] for _ in range(14)]
     run.close()
     assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.9, rewards
 
