@@ -107,14 +107,14 @@ def sums() -> dict[str, Any]:
             whole = grad if placement is None else distribute_tensor(grad, mesh, [placement], src_data_rank=None)
             parameters.append(nn.Parameter(torch.zeros_like(whole)))
             parameters[-1].grad = whole
-        parameters.append(nn.Parameter(torch.zeros(2)))
+        parts = [parameter.grad for parameter in parameters]
         expected = float(torch.cat([grad.flatten() for grad in grads]).norm())
-        norm = gradient_norm(parameters, world)
-        clip(parameters, norm, 0.5)
-        clipped = gradient_norm(parameters, world)
-        clip(parameters, clipped, 2.0)
+        norm = gradient_norm(parts, world)
+        clip(parts, norm, 0.5)
+        clipped = gradient_norm(parts, world)
+        clip(parts, clipped, 2.0)
         return {
-            "norms": (float(norm), float(clipped), float(gradient_norm(parameters, world))),
+            "norms": (float(norm), float(clipped), float(gradient_norm(parts, world))),
             "expected": expected,
             "rows": world.share(range(6, 14)),
             "total": world.total(torch.tensor([world.rank, 1])).tolist(),

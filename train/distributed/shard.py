@@ -91,18 +91,24 @@ def gradient_norm(grads: Sequence[Tensor], world: World) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, limit: float, world: World) -> Tensor:
-    """Scales the whole gradient to a norm of at most `limit` (0 = as it is); its norm before, which nobody waits for.
+def clip(grads: Sequence[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales gradients so that their whole norm is at most `limit`.
 
     A norm that is not finite scales nothing: it would spread to gradients that are not to blame for it.
     """
+    share = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(grad) for grad in grads], torch.where(norm.isfinite(), share, 1.0))
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, limit: float, world: World) -> Tensor:
+    """Clips the whole gradient at `limit` (0 = none); its norm [] before, which nobody waits for."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if world.size > 1:
         norm = gradient_norm(grads, world)
     else:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    share = ((limit or math.inf) / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local(grad) for grad in grads], torch.where(norm.isfinite(), share, 1.0))
+    clip(grads, norm, limit or math.inf)
     return norm
 
 

@@ -15,6 +15,7 @@ class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW`, fused, whose updates can be observed as those of the other rules."""
 
     MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "step"})
+    _warned_capturable_if_run_uncaptured = True  # fused, being capturable costs nothing outside of a graph
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True, capturable=True)

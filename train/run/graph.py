@@ -70,7 +70,8 @@ class GraphStepper:
             self.captured = Captured(self.stepper, phase, parts, self.stream)
         self.captured.fill(parts)
         self.captured.gradients.replay()
-        return Outcome(*self.captured.found, tokens)
+        losses, norm, metrics = self.captured.found
+        return Outcome(losses, norm, metrics, tokens)
 
     def update(self, phase: Phase) -> None:
         """As `Stepper.update`."""

@@ -224,7 +224,7 @@ class Run:
             "lr": phase.lr,
             "grad_norm": done.norm,
             **metrics.model_record(done.metrics),
-            "tokens_per_second": lambda: round(done.tokens / watch.seconds(), 1),
+            "tokens_per_second": lambda tokens=done.tokens: round(tokens / watch.seconds(), 1),
             "peak_memory_gib": round(metrics.peak_memory_gib(self.device), 4),
         }
         if self.recipe.stages or self.recipe.schedule.batch_ramp_steps:

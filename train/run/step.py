@@ -87,7 +87,7 @@ class Stepper:
         sums = summed(losses, self.world.total)
         self._judge(*sums.values())
         rows = [len(part.batch.ids) for part in parts]
-        return sums, norm, {name: self.world.mean(x) for name, x in mean_metrics(measured, rows).items()}
+        return sums, norm, {name: self.world.mean(x.detach()) for name, x in mean_metrics(measured, rows).items()}
 
     def accumulate(
         self, phase: Phase, passes: Iterable[tuple[Experts, Forward[Found]]], look: Blind = BLIND
