@@ -81,12 +81,17 @@ class HyperHead(nn.Module):
 
 
 @torch.no_grad()
-def spread(streams: Tensor) -> Tensor:
-    """How far the streams have separated: rms of their deviation from the mean stream over the rms of the mean stream.
-
-    0 means n equal streams. Measured on at most 256 tokens of the batch, evenly spaced.
-    """
+def sample(streams: Tensor) -> Tensor:
+    """At most 256 tokens of streams [b, t, n, d], evenly spaced, to measure their spread on: [s, n, d]."""
     tokens = streams.flatten(0, 1)
-    sample = tokens[:: max(1, len(tokens) // 256)].float()
-    mean = sample.mean(1, keepdim=True)
-    return ((sample - mean).square().mean() / mean.square().mean().clamp_min(1e-20)).sqrt()
+    return tokens[:: -(-len(tokens) // 256)].clone()
+
+
+def spread(samples: Tensor) -> Tensor:
+    """[l] how far streams [l, s, n, d] have separated in each layer: rms of their deviation from the mean stream over the
+    rms of the mean stream; 0 means n equal streams.
+    """
+    samples = samples.float()
+    mean = samples.mean(2, keepdim=True)
+    apart, size = ((x * x).mean((1, 2, 3)) for x in (samples - mean, mean))
+    return (apart / size.clamp_min(1e-20)).sqrt()

@@ -26,7 +26,12 @@ class LoadSignal(NamedTuple):
     """What a router tells about the balance of its experts."""
 
     balance: Tensor  # sequence-wise balance loss, 1 = perfectly even
-    load: Tensor  # [E] share of the assignments of real tokens
+    counts: Tensor  # [E] assignments of real tokens
+
+
+def shares(counts: Tensor) -> Tensor:
+    """The load [..., E] of counts: each expert's share of the assignments."""
+    return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 class Gate(nn.Module):
@@ -139,8 +144,7 @@ class MoE(nn.Module):
         counts = found.counts.to(torch.float32)
         if gate.training:
             gate.counts = counts if gate.counts is None else gate.counts + counts
-        load = counts / counts.sum().clamp_min(1)
-        return LoadSignal(scores.new_zeros(()) if gate.is_hash else found.loss, load)
+        return LoadSignal(scores.new_zeros(()) if gate.is_hash else found.loss, counts)
 
 
 def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tensor:

@@ -23,9 +23,10 @@ from .block import Block, Signals
 from .cache import Cache, FixedStep, Step, continue_layout
 from .config import ModelConfig
 from .decode import decode
-from .hyper import HyperHead, spread
+from .hyper import HyperHead, sample, spread
 from .layout import Layout, check_documents, make_layout
 from .losses import IGNORED, LossShares, has_next, next_targets
+from .moe import shares as load_shares
 from .mtp import MTP
 from .norm import RMSNorm, exact_linear
 from .recompute import recomputed
@@ -114,16 +115,16 @@ class Transformer(nn.Module):
         learn = targets is not None
         streams = self._streams(ids)
         signals: list[Signals] = []
-        spreads: list[Tensor] = []
+        samples: list[Tensor] = []
         for group in self._groups():
-            streams, found, measured = self._run(group, _through, group, streams, ids, layout, learn)
+            streams, found, sampled = self._run(group, _through, group, streams, ids, layout, learn)
             signals += found
-            spreads += measured
+            samples += sampled
         hidden = self._hidden(streams)
         out = Output(hidden[:, -logits_to_keep:] if logits_to_keep else hidden, self.head.weight)
         if learn:
             self._learn(out, hidden, streams, ids, targets, layout, signals, shares)
-            out.metrics["spread"] = torch.stack(spreads)
+            out.metrics["spread"] = spread(torch.stack(samples))
         return out
 
     @property
@@ -300,7 +301,7 @@ class Transformer(nn.Module):
         if index:
             out.losses["index"] = torch.stack([i.loss * part for i, part in zip(index, shares.indexer)]).sum()
         out.loss = sum(weights[name] * part for name, part in out.losses.items())
-        out.metrics["load"] = torch.stack([r.load for r in routers])
+        out.metrics["load"] = load_shares(torch.stack([r.counts for r in routers]))
         out.metrics["captured"] = torch.stack([i.captured for i in index]) if index else hidden.new_zeros(0)
 
     def _mtp_loss(
@@ -350,11 +351,11 @@ class Transformer(nn.Module):
 def _through(
     blocks: Sequence[Block], streams: Tensor, ids: Tensor, layout: Layout, learn: bool
 ) -> tuple[Tensor, list[Signals], list[Tensor]]:
-    """The streams after some layers, what each tells the objective, and how far the streams are apart after each."""
-    signals, spreads = [], []
+    """The streams after some layers, what each tells the objective, and a sample of the streams after each."""
+    signals, samples = [], []
     for block in blocks:
         streams, signal = block(streams, ids, layout, learn=learn)
         signals.append(signal)
         if learn:
-            spreads.append(spread(streams))
-    return streams, signals, spreads
+            samples.append(sample(streams))
+    return streams, signals, samples

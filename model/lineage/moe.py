@@ -96,4 +96,4 @@ class GroupMoE(nn.Module):
         counts = found.counts.to(torch.float32)
         if gate.training:
             gate.counts = counts if gate.counts is None else gate.counts + counts
-        return LoadSignal(found.loss, counts / counts.sum().clamp_min(1))
+        return LoadSignal(found.loss, counts)

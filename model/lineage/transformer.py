@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels import cross_entropy, rope_frequencies, rope_rotation
 from ..layout import make_layout
+from ..moe import shares
 from ..norm import RMSNorm
 from ..transformer import IGNORED, Output, Transformer
 from .attention import IndexSignal, LatentAttention, Reach
@@ -145,7 +146,7 @@ class LineageTransformer(nn.Module):
         out.losses = {"lm": lm}
         if loads:
             out.losses["balance"] = torch.stack([s.balance for s in loads]).sum()  # type: ignore[union-attr]
-            out.metrics["load"] = torch.stack([s.load for s in loads])  # type: ignore[union-attr]
+            out.metrics["load"] = shares(torch.stack([s.counts for s in loads]))  # type: ignore[union-attr]
         if index:
             out.losses["index"] = torch.stack([s.loss for s in index]).sum()  # type: ignore[union-attr]
             out.metrics["captured"] = torch.stack([s.captured for s in index])  # type: ignore[union-attr]
