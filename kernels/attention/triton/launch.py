@@ -121,10 +121,10 @@ class Inputs(NamedTuple):
     def sizes(self) -> dict[str, Any]:
         """Shapes, and what else all kernels that go by query are told."""
         _, t, h, d = self.q.shape
-        p = 0 if self.compressed is None else self.compressed.shape[1]
+        p, entry_rows = (0, 0) if (x := self.compressed) is None else (x.shape[1], x.stride(0) // d)
         k = 0 if self.mask.picks is None else self.mask.picks.shape[2]
         flags = {"ENTRIES": self.entries, "DOCUMENTS": self.mask.window_start is not None}
-        rows = {"kv_rows": self.kv.stride(0) // d, "entry_rows": 0 if p == 0 else self.compressed.stride(0) // d}
+        rows = {"kv_rows": self.kv.stride(0) // d, "entry_rows": entry_rows}
         shapes = {"t": t, "s": self.kv.shape[1], "p": p, "k": k, "h": h, "d": d, **rows}
         return {**shapes, "window": self.mask.window, "scale": self.scale, **flags}
 
@@ -178,18 +178,9 @@ def _forward(x: Inputs, b: Blocks, out: Tensor, lse: Tensor, splits: tuple[int, 
     """Launches `attention_forward` for so many splits in all, so many of the window."""
     groups, blocks = _by_query(x, b)
     kernels.attention_forward[x.sizes["t"] * len(x.q) * groups, splits[0]](
-        x.q,
-        x.kv,
-        x.compressed,
-        x.sink,
-        *x.mask[1:],
-        out,
-        lse,
-        window_splits=splits[1],
-        SPLIT=SPLIT,
-        **x.sizes,
-        **blocks,
-    )
+        x.q, x.kv, x.compressed, x.sink, *x.mask[1:], out, lse,
+        window_splits=splits[1], SPLIT=SPLIT, **x.sizes, **blocks,
+    )  # fmt: skip
 
 
 def _forward_by_splits(x: Inputs, out: Tensor, lse: Tensor) -> None:

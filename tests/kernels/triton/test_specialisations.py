@@ -12,7 +12,7 @@ import pytest
 # kernels over all of `lengths.LENGTHS`: of the forward and the backward pass, for the options that lengths.py names
 MOST = {
     "attention": 17,
-    "index_topk": 7,
+    "index_topk": 6,
     "index_loss": 10,
     "cross_entropy": 3,
     "engram": 10,
