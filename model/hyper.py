@@ -88,8 +88,8 @@ def sample(streams: Tensor) -> Tensor:
 
 
 def spread(samples: Tensor) -> Tensor:
-    """[l] how far streams [l, s, n, d] have separated in each layer: rms of their deviation from the mean stream over the
-    rms of the mean stream; 0 means n equal streams.
+    """[l] how far streams [l, s, n, d] have separated in each layer: rms of their deviation from the mean stream over
+    its rms; 0 means n equal streams.
     """
     samples = samples.float()
     mean = samples.mean(2, keepdim=True)
