@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from tape import Tape, emulated
 
 from abyssal.kernels.moe_experts import reference
-from abyssal.kernels.moe_route.routing import Permutation
-from abyssal.model import ModelConfig, Transformer, moe, transformer
+from abyssal.model import Transformer, transformer
 from abyssal.train.data.rows import IGNORED, PADDING, Batch
 from abyssal.train.distributed.world import ALONE, World
 from abyssal.train.optim import build_optimizer
@@ -41,7 +40,6 @@ def definitions(monkeypatch):
     """The eager engines read tensors on the host, and on a CPU the ops look at what they are given, if not compiled."""
     monkeypatch.setenv("ABYSSAL_BACKEND", "reference")
     monkeypatch.setattr(reference, "moe_experts", every_expert)
-    monkeypatch.setattr(moe, "moe_permutation", loads)
     monkeypatch.setattr(transformer, "cross_entropy", every_target)
     monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -68,12 +66,6 @@ def one_hot(ids, count: int):
     return (ids[..., None] == torch.arange(count)).long()
 
 
-def loads(experts, count: int, real=None) -> Permutation:
-    """How often each expert was chosen, by real tokens; nothing is sorted."""
-    chosen = one_hot(experts, count).sum(1)
-    return Permutation(order=None, counts=(chosen if real is None else chosen * real[:, None]).sum(0), inverse=None)
-
-
 def batch(step: int, rows: int = 3, length: int = 32) -> Batch:
     """Two documents, with padding on the right, cut elsewhere in each row and step."""
     generator = torch.Generator().manual_seed(step)
@@ -83,15 +75,6 @@ def batch(step: int, rows: int = 3, length: int = 32) -> Batch:
     documents[place.expand(rows, -1) >= length - torch.arange(rows)[:, None] * 3] = PADDING
     ends = documents != documents.roll(-1, 1)
     return Batch(ids, ids.roll(-1, 1).masked_fill(ends | (documents < 0), IGNORED), documents)
-
-
-def recipe_of(*more: str):
-    recipe = load_recipe("nano", [*SMALL, *more])
-    return dataclasses.replace(recipe, model=without_engram(recipe.model))
-
-
-def without_engram(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, engram=None)
 
 
 def stepper(recipe) -> Stepper:
@@ -127,7 +110,7 @@ def assert_same(found: list[dict], expected: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def recipe():
-    return recipe_of("train.micro_batch=2")
+    return load_recipe("nano", [*SMALL, "train.micro_batch=2"])
 
 
 def test_graphs_have_the_bits_of_steps_one_by_one(recipe):
@@ -168,7 +151,6 @@ def test_a_new_shape_is_captured_anew(recipe):
 def test_a_run_leaves_the_same_files(tiny, tmp_path, monkeypatch):
     """Looks, evaluations and late lines between replays."""
     small = tiny(*SMALL[:3], "train.steps=8", "train.observe_every=6", "train.eval_every=5", "train.sample_tokens=0")
-    small = dataclasses.replace(small, model=without_engram(small.model))
     plain = train(small, tmp_path / "plain", shown=False)
     monkeypatch.setattr(graph, "check", lambda *_: None)
     monkeypatch.setattr(loop, "Lines", lambda write, _: Lines(write, 3))
