@@ -69,13 +69,6 @@ class Gate(nn.Module):
         choice = {"bias": self.bias} if given is None else {"experts": given}
         return moe_route(logits, top_k=c.num_experts_per_tok, scale=c.routed_scaling_factor, **choice)
 
-    @torch.no_grad()
-    def update_bias(self, speed: float) -> None:
-        """bias_e += speed sign(mean load - load_e), from the assignments counted since the last call (V3; spec C.5)."""
-        if self.counts is not None and not self.is_hash:
-            self.bias += speed * torch.sign(self.counts.mean() - self.counts)
-        self.counts = None
-
 
 class Experts(nn.Module):
     """The routed experts' weights, stacked: w13 [E, 2n, d] is W1 (gate) above W3 (up), w2 [E, d, n]."""

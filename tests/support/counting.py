@@ -308,8 +308,11 @@ def training_step(name: str, rows: int, length: int, places: bool = False, dtype
 def decoding(
     name: str, batch: int, prompt: int, tokens: int, places: bool = False, dtype: str = "bfloat16"
 ) -> dict[str, Any]:
-    """Tokens one by one behind a prompt, weights in `dtype`: counts of the last one, and what was specialised."""
+    """Tokens one by one behind a prompt, weights in `dtype`: counts of the last one, and what was specialised; and of
+    the pass that `generate(graph=True)` captures.
+    """
     from abyssal.model import ModelConfig, Transformer
+    from abyssal.model.cache import FixedStep
 
     with gpu(places=places) as counted:
         with torch.device("meta"):
@@ -323,8 +326,13 @@ def decoding(
                 counted.clear()
                 _ = model(ids[:, :1], cache=cache).logits
                 worst = max(worst, counted.waits.total())
-        new = counted.specialisations - first
-        return {"token": counted.summary(), "most waits of a token": worst, "new specialisations": new}
+            new, token = counted.specialisations - first, counted.summary()
+            cache.fix()
+            past = torch.zeros(batch, 1, dtype=torch.int64, device="meta")
+            counted.clear()
+            model._continue(ids[:, :1], FixedStep(past), cache, 0)
+        told = {"token": token, "most waits of a token": worst, "new specialisations": new}
+        return told | {"captured": counted.summary()}
 
 
 def main(arguments: list[str]) -> None:
