@@ -120,6 +120,24 @@ def test_a_run_that_was_cut_off_is_told(runner, tmp_path):
     sys.modules.pop("whole", None)
 
 
+def test_graphs_are_held_against_eager(runner, tmp_path):
+    import whole
+
+    def told(way, losses, text):
+        folder = tmp_path / f"runs/train-{way}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps({"loss": x}) + "\n" for x in losses), "utf-8")
+        runner.Context("graphs", tmp_path, "cuda", 0.0).tell(item=f"decode {way}", text=text)
+
+    assert not whole.compared(tmp_path)["same_losses"] and not whole.compared(tmp_path)["same_tokens"]
+    told("graph", [3.0, 2.0, 1.0], [5, 6])
+    told("eager", [3.0, 2.0], [5, 6])
+    assert whole.compared(tmp_path) == {"steps_compared": 2, "same_losses": True, "same_tokens": True}
+    told("eager", [3.0, 2.5], [5, 7])
+    assert whole.compared(tmp_path) == {"steps_compared": 2, "same_losses": False, "same_tokens": False}
+    sys.modules.pop("whole", None)
+
+
 def test_killed_it_leaves_what_was_done_and_no_process(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(HERE), "--cpu", "--only", "machine,micro", "--out", str(out)]

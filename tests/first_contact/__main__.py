@@ -199,6 +199,8 @@ def _speeds(out: Path) -> list[str]:
                 more = {key: row[key] for key in ("peak_memory_gib", "loss_first", "loss_last") if key in row}
                 told = ", ".join(f"{key} {value:.4g}" for key, value in more.items())
                 lines += [f"{name} {row['item']}: {row['tokens_per_second']:,.1f} tokens/s{told and ', ' + told}"]
+            elif "same_losses" in row:
+                lines += [f"graphs against eager: {', '.join(f'{key} {value}' for key, value in row.items())}"]
     return lines
 
 

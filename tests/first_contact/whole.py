@@ -1,12 +1,10 @@
 """What a user sees: training, decoding, graphs, and where the time goes."""
 
 import gzip
-import inspect
 import json
 import shutil
 import statistics
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,31 @@ def train(at: Context) -> None:
 
 
 def graphs(at: Context) -> None:
-    """Training and decoding as CUDA graphs and without."""
-    from abyssal.model import generate
-    from abyssal.train.settings import TrainConfig
+    """Training and decoding as CUDA graphs and without: how fast, and whether the same comes of it."""
+    if at.small:
+        at.tell(item="graphs", note="not run: they need a GPU")
+        return
+    for item in at.items(["train graph", "train eager", "decode graph", "decode eager"]):
+        graph = item.endswith("graph")
+        if item.startswith("train"):
+            sets = (f"train.graph={str(graph).lower()}", "train.observe_every=0")
+            _trained(at, item, min(15.0, at.left / 3), *sets)
+        else:
+            _decoded(at, item, batch=1, prompt=1024, new=128, graph=graph)
+    at.tell(**compared(at.out))
 
-    if "graph" not in {f.name for f in fields(TrainConfig)}:
-        at.tell(item="train", note="not run: this commit has no train.graph")
-    elif not at.small:
-        for item in at.items(["train graph", "train eager"]):
-            _trained(at, item, min(15.0, at.left / 3), f"train.graph={str(item == 'train graph').lower()}")
-    if "graph" not in inspect.signature(generate).parameters:
-        at.tell(item="generate", note="not run: this commit has no generate(..., graph=True)")
-    elif not at.small:
-        for item in at.items(["decode graph", "decode eager"]):
-            _decoded(at, item, batch=1, prompt=1024, new=128, graph=item == "decode graph")
+
+def compared(out: Path) -> dict[str, Any]:
+    """Whether graphs gave what was given without them: the losses of the steps that both made, and the tokens."""
+    losses = [[step["loss"] for step in lines(out / f"runs/train-{way}/metrics.jsonl")] for way in ("graph", "eager")]
+    both = min(map(len, losses))
+    written = {row["item"]: row["text"] for row in rows(out, "graphs") if "text" in row}
+    tokens = [written.get(f"decode {way}") for way in ("graph", "eager")]
+    return {
+        "steps_compared": both,
+        "same_losses": bool(both) and losses[0][:both] == losses[1][:both],
+        "same_tokens": tokens[0] is not None and tokens[0] == tokens[1],
+    }
 
 
 def _trained(at: Context, item: str, seconds: float, *more: str) -> None:
@@ -110,7 +119,9 @@ def _decoded(at: Context, item: str, batch: int, prompt: int, new: int, **more: 
             "tokens_per_second": stats.tokens_per_second,
             "ms_per_token": 1e3 * batch / stats.tokens_per_second,
         })  # fmt: skip
-    at.tell(item=item, batch=batch, prompt=prompt, new=new, first=runs[0], **runs[1], text=written[-1][:8])
+    at.tell(
+        item=item, batch=batch, prompt=prompt, new=new, first=runs[0], **runs[1], text=[step[0] for step in written]
+    )
 
 
 def profile(at: Context) -> None:
