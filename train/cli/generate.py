@@ -21,6 +21,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
     text = "guess a token ahead with the MTP module: the same distribution (default: off)"
     parser.add_argument("--speculative", action="store_true", help=text)
+    text = "one CUDA graph for all tokens after the first: fewer launches (default: off; needs a GPU)"
+    parser.add_argument("--graph", action="store_true", help=text)
     flag(parser, "--storage", str, "exact", "of the cache: exact, or released = FP8 entries and FP4 index keys")
 
 
@@ -52,6 +54,7 @@ def _generate(options: argparse.Namespace) -> None:
             stop=end,
             speculative=options.speculative,
             storage=options.storage,
+            graph=options.graph,
             stream=True,
         ),
     )
