@@ -96,6 +96,8 @@ class Engram(nn.Module):
 
     def _pad(self, canonical: Tensor) -> int:
         """The canonical id of what stands before a document; read from the device once, and again when it changes."""
+        if canonical.is_inference():  # has no version
+            return int(canonical[self.memory.pad_token_id])
         if self._read is None or self._read[0] is not canonical or self._read[1] != canonical._version:
             self._read = canonical, canonical._version, int(canonical[self.memory.pad_token_id])
         return self._read[2]

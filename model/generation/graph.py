@@ -38,7 +38,7 @@ class TokenGraph:
         self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
         self._warm_up()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph):
+        with torch.no_grad(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others go on
             self.logits = self._pass()
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Captured:
 
         def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 return graph, run()
 
         self.gradients, self.found = capture(lambda: stepper.on_device(phase, fixed))
