@@ -319,8 +319,12 @@ class Run:
         return time.perf_counter() - self.began
 
     def close(self) -> None:
-        self.line.close()
-        self.close_metrics()
+        """Ends the run's files; steps that are over have their lines, whatever ended the loop."""
+        try:
+            self.lines.flush()
+        finally:
+            self.line.close()
+            self.close_metrics()
 
     def close_metrics(self) -> None:
         self.metrics.close()
@@ -336,6 +340,7 @@ class Run:
         self._stop(f"step {step}: not every number is finite ({listed});{known}")
 
     def _stop(self, why: str) -> NoReturn:
+        self.lines.waiting.clear()  # of steps after the bad one
         last = checkpoint.checkpoints(self.out)
         raise TrainingDiverged(
             f"{why} training stopped before it could spread. The last checkpoint is {last[-1] if last else 'none'};"

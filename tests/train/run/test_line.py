@@ -94,3 +94,25 @@ def test_a_bad_step_moves_nothing_and_is_named_later(tiny, tmp_path, late, once)
         assert all(torch.equal(x, weights[2][name]) for name, x in after.items())
     assert not torch.equal(weights[2]["embed.weight"], weights[1]["embed.weight"])
     run.close()
+
+
+def test_an_interrupted_run_keeps_the_lines_of_its_steps(tiny, tmp_path, late, monkeypatch):
+    def interrupted(self):
+        if self.progress.step == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    step = Run.step
+    monkeypatch.setattr(Run, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(*SMALL, "train.steps=8"), tmp_path / "run", shown=False)
+    assert [line["step"] for line in metrics.read(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_bad_step_is_found_however_the_run_ends(tiny, tmp_path, late):
+    run, _ = run_that_breaks(tiny(*SMALL, "train.steps=8"), tmp_path / "run", 3, False)
+    for _ in range(5):
+        run.lines.waiting.append(run.step())
+    with pytest.raises(TrainingDiverged, match="step 3: "):
+        run.close()
+    assert [line["step"] for line in metrics.read(run.out)] == [1, 2] and run.metrics.file.closed
