@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 import abyssal
-from abyssal.train.distributed.world import World, check
+from abyssal.train.distributed.world import World, check, own_device
 from abyssal.train.recipe import Recipe
 from abyssal.train.run import checkpoint, metrics
 from abyssal.train.run.load import load_trained
@@ -303,3 +303,14 @@ def test_a_stage_of_odd_batches_is_named(recipe_of):
 def test_experts_in_parallel_need_processes(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"train\.expert_parallel=2: allowed are divisors of 1.*torchrun"):
         train(tiny("train.expert_parallel=2"), tmp_path / "run", shown=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "own"), [("cuda:1", 1, "cuda:1"), ("cuda", 2, "cuda:3"), ("cuda", 1, None), ("cpu", 2, None)]
+)
+def test_streams_and_events_are_of_the_device_of_the_run(name, size, own, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device(torch.device(name), size) == torch.device(own or name)
+    assert current == ([torch.device(own)] if own else [])

@@ -126,11 +126,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def own_device(device: torch.device, size: int) -> torch.device:
-    """The CUDA device of this process of several on a machine, where one of no number was asked for."""
-    if size == 1 or device.type != "cuda" or device.index is not None:
-        return device
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
+    """The CUDA device of this process, the current one from now on: streams and events are those of the current one.
+
+    Of several processes on a machine each has its own, where one of no number was asked for.
+    """
+    if device.type == "cuda" and size > 1 and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
