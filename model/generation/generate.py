@@ -142,7 +142,7 @@ def generate(
             mask comes before all of `Sampling`. Unless it says `finish=False`, every row is complete within
             `max_new_tokens` if no stop ends it; a row is complete where eos is its last token (`stats.complete`).
         graph: on a GPU, one CUDA graph for all tokens after the first (`graph.py`): the same tokens, hundreds of
-            launches fewer. Rows that have ended stay in the batch. Not with `speculative` or a given `cache`.
+            launches fewer. Rows that have ended stay in the batch. Not with `speculative`, a given `cache`, V3 or V3.2.
 
     Raises:
         ValueError: an empty prompt, a prompt that with the new tokens is longer than `max_position_embeddings`, a
@@ -161,7 +161,7 @@ def generate(
     if speculative:
         _check_speculation(model, rows)
     if graph:
-        check_graph(model.head.weight.device, speculative, cache)
+        check_graph(model, speculative, cache)
     if cache is not None:
         rows = [_unread(cache, rows, max_new_tokens, speculative)]
     guide = Guide(_constraints(model, constraint, len(rows)), max_new_tokens)

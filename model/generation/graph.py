@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache, FixedStep
+from ..lineage.config import LineageConfig
 from ..norm import exact_linear
 from ..transformer import Transformer
 
@@ -26,20 +27,21 @@ class TokenGraph:
     The cache is this graph's alone from here on; its tensors must not be replaced (`reorder`, `truncate`).
 
     Raises:
-        ValueError: the model is not on a GPU.
+        ValueError: the model is not on a GPU, or not of V4.
     """
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
+        check_graph(model)
         device = model.head.weight.device
-        check_graph(device)
         self.model, self.cache = model, cache
         cache.fix()
         self.past = cache.lengths.to(device)[:, None].contiguous()
         self.ids = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
-        self._warm_up()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others go on
-            self.logits = self._pass()
+        with torch.no_grad(), torch.cuda.device_of(self.ids):  # streams are those of the current device
+            self._warm_up()
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others go on
+                self.logits = self._pass()
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits' place is the same in every call.
@@ -59,7 +61,6 @@ class TokenGraph:
         self.past += 1
         return exact_linear(hidden, self.model.head.weight)
 
-    @torch.no_grad()
     def _warm_up(self) -> None:
         """Passes that leave no trace."""
         kept = [(rows, rows.clone()) for layer in self.cache.layers for _, rows in layer.tensors()]
@@ -74,10 +75,14 @@ class TokenGraph:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def check_graph(device: torch.device, speculative: bool = False, cache: Cache | None = None) -> None:
+def check_graph(model: Transformer, speculative: bool = False, cache: Cache | None = None) -> None:
     """Raises ValueError where tokens cannot come from a graph."""
-    if device.type != "cuda":
-        raise ValueError(f"graph=True: the model is on {device}, allowed is a GPU; leave it out there")
+    if isinstance(model.config, LineageConfig):
+        kind = model.config.model_type
+        raise ValueError(f"graph=True: the model is of {kind!r}, allowed is 'deepseek_v4' alone")
     if speculative or cache is not None:
         given = "speculative=True" if speculative else "a cache"
         raise ValueError(f"graph=True together with {given}: a graph has one token a pass, in a cache of its own")
+    device = model.head.weight.device
+    if device.type != "cuda":
+        raise ValueError(f"graph=True: the model is on {device}, allowed is a GPU; leave it out there")

@@ -12,6 +12,7 @@ from abyssal.model import generate
 from abyssal.model.generation import graph as graph_module
 from abyssal.model.generation.graph import TokenGraph
 from abyssal.model.generation.prefill import prefill
+from abyssal.model.lineage import LineageConfig, LineageTransformer
 
 generate_module = importlib.import_module("abyssal.model.generation.generate")
 experts_reference = importlib.import_module("abyssal.kernels.moe_experts.reference")
@@ -89,6 +90,10 @@ def test_what_cannot_be_a_graph_is_refused(model, monkeypatch):
     with pytest.raises(ValueError, match="graph=True: the model is on cpu, allowed is a GPU"):
         generate(model, [1, 2], max_new_tokens=3, graph=True)
     with pytest.raises(ValueError, match="graph=True together with speculative=True"):
-        graph_module.check_graph(torch.device("cuda"), speculative=True)
+        graph_module.check_graph(model, speculative=True)
     with pytest.raises(ValueError, match="graph=True together with a cache"):
-        graph_module.check_graph(torch.device("cuda"), cache=model.new_cache(1, 4))
+        graph_module.check_graph(model, cache=model.new_cache(1, 4))
+    with torch.device("meta"):
+        earlier = LineageTransformer(LineageConfig.load("v3"))
+    with pytest.raises(ValueError, match="graph=True: the model is of 'deepseek_v3', allowed is 'deepseek_v4'"):
+        graph_module.check_graph(earlier)
