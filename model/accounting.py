@@ -197,7 +197,8 @@ def cache_bytes(
 
     batch_size times the sum over layers of the entries, (max_length // m) (c + c_I) values, and the tails, each of
     (needed + rewind + SLACK) rows: W - 1 needed rows of c values; of (k, z), m - 1 rows of 2 c float32 (HCA) or 2 m - 1
-    of 4 c and 4 c_I (CSA); with Engram of order N, N - 1 int64 ids and (kernel_size - 1) N rows of n d values.
+    of 4 c and 4 c_I (CSA), float64 where values are; with Engram of order N, N - 1 int64 ids and (kernel_size - 1) N
+    rows of n d values.
 
     Args:
         bytes_per_value: of the model's parameters.
@@ -384,10 +385,10 @@ def _layer_bytes(
     kind, ratio = c.layer_kind(layer), c.compress_ratio(layer)
     total = (c.sliding_window - 1 + spare) * entry
     if kind == HEAVY:
-        total += max_length // ratio * entry + (ratio - 1 + spare) * 2 * c.head_dim * 4
+        total += max_length // ratio * entry + (ratio - 1 + spare) * 2 * c.head_dim * max(value, 4)
     elif kind == SPARSE:
         width = c.head_dim + c.index_head_dim
-        total += max_length // ratio * (entry + index_key) + (2 * ratio - 1 + spare) * 4 * width * 4
+        total += max_length // ratio * (entry + index_key) + (2 * ratio - 1 + spare) * 4 * width * max(value, 4)
     if c.engram and layer in c.engram.layers:
         order, taps = c.engram.max_ngram, c.engram.kernel_size
         total += (order - 1 + spare) * 8

@@ -229,7 +229,7 @@ class CompressorCache:
         ratio, overlap = config.compress_ratio(layer), config.layer_kind(layer) == SPARSE
         self.ratio = ratio
         channels = 2 * (2 if overlap else 1) * width
-        exact = like.new_zeros(0, dtype=torch.float32)
+        exact = like.new_zeros(0, dtype=torch.promote_types(like.dtype, torch.float32))
         self.tail = Tail(batch, unfinished_tokens(ratio, overlap), rewind, (channels,), exact)
         capacity = max_length // ratio
         self.store = CodedStore(batch, capacity, format, like) if format else Store(batch, capacity, width, like)

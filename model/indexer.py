@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..kernels import hadamard, rope
+from ..kernels.precision import accumulation
 from .cache import CompressorCache
 from .compressor import Compressor
 from .config import ModelConfig
@@ -52,7 +53,8 @@ class Indexer(nn.Module):
     ) -> IndexInputs:
         x, q_latent = x.detach(), q_latent.detach()
         q = rope(self.wq_b(q_latent).unflatten(-1, (self.heads, self.head_dim)), rotation)
-        weights = self.weights_proj(x).float() * (self.head_dim * self.heads) ** -0.5
+        weights = self.weights_proj(x)
+        weights = weights.to(accumulation(weights)) * (self.head_dim * self.heads) ** -0.5
         keys = self.compressor(x, layout, cache)
         if isinstance(keys, Coded):
             q, keys = rounded_index(q) if self.rounded else hadamard(q), keys.values()

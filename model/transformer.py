@@ -186,6 +186,8 @@ class Transformer(nn.Module):
 
     def _cache(self, layers: Sequence[int], batch_size: int, max_length: int, rewind: int, storage: str) -> Cache:
         like = self.embed.weight.detach()
+        if not like.is_meta:  # which autocast does not know
+            like = like.new_empty(0, dtype=compute_dtype(like))
         return Cache(self.config, layers, batch_size, max_length, rewind=rewind, storage=storage, like=like)
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels import attention, index_loss, index_topk, rope
+from ...kernels.precision import accumulation
 from ..norm import RMSNorm
 from .cache import LatentCache
 from .config import LineageConfig
@@ -70,7 +71,8 @@ class Indexer(nn.Module):
         """Index queries [b, t, h, w], head weights [b, t, h] and keys [b, t, w]."""
         q = self._turned(rearrange(self.wq_b(q_latent), "b t (h w) -> b t h w", h=self.heads), rotation)
         k = self._turned(self.k_norm(self.wk(x)), rotation)
-        return q, self.weights_proj(x).float() * (self.heads * self.width) ** -0.5, k
+        weights = self.weights_proj(x)
+        return q, weights.to(accumulation(weights)) * (self.heads * self.width) ** -0.5, k
 
     def _turned(self, x: Tensor, rotation: Tensor) -> Tensor:
         rotary = rearrange(x[..., : self.rotary], "... (half pair) -> ... (pair half)", half=2)

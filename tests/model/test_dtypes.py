@@ -92,16 +92,33 @@ def test_every_tensor_crosses_the_door_as_promised(door, how):
         assert dtypes <= wanted, (place, dtypes, table[place])
 
 
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
 @torch.no_grad()
-def test_so_do_those_of_a_model_in_bfloat16_with_a_cache(door):
-    model, ids = small().bfloat16().eval(), draw_ids(2, 40, top=290)
-    cache = model.new_cache(2, 50)
-    logits = [model(ids[:, :30], cache=cache).logits, model(ids[:, 30:31], cache=cache).logits]
+def test_so_do_those_of_passes_with_a_cache(door, how):
+    model, ids = small().eval(), draw_ids(2, 40, top=290)
+    if how == "bfloat16":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        cache = model.new_cache(2, 50)
+        logits = [model(ids[:, :30], cache=cache).logits, model(ids[:, 30:31], cache=cache).logits]
     assert all(x.dtype == torch.float32 for x in logits)
     table = promised()
     for place, dtypes in door.items():
         wanted = {torch.float32, torch.bfloat16} if table[place] == "as kept" else {NAMES[table[place]]}
         assert dtypes <= wanted, (place, dtypes, table[place])
+
+
+@torch.no_grad()
+def test_a_model_in_float64_stays_in_it(door):
+    model, ids = small().double().eval(), draw_ids(2, 160, top=290)
+    cache = model.new_cache(2, 170)
+    whole = model(ids).logits
+    parts = [model(part, cache=cache).logits for part in ids.split([140, 1, 19], 1)]
+    assert torch.allclose(torch.cat(parts, 1), whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+    assert {place for place, dtypes in door.items() if dtypes != {torch.float64}} == {
+        "norm_rope.rotation",
+        "rope.rotation",
+    }
 
 
 def test_ops_are_all_that_there_are():
