@@ -85,6 +85,17 @@ def test_a_wrong_gradient_counts_too():
     assert row["status"] == "wrong" and row["error"]["tensor"] == "dweights"
 
 
+def test_a_wrong_pass_without_gradients_counts_too():
+    task = tasks()[0]
+    reference = task.contenders[0].run
+
+    def other_kernel(*inputs):
+        return reference(*inputs) if torch.is_grad_enabled() else next_expert(*inputs)
+
+    row = rows_of(replace(task, contenders=[task.contenders[0], Contender("it", other_kernel)]))["it"]
+    assert row["status"] == "wrong" and row["error"]["tensor"] == f"{task.outputs[0]} without gradients"
+
+
 def test_what_fails_or_does_not_fit_is_said():
     def fails(*inputs):
         raise RuntimeError("no kernel for this\nand more lines")
@@ -125,12 +136,12 @@ def test_contenders_take_turns_until_their_time_is_up(monkeypatch):
 
     task = replace(task, contenders=[Contender(name, named(name)) for name in "abc"])
     rows = rows_of(task, repeats=3)
-    assert "".join(called) == "a" + "aabbcc" + "aabbcc" + "bbccaa" + "ccaabb" + "abc"  # dout, check, turns, memory
+    assert "".join(called) == "a" + "aaabbbccc" + "aabbcc" + "bbccaa" + "ccaabb" + "abc"  # dout, check, turns, memory
     assert {row["turns"] for row in rows.values()} == {3}
     monkeypatch.setitem(measure.WARM_UP, "cpu", 3)
     called.clear()
     assert {row["turns"] for row in rows_of(task, repeats=3).values()} == {3}
-    assert len(called) == 1 + 6 + 5 * 6 + 3
+    assert len(called) == 1 + 9 + 5 * 6 + 3
     assert {row["turns"] for row in rows_of(task, repeats=3, patience=0.0).values()} == {1}
 
 
