@@ -5,6 +5,7 @@ they have told.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -129,7 +130,7 @@ def test_graphs_are_held_against_eager(runner, tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps({"loss": x}) + "\n" for x in losses), "utf-8")
         runner.Context("graphs", tmp_path, "cuda", 0.0).tell(item=f"decode {way}", text=text)
 
-    assert not whole.compared(tmp_path)["same_losses"] and not whole.compared(tmp_path)["same_tokens"]
+    assert whole.compared(tmp_path) == {"steps_compared": 0, "same_losses": None, "same_tokens": None}
     told("graph", [3.0, 2.0, 1.0], [5, 6])
     told("eager", [3.0, 2.0], [5, 6])
     assert whole.compared(tmp_path) == {"steps_compared": 2, "same_losses": True, "same_tokens": True}
@@ -147,11 +148,27 @@ def test_killed_it_leaves_what_was_done_and_no_process(tmp_path):
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert json.loads((out / "parts.json").read_text("utf-8"))[0]["part"] == "machine"
+    told = json.loads((out / "parts.json").read_text("utf-8"))
+    assert [(row["part"], row["status"]) for row in told] == [("machine", "ok"), ("micro", "cut")]
     time.sleep(5)
-    size = (out / "micro.jsonl").stat().st_size
+    begun = [line for line in (out / "micro.jsonl").read_text("utf-8").splitlines() if "begin" in line]
     time.sleep(5)
-    assert (out / "micro.jsonl").stat().st_size == size < 2000
+    assert [line for line in (out / "micro.jsonl").read_text("utf-8").splitlines() if "begin" in line] == begun
+    assert len(begun) < 6, "of 12"
+
+
+def test_interrupted_it_says_what_there_is(tmp_path):
+    out = tmp_path / "out"
+    code = "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    code += "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(HERE), "--cpu", "--only", "machine,micro", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 300
+    while not list(out.glob("benchmarks/*.json")) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "interrupted" in said and "micro attention" in said and str(out) in said
 
 
 def contact(*options):

@@ -77,7 +77,11 @@ def main() -> int:
             print(line, file=log, flush=True)
 
         wanted = [part for part in PARTS if options.only is None or part.name in options.only]
-        told = run_all(wanted, out, device, options.seconds, say)
+        try:
+            told = run_all(wanted, out, device, options.seconds, say)
+        except KeyboardInterrupt:
+            say("interrupted")
+            told = [{"status": "cut"}]
         whole.rescue(out)
         for line in summary(out):
             say(line)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import Row, rows
+from whole import rescue
 
 PARTS = ("machine", "smoke", "tests", "compile", "train", "decode", "graphs")
 COLUMNS = ("tokens_per_second", "first_step_seconds", "peak_memory_gib", "loss_first", "loss_last", "ms_per_token")
@@ -24,6 +25,7 @@ def file(out: Path, root: Path) -> None:
     measure = root / "train/measure"
     for path in sorted((out / "benchmarks").glob("*.json")):
         draw(Path(shutil.copy(path, root / "kernels/benchmarks" / path.name)))
+    rescue(out)
     found = document(out)
     profile = out / "profile/profile.json"
     if profile.is_file():

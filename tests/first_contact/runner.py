@@ -98,11 +98,20 @@ def run_all(parts: Sequence[Part], out: Path, device: str, seconds: float, say: 
             row = {"part": part.name, "status": "skipped", "seconds": 0.0, "note": f"{limit:.0f} s were left for it"}
         else:
             say(f"{part.name}: {part.about} (at most {limit:.0f} s)")
+            note = "all was ended before it was over"
+            _record(out, [*told, {"part": part.name, "status": "cut", "seconds": 0.0, "note": note}])
             row = run_part(part, out, device, limit)
         told.append(row)
-        (out / "parts.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+        _record(out, told)
         say(f"{part.name}: {row['status']} after {row['seconds']:.0f} s{row['note'] and ': ' + row['note']}")
     return told
+
+
+def _record(out: Path, told: list[Row]) -> None:
+    """Written anew and renamed: whoever kills us leaves a whole file."""
+    new = out / ".parts.json"
+    new.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    new.replace(out / "parts.json")
 
 
 def run_part(part: Part, out: Path, device: str, limit: float) -> Row:
@@ -150,15 +159,20 @@ def _process(part: Part, out: Path, device: str, end: float) -> tuple[int | None
 
 def _within(part: Part, at: Context) -> None:
     """In its own process and session: what it says goes to its log."""
-    from abyssal.train.measure.bench.workers import end_with
-
     os.setsid()
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_main, daemon=True).start()
     log = os.open(at.out / f"{at.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     faulthandler.enable()
     part.run(at)
+
+
+def _end_with_main() -> None:
+    """Ends this session after the process that began the parts. Our parent, the fork server, lives as long as we do."""
+    if main := multiprocessing.parent_process():
+        main.join()
+        os.killpg(0, signal.SIGKILL)
 
 
 def _last_words(out: Path, name: str) -> str:

@@ -37,15 +37,17 @@ def graphs(at: Context) -> None:
 
 
 def compared(out: Path) -> dict[str, Any]:
-    """Whether graphs gave what was given without them: the losses of the steps that both made, and the tokens."""
+    """Whether graphs gave what was given without them: the losses of the steps that both made, and the tokens; None
+    where one of the two is missing.
+    """
     losses = [[step["loss"] for step in lines(out / f"runs/train-{way}/metrics.jsonl")] for way in ("graph", "eager")]
     both = min(map(len, losses))
     written = {row["item"]: row["text"] for row in rows(out, "graphs") if "text" in row}
     tokens = [written.get(f"decode {way}") for way in ("graph", "eager")]
     return {
         "steps_compared": both,
-        "same_losses": bool(both) and losses[0][:both] == losses[1][:both],
-        "same_tokens": tokens[0] is not None and tokens[0] == tokens[1],
+        "same_losses": losses[0][:both] == losses[1][:both] if both else None,
+        "same_tokens": None if None in tokens else tokens[0] == tokens[1],
     }
 
 
