@@ -14,6 +14,8 @@ separate from the first update on; `spread` watches that.
 b batch · t tokens · n streams · d width
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -81,17 +83,17 @@ class HyperHead(nn.Module):
 
 
 @torch.no_grad()
-def sample(streams: Tensor) -> Tensor:
-    """At most 256 tokens of streams [b, t, n, d], evenly spaced, to measure their spread on: [s, n, d]."""
-    tokens = streams.flatten(0, 1)
-    return tokens[:: -(-len(tokens) // 256)].clone()
+def separation(streams: Tensor) -> Tensor:
+    """[2] mean squares of the streams' deviation from the mean stream, and of that one.
 
-
-def spread(samples: Tensor) -> Tensor:
-    """[l] how far streams [l, s, n, d] have separated in each layer: rms of their deviation from the mean stream over
-    its rms; 0 means n equal streams.
+    Measured on at most 256 tokens of the batch, evenly spaced.
     """
-    samples = samples.float()
-    mean = samples.mean(2, keepdim=True)
-    apart, size = ((x * x).mean((1, 2, 3)) for x in (samples - mean, mean))
+    tokens = streams.flatten(0, 1)
+    apart, mean = torch.var_mean(tokens[:: -(-len(tokens) // 256)].float(), 1, correction=0)
+    return torch.stack([apart.mean(), mean.square().mean()])
+
+
+def spread(separations: Sequence[Tensor]) -> Tensor:
+    """How far the streams have separated, for each `separation`: the root of its ratio; 0 means n equal streams."""
+    apart, size = torch.stack(list(separations)).unbind(1)
     return (apart / size.clamp_min(1e-20)).sqrt()

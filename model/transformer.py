@@ -23,7 +23,7 @@ from .block import Block, Signals
 from .cache import Cache, FixedStep, Step, continue_layout
 from .config import ModelConfig
 from .decode import decode
-from .hyper import HyperHead, sample, spread
+from .hyper import HyperHead, separation, spread
 from .layout import Layout, check_documents, make_layout
 from .losses import IGNORED, LossShares, has_next, next_targets
 from .moe import shares as load_shares
@@ -115,16 +115,16 @@ class Transformer(nn.Module):
         learn = targets is not None
         streams = self._streams(ids)
         signals: list[Signals] = []
-        samples: list[Tensor] = []
+        separations: list[Tensor] = []
         for group in self._groups():
-            streams, found, sampled = self._run(group, _through, group, streams, ids, layout, learn)
+            streams, found, apart = self._run(group, _through, group, streams, ids, layout, learn)
             signals += found
-            samples += sampled
+            separations += apart
         hidden = self._hidden(streams)
         out = Output(hidden[:, -logits_to_keep:] if logits_to_keep else hidden, self.head.weight)
         if learn:
             self._learn(out, hidden, streams, ids, targets, layout, signals, shares)
-            out.metrics["spread"] = spread(torch.stack(samples))
+            out.metrics["spread"] = spread(separations)
         return out
 
     @property
@@ -353,11 +353,11 @@ class Transformer(nn.Module):
 def _through(
     blocks: Sequence[Block], streams: Tensor, ids: Tensor, layout: Layout, learn: bool
 ) -> tuple[Tensor, list[Signals], list[Tensor]]:
-    """The streams after some layers, what each tells the objective, and a sample of the streams after each."""
-    signals, samples = [], []
+    """The streams after some layers, what each tells the objective, and how far the streams are apart after each."""
+    signals, apart = [], []
     for block in blocks:
         streams, signal = block(streams, ids, layout, learn=learn)
         signals.append(signal)
         if learn:
-            samples.append(sample(streams))
-    return streams, signals, samples
+            apart.append(separation(streams))
+    return streams, signals, apart

@@ -22,7 +22,9 @@ def launched(folder: Path) -> set[str]:
     trees = [ast.parse(path.read_text("utf-8")) for path in sorted((folder / "triton").glob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     kernels = {
-        n.name for n in nodes if isinstance(n, ast.FunctionDef) and "triton.jit" in map(ast.unparse, n.decorator_list)
+        n.name
+        for n in nodes
+        if isinstance(n, ast.FunctionDef) and any(ast.unparse(d).startswith("triton.jit") for d in n.decorator_list)
     }
     calls = [n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
     return kernels & {ast.unparse(call).rpartition(".")[2] for call in calls}

@@ -51,6 +51,7 @@ TABLE = {  # n <= 4: up to 32 rows of the projection
     "hip": Tiles(Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 2), "ieee"),
 }
 _WIDE = Tiles(Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 2))
+SINGLE = 32  # columns of float32 streams in the backward pass, at most: of more, Hopper spills
 WIDE = {  # more streams: up to 128 rows
     **dict.fromkeys(TABLE, _WIDE),
     "hip": _WIDE._replace(precision="ieee"),
@@ -192,7 +193,7 @@ def _project_backward(
         return None
     (t, n, d), (m, w), table = site.streams.shape, site.fn.shape, tiles_for(len(site.fn))
     b = table.backward
-    columns = min(b.columns, next_power(d, 16))
+    columns = min(b.columns, next_power(d, 16), b.columns if site.streams.itemsize == 2 else SINGLE)
     groups = max(triton.cdiv(t, b.tokens), 1)
     steps = max(triton.cdiv(groups, GROUPS), STEPS)
     groups = triton.cdiv(groups, steps)

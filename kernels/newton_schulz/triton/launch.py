@@ -55,7 +55,7 @@ HALF = {  # bf16 and fp16, sides that are multiples of 16
     "hip": _both(128, 128, 32, 8, 2),
 }
 NARROW = _both(64, 64, 64, 4, 3)  # matrices with a side of at most 64
-PLAIN = _both(64, 32, 32, 4, 2)  # float32, whose products take no tensor cores, and other widths
+PLAIN = _both(64, 32, 32, 8, 2)  # float32, whose products take no tensor cores, and other widths
 
 
 def tiles_for(r: int, c: int, dtype: torch.dtype) -> Tiles:

@@ -537,7 +537,7 @@ def test_the_joint_distribution(small, monkeypatch, finish):
     settings = {"max_new_tokens": 3, "temperature": 0.5, "top_p": 0.95, "constraint": constraint}
 
     def patches(name, function):
-        for module in (speculative, sys.modules["abyssal.model.generation.generate"]):
+        for module in (speculative, *(sys.modules[f"abyssal.model.generation.{x}"] for x in ("generate", "sampling"))):
             monkeypatch.setattr(module, name, function, raising=False)
 
     plain = explored(lambda: generate(small, [4, 0], **settings), patches)

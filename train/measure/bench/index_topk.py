@@ -173,6 +173,7 @@ def _select(k: int, seen: Tensor) -> Make:
     def make(kernels: ModuleType, backend: str) -> Run:
         def select(values: Tensor) -> tuple[Tensor, ...]:
             launch = importlib.import_module(f"{kernels.__name__}.index_topk.triton.launch")
+            values = torch.nn.functional.pad(values, (0, -values.shape[1] % 16))  # as the scores lie
             picks = values.new_empty(1, len(values), k, dtype=torch.int64)
             chunk = launch.Chunk(0, -(-len(values) // launch.FEW), launch.FEW)
             launch.select(values, torch.zeros_like(seen), seen, picks, chunk, k)
