@@ -106,6 +106,14 @@ def test_parts_share_what_is_left(runner, tmp_path):
     assert 2 < left < 30 and any("works: ok" in line for line in said)
 
 
+def test_of_a_small_budget_the_first_parts_get_enough(runner, tmp_path):
+    parts = [part(runner, "works", 1, least=6), part(runner, "goes_on", 9, least=4), part(runner, "hangs", 90, least=9)]
+    told = runner.run_all(parts, tmp_path, "cpu", 12, lambda _: None)
+    assert [row["status"] for row in told][::2] == ["ok", "skipped"]
+    (left,) = (row["left"] for row in runner.rows(tmp_path, "works"))
+    assert left > 1
+
+
 def test_a_run_that_was_cut_off_is_told(runner, tmp_path):
     import whole
 

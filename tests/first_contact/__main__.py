@@ -33,7 +33,7 @@ import whole  # noqa: E402
 from runner import PRELOADED, PROCESSES, ROOT, Context, Part, rows, run_all  # noqa: E402
 
 PARTS = [  # most important first; together the default budget
-    Part("machine", correct.machine, 15, least=2),
+    Part("machine", correct.machine, 15),
     Part("compile", fast.compile, 75, item=600),
     Part("smoke", correct.smoke, 40, item=40),
     Part("tests", correct.tests, 150, least=20, item=600),

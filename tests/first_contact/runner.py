@@ -89,11 +89,14 @@ def lines(path: Path) -> list[Row]:
 
 
 def run_all(parts: Sequence[Part], out: Path, device: str, seconds: float, say: Callable[[str], None]) -> list[Row]:
-    """Every part with its share of what is left; the rest of a part that ends early falls to those behind it."""
+    """Every part with its share of what is left, the least that it needs if that is more; the rest of a part that ends
+    early falls to those behind it.
+    """
     end, told = time.time() + seconds, []
     for number, part in enumerate(parts):
         left, wanted = end - time.time(), sum(p.seconds for p in parts[number:])
         limit = left * part.seconds / wanted if wanted > left else min(left, part.seconds + (left - wanted))
+        limit = max(limit, min(part.least, left))  # of a small budget the first parts get enough, the last ones nothing
         if limit < part.least:
             row = {"part": part.name, "status": "skipped", "seconds": 0.0, "note": f"{limit:.0f} s were left for it"}
         else:
