@@ -185,10 +185,12 @@ class Transformer(nn.Module):
         return self._cache([self.config.num_hidden_layers], batch_size, max_length, rewind, storage)
 
     def _cache(self, layers: Sequence[int], batch_size: int, max_length: int, rewind: int, storage: str) -> Cache:
-        like = self.embed.weight.detach()
-        if not like.is_meta:  # which autocast does not know
-            like = like.new_empty(0, dtype=compute_dtype(like))
-        return Cache(self.config, layers, batch_size, max_length, rewind=rewind, storage=storage, like=like)
+        return Cache(self.config, layers, batch_size, max_length, rewind=rewind, storage=storage, like=self._like())
+
+    def _like(self) -> Tensor:
+        """An empty tensor where the model is, in the dtype that a pass computes in now."""
+        weight = self.embed.weight.detach()
+        return weight.new_empty(0, dtype=weight.dtype if weight.is_meta else compute_dtype(weight))  # no meta autocast
 
     @torch.no_grad()
     def draft(

@@ -49,7 +49,7 @@ class LineageTransformer(nn.Module):
 
     mtp = ()  # nothing to draft with
     _check, _check_range = Transformer._check, Transformer._check_range
-    check_batch, _embedded = Transformer.check_batch, Transformer._embedded
+    check_batch, _embedded, _like = Transformer.check_batch, Transformer._embedded, Transformer._like
 
     def __init__(self, config: LineageConfig) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class LineageTransformer(nn.Module):
         longest = self.config.max_position_embeddings
         if max_length > longest:
             raise ValueError(f"max_length={max_length}: the configuration allows max_position_embeddings={longest}")
-        return LatentCache(self.config, batch_size, max_length, self.embed.weight.detach())
+        return LatentCache(self.config, batch_size, max_length, self._like())
 
     @torch.no_grad()
     def update_router_bias(self, speed: float | None = None) -> None:

@@ -88,6 +88,14 @@ def test_gradients(pair):
                 assert far(parameter.grad[place], want[source]) < 1e-4, name
 
 
+@torch.no_grad()
+def test_a_cache_is_in_the_dtype_that_the_model_computes_in():
+    model = LineageTransformer(config("deepseek_v32"))
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            assert {part.dtype for layer in model.new_cache(1, 8).rows for part in layer} == {dtype}
+
+
 @pytest.mark.parametrize("split", [[70], [1] * 12, [33, 1, 1, 35], [5, 60, 3]])
 def test_cached(pair, split):
     ours, theirs = pair
