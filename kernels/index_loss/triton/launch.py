@@ -131,7 +131,8 @@ def index_loss(student: Student, teacher: Teacher, compared: Compared, scale: fl
 def _sum_heads(x: Teacher | Student, compared: Compared, out: Tensor, chunk: Chunk, scale: float | None = None) -> None:
     """`out [b n, slots]`: the teacher's mass, or, without a scale, the student's scores."""
     (b, t, h, d), teacher = x.q.shape, scale is not None
-    options = _options(table_for(x.q, 512).teacher if teacher else table_for(x.q, 128).student, h, d)
+    blocks = table_for(x.q, 512).teacher if teacher else table_for(x.q, 128).student
+    options = _options(blocks, h, d) | registers(blocks.warps)
     kernels.sum_heads[b * chunk.n,](
         *x, *compared, out, chunk.first, chunk.n, t, h, d, p=x.keys.shape[1], k=chunk.width, width=chunk.width,
         scale=scale or 0.0, TEACHER=teacher, PICKED=compared.picks is not None, HELD=h <= options["BH"], **options,

@@ -102,8 +102,9 @@ def _symmetric(x: Tensor, out: Tensor, alpha: float, plus: Tensor | None = None,
     b = t.symmetric
     (left, tma), (right, _) = (_source(x, rows, b.inner, t) for rows in (b.rows, b.columns))
     kernels.symmetric[e * triton.cdiv(r, b.rows) * triton.cdiv(r, b.columns),](
-        left, right, plus, out, r, inner, alpha, beta, PLUS=plus is not None, TMA=tma, **_options(b, t)
-    )
+        left, right, plus, out, r, inner, alpha, beta, PLUS=plus is not None, TMA=tma,
+        **_options(b, t) | registers(b.warps),
+    )  # fmt: skip
 
 
 def _product(b: Tensor, x: Tensor, out: Tensor, alpha: float) -> None:
@@ -124,4 +125,4 @@ def _source(x: Tensor, rows: int, columns: int, t: Tiles) -> tuple[Any, bool]:
 
 def _options(b: Blocks, t: Tiles) -> dict[str, int]:
     blocks = {"BM": b.rows, "BN": b.columns, "BK": b.inner, "GROUP": t.group}
-    return {**blocks, "num_stages": b.stages, **registers(b.warps)}
+    return {**blocks, "num_warps": b.warps, "num_stages": b.stages}
