@@ -1,9 +1,13 @@
 """How far a training pass under bfloat16 autocast is from float32's, on a CPU: losses, and the angle of each gradient.
 
-    python tests/support/half.py small 1 256        rows of Python's own source; every tensor below 0.999, and how many
+    python tests/support/half.py small 1 256        one row of our own source; every tensor below 0.999, and how many
+    python tests/support/half.py small 1 256 20     the same after 20 steps in float32
 
 A choice that rounding turns (an expert, an entry) changes whole rows of a gradient: not an error of a product, but
 another function. `same_choices` makes the second pass choose as the first did; both are told.
+
+Third, what nothing can be better than: float32 throughout, where mHC alone reads streams that were rounded to bfloat16.
+Streams that hardly differ give its last collapse a gradient that is the small difference of large numbers.
 """
 
 import importlib
@@ -20,6 +24,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from abyssal.model import ModelConfig, Transformer  # noqa: E402
+from abyssal.model.hyper import HyperConnection, HyperHead  # noqa: E402
 from abyssal.model.routing import record_routing, replay_routing  # noqa: E402
 
 attention_module = importlib.import_module("abyssal.model.attention")
@@ -32,14 +37,16 @@ class Compared(NamedTuple):
     cosines: dict[str, float]
 
 
-def compare(model: Transformer, ids: Tensor, targets: Tensor, same_choices: bool) -> Compared:
-    """A pass in each dtype over ids [b, t]."""
+def compare(
+    model: Transformer, ids: Tensor, targets: Tensor, same_choices: bool, streams_alone: bool = False
+) -> Compared:
+    """A pass in each dtype over ids [b, t]; with `streams_alone` nothing else is in bfloat16."""
     picks: list[Tensor] = []
     with record_routing(model) as routes, _picks(picks, replay=False):
         losses, want = _pass(model, ids, targets, enabled=False)
     chosen = {layer: taken[0] for layer, taken in routes.items()} if same_choices else {}
-    with replay_routing(model, chosen), _picks(picks, replay=same_choices):
-        others, got = _pass(model, ids, targets, enabled=True)
+    with replay_routing(model, chosen), _picks(picks, replay=same_choices), _rounded(model, streams_alone):
+        others, got = _pass(model, ids, targets, enabled=not streams_alone)
     cosines = {name: torch.cosine_similarity(want[name], got[name], 0).item() for name in want}
     return Compared({name: (losses[name], others[name]) for name in losses}, cosines)
 
@@ -70,15 +77,45 @@ def _picks(kept: list[Tensor], replay: bool):
         yield
 
 
-def main(name: str, rows: int, length: int) -> None:
+@contextmanager
+def _rounded(model: Transformer, enabled: bool):
+    """What mHC reads is rounded, its gradient is not."""
+
+    def rounded(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        streams = args[0]
+        return (streams + (streams.bfloat16().float() - streams).detach(), *args[1:])
+
+    readers = [module for module in model.modules() if isinstance(module, (HyperConnection, HyperHead))]
+    hooks = [module.register_forward_pre_hook(rounded) for module in readers if enabled]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def _trained(model: Transformer, batches: Tensor) -> None:
+    """A step of AdamW for each of batches [steps, b, t + 1], warmed up over ten."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step, batch in enumerate(batches, 1):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 10)
+        optimizer.zero_grad()
+        model(batch[:, :-1].contiguous(), targets=batch[:, 1:].contiguous()).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.update_router_bias()
+
+
+def main(name: str, rows: int, length: int, steps: int = 0) -> None:
     torch.manual_seed(0)
     model = Transformer(ModelConfig.load(name)).train()
     text = b"".join(path.read_bytes() for path in sorted((ROOT / "train").glob("**/*.py")))
-    data = torch.tensor(list(text[: rows * (length + 1)])).view(rows, -1)
-    for same in (False, True):
-        found = compare(model, data[:, :-1].contiguous(), data[:, 1:].contiguous(), same)
+    batches = torch.tensor(list(text[: (steps + 1) * rows * (length + 1)])).view(steps + 1, rows, -1)
+    _trained(model, batches[:steps])
+    data = batches[steps]
+    for same, streams_alone in ((False, False), (True, False), (True, True)):
+        found = compare(model, data[:, :-1].contiguous(), data[:, 1:].contiguous(), same, streams_alone)
         near = sum(cosine > 0.999 for cosine in found.cosines.values())
-        print(f"choices of float32: {same}; losses {found.losses}; {near} of {len(found.cosines)} above 0.999")
+        what = "streams alone rounded" if streams_alone else f"choices of float32: {same}"
+        print(f"{what}; losses {found.losses}; {near} of {len(found.cosines)} above 0.999")
         for cosine, tensor in sorted((cosine, tensor) for tensor, cosine in found.cosines.items() if cosine <= 0.999):
             print(f"  {cosine:.5f} {tensor}")
 
