@@ -35,6 +35,7 @@ HALF = {  # bf16 and fp16, d <= 128
 }
 FEW = 64  # queries for which a tile of so many will do; Hopper's tensor cores take no fewer and sum them alike
 ONE = Blocks(1, 64, 4, 2)  # each of still fewer, whose heads are multiplied at once
+ONE_PLAIN = Blocks(1, 16, 8, 2)
 STILL_FEWER, HEADS = 4, 64
 WIDE = Blocks(32, 32, 4, 2)  # heads of more channels
 PLAIN = Blocks(16, 16, 8, 2)  # float32, whose products take no tensor cores; of larger ones triton 3.9 spills
@@ -43,7 +44,7 @@ PLAIN = Blocks(16, 16, 8, 2)  # float32, whose products take no tensor cores; of
 def blocks_for(q: Tensor) -> Blocks:
     """The tile for queries of this number, dtype and width on the current device."""
     if q.shape[1] <= STILL_FEWER:
-        return ONE
+        return ONE if q.itemsize == 2 else ONE_PLAIN
     if q.itemsize != 2:
         return PLAIN
     if q.shape[-1] > 128:
