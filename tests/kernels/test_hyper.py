@@ -521,6 +521,19 @@ def test_partial_sums_are_added_up(by_triton, device, count):
     assert launch._sum_parts(parts, bf16).dtype == bf16
 
 
+@needs_triton
+@pytest.mark.parametrize("shift", [0, 1, 8])
+def test_a_view_at_an_odd_address_is_read_from_an_even_one(device, shift):
+    """Compiled for another alignment, the projection adds in another order."""
+    from abyssal.kernels.hyper.triton import launch
+
+    streams = torch.arange(shift + 24.0, device=device, dtype=bf16)[shift:].view(3, 2, 4)
+    one = torch.zeros(1, device=device)
+    found = launch.Site(streams, one, one, one, 2, 1e-6).contiguous().streams
+    assert found.data_ptr() % 16 == 0 and torch.equal(found, streams)
+    assert (found.data_ptr() == streams.data_ptr()) == (shift % 8 == 0)
+
+
 def test_three_products_of_tf32_keep_the_accuracy_of_float32():
     """What `precision` of the tables rests on; the interpreter multiplies in float32."""
 

@@ -81,8 +81,9 @@ class Site(NamedTuple):
     eps: float
 
     def contiguous(self) -> "Site":
-        tensors = ("streams", "fn", "base", "scale")
-        return self._replace(**{name: getattr(self, name).contiguous() for name in tensors})
+        """And streams at a multiple of 16 bytes: of others the compiler sums the squares in another order."""
+        streams, fn, base, scale = (x.contiguous() for x in self[:4])
+        return Site(streams.clone() if streams.data_ptr() % 16 else streams, fn, base, scale, *self[4:])
 
 
 class Read(NamedTuple):
