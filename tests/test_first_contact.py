@@ -4,6 +4,7 @@ they have told.
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,18 @@ def test_what_is_compiled_ahead_is_compiled_for_what_a_driver_names():
     for capability in ((8, 0), (9, 0), (10, 0)):
         card = SimpleNamespace(get_current_device=lambda: 0, get_device_capability=lambda _, found=capability: found)
         assert CudaDriver.get_current_target(card) == dryrun._target("sm_{}{}".format(*capability))
+
+
+@pytest.mark.parametrize(
+    ("part", "row"),
+    [("tests", {"red": [{"id": "a"}]}), ("smoke", {"right": False}), ("micro", {"error": "x"}), ("compile", {})],
+)
+def test_what_is_wrong_is_an_exit_status(runner, tmp_path, part, row):
+    """Even where every part came to its end."""
+    (tmp_path / f"{part}.jsonl").write_text(json.dumps({"right": True, "red": [], **row}) + "\n", "utf-8")
+    path = HERE / "__main__.py"
+    found = runpy.run_path(str(path), run_name="first_contact")["wrong"](tmp_path)
+    assert found == bool(row)
 
 
 def test_unknown_parts_are_named():

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ...kernels import attention, index_loss, index_topk, rope
 from ...kernels.precision import accumulation
+from ..cache import Step
 from ..norm import RMSNorm
 from .cache import LatentCache
 from .config import LineageConfig
@@ -39,6 +40,7 @@ class Reach(NamedTuple):
     end: Tensor  # [b|1, t]
     causal: bool
     rotation: Tensor  # complex [b|1, t, r / 2]
+    past: int = 0  # the most that any row of a cache holds
 
 
 class IndexSignal(NamedTuple):
@@ -100,9 +102,9 @@ class LatentAttention(nn.Module):
         self.few = c * (n + v) / max(2 * c - n - v, 1)
 
     def forward(
-        self, x: Tensor, reach: Reach, layer: int, cache: LatentCache | None, rows: Tensor, learn: bool
+        self, x: Tensor, reach: Reach, layer: int, cache: LatentCache | None, step: Step | None, learn: bool
     ) -> tuple[Tensor, IndexSignal | None]:
-        """`rows` [b|1, t] is where the cache holds the new tokens."""
+        """`step` is what is appended to the cache."""
         c = self.config
         q_latent = self.q_norm(self.wq_a(x))
         q = rope(rearrange(self.wq_b(q_latent), "b t (h w) -> b t h w", h=c.num_attention_heads), reach.rotation)
@@ -111,8 +113,8 @@ class LatentAttention(nn.Module):
         index, keys = None, latent[..., :0]
         if self.indexer is not None:
             *index, keys = self.indexer(x.detach(), q_latent.detach(), reach.rotation)
-        if cache is not None:
-            latent, keys = cache.append(layer, rows.expand(len(x), -1), latent, keys)
+        if cache is not None and step is not None:
+            latent, keys = cache.append(layer, step, latent, keys)
         signal = None
         if index is not None:
             out, signal = self._sparse(q, latent, (*index, keys), reach, learn)
@@ -167,7 +169,7 @@ class LatentAttention(nn.Module):
         for first in range(0, q.shape[2], BLOCK):
             block = slice(first, first + BLOCK)
             start, end = reach.start[:, block, None], reach.end[:, block, None]
-            last = int(end.max())
+            last = min(reach.past + first + BLOCK, k.shape[2])
             row = torch.arange(last, device=q.device)
             seen = ((row >= start) & (row < end))[:, None]
             blocks.append(self._dot_product(q[:, :, block], k[:, :, :last], v[:, :, :last], seen))

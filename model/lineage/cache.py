@@ -74,12 +74,15 @@ class LatentCache:
             raise ValueError(f"{longest} tokens: the cache was made for max_length={self.max_length}")
         return Step(list(self.past), new, t)
 
-    def append(self, layer: int, positions: Tensor, *new: Tensor) -> tuple[Tensor, ...]:
-        """Writes [b, t, w] at the positions; returns all rows up to the last, [b, s, w]."""
-        held = self.rows[layer]
-        inside = positions < self.max_length  # columns past a row's length may lie outside: they are padding
-        batch = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
-        for part, rows in zip(held, new):
-            part[batch[inside], positions[inside]] = rows[inside].to(part.dtype)
-        last = min(int(positions.max()) + 1, self.max_length)
-        return tuple(part[:, :last] for part in held)
+    def append(self, layer: int, step: Step, *new: Tensor) -> tuple[Tensor, ...]:
+        """Writes [b, t, w] behind what each row has, padding as far as there is room; all rows up to the last,
+        [b, s, w].
+        """
+        for part, rows in zip(self.rows[layer], new):
+            if step.even:
+                part[:, step.past[0] : step.past[0] + step.columns] = rows
+                continue
+            for b, past in enumerate(step.past):
+                part[b, past : past + step.columns] = rows[b, : self.max_length - past]
+        last = min(max(step.past) + step.columns, self.max_length)
+        return tuple(part[:, :last] for part in self.rows[layer])

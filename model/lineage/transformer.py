@@ -8,12 +8,14 @@ part of it: checkpoints' tensors of it are left out.
 b batch · t tokens · d width · v vocabulary · l layers
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import cross_entropy, rope_frequencies, rope_rotation
+from ..cache import Step, sent
 from ..layout import make_layout
 from ..moe import shares
 from ..norm import RMSNorm
@@ -90,7 +92,7 @@ class LineageTransformer(nn.Module):
         rows = torch.arange(ids.shape[1], device=ids.device)[None]
         start = torch.zeros_like(rows) if layout.start is None else layout.start.minimum(rows)  # padding sees itself
         reach = self._reach(layout.positions, start, rows + 1, layout.start is None)
-        x, signals = self._layers(self._embedded(ids), layout.real, targets is not None, reach, None, rows)
+        x, signals = self._layers(self._embedded(ids), layout.real, targets is not None, reach, None, None)
         out = Output(x[:, -logits_to_keep:] if logits_to_keep else x, self.head.weight)
         if targets is not None:
             self._learn(out, x, targets if layout.real is None else targets.masked_fill(~layout.real, IGNORED), signals)
@@ -119,25 +121,22 @@ class LineageTransformer(nn.Module):
     @torch.no_grad()
     def _append(self, ids, cache: LatentCache, lengths, logits_to_keep) -> Output:
         step = cache.begin(self.config, ids, lengths)
-        past = torch.tensor(step.past, device=ids.device)[:, None]
-        positions = past + torch.arange(ids.shape[1], device=ids.device)
-        reach = self._reach(positions, torch.zeros_like(positions), positions + 1, False)
-        x, _ = self._layers(self._embedded(ids), None, False, reach, cache, positions)
+        positions = sent(step.past, ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        reach = self._reach(positions, torch.zeros_like(positions), positions + 1, False, max(step.past))
+        x, _ = self._layers(self._embedded(ids), None, False, reach, cache, step)
         cache.past = [past + new for past, new in zip(step.past, step.new)]
         return Output(x[:, -logits_to_keep:], self.head.weight)  # -0 keeps all
 
-    def _layers(self, x, real, learn, reach: Reach, cache, rows) -> tuple[Tensor, list[tuple]]:
+    def _layers(self, x, real, learn, reach: Reach, cache, step: Step | None) -> tuple[Tensor, list[tuple]]:
         signals = []
         for layer, block in enumerate(self.layers):
-            x, signal = block(x, real, learn, reach, layer, cache, rows)
+            x, signal = block(x, real, learn, reach, layer, cache, step)
             signals.append(signal)
         return self.norm(x), signals
 
-    def _reach(self, positions, start, end, causal: bool) -> Reach:
-        c, yarn = self.config, self.config.rope_scaling
-        scaling = yarn.arguments() if yarn else {}
-        frequencies = rope_frequencies(c.qk_rope_head_dim, c.rope_theta, **scaling).to(positions.device)
-        return Reach(positions, start, end, causal, rope_rotation(positions, frequencies))
+    def _reach(self, positions, start, end, causal: bool, past: int = 0) -> Reach:
+        rotation = rope_rotation(positions, _frequencies(self.config, positions.device))
+        return Reach(positions, start, end, causal, rotation, past)
 
     def _learn(self, out: Output, x, targets, signals: list[tuple[IndexSignal | None, LoadSignal | None]]) -> None:
         c = self.config
@@ -152,3 +151,10 @@ class LineageTransformer(nn.Module):
             out.metrics["captured"] = torch.stack([s.captured for s in index])  # type: ignore[union-attr]
         weights = {"lm": 1.0, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
         out.loss = sum(weights[name] * part for name, part in out.losses.items())  # type: ignore[assignment]
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(config: LineageConfig, device: torch.device) -> Tensor:
+    """On the device once and for all: a copy there makes the host wait."""
+    scaling = config.rope_scaling.arguments() if config.rope_scaling else {}
+    return rope_frequencies(config.qk_rope_head_dim, config.rope_theta, **scaling).to(device)

@@ -86,7 +86,13 @@ def main() -> int:
         for line in summary(out):
             say(line)
     print(f"send this folder: {out}")
-    return 0 if all(row["status"] == "ok" for row in told) else 1
+    return 0 if all(row["status"] == "ok" for row in told) and not wrong(out) else 1
+
+
+def wrong(out: Path) -> bool:
+    """Whether a test was red, the small model away from its definitions, or an op or a kernel gave an error."""
+    told = [row for part in ("compile", "smoke", "tests", "micro") for row in rows(out, part)]
+    return any(row.get("red") or row.get("error") or row.get("right") is False for row in told)
 
 
 def _options() -> argparse.Namespace:

@@ -18,13 +18,13 @@ def first_of_sorted(values, k):
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("k", [1, 3, 10, 12])
 def test_short_rows_of_special_values(k, ordered, dtype, monkeypatch):
-    """By numpy, where values are few, and by torch."""
+    """By numpy, where values are few, by torch, and as a device sorts them."""
     special = torch.tensor([-math.inf, -1, -0.0, 0, 1, 1, math.inf, math.nan], dtype=dtype)
     values = special[torch.randint(0, 8, (3, 50, 12), generator=torch.Generator().manual_seed(k))]
     want = first_of_sorted(values, k)
-    for most in (0, 10**6):
+    for most in (0, 10**6, None):
         monkeypatch.setattr(topk, "SMALL", most)
-        got = topk.stable_topk(values, k, ordered=ordered)
+        got = (topk.stable_topk if most is not None else topk._first_of_all)(values, k, ordered=ordered)
         assert got.dtype == torch.int64 and torch.equal(got, want if ordered else want.sort(-1).values)
 
 

@@ -44,3 +44,9 @@ def test_a_token_waits_for_nothing_and_keeps_to_its_launches(batch):
     assert launches(found["token"]) <= 540
     assert launches(found["captured"]) <= 780
     assert found["new specialisations"] <= 5
+
+
+@pytest.mark.parametrize("name", ["v3", "v3.2"])
+def test_v3_waits_for_nothing_either(name):
+    for part in counted("lineage", name, "2", "600").values():
+        assert part["triton"] > 0 and part["waits"] == {}

@@ -48,18 +48,17 @@ def digest(path: str) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
 
 
-def loaded_sources() -> dict[str, str | None]:
-    """Digests of the files of kernels/ and tests/support/ that this process has loaded, without the public functions,
-    which lead to launches but do not make them.
-    """
+def loaded() -> set[str]:
+    """The files of kernels/ and tests/support/ that this process has loaded."""
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     paths = {Path(file).resolve() for file in files if file}
-    here = sorted(path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT))
-    return {
-        path: digest(path)
-        for path in here
-        if path.startswith(("kernels/", "tests/support/")) and not path.endswith("__init__.py")
-    }
+    here = {path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT)}
+    return {path for path in here if path.startswith(("kernels/", "tests/support/"))}
+
+
+def sources(public: set[str]) -> dict[str, str | None]:
+    """Digests of what was loaded beside the public functions, which lead to launches but do not make them."""
+    return {path: digest(path) for path in sorted(loaded() - public) if not path.endswith("__init__.py")}
 
 
 def compiled(*arguments: str) -> dict[str, Any]:
@@ -84,11 +83,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--case", action="append")
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
-    rows: list[Row] = []
+    importlib.import_module("abyssal.kernels")
+    public, rows = loaded() - {"tests/support/aot.py"}, []
     for op, target in itertools.product(options.only or OPS, options.targets):
         rows += report(op, target, options.case)
     if options.json:
-        print(json.dumps({"sources": loaded_sources(), "rows": rows}))
+        print(json.dumps({"sources": sources(public), "rows": rows}))
         return
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     for row in rows:

@@ -12,6 +12,7 @@
 
     python tests/support/counting.py train small 8 2048      a training step as JSON, twice (the second is warm)
     python tests/support/counting.py decode small 1 100 140  tokens behind a prompt; --places: and where from
+    python tests/support/counting.py lineage v3.2 2 600      both of V3 or V3.2, two layers deep
 
 TRITON_INTERPRET must be unset, as Triton decides at import. Autocast is imitated: what it casts to the half precision
 is `LOW`, and a weight once per context, as the real one does.
@@ -337,9 +338,34 @@ def decoding(
         return told | {"captured": counted.summary()}
 
 
+def lineage(name: str, batch: int, length: int, places: bool = False) -> dict[str, Any]:
+    """A warm training pass of V3 or V3.2, two layers deep, then a token behind prompts of equal and unequal lengths."""
+    from dataclasses import replace
+
+    from abyssal.model.lineage import LineageConfig, LineageTransformer
+
+    found = {}
+    with gpu(places=places) as counted:
+        with torch.device("meta"):
+            config = replace(LineageConfig.load(name), num_hidden_layers=2, first_k_dense_replace=1)
+            model, ids = LineageTransformer(config).bfloat16(), torch.zeros(batch, length, dtype=torch.int64)
+        for _ in range(2):  # frequencies are sent there once and for all
+            counted.clear()
+            model(ids, targets=ids, documents=ids).loss.backward()
+            model.update_router_bias()
+        found["train"] = counted.summary()
+        for lengths in (None, range(length - batch, length)):
+            cache = model.eval().new_cache(batch, length + 1)
+            model(ids, cache=cache, lengths=lengths)
+            counted.clear()
+            model(ids[:, :1], cache=cache)
+            found["token" if lengths is None else "token of uneven rows"] = counted.summary()
+    return found
+
+
 def main(arguments: list[str]) -> None:
     what, name, *sizes = arguments
-    run = {"train": training_step, "decode": decoding}[what]
+    run = {"train": training_step, "decode": decoding, "lineage": lineage}[what]
     places = "--places" in sizes
     print(json.dumps(run(name, *(int(size) for size in sizes if size != "--places"), places=places), indent=1))
 
