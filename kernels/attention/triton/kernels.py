@@ -199,11 +199,11 @@ def combine_splits(
 
 
 @triton.jit
-def _q_and_do(q, dout, first, h: tl.constexpr, d: tl.constexpr, D: tl.constexpr, BH: tl.constexpr):
-    """[2 BH, D]: BH heads of q, then of dout: 128 rows are what eight warps of Hopper multiply at once."""
+def _q_and_do(q, dout, heads, d: tl.constexpr, D: tl.constexpr, BH: tl.constexpr):
+    """[2 BH, D]: up to BH heads of q, then of dout: 128 rows are what eight warps of Hopper multiply at once."""
     row, column = tl.arange(0, 2 * BH)[:, None], tl.arange(0, D)[None, :]
-    head = first + row % BH
-    at, real = head * d + column, (head < h) & (column < d)
+    head = row % BH
+    at, real = head * d + column, (head < heads) & (column < d)
     return tl.load(dout + at, mask=real & (row >= BH), other=tl.load(q + at, mask=real & (row < BH), other=0.0))
 
 
@@ -218,9 +218,10 @@ def attention_backward(
     """delta = <do, o> and dq of one query of the chunk for BH heads; pairs [b n, 2, h, slots]: its p and its ds."""
     SCALAR: tl.constexpr = q.dtype.element_ty == tl.float32  # whose products take no tensor cores: joined ones spill
     groups = tl.cdiv(h, BH)
-    i_query, head = tl.program_id(0) // groups, tl.program_id(0) % groups * BH + tl.arange(0, BH)
+    i_query, first_head, head = tl.program_id(0) // groups, tl.program_id(0) % groups * BH, tl.arange(0, BH)
     batch, query = (i_query // n).to(tl.int64), i_query // n * t + chunk + i_query % n
-    row, real, place = s - t + chunk + i_query % n, head < h, query.to(tl.int64) * h
+    row, real = s - t + chunk + i_query % n, head < h - first_head
+    place = query.to(tl.int64) * h + first_head  # scalars, not blocks, go by the group: triton 3.9 spills else
     d_o = tl.zeros((BH,), tl.float32)
     for first_column in range(0, d, PART):
         at = place * d + head[:, None] * d + first_column + tl.arange(0, PART)[None, :]
@@ -234,7 +235,7 @@ def attention_backward(
         if SCALAR:
             qs, do = _load(q + place * d + head * d, real, d, D), _load(dout + place * d + head * d, real, d, D)
         else:
-            both = _q_and_do(q + place * d, dout + place * d, tl.program_id(0) % groups * BH, h, d, D, BH)
+            both = _q_and_do(q + place * d, dout + place * d, h - first_head, d, D, BH)
         dqs = tl.zeros((BH, D), tl.float32)
         norm = tl.load(lse + place + head, mask=real, other=0.0)
         kv += batch * kv_rows * d
@@ -242,7 +243,7 @@ def attention_backward(
             compressed += batch * entry_rows * d
         slots = slot_tiles * KEYS
         if NEED_KEYS:
-            pairs += 2 * i_query.to(tl.int64) * h * slots
+            pairs += (2 * i_query.to(tl.int64) * h + first_head) * slots
         if ENTRIES == "counts":
             counts += i_query.to(tl.int64) * p
         origin, low_origin, base = first // TK * TK, low // TK * TK, _first_slot(row, window, KEYS)
