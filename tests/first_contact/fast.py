@@ -50,7 +50,8 @@ def micro(at: Context) -> None:
 
 # compiling ahead -----------------------------------------------------------------------------------------------------
 
-TESTS = 797  # specialisations of the tests that want a GPU, counted once; their workers compile them
+TESTS = 950  # specialisations of the tests that want a GPU, which their workers compile: 890 counted on meta tensors,
+# where 49 of 285 tests stop early
 
 
 def compile(at: Context) -> None:
