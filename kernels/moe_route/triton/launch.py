@@ -88,7 +88,7 @@ def permutation(experts: Tensor, num_experts: int, real: Tensor | None) -> tuple
         )  # fmt: skip
         kernels.place[(blocks,)](
             experts, before, offsets, order, inverse, r, num_experts,
-            SPAN=SPAN, PAIRS=PAIRS, STEP=min(PAIRS, 64), E=wide,
+            SPAN=SPAN, PAIRS=PAIRS, STEP=min(PAIRS, 64), E=wide, **registers(4),
         )  # fmt: skip
     return order, counts, inverse
 
