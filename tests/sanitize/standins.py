@@ -25,6 +25,7 @@ def standins():
         stack.enter_context(patch("torch.Tensor.new_empty", _unwritten(torch.Tensor.new_empty)))
         kept = torch.utils.checkpoint._allowed_determinism_checks_to_fns
         stack.enter_context(patch.dict(kept, default=lambda x: (x.shape, x.dtype)))  # not its device: see above
+        stack.enter_context(patch("torch.tensor", _unpinned(torch.tensor)))
         stack.enter_context(patch("torch.mm", _mm(torch.mm)))
         stack.enter_context(patch("torch.addmm", _addmm(torch.addmm)))
         asked = "torch.optim.Optimizer._accelerator_graph_capture_health_check"
@@ -53,6 +54,11 @@ def _unwritten(stock: Any) -> Any:
         return out.fill_(float("nan") if out.is_floating_point() else 10**6 if out.itemsize > 1 else 0xA5)
 
     return new_empty
+
+
+def _unpinned(stock: Any) -> Any:
+    """Only a driver pins memory."""
+    return lambda *arguments, pin_memory=False, **options: stock(*arguments, **options)
 
 
 def _mm(stock: Any) -> Any:

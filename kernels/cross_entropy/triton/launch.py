@@ -62,6 +62,8 @@ def forward(x: Tensor, weight: Tensor, targets: Tensor, options: Options, need_x
             logits = _product(xs, w.T)
             dtype = compute if need_x or need_w else None
             grads = loss_rows(logits, targets[part], losses[part], options.ignore_index, options.z_loss, dtype)
+            if not x.is_cuda:
+                grads = grads.contiguous()  # oneDNN's AMX kernels multiply what lies behind the rows of a view by zero
             if need_x and compute == x.dtype:
                 torch.mm(grads, w, out=outputs.dx[part])
             elif need_x:
