@@ -244,6 +244,8 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "mine").touch()
     ran = contact("--cpu", "--out", str(tmp_path))
     assert ran.returncode == 2 and "there is something in it" in ran.stdout
+    ran = contact("--cpu", "--out", str(tmp_path / "mine"))
+    assert ran.returncode == 2 and "File exists; another folder is allowed" in ran.stdout
 
 
 def test_what_is_compiled_ahead_is_compiled_for_what_a_driver_names():
@@ -258,13 +260,25 @@ def test_what_is_compiled_ahead_is_compiled_for_what_a_driver_names():
 
 @pytest.mark.parametrize(
     ("part", "row"),
-    [("tests", {"red": [{"id": "a"}]}), ("smoke", {"right": False}), ("micro", {"error": "x"}), ("compile", {})],
+    [
+        ("tests", {"red": [{"id": "a"}]}),
+        ("tests", {"passed": 0}),
+        ("smoke", {"right": False}),
+        ("micro", {"error": "x"}),
+        ("graphs", {"same_tokens": False}),
+        ("benchmarks", {"contender": "triton", "status": "wrong"}),
+        ("graphs", {}),
+    ],
 )
 def test_what_is_wrong_is_an_exit_status(runner, tmp_path, part, row):
     """Even where every part came to its end."""
-    (tmp_path / f"{part}.jsonl").write_text(json.dumps({"right": True, "red": [], **row}) + "\n", "utf-8")
-    path = HERE / "__main__.py"
-    found = runpy.run_path(str(path), run_name="first_contact")["wrong"](tmp_path)
+    fine = {"right": True, "red": [], "passed": 3, "same_losses": None, "contender": "eager", "status": "ok"}
+    (tmp_path / "benchmarks").mkdir()
+    if part == "benchmarks":
+        (tmp_path / "benchmarks/op.json").write_text(json.dumps({"rows": [fine, fine | row]}), "utf-8")
+    else:
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps(fine | row) + "\n", "utf-8")
+    found = runpy.run_path(str(HERE / "__main__.py"), run_name="first_contact")["wrong"](tmp_path)
     assert found == bool(row)
 
 

@@ -146,11 +146,12 @@ class LatentAttention(nn.Module):
         w_k, w_v = self._weights()
         nope, rotary = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         absorbed = torch.cat([torch.einsum("bthn,hnc->bthc", nope, w_k), rotary], -1)
-        t = q.shape[1]
+        t, room = q.shape[1], latent.shape[1]
+        rows = latent[:, :t] if t <= room else F.pad(latent, (0, 0, 0, t - room))  # columns of padding alone
         no_sink = q.new_full((c.num_attention_heads,), -torch.inf, dtype=torch.float32)
         none = torch.full_like(reach.end, t)  # the window begins after the last of its rows
         out, lse = attention(
-            absorbed, latent[:, :t], latent, no_sink,
+            absorbed, rows, latent, no_sink,
             window=1, window_start=none, scale=self.scale, start=reach.start, end=reach.end, index=picks,
         )  # fmt: skip
         return torch.einsum("bthc,hvc->bthv", out[..., : c.kv_lora_rank], w_v), absorbed, lse

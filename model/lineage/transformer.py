@@ -122,7 +122,8 @@ class LineageTransformer(nn.Module):
     def _append(self, ids, cache: LatentCache, lengths, logits_to_keep) -> Output:
         step = cache.begin(self.config, ids, lengths)
         positions = sent(step.past, ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        reach = self._reach(positions, torch.zeros_like(positions), positions + 1, False, max(step.past))
+        end = (positions + 1).clamp_max(cache.max_length)  # padding may lie behind it
+        reach = self._reach(positions, torch.zeros_like(positions), end, False, max(step.past))
         x, _ = self._layers(self._embedded(ids), None, False, reach, cache, step)
         cache.past = [past + new for past, new in zip(step.past, step.new)]
         return Output(x[:, -logits_to_keep:], self.head.weight)  # -0 keeps all

@@ -60,10 +60,14 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
     out = options.out or Path(f"first-contact-{time.strftime('%Y%m%d-%H%M%S')}")
     out = out.resolve()
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         print(f"--out {out}: there is something in it; another folder is allowed")
         return 2
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {out}: {error.strerror}; another folder is allowed")
+        return 2
     if options.compile_only:
         return _compile_only(out, options.seconds)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -90,9 +94,14 @@ def main() -> int:
 
 
 def wrong(out: Path) -> bool:
-    """Whether a test was red, the small model away from its definitions, or an op or a kernel gave an error."""
-    told = [row for part in ("compile", "smoke", "tests", "micro") for row in rows(out, part)]
-    return any(row.get("red") or row.get("error") or row.get("right") is False for row in told)
+    """Whether a test was red or none passed, numbers are not those of the definitions, or something gave an error."""
+    told = [row for part in PARTS for row in rows(out, part.name)]
+    ops = [row for path in (out / "benchmarks").glob("*.json") for row in json.loads(path.read_text("utf-8"))["rows"]]
+    return (
+        any(row.get("red") or row.get("error") or row.get("passed") == 0 for row in told)
+        or any(row.get(key) is False for row in told for key in ("right", "same_losses", "same_tokens"))
+        or any(row["contender"] in ("eager", "triton") and row["status"] in ("wrong", "failed") for row in ops)
+    )
 
 
 def _options() -> argparse.Namespace:

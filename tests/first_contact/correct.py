@@ -118,7 +118,8 @@ def tests(at: Context) -> None:
         environment={"OMP_NUM_THREADS": "1"},
     )
     red = [{**result, "text": result["text"][-500:]} for result in report.of("failed", "died", "cut")]
-    at.tell(report=str(report), red=red, passed=len(report.of("passed")), not_begun=len(report.of("not begun")))
+    counts = {"passed": len(report.of("passed")), "not_begun": len(report.of("not begun"))}
+    at.tell(report=str(report), red=red, **counts, **({"error": report.error} if report.error else {}))
     if not at.small:
         _slowest(at, report.results)
 

@@ -522,7 +522,7 @@ def test_partial_sums_are_added_up(by_triton, device, count):
 
 
 @needs_triton
-@pytest.mark.parametrize("shift", [0, 1, 8])
+@pytest.mark.parametrize("shift", [0, 1, 4, 8])
 def test_a_view_at_an_odd_address_is_read_from_an_even_one(device, shift):
     """Compiled for another alignment, the projection adds in another order."""
     from abyssal.kernels.hyper.triton import launch

@@ -19,8 +19,8 @@ def first_of_sorted(values, k):
 @pytest.mark.parametrize("k", [1, 3, 10, 12])
 def test_short_rows_of_special_values(k, ordered, dtype, monkeypatch):
     """By numpy, where values are few, by torch, and as a device sorts them."""
-    special = torch.tensor([-math.inf, -1, -0.0, 0, 1, 1, math.inf, math.nan], dtype=dtype)
-    values = special[torch.randint(0, 8, (3, 50, 12), generator=torch.Generator().manual_seed(k))]
+    special = torch.tensor([-math.inf, -1, -0.0, 0, 1, 1, torch.finfo(dtype).max, math.inf, math.nan], dtype=dtype)
+    values = special[torch.randint(0, 9, (3, 50, 24), generator=torch.Generator().manual_seed(k))]
     want = first_of_sorted(values, k)
     for most in (0, 10**6, None):
         monkeypatch.setattr(topk, "SMALL", most)

@@ -1,5 +1,6 @@
 """V3 and V3.2 against transformers: logits, gradients, cached decode, checkpoints; packing, ragged rows, refusals."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -179,6 +180,27 @@ def test_ragged_rows(kind):
     out = model(torch.stack([b[13:20], a[10:17]]), cache=cache).logits
     assert (out[0] - model(b[None, :20]).logits[0, 13:]).abs().max() < 1e-5
     assert (out[1] - model(a[None, :17]).logits[0, 10:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "few"), [("deepseek_v3", 0.0), ("deepseek_v3", 1e9), ("deepseek_v32", 0.0)], ids=["expanded", "", "sparse"]
+)
+def test_rows_of_any_length_and_padding_behind_the_end(kind, few, monkeypatch):
+    """In blocks of 8 queries; rows that are full beside others that go on."""
+    monkeypatch.setattr(importlib.import_module("abyssal.model.lineage.attention"), "BLOCK", 8)
+    torch.manual_seed(0)
+    model = LineageTransformer(config(kind, num_hidden_layers=2))
+    for block in model.layers:
+        block.attn.few = few
+    ids, done = torch.stack([draw(24, seed=n) for n in range(3)]), [0, 0, 0]
+    whole, cache = model(ids).logits, model.new_cache(3, 24)
+    for columns, *new in ((19, 3, 19, 0), (9, 9, 4, 0), (2, 1, 1, 1), (5, 5, 0, 2), (26, 6, 0, 21), (1, 0, 0, 0)):
+        part = torch.stack([torch.cat([row[n:], draw(30)])[:columns] for row, n in zip(ids, done)])
+        out = model(part, cache=cache, lengths=new).logits
+        for b, n in enumerate(new):
+            assert torch.allclose(out[b, :n], whole[b, done[b] : done[b] + n], rtol=0, atol=1e-5)
+        done = [a + b for a, b in zip(done, new)]
+    assert done == [24] * 3
 
 
 def test_the_cache_refuses_what_does_not_fit():

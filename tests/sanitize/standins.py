@@ -62,10 +62,12 @@ def _unpinned(stock: Any) -> Any:
 
 
 def _mm(stock: Any) -> Any:
-    """`out_dtype`, sums of half precisions in float32, is CUDA's; products of halves are exact in float32."""
+    """`out_dtype`, sums of half precisions in float32, is CUDA's; products of halves are exact in float32. oneDNN's AMX
+    kernels multiply what lies behind the rows of a view by zero, be it NaN.
+    """
 
     def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
-        return stock(a, b, **options) if out_dtype is None else stock(a.to(out_dtype), b.to(out_dtype), **options)
+        return stock(*(x.to(out_dtype or x.dtype).contiguous() for x in (a, b)), **options)
 
     return mm
 

@@ -25,7 +25,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 PACKAGE = Path(__file__).resolve().parents[3]
-FOLDER, NUMBER = "ABYSSAL_WORKERS_FOLDER", "ABYSSAL_WORKERS_NUMBER"  # what a worker is told
+FOLDER, NUMBER, PARENT = (f"ABYSSAL_WORKERS_{name}" for name in ("FOLDER", "NUMBER", "PARENT"))  # what a worker is told
 OUTCOMES = ("passed", "failed", "skipped", "cut", "died", "not begun")
 STARTING = 120.0  # seconds within which a worker has collected the tests, or is given up
 Result = dict[str, Any]  # "id", "outcome", "seconds", "text"
@@ -76,7 +76,8 @@ class _Pool:
         self.arguments, self.folder, self.root, self.limit = arguments, folder, root, limit
         (folder / "claims").mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
-        self.environment = {**os.environ, **environment, "PYTHONPATH": path, FOLDER: str(folder.resolve())}
+        self.environment = {**os.environ, **environment, "PYTHONPATH": path}
+        self.environment |= {FOLDER: str(folder.resolve()), PARENT: str(os.getpid())}
         self.started = 0
         self.results: dict[str, Result] = {}
         self.file = (folder / "tests.jsonl").open("a", encoding="utf-8")
@@ -223,7 +224,7 @@ def pytest_runtestloop(session: Any) -> bool | None:
     names.replace(folder / "collected.json")
     session.config.pluginmanager.register(worker)
     worker.tell("ready", process=os.getpid())
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     item = next_item = None
     for number, candidate in enumerate([*session.items, None]):
         if candidate is not None and not _claim(folder / "claims" / str(number)):
