@@ -168,9 +168,9 @@ class Sanitizer:
         return {name: kernel for name, kernel in found.items() if name in sanitized.launched_kernels()}
 
     def alone(self) -> list[str]:
-        """Kernels of the ops whose tests ran whole that no launch of two programs was made of."""
+        """Kernels of the ops whose tests ran whole that no launch of two programs was made of, though one could be."""
         ops = {name.split(".")[0] for name in sanitized.launched_kernels()} & self.parts.keys() if self.whole else ()
-        many = {name for name, kernel in self.kernels().items() if kernel["most"] > 1}
+        many = {name for name, kernel in self.kernels().items() if kernel["most"] > 1} | sanitized.single_programs()
         return sorted(name for name in sanitized.launched_kernels() - many if name.split(".")[0] in ops)
 
     def problems(self) -> Iterator[str]:

@@ -9,11 +9,13 @@ over 64 tokens together, so that most kernels of blocks of tokens have programs 
 
 from copy import deepcopy
 
+import half
 import pytest
 import torch
 from lively import draw_ids, lively
 
 from abyssal.model import Transformer
+from abyssal.model.routing import record_routing, replay_routing
 from abyssal.train.optim import build_optimizer, set_learning_rate
 from abyssal.train.settings import OptimConfig
 
@@ -74,13 +76,19 @@ def test_a_training_pass_of_nano(by):
     compare(lively("nano", index_topk=4, engram=ENGRAM).train(), by, IDS[:, :34])
 
 
-def test_a_training_pass_under_autocast(short, by):
-    """Its gradients are as near to those in float32 as those of eager under autocast, within a factor."""
+def test_a_training_pass_under_autocast(by):
+    """Its gradients are as near to those in float32 as those of eager under autocast, within a factor: all choose the
+    experts and entries that float32 does, and Engram is out, whose gate's slope at zero makes much of a last bit.
+    """
+    short = lively("nano", **SHORT | {"engram": None}).train()
     by("eager")
-    want, away = trained(short, IDS[:1, :22]), {}
+    chosen: list[torch.Tensor] = []
+    with record_routing(short) as routes, half.picks(chosen, replay=False):
+        want, away = trained(short, IDS[:1, :22]), {}
     for backend in ("eager", "triton"):
         by(backend)
-        with torch.autocast("cuda", torch.bfloat16):
+        same = replay_routing(short, {layer: taken[0] for layer, taken in routes.items()})
+        with same, half.picks(chosen, replay=True), torch.autocast("cuda", torch.bfloat16):
             loss, gradients = trained(short, IDS[:1, :22])
         assert error(loss, want[0]) < 1e-2
         away[backend] = error(*(torch.cat([x.flatten() for x in g.values()]) for g in (gradients, want[1])))

@@ -41,11 +41,11 @@ def compare(
     model: Transformer, ids: Tensor, targets: Tensor, same_choices: bool, streams_alone: bool = False
 ) -> Compared:
     """A pass in each dtype over ids [b, t]; with `streams_alone` nothing else is in bfloat16."""
-    picks: list[Tensor] = []
-    with record_routing(model) as routes, _picks(picks, replay=False):
+    kept: list[Tensor] = []
+    with record_routing(model) as routes, picks(kept, replay=False):
         losses, want = _pass(model, ids, targets, enabled=False)
     chosen = {layer: taken[0] for layer, taken in routes.items()} if same_choices else {}
-    with replay_routing(model, chosen), _picks(picks, replay=same_choices), _rounded(model, streams_alone):
+    with replay_routing(model, chosen), picks(kept, replay=same_choices), _rounded(model, streams_alone):
         others, got = _pass(model, ids, targets, enabled=not streams_alone)
     cosines = {name: torch.cosine_similarity(want[name], got[name], 0).item() for name in want}
     return Compared({name: (losses[name], others[name]) for name in losses}, cosines)
@@ -63,7 +63,7 @@ def _pass(
 
 
 @contextmanager
-def _picks(kept: list[Tensor], replay: bool):
+def picks(kept: list[Tensor], replay: bool):
     """Keeps what index_topk gives, or gives what was kept."""
     real, left = attention_module.index_topk, iter(list(kept))
 

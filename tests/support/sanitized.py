@@ -17,8 +17,10 @@ MODELS = ROOT / "tests/sanitize/test_models.py"
 RECORD = ROOT / "tests/sanitize/record.json"
 
 
-def launched(folder: Path) -> set[str]:
-    """The kernels launched from a folder's own files: every `name[grid](...)` or `module.name[grid](...)`."""
+def launched(folder: Path) -> dict[str, set[str]]:
+    """The kernels launched from a folder's own files, every `name[grid](...)` or `module.name[grid](...)`: grids as
+    they are written.
+    """
     trees = [ast.parse(path.read_text("utf-8")) for path in sorted((folder / "triton").glob("*.py"))]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     kernels = {
@@ -26,14 +28,28 @@ def launched(folder: Path) -> set[str]:
         for n in nodes
         if isinstance(n, ast.FunctionDef) and any(ast.unparse(d).startswith("triton.jit") for d in n.decorator_list)
     }
-    calls = [n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
-    return kernels & {ast.unparse(call).rpartition(".")[2] for call in calls}
+    found: dict[str, set[str]] = {}
+    for call in (n.func for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)):
+        if (name := ast.unparse(call.value).rpartition(".")[2]) in kernels:
+            found.setdefault(name, set()).add(ast.unparse(call.slice))
+    return found
 
 
 @cache
 def launched_kernels() -> frozenset[str]:
     """All kernels of the project that are launched, as `op.kernel`; `kernels.sum_lists` is one beside the folders."""
     return frozenset(f"{folder.name}.{name}" for folder in (KERNELS, *op_folders()) for name in launched(folder))
+
+
+@cache
+def single_programs() -> frozenset[str]:
+    """Those whose grid is one program wherever they are launched: `kernel[1,](...)`."""
+    return frozenset(
+        f"{folder.name}.{name}"
+        for folder in op_folders()
+        for name, grids in launched(folder).items()
+        if grids == {"(1,)"}
+    )
 
 
 def op_folders() -> list[Path]:
