@@ -29,7 +29,9 @@ def test_what_is_on_record_passed_and_each_kernel_was_launched_with_several_prog
     for part in record.values():
         most |= Counter({name: kernel["most"] for name, kernel in part["kernels"].items()})
     ops = record.keys() - set(sanitized.stale())
-    assert not [name for name in sanitized.launched_kernels() if name.split(".")[0] in ops and most[name] < 2]
+    several = sanitized.launched_kernels() - sanitized.single_programs()
+    assert not [name for name in several if name.split(".")[0] in ops and most[name] < 2]
+    assert "moe_route.scan" in sanitized.single_programs() and "moe_route.place" not in sanitized.single_programs()
 
 
 def test_a_changed_kernel_makes_its_part_and_the_models_stale(monkeypatch, tmp_path):
