@@ -464,15 +464,16 @@ class Continued(Layout):
 
 @dataclass(frozen=True)
 class Fixed(Layout):
-    """The layout of a `FixedStep`: one token in each row, and the entry that it would complete."""
+    """The layout of a `FixedStep`: one token in each row, and the entry that it would complete; the store takes those
+    that are.
+    """
 
     step: FixedStep | None = None
 
     def _work_out_entries(self, ratio: int, keep: int) -> Entries:
         number, end = self.positions // ratio, (self.positions + 1) // ratio
-        complete = end > number
-        first = torch.where(complete, keep + 1 - ratio, -1)
-        return Entries(first, complete & (number > 0), number * ratio, torch.zeros_like(end), end)
+        first = torch.full_like(number, keep + 1 - ratio)
+        return Entries(first, number > 0, number * ratio, torch.zeros_like(end), end)
 
     def first_rows(self, keep: int) -> Tensor:
         return (keep - self.positions).clamp_min(0)
