@@ -279,6 +279,8 @@ def _as_on_cuda(autocast: _Autocast) -> Iterator[None]:
         stack.enter_context(patch.object(Tensor, "pin_memory", _pinned))
         for name, value in (("is_available", True), ("is_current_stream_capturing", False)):
             stack.enter_context(patch.object(torch.cuda, name, lambda value=value: value))
+        health = "_accelerator_graph_capture_health_check"  # torch built for CUDA asks a driver for the stream
+        stack.enter_context(patch.object(torch.optim.Optimizer, health, lambda _: None))
         yield
 
 
