@@ -24,7 +24,7 @@ def index_topk(
         weights: [b, t, h], already times d ** -0.5 * h ** -0.5; may be negative.
         keys: [b, p, d] rotated index keys, one per compressed entry.
         k: how many to pick (512 Flash, 1024 Pro).
-        start, end: [b|1, t] visible range.
+        start, end: [b|1, t] visible range, within 0 to p; that is trusted, as reading it would wait for the device.
 
     Returns:
         int64 [b, t, min(k, p)].
