@@ -37,7 +37,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 def is_watched() -> bool:
     """Whether anybody watches now."""
-    return bool(_watchers) and not torch.compiler.is_compiling()
+    return len(_watchers) > 0 and not torch.compiler.is_compiling()
 
 
 def told(call: Callable[..., Any], what: Any) -> Callable[..., Any]:
