@@ -282,5 +282,22 @@ def test_what_is_wrong_is_an_exit_status(runner, tmp_path, part, row):
     assert found == bool(row)
 
 
+def test_a_red_test_is_the_exit_status_of_the_command(tmp_path):
+    code = f"""
+import runpy, sys
+main = runpy.run_path({str(HERE / "__main__.py")!r}, run_name="first_contact")["main"]
+
+def run_all(parts, out, *_):
+    (out / "tests.jsonl").write_text('{{"report": "one red", "red": [{{"id": "it", "outcome": "failed"}}]}}')
+    return [{{"status": "ok"}}]
+
+main.__globals__["run_all"] = run_all
+sys.argv = ["first_contact", "--cpu", "--out", {str(tmp_path / "out")!r}]
+sys.exit(main())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 1 and "failed: it" in ran.stdout, ran.stderr
+
+
 def test_unknown_parts_are_named():
     assert "allowed are machine, compile, smoke" in contact("--only", "everything").stderr
