@@ -124,8 +124,7 @@ def _packed_entries(positions: Tensor, document: Tensor, real: Tensor, ratio: in
     rows = torch.arange(t, device=document.device).expand(b, t)
     closes = real & ((positions + 1) % ratio == 0)
     end = closes.cumsum(1)  # entries of the row that are complete once this token is in
-    start = end - (positions + 1) // ratio
-    end = torch.where(real, end, start)
+    start = end - torch.where(real, (positions + 1) // ratio, 0)  # padding sees none
     slot = torch.where(closes, end - 1, t // ratio)  # one slot more takes the tokens that close nothing
     first = rows.new_full((b, t // ratio + 1), -1).scatter_(1, slot, rows - ratio + 1)[:, :-1]
     positions = positions.gather(1, first.clamp_min(0))

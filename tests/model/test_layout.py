@@ -1,5 +1,8 @@
 """Packed documents equal each document alone; padding on either side changes nothing."""
 
+import functools
+import random
+
 import pytest
 import torch
 from oracle import assert_same
@@ -54,6 +57,61 @@ def test_padded_rows_equal_unpadded(model, left):
     for row, n in enumerate(lengths):
         alone = model(ids[row : row + 1, left : left + n]).logits
         assert (out[row : row + 1, left : left + n] - alone).abs().max() <= 1e-5
+
+
+@functools.cache
+def tiny(kind, ratio, window):
+    """One layer in float64, with weights large enough for a token more or less to show."""
+    sizes = {"vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "qk_rope_head_dim": 4, "q_lora_rank": 8, "o_groups": 1, "o_lora_rank": 8}
+    sizes |= {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 2, "n_routed_experts": 2, "num_hash_layers": 0}
+    sizes |= {
+        "routed_scaling_factor": 1.0,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 4,
+        "max_position_embeddings": 64,
+    }
+    config = {**sizes, "layer_types": [kind], "compress_ratios": [ratio], "sliding_window": window}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig.from_dict(config)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20 if parameter.ndim > 1 else 1).add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["heavily_compressed_attention", "compressed_sparse_attention"])
+@torch.no_grad()
+def test_any_row_of_documents_and_padding(kind, ratio):
+    """Random rows of documents with and without padding before, between and behind them, as packed rows and, one
+    document a row, through a cache that is fed in uneven pieces.
+    """
+    for case in range(12):
+        draws = random.Random(case)
+        model, ids = tiny(kind, ratio, draws.choice([1, 2, 5])), draw(2, 24, seed=case)
+        documents = torch.full_like(ids, -1)
+        for row in range(2):
+            at, number = draws.choice([0, 1, 6]), 0
+            while at < 24:
+                end = at + draws.randint(1, 9)
+                documents[row, at:end] = number
+                at, number = end + draws.choice([0, 0, 1, 4]), number + 1
+        got = model(ids, documents=documents).logits
+        for row in range(2):
+            for number in range(int(documents[row].max()) + 1):
+                own = documents[row] == number
+                assert_same("logits", got[row, own], model(ids[row, own][None]).logits[0], 1e-10)
+        cache, whole, past = model.new_cache(2, 24), model(ids).logits, [0, 0]
+        while min(past) < 24:
+            new = [min(draws.randint(0, 5), 24 - p) for p in past]
+            columns = torch.zeros(2, max(new) + draws.choice([0, 1, 3]) + 1, dtype=torch.int64)
+            for row, (p, n) in enumerate(zip(past, new)):
+                columns[row, :n] = ids[row, p : p + n]
+            out = model(columns, cache=cache, lengths=new).logits
+            for row, (p, n) in enumerate(zip(past, new)):
+                assert_same("cached", out[row, :n], whole[row, p : p + n], 1e-10)
+            past = [p + n for p, n in zip(past, new)]
 
 
 def test_losses_and_gradients_of_packed_documents(model):
