@@ -19,6 +19,7 @@ from .cache import LayerCache
 from .compressor import Compressor
 from .config import ModelConfig
 from .indexer import Indexer, IndexInputs
+from .kept import KeepingModule
 from .kinds import HEAVY, SPARSE
 from .layout import Layout
 from .norm import RMSNorm, norm_then_rope
@@ -36,8 +37,10 @@ class IndexSignal(NamedTuple):
     captured: Tensor  # share of the attention on visible entries that the picks hold
 
 
-class Attention(nn.Module):
+class Attention(KeepingModule):
     """x [b, t, d] to [b, t, d]. Flash: 64 heads of 512 (64 rotary), latent 1024, 8 groups of rank 1024, window 128."""
+
+    KEPT = ("attn_sink",)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..kernels import pool
 from .cache import CompressorCache, unfinished_tokens
 from .config import ModelConfig
+from .kept import KeepingModule
 from .kinds import SPARSE
 from .layout import Entries, Layout
 from .norm import RMSNorm, exact_linear, norm_then_rope
@@ -23,8 +24,10 @@ from .rotary import entry_rotation
 from .storage import Coded
 
 
-class Compressor(nn.Module):
+class Compressor(KeepingModule):
     """x [b, t, d] to entries [b, p, c], normed and rotated to their first token. Flash: c = 512 (index keys: 128)."""
+
+    KEPT = ("ape",)
 
     def __init__(self, config: ModelConfig, layer: int, head_dim: int) -> None:
         super().__init__()

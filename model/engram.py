@@ -20,12 +20,15 @@ from torch.nn import functional as F
 from ..kernels import engram_gate, engram_hash, engram_multipliers, engram_primes, rms_norm
 from .cache import LayerCache
 from .config import EngramConfig, ModelConfig
+from .kept import KeepingModule
 from .layout import Layout, make_layout
 from .tables import make_table
 
 
-class Engram(nn.Module):
+class Engram(KeepingModule):
     """What the memory adds to streams [b, t, n, d]."""
+
+    KEPT = ("h_norm", "k_norm", "conv_norm", "canonical")
 
     def __init__(self, config: ModelConfig, memory: EngramConfig, layer: int) -> None:
         super().__init__()

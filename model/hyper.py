@@ -21,13 +21,16 @@ from torch import Tensor, nn
 
 from ..kernels import Coefficients, hyper_collapse, hyper_head_weights, hyper_read, hyper_recombine
 from .config import ModelConfig
+from .kept import KeepingModule
 
 SCALE = 0.01  # mHC paper, table 5
 OFF_DIAGONAL = -8.0
 
 
-class HyperConnection(nn.Module):
+class HyperConnection(KeepingModule):
     """The streams' way into one sublayer and out of it. `site` counts the sublayers from 0."""
+
+    KEPT = ("fn", "base", "scale")
 
     def __init__(self, config: ModelConfig, site: int) -> None:
         super().__init__()
@@ -60,8 +63,10 @@ class HyperConnection(nn.Module):
         return hyper_recombine(output, streams, coefficients.post, coefficients.comb)
 
 
-class HyperHead(nn.Module):
+class HyperHead(KeepingModule):
     """The final collapse:  x = sum_j (sigmoid(scale (X fn)_j + base_j) + eps) X_j  (B.1.4); at first 2 x the mean."""
+
+    KEPT = ("fn", "base", "scale")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

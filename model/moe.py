@@ -10,13 +10,15 @@ b batch · t tokens · d width · E routed experts · k experts per token · n e
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import Routing, moe_balance, moe_experts, moe_route, swiglu
 from .config import ModelConfig
+from .kept import KeepingModule
 from .layout import Layout
 from .norm import exact_linear
 from .quantization import linear, rounded_weight, rounding
@@ -34,8 +36,10 @@ def shares(counts: Tensor) -> Tensor:
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
-class Gate(nn.Module):
+class Gate(KeepingModule):
     """Scores and choice of experts. `bias` moves against the load after each step; a hash gate has none."""
+
+    KEPT = ("bias", "tid2eid")
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -68,6 +72,22 @@ class Gate(nn.Module):
         given = self.tid2eid[ids] if self.is_hash and self.replayed is None else self.replayed
         choice = {"bias": self.bias} if given is None else {"experts": given}
         return moe_route(logits, top_k=c.num_experts_per_tok, scale=c.routed_scaling_factor, **choice)
+
+    def update_bias(self, speed: float | Tensor) -> None:
+        """As `update_biases`, of this gate."""
+        update_biases([self], speed)
+
+
+@torch.no_grad()
+def update_biases(gates: Sequence[Any], speed: float | Tensor) -> None:
+    """bias_e += speed sign(mean load - load_e), from what each gate has counted since the last call (V3 2.1.2)."""
+    counted = [gate for gate in gates if gate.counts is not None and hasattr(gate, "bias")]
+    if counted:
+        loads = torch.stack([gate.counts for gate in counted])
+        moves = speed * torch.sign(loads.mean(-1, keepdim=True) - loads)
+        torch._foreach_add_([gate.bias for gate in counted], list(moves.unbind()))
+    for gate in gates:
+        gate.counts = None
 
 
 class Experts(nn.Module):

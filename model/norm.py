@@ -12,10 +12,13 @@ from torch.nn import functional as F
 
 from ..kernels import norm_rope, rms_norm, rope
 from ..kernels.precision import tracked, without_autocast
+from .kept import KeepingModule
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(KeepingModule):
     """w x / rms(x) over the last axis, turned by a rotation if one is given; w is in float32, as in the release."""
+
+    KEPT = ("weight",)
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

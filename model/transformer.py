@@ -27,6 +27,7 @@ from .hyper import HyperHead, separation, spread
 from .layout import Layout, check_documents, make_layout
 from .losses import IGNORED, LossShares, has_next, next_targets
 from .moe import shares as load_shares
+from .moe import update_biases
 from .mtp import MTP
 from .norm import RMSNorm, exact_linear
 from .recompute import recomputed
@@ -258,7 +259,6 @@ class Transformer(nn.Module):
         """[b, t, d]: the streams read into one, normalised, as the head takes it."""
         return self.norm(self.hc_head(streams))
 
-    @torch.no_grad()
     def update_router_bias(self, speed: float | Tensor | None = None) -> None:
         """Moves each score router's bias against the load of the training passes since the last call (spec C.5).
 
@@ -268,14 +268,7 @@ class Transformer(nn.Module):
             each optimizer step.
         """
         speed = self.config.router_bias_update_speed if speed is None else speed
-        gates = [block.ffn.gate for block in (*self.layers, *self.mtp)]
-        counted = [gate for gate in gates if gate.counts is not None and not gate.is_hash]
-        if counted:
-            loads = torch.stack([gate.counts for gate in counted])
-            moves = speed * torch.sign(loads.mean(-1, keepdim=True) - loads)
-            torch._foreach_add_([gate.bias for gate in counted], list(moves.unbind()))
-        for gate in gates:
-            gate.counts = None
+        update_biases([block.ffn.gate for block in (*self.layers, *self.mtp)], speed)
 
     def _learn(
         self,

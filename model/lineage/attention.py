@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ...kernels import attention, index_loss, index_topk, rope
 from ...kernels.precision import accumulation
 from ..cache import Step
+from ..kept import KeepingModule
 from ..norm import RMSNorm
 from .cache import LatentCache
 from .config import LineageConfig
@@ -50,6 +51,16 @@ class IndexSignal(NamedTuple):
     captured: Tensor
 
 
+class LayerNorm(KeepingModule, nn.LayerNorm):
+    """(x - mean) / std over the last axis, weighed and shifted in float32, as in the release."""
+
+    KEPT = ("weight", "bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        return super().forward(x.to(wide)).to(x.dtype)
+
+
 class Indexer(nn.Module):
     """The lightning indexer of V3.2: one key per token, by LayerNorm; RoPE on the first r channels, half-split.
 
@@ -66,7 +77,7 @@ class Indexer(nn.Module):
         )
         self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
-        self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.k_norm = LayerNorm(self.width, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
     def forward(self, x: Tensor, q_latent: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import Routing, moe_balance, moe_experts, stable_topk, swiglu
-from ..moe import LoadSignal
+from ..kept import KeepingModule
+from ..moe import Gate, LoadSignal
 from ..norm import exact_linear
 from .config import LineageConfig
 
 
-class GroupGate(nn.Module):
+class GroupGate(KeepingModule):
     """Scores and choice of experts; ties go to the lowest group and the lowest expert."""
+
+    KEPT = ("bias",)
 
     def __init__(self, config: LineageConfig) -> None:
         super().__init__()
@@ -41,12 +44,7 @@ class GroupGate(nn.Module):
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * c.routed_scaling_factor
         return Routing(scores=scores, experts=chosen, weights=weights)
 
-    @torch.no_grad()
-    def update_bias(self, speed: float) -> None:
-        """bias_e += speed sign(mean load - load_e), from the assignments counted since the last call (V3 2.1.2)."""
-        if self.counts is not None:
-            self.bias += speed * torch.sign(self.counts.mean() - self.counts)
-        self.counts = None
+    update_bias = Gate.update_bias
 
 
 class Dense(nn.Module):

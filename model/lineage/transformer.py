@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...kernels import cross_entropy, rope_frequencies, rope_rotation
 from ..cache import Step, sent
 from ..layout import make_layout
-from ..moe import shares
+from ..moe import shares, update_biases
 from ..norm import RMSNorm
 from ..transformer import IGNORED, Output, Transformer
 from .attention import IndexSignal, LatentAttention, Reach
@@ -111,12 +111,10 @@ class LineageTransformer(nn.Module):
             raise ValueError(f"max_length={max_length}: the configuration allows max_position_embeddings={longest}")
         return LatentCache(self.config, batch_size, max_length, self._like())
 
-    @torch.no_grad()
-    def update_router_bias(self, speed: float | None = None) -> None:
+    def update_router_bias(self, speed: float | Tensor | None = None) -> None:
         """Moves each router's bias against the load of the training passes since the last call (V3 2.1.2)."""
-        for block in self.layers:
-            if isinstance(block.ffn, GroupMoE):
-                block.ffn.gate.update_bias(self.config.router_bias_update_speed if speed is None else speed)
+        speed = self.config.router_bias_update_speed if speed is None else speed
+        update_biases([block.ffn.gate for block in self.layers if isinstance(block.ffn, GroupMoE)], speed)
 
     @torch.no_grad()
     def _append(self, ids, cache: LatentCache, lengths, logits_to_keep) -> Output:
