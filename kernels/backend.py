@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .watch import ToldEngine, is_watched
+from .whole import whole
 
 BACKENDS = ("auto", "reference", "eager", "triton")
 OLDEST = (8, 0)  # compute capability: bf16 in tensor cores, asynchronous copies
@@ -30,7 +31,8 @@ def implementation(op: str, backend: str | None, tensor: Tensor) -> ModuleType:
         RuntimeError: `triton` was asked for by name and cannot run here.
     """
     backend = backend or os.environ.get("ABYSSAL_BACKEND", "auto")
-    engine = getattr(_Found, _find(op, backend, tensor.device.type, tensor.dtype == torch.float64))
+    compiling, is_double = torch.compiler.is_compiling(), tensor.dtype == torch.float64
+    engine = getattr(_Found, _find(op, backend, tensor.device.type, is_double, compiling))
     return ToldEngine(engine) if is_watched() else engine
 
 
@@ -38,11 +40,13 @@ class _Found:
     """The modules in use, as attributes: compiled code can look them up, but not import them."""
 
 
-def _find(op: str, backend: str, device: str, is_double: bool) -> str:
+def _find(op: str, backend: str, device: str, is_double: bool, compiling: bool) -> str:
     chosen = _choose(op, backend, device, is_double)
-    name = f"{op}_{chosen}"
+    opaque = compiling and chosen == "eager"
+    name = f"{op}_{chosen}_whole" if opaque else f"{op}_{chosen}"
     if not hasattr(_Found, name):
-        setattr(_Found, name, importlib.import_module(f".{op}.{chosen}", __package__))
+        module = importlib.import_module(f".{op}" if opaque else f".{op}.{chosen}", __package__)
+        setattr(_Found, name, whole(module) if opaque else module)
     return name
 
 

@@ -105,6 +105,21 @@ def check_documents(documents: Tensor, ids: Tensor) -> None:
         )
 
 
+def check_reach(layout: Layout, longest: int) -> None:
+    """Raises ValueError for a document of more than `longest` tokens (max_position_embeddings); of packed ones on a
+    GPU, an assertion of the device does.
+    """
+    positions = layout.positions
+    if positions.shape[1] <= longest or (torch.compiler.is_compiling() and layout.real is not None):
+        return
+    if layout.real is not None and not positions.is_cpu:
+        torch._assert_async((positions < longest).all(), f"documents: allowed is max_position_embeddings={longest}")
+        return
+    tokens = positions.shape[1] if layout.real is None else int(positions.max()) + 1
+    if tokens > longest:
+        raise ValueError(f"a document has {tokens} tokens: the configuration allows max_position_embeddings={longest}")
+
+
 def _opens(documents: Tensor) -> Tensor:
     """bool [b, t]: a document, or padding, begins here."""
     opens = torch.ones_like(documents, dtype=torch.bool)

@@ -9,7 +9,6 @@ b batch · t tokens · n streams · d width · v vocabulary · l layers · E exp
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from .cache import Cache, FixedStep, Step, continue_layout
 from .config import ModelConfig
 from .decode import decode
 from .hyper import HyperHead, separation, spread
-from .layout import Layout, check_documents, make_layout
+from .layout import Layout, check_reach, make_layout
 from .losses import IGNORED, LossShares, has_next, next_targets
 from .moe import shares as load_shares
 from .moe import update_biases
@@ -43,11 +42,14 @@ class Output:
     losses: dict[str, Tensor] = field(default_factory=dict)  # "lm", "mtp", and, summed over layers, "balance", "index"
     metrics: dict[str, Tensor] = field(default_factory=dict)  # "load" [l, E], "captured" [csa layers], "spread" [l]
     streams: Tensor | None = None  # [b, t, n, d] before the collapse, of a pass with a cache: what `draft` starts from
+    _logits: Tensor | None = field(default=None, repr=False)
 
-    @cached_property
+    @property
     def logits(self) -> Tensor:
         """[b, t, v] float32."""
-        return exact_linear(self.hidden, self.head)
+        if self._logits is None:
+            self._logits = exact_linear(self.hidden, self.head)
+        return self._logits
 
 
 class Transformer(nn.Module):
@@ -100,8 +102,9 @@ class Transformer(nn.Module):
                 the step's (`losses.py`); None = it is the whole step.
 
         Raises:
-            ValueError: an empty sequence, ids that are not int64 [b, t], targets or documents of another shape, a cache
-                together with targets or documents, a cache that does not fit or would overflow (it is unchanged then).
+            ValueError: an empty sequence, ids that are not int64 [b, t], a document of more than
+                `max_position_embeddings` tokens, targets or documents of another shape, a cache together with targets
+                or documents, a cache that does not fit or would overflow (it is unchanged then).
             IndexError: a token id outside the vocabulary, in ids or in targets.
 
         Values on a GPU are not looked at, as that would wait for it: `check_batch` looks at them on the host.
@@ -113,6 +116,7 @@ class Transformer(nn.Module):
         if lengths is not None:
             raise ValueError("lengths needs a cache; without one, mark padding by documents = -1")
         layout = make_layout(ids, documents)
+        check_reach(layout, self.config.max_position_embeddings)
         learn = targets is not None
         streams = self._streams(ids)
         signals: list[Signals] = []
@@ -142,8 +146,7 @@ class Transformer(nn.Module):
     def check_batch(self, ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> None:
         """Raises what `forward` raises of such a batch on a CPU: for the host's copy of what goes on to a GPU."""
         self._check(ids, targets, 0)
-        if documents is not None:
-            check_documents(documents, ids)
+        check_reach(make_layout(ids, documents), self.config.max_position_embeddings)
 
     def _groups(self) -> list[Sequence[Block]]:
         """The layers in groups of `recompute`, or all in one."""

@@ -102,7 +102,7 @@ class _Rope(Function):
 def _rotated(x: Tensor, rotation: Tensor, inverse: bool) -> Tensor:
     dim = 2 * rotation.shape[2]
     rotation = rotation.view(*rotation.shape[:2], *[1] * (x.ndim - 3), dim // 2)
-    rotation = rotation.conj() if inverse else rotation
+    rotation = rotation.conj_physical() if inverse else rotation  # compiled code would drop a lazy one
     result = x.clone(memory_format=torch.contiguous_format)
     pairs = result[..., x.shape[-1] - dim :].unflatten(-1, (-1, 2))
     if x.dtype == accumulation(x) and x.shape[-1] % 2 == 0:

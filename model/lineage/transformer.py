@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels import cross_entropy, rope_frequencies, rope_rotation
 from ..cache import Step, sent
-from ..layout import make_layout
+from ..layout import check_reach, make_layout
 from ..moe import shares, update_biases
 from ..norm import RMSNorm
 from ..transformer import IGNORED, Output, Transformer
@@ -89,6 +89,7 @@ class LineageTransformer(nn.Module):
         if cache is not None:
             return self._append(ids, cache, lengths, logits_to_keep)
         layout = make_layout(ids, documents)
+        check_reach(layout, self.config.max_position_embeddings)
         rows = torch.arange(ids.shape[1], device=ids.device)[None]
         start = torch.zeros_like(rows) if layout.start is None else layout.start.minimum(rows)  # padding sees itself
         reach = self._reach(layout.positions, start, rows + 1, layout.start is None)

@@ -168,3 +168,16 @@ def test_layout_of_two_documents():
 def test_bad_documents(model, documents, message):
     with pytest.raises(ValueError, match=message):
         model(draw(1, 4), documents=documents)
+
+
+def test_no_document_is_longer_than_the_positions():
+    """A row may be, of documents that are not: each counts from its own start."""
+    model = tiny("heavily_compressed_attention", 4, 2)
+    ids = draw(1, 100)
+    packed = torch.tensor([[0] * 64 + [1] * 36])
+    for documents in (None, torch.zeros_like(ids), torch.tensor([[0] * 35 + [1] * 65])):
+        for run in (model, model.check_batch):
+            with pytest.raises(ValueError, match=r"a document has \d+ tokens: .* max_position_embeddings=64"):
+                run(ids, documents=documents)
+    assert model(ids, documents=packed).logits.isfinite().all()
+    model.check_batch(ids, documents=packed)
