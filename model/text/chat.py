@@ -11,6 +11,7 @@ parameters are raw text (`string="true"`) or JSON (`string="false"`).
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ TASKS = {name: f"<｜{name}｜>" for name in ("action", "query", "authority", "d
 ROLES = ("system", "user", "assistant", "tool", "developer", "latest_reminder")
 MODES = ("chat", "thinking")
 EFFORTS = (None, "high", "max")
+NESTING = 128  # levels of lists and objects in a parameter that a model may write
 
 CALLS, END_CALLS = f"<{DSML}tool_calls>", f"</{DSML}tool_calls>"
 INVOKE, END_INVOKE = f"<{DSML}invoke", f"</{DSML}invoke>"
@@ -98,8 +100,9 @@ def encode_messages(
 
     In thinking mode the reasoning of turns before the last question is left out, and so are developer messages there;
     not so where any message has tools, because a chain of calls is one train of thought. Tool results and user messages
-    that follow each other make one turn, its results in the order of the calls. Names and order of the arguments are
-    those of the released encoder.
+    that follow each other make one turn, its results in the order of the calls. A task is one of the user message that
+    begins a turn: on a tool's message, or on one that joins a turn, the released encoder does not see it. Names and
+    order of the arguments are those of the released encoder.
 
     Args:
         messages: the conversation, or what follows `context`.
@@ -134,7 +137,7 @@ def encode_messages(
         dropped = [turn["role"] == "developer" and i < last for i, turn in enumerate(turns)]
         first -= sum(dropped[:first])
         turns = [turn for turn, drop in zip(turns, dropped) if not drop]
-    effort = REASONING_EFFORT_MAX if thinking and reasoning_effort == "max" and not first else ""
+    effort = REASONING_EFFORT_MAX if thinking and reasoning_effort == "max" and turns and not first else ""
     bos = BOS if add_default_bos_token and not before else ""
     last = _last_question(turns)
     texts = (_render(i, turns, last, thinking, drops) for i in range(first, len(turns)))
@@ -174,30 +177,32 @@ def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """The messages with user and tool messages in a row as one user turn: its `parts` are [call id or None, text]."""
     turns: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
-        role, text = message["role"], _text(i, message.get("content"))
+        role, text = message["role"], _text(i, message)
         if role not in ("user", "tool"):
             turns.append({**message, "content": text})
             continue
         part = [message.get("tool_call_id") or "", f"<tool_result>{text}</tool_result>"]
         part = [None, text] if role == "user" else part
         last: dict[str, Any] = turns[-1] if turns else {"role": None}
-        if last["role"] == "user" and (role == "tool" or last.get("task") is None):
-            if message.get("task") is not None:
-                raise ValueError(f"messages[{i}] has a task, but belongs to the turn that an earlier message began")
+        if last["role"] == "user" and (role == "tool" or last["task"] is None):
             last["parts"].append(part)
         else:
-            turns.append({**message, "role": "user", "parts": [part]})
+            turns.append({"role": "user", "task": message.get("task") if role == "user" else None, "parts": [part]})
     return turns
 
 
-def _text(i: int, content: Any) -> str:
+def _text(i: int, message: Message) -> str:
+    """A message's content as text. Of a tool's, other blocks and None are written as the released encoder does."""
+    content, lenient = message.get("content", ""), message["role"] == "tool"
     if content is None or isinstance(content, str):
-        return content or ""
+        return str(content) if lenient else content or ""
     parts = []
     for block in content if isinstance(content, (list, tuple)) else [content]:
-        if not isinstance(block, Mapping) or block.get("type") != "text" or not isinstance(block.get("text"), str):
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        text = block.get("text", "" if lenient else None) if kind == "text" else f"[Unsupported {kind}]"
+        if not isinstance(block, Mapping) or not isinstance(text, str) or not (kind == "text" or lenient):
             raise ValueError(f"messages[{i}] has content {block!r}: allowed are text and blocks of type 'text'")
-        parts.append(block["text"])
+        parts.append(text)
     return "\n\n".join(parts)
 
 
@@ -254,7 +259,10 @@ def _sections(turn: Message) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("a tool, a response format or arguments are nested too deeply to be written") from None
 
 
 # tool calls ----------------------------------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ def _arguments(i: int, arguments: Any) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {"arguments": arguments}
     if not isinstance(arguments, Mapping):
         raise ValueError(f"messages[{i}] has a tool call with arguments {arguments!r}: a JSON object is needed")
@@ -409,12 +417,32 @@ def _name(reader: _Reader, end: str) -> str:
 
 
 def _checked_json(value: str, position: int) -> str:
+    """The value, if it can also be written anew and read again: as arguments it comes back in the next prompt."""
     try:
-        json.loads(value, parse_constant=_no_constant)
+        parsed = json.loads(value, parse_constant=_no_constant, parse_float=_finite)
+        level = [parsed]
+        for _ in range(NESTING):
+            level = [part for outer in level for part in _parts(outer)]
+        if any(isinstance(part, (list, dict)) for part in level):
+            raise ValueError(f"it is nested deeper than {NESTING} levels")
+        written = _json(parsed)
+        written.encode()
     except (ValueError, RecursionError) as error:
         raise ChatFormatError(f'a parameter with string="false" is no JSON: {error}', position) from None
+    if DSML in written:
+        raise ChatFormatError(f"{DSML} inside a parameter", position)
     return value
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _finite(number: str) -> float:
+    if math.isinf(float(number)):
+        raise ValueError(f"{number} is beyond the numbers of 64 bits")
+    return float(number)

@@ -166,6 +166,67 @@ def test_action_and_title():
     assert encode_messages(titled, "thinking") == f"{BOS}{U}Q{A}<think></think>1{EOS}<｜title｜>T{EOS}"
 
 
+# As the released encoder writes them, which differs from what one would expect.
+@pytest.mark.parametrize(
+    ("messages", "turn"),
+    [
+        ([{"role": "tool", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
+         f"<tool_result>a\n\n[Unsupported image_url]</tool_result>{A}</think>"),
+        ([{"role": "tool", "content": [{"type": "text"}, {}, {"type": "image"}]}],
+         f"<tool_result>\n\n[Unsupported None]\n\n[Unsupported image]</tool_result>{A}</think>"),
+        ([{"role": "tool", "content": []}], f"<tool_result></tool_result>{A}</think>"),
+        ([{"role": "tool"}], f"<tool_result></tool_result>{A}</think>"),
+        ([{"role": "tool", "content": None}], f"<tool_result>None</tool_result>{A}</think>"),
+        ([{"role": "tool", "content": "r", "task": "query"}], f"<tool_result>r</tool_result>{A}</think>"),
+        ([{"role": "tool", "content": "r"}, QUESTION | {"task": "query"}],
+         f"<tool_result>r</tool_result>\n\nQ{A}</think>"),
+        ([QUESTION, QUESTION | {"task": "title"}], f"Q\n\nQ{A}</think>"),
+        ([QUESTION | {"task": "query"}, {"role": "tool", "content": "r", "task": "title"}],
+         "Q\n\n<tool_result>r</tool_result><｜query｜>"),
+        ([QUESTION | {"task": "query"}, QUESTION | {"task": "domain"}], f"Q{U}Q<｜domain｜>"),
+        ([QUESTION | {"content": None}, QUESTION | {"content": ""}], f"\n\n{A}</think>"),
+        ([QUESTION, {"role": "system", "content": "S"}, QUESTION], f"QS{U}Q{A}</think>"),
+        ([QUESTION, {"role": "latest_reminder", "content": "D"}, QUESTION],
+         f"Q{A}</think><｜latest_reminder｜>D{U}Q{A}</think>"),
+    ],
+)  # fmt: skip
+def test_turns_of_odd_messages(messages, turn):
+    assert encode_messages(messages) == BOS + U + turn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "is_text", "written"),
+    [
+        ("", "arguments", "true", ""),
+        (" {", "arguments", "true", " {"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "arguments", "true", None),
+        ('{"a": ' + "1" * 5000 + "}", "arguments", "true", None),
+        ('{"a": 1, "a": -0.0}', "a", "false", "-0.0"),
+        ('{"a": 1E2}', "a", "false", "100.0"),
+        ('{"a": 1e999}', "a", "false", "Infinity"),
+        ('{"a": "\\u00e4"}', "a", "true", "ä"),
+    ],
+)
+def test_arguments_of_a_history(arguments, name, is_text, written):
+    """As the released encoder writes them: text that is no JSON, or that Python reads none in, is a parameter."""
+    text = encode_messages([QUESTION, {"role": "assistant", "tool_calls": [call(arguments=arguments)]}])
+    written = arguments if written is None else written
+    assert f'<｜DSML｜parameter name="{name}" string="{is_text}">{written}</｜DSML｜parameter>\n</' in text
+
+
+def test_what_is_nested_too_deeply_to_be_written():
+    deep: dict = {}
+    for _ in range(100_000):
+        deep = {"a": deep}
+    for messages in (
+        [{"role": "system", "tools": [{"function": deep}]}],
+        [{"role": "system", "response_format": deep}],
+        [QUESTION, {"role": "assistant", "tool_calls": [call(arguments={"a": deep})]}],
+    ):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            encode_messages(messages)
+
+
 def test_reminder():
     reminder = {"role": "latest_reminder", "content": "Monday"}
     assert encode_messages([reminder, QUESTION]) == f"{BOS}<｜latest_reminder｜>Monday{U}Q{A}</think>"
@@ -199,7 +260,6 @@ def test_a_dropped_developer_message_of_the_context_takes_nothing_with_it():
     [
         ([{"role": "human", "content": "Q"}], {}, "role 'human'"),
         ([QUESTION | {"task": "rhyme"}], {}, "task 'rhyme'"),
-        ([QUESTION, QUESTION | {"task": "query"}], {}, "earlier message began"),
         ([QUESTION | {"tools": [TOOL]}], {}, "has tools, but role 'user'"),
         ([{"role": "system", "tools": [{"name": "f"}]}], {}, "tools with"),
         ([{"role": "system", "tools": [TOOL]}, QUESTION], {"tools": [TOOL]}, "a message has some too"),
@@ -265,6 +325,63 @@ def test_unknown_mode():
         parse_message_from_completion_text("", "x")
 
 
+def read_and_written(value):
+    """The arguments of a completion whose parameter has this JSON: as parsed, and as parsed again after encoding."""
+    message = parse_message_from_completion_text(BLOCK.replace(">1<", f">{value}<") + EOS)
+    again = encode_messages([QUESTION, message]).split("</think>", 1)[1]
+    back = parse_message_from_completion_text(again)
+    return [one["tool_calls"][0]["function"]["arguments"] for one in (message, back)]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        *[(number, "is beyond the numbers of 64 bits") for number in ("1e999", "-1E400", "[1e309]", "9" * 400 + ".5")],
+        *[(name, f"{name.strip('[]')} is no JSON value") for name in ("NaN", "Infinity", "[-Infinity]")],
+        ("1" * 4301, "4300"),
+        *[(a * 129 + "0" + b * 129, "deeper than 128 levels") for a, b in ("[]", ('{"a":', "}"))],
+        *[(a * n + "0" + b * n, "recursion|deeper") for a, b in ("[]", ('{"a":', "}")) for n in (2000, 100_000)],
+        *[(text, "surrogates not allowed") for text in ('["\\ud800"]', '{"\\udfff": 1}', '"\\udc00\\ud800"')],
+        *[(text, "inside a parameter") for text in ('["\\uff5cDSML\\uff5c"]', '{"｜\\u0044SML｜": 1}')],
+    ],
+)
+def test_a_parameter_that_could_not_be_written_again_is_refused(value, says):
+    with pytest.raises(ChatFormatError, match=f'with string="false" is no JSON: .*{says}|{says}') as caught:
+        read_and_written(value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e308", "-0.0", "-0", "0", "1.0", "1", "1E-400", "5e-324", "9" * 4300, " 1 ", "\n[1 ,\t2]\r\n", '{"a":1,"a":[2]}',
+     '{"": {"": null}}', '"x"', '"\\u0000\\u2028</think>\\ud83d\\ude00"', "[" * 128 + "]" * 128, "0.1", "1e22", "1e-7"],
+)  # fmt: skip
+def test_a_parameter_comes_back_from_a_prompt(value):
+    read, again = read_and_written(value)
+    assert repr(json.loads(read)) == repr(json.loads(again)) and json.loads(read)["a"] == json.loads(value)
+
+
+def test_ten_thousand_parameters_come_back_or_are_refused():
+    draw = random.Random(4)
+    parts = ["1", "-", "0", ".5", "e999", "E-9", "a", "null", "NaN", "[", "]", "{", "}", ",", '"', '"a":', " ", "<"]
+    parts += ["9" * 300, "9" * 2200, "[" * 70, "]" * 70, "\\ud800", "\ud800", "｜DSM\\u004c｜", '"\\u003c/think>"']
+    good = ['{"a": [1, 2.5, "x"], "b": {"c": null}}', "[[[1e5]]]", '"x"', "-0.5e-3", "[[], {}, [[]]]"]
+    came_back = 0
+    for _ in range(10_000):
+        value = draw.choice(good)
+        for _ in range(draw.randint(1, 2)):
+            first, last = sorted(draw.randint(0, len(value)) for _ in range(2))
+            value = value[:first] + draw.choice(parts) + value[draw.choice((first, last)) :]
+        try:
+            read, again = read_and_written(value)
+        except ChatFormatError as error:
+            assert "is no JSON" in str(error) or "inside a parameter" in str(error)
+        else:
+            assert repr(json.loads(read)) == repr(json.loads(again))
+            came_back += 1
+    assert 500 < came_back < 9500
+
+
 def test_calls_parse():
     want = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     for end in ("", EOS):
@@ -275,8 +392,10 @@ def test_calls_parse():
         assert got["tool_calls"][0]["function"]["arguments"] == "{}"
 
 
+numbers = ["1e999", "-0.0", "9" * 4301, "[" * 200 + "]" * 200, '"\\ud800"', '["\\uff5cDSML\\uff5c"]', "1E-999", "NaN"]
 pieces = st.sampled_from(
-    [BOS, EOS, "<think>", "</think>", chat.DSML, "\n", "\n\n", chat.CALLS, chat.END_CALLS, chat.INVOKE, "1", "x", CALL,
+    [*(PARAMETER.replace(">1<", f">{number}<") for number in numbers),
+     BOS, EOS, "<think>", "</think>", chat.DSML, "\n", "\n\n", chat.CALLS, chat.END_CALLS, chat.INVOKE, "1", "x", CALL,
      ' name="f">\n', chat.END_INVOKE, chat.PARAMETER, ' name="a" string="true">', ' name="a" string="false">',
      chat.END_PARAMETER, PARAMETER, BLOCK]
 )  # fmt: skip
@@ -296,7 +415,7 @@ def test_any_string_parses_or_says_where(text, mode):
     except ChatFormatError as error:
         assert 0 <= error.position <= len(text)
         return
-    again = encode_messages([QUESTION, message], mode).split(A)[1].removeprefix("<think>")
+    again = encode_messages([QUESTION, message], mode).split(A, 1)[1].removeprefix("<think>")
     again = again.removeprefix("</think>") if mode == "chat" else again
     assert parse_message_from_completion_text(again, mode) == message
     if not message["tool_calls"]:
