@@ -96,13 +96,14 @@ def prompt(
     """The tokens of a conversation up to where the model is to go on.
 
     Args:
-        messages: as for `encode_messages`; the last one is a user's or a tool's.
+        messages: as for `encode_messages`; the last one is a user's or a tool's. A call whose arguments are an empty
+            text or null is one without any.
         effort: None, "high" or "max".
         tools: as in a request of OpenAI's API.
         schema: JSON schema of the answer, which the prompt then asks for.
 
     Raises:
-        ValueError: what the format has no place for, or text that is no Unicode.
+        ValueError: what the format has no place for, what is nested too deeply, or text that is no Unicode.
     """
     voice.check_chat()
     if not messages or messages[-1].get("role") not in ("user", "tool"):
@@ -113,11 +114,16 @@ def prompt(
     if extra:
         messages = messages if messages[0]["role"] == "system" else [{"role": "system", "content": ""}, *messages]
         messages = [{**messages[0], **extra}, *messages[1:]]
-    mark = _mark(json.dumps(messages, ensure_ascii=False))
     pattern = "|".join(map(re.escape, voice.tokenizer.special))
-    messages = _cut(messages, re.compile(f"(?=(?:{pattern}))(.)", re.DOTALL), mark)
-    text = encode_messages(messages, "thinking" if thinking else "chat", reasoning_effort=effort)
-    return [token for part in text.split(mark) for token in voice.tokenizer.encode(part, special=True)]
+    try:
+        mark = _mark(json.dumps(messages, ensure_ascii=False))
+        messages = _cut(messages, re.compile(f"(?=(?:{pattern}))(.)", re.DOTALL), mark)
+        text = encode_messages(messages, "thinking" if thinking else "chat", reasoning_effort=effort)
+        return [token for part in text.split(mark) for token in voice.tokenizer.encode(part, special=True)]
+    except RecursionError:
+        raise ValueError("messages: a tool, a schema or arguments are nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"messages: {error.object[error.start]!r} is no character of Unicode") from None
 
 
 def _with_parsed_arguments(message: Message) -> dict[str, Any]:
@@ -127,13 +133,19 @@ def _with_parsed_arguments(message: Message) -> dict[str, Any]:
     calls = []
     for call in message["tool_calls"]:
         function = call["function"]
-        try:
-            arguments = json.loads(function["arguments"])
-        except (TypeError, ValueError):
-            arguments = None
-        arguments = arguments if isinstance(arguments, dict) else function["arguments"]
-        calls.append({**call, "function": {**function, "arguments": arguments}})
+        calls.append({**call, "function": {**function, "arguments": _object(function["arguments"])}})
     return {**message, "tool_calls": calls}
+
+
+def _object(arguments: Any) -> Any:
+    """The object that the text is JSON of, an empty one for null and no text at all; else what was given."""
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
+        return {}
+    try:
+        parsed = json.loads(arguments)
+    except (TypeError, ValueError, RecursionError):
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def _mark(text: str) -> str:

@@ -1,5 +1,6 @@
 """Prompts and answers in tokens, against the text format's own encoder and strict parser."""
 
+import functools
 import json
 
 import pytest
@@ -203,6 +204,38 @@ def test_special_strings_in_messages_are_text(voice, said, asked, value):
     assert BYTES.decode(ids, special=True) == text
     harmless = prompt(voice, messages("s", "a", json.dumps({"a": "v", "b": 1})))
     assert [t for t in ids if t >= 256] == [t for t in harmless if t >= 256]
+
+
+def calling(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    result = {"role": "tool", "tool_call_id": "1", "content": "3"}
+    return [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+
+
+@pytest.mark.parametrize("arguments", ["", " \n", "null", " null ", "{}", None, {}])
+def test_calls_without_arguments(voice, arguments):
+    assert '<｜DSML｜invoke name="add">\n\n</｜DSML｜invoke>' in BYTES.decode(
+        prompt(voice, calling(arguments)), special=True
+    )
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    ("[]", "a JSON object is needed"),
+    ('"x"', "a JSON object is needed"),
+    ([], "a JSON object is needed"),
+    ({"a": 1, "b": {"c": "\udc80"}}, r"'\\udc80' is no character of Unicode"),
+    ('{"a": "\\ud800"}', r"'\\ud800' is no character of Unicode"),
+    (functools.reduce(lambda inner, _: {"a": inner}, range(100_000), {}), "nested too deeply"),
+])  # fmt: skip
+def test_arguments_that_are_no_part_of_a_prompt(voice, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        prompt(voice, calling(arguments))
+
+
+def test_arguments_that_are_no_json_are_one_parameter(voice):
+    for arguments in ("{", '{"a": ' + "1" * 5000 + "}"):
+        text = BYTES.decode(prompt(voice, calling(arguments)), special=True)
+        assert f'<｜DSML｜parameter name="arguments" string="true">{arguments}</｜DSML｜parameter>' in text
 
 
 @pytest.mark.parametrize("roles", [[], ["user", "assistant"], ["system"]])
