@@ -6,9 +6,12 @@ is imported when it runs, so that help is instant and a missing optional library
 
 import argparse
 import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from ..talk.terminal.visible import visible
 from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, serve, train
 from .options import Command
 
@@ -30,13 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is no reason to stop
-    options = build_parser().parse_args(words)
+    try:
+        try:
+            return _run(build_parser().parse_args(words))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has seen enough
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         options.run(options)
     except EXPECTED as error:
+        sys.stdout.flush()  # raises BrokenPipeError anew, if it is that
         if options.traceback:
             raise
-        print(f"abyssal {options.command}: {error}", file=sys.stderr)
+        print(f"abyssal {options.command}: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nabyssal {options.command}: interrupted", file=sys.stderr)

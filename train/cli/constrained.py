@@ -1,6 +1,7 @@
 """`abyssal eval constrained`: valid JSON and tool calls from any model, and what the constraint costs."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from .options import Command, flag
@@ -19,6 +20,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from ..evaluate.constrained import json_tasks, open_model, run, tool_tasks
+    from ..talk.terminal.visible import shown
 
     model, tokenizer = open_model(options.checkpoint, options.random, options.tokenizer, options.seed)
     invalid = 0
@@ -27,7 +29,7 @@ def _run(options: argparse.Namespace) -> None:
         ("tool calls", tool_tasks, -(-options.answers // 5)),
     ):
         report = run(model, tokenizer, make(tokenizer), answers, options.tokens, options.batch, options.seed)
-        print(f"{title}\n{report}", flush=True)
+        print(shown(f"{title}\n{report}", sys.stdout), flush=True)
         invalid += len(report.failures)
     if invalid:
         raise FloatingPointError(f"{invalid} answers are not valid")

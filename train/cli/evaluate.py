@@ -1,6 +1,7 @@
 """`abyssal eval ...`: what a trained model can do."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from .options import Command, checkpoint_argument, flag
@@ -21,6 +22,7 @@ def _eval(options: argparse.Namespace) -> None:
     from ..run.checkpoint import find, tokenizer_of
     from ..run.load import load_trained
     from ..start import open_source
+    from ..talk.terminal.visible import shown
 
     tokenizer_of(options.checkpoint)  # a model that spells no text is an error before its weights are read
     model, recipe = load_trained(options.checkpoint)
@@ -31,7 +33,7 @@ def _eval(options: argparse.Namespace) -> None:
     source = open_source(replace(recipe, data=data, reason=None, grpo=None))
     assert isinstance(source, TextSource)
     scores, rows = source.evaluate(model, getattr(torch, recipe.train.dtype)), source.held_out
-    print(source.describe())
+    print(shown(source.describe(), sys.stdout))
     print(f"held-out bytes           {source.held_out_bytes():,} in {len(rows.rows)} of {rows.stream.rows} rows")
     print(f"held-out bits per byte   {scores['held_out']:.4f}")
     print(f"trigram, same bytes      {scores['trigram']:.4f}")

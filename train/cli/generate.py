@@ -33,6 +33,7 @@ def _generate(options: argparse.Namespace) -> None:
     from ...model.generation.generate import Generation
     from ..run.checkpoint import tokenizer_of
     from ..run.load import load_trained
+    from ..talk.terminal.visible import shown
 
     if "" in options.stop:
         raise ValueError("stop='': at least one character is needed")
@@ -58,9 +59,9 @@ def _generate(options: argparse.Namespace) -> None:
             stream=True,
         ),
     )
-    print(options.prompt, end="", flush=True)
+    print(shown(options.prompt, sys.stdout), end="", flush=True)
     for text in _until(options.stop, tokenizer.decode_stream(map(int, tokens))):
-        print(text, end="", flush=True)
+        print(shown(text, sys.stdout), end="", flush=True)
     print()
     print(tokens.stats, file=sys.stderr)
 

@@ -24,6 +24,7 @@ def _train(options: argparse.Namespace) -> None:
     from ..distributed.world import first_process
     from ..run import provenance
     from ..start import train
+    from ..talk.terminal.visible import shown
 
     recipe, out = _recipe_and_folder(options)
     try:
@@ -36,7 +37,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     out = summary.out
     curves = _try_plot(out)
-    print(_describe(summary, curves))
+    print(shown(_describe(summary, curves), sys.stdout))
 
 
 def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:

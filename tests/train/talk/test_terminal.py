@@ -3,6 +3,9 @@
 import io
 import itertools
 import json
+import re
+import time
+import unicodedata
 
 import pytest
 from lively import lively
@@ -76,11 +79,11 @@ class Terminal(io.StringIO):
 
 def talk(voice, lines, tools=None, out=None, **options):
     """A session with those lines typed: the Talk, what stdout got, what stderr got."""
-    manner = options.pop("manner", Manner(12, temperature=0))
+    manner, seconds = options.pop("manner", Manner(12, temperature=0)), options.pop("seconds", 60)
     tools = tools or {}
     conversation = Conversation(voice, manner, tools=[tool.schema for tool in tools.values()], **options)
     screen, waiting = Screen(out or io.StringIO(), io.StringIO()), iter(lines)
-    session = Talk(conversation, tools, screen, lambda question: next(waiting, None))
+    session = Talk(conversation, tools, screen, lambda question: next(waiting, None), seconds)
     session.run()
     return session, screen.out.getvalue(), screen.remarks.getvalue()
 
@@ -245,6 +248,11 @@ def test_no_colours_where_the_user_wants_none(monkeypatch):
 
 def test_what_would_move_the_cursor_is_written_out():
     assert visible("a\n\tb\x1b[2Jé\r\u202e") == "a\n\tb\\x1b[2Jé\\x0d\\x202e"
+    kept = "\u3000\xa0🏳\ufe0f\u200d🌈e\u0301中"
+    assert visible(kept) == kept
+    odd = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    assert [c for c in odd if visible(c) == c] == ["\t", "\n", "\u200c", "\u200d"]
+    assert visible("\x7f\x85\x9b0m\ud800\u2028") == "\\x7f\\x85\\x9b0m\\xd800\\x2028"
 
 
 def test_an_answer_out_of_format_is_remarked(voice, monkeypatch):
@@ -306,6 +314,17 @@ def test_calls_and_what_goes_wrong_in_them(tools, name, arguments, result):
     ("def f(x: int, /): ...", r"f\(x\): parameters need a name"),
     ("def f(x: set[int]): ...", r"f\(x\): set\[int\] has no JSON schema"),
     ("def f(x: dict[int, int]): ...", r"f\(x\): dict\[int, int\] has no JSON schema"),
+    *[(f"import typing\ndef f(x: {hint}): ...", "has no JSON schema") for hint in
+      ("typing.List", "typing.Dict", "list[typing.Dict]", "typing.Literal[b'x']", "()", "[]", "None")],
+    ("def f(x: 'nothing'): ...", "NameError: name 'nothing' is not defined"),
+    ("def f(): yield 1", "f: a generator is no tool"),
+    ("async def f(): yield 1", "f: a generator is no tool"),
+    ("def f():\n  '\\ud800'", "surrogates not allowed"),
+    ("import none_such", r"tools='.*bad.py': ModuleNotFoundError: No module named 'none_such'$"),
+    ("raise OSError('two\\nlines')", "OSError: two lines$"),
+    ("import sys; sys.exit('bye')", "SystemExit: bye$"),
+    ("def f(:", "SyntaxError: "),
+    ("\x00", "null bytes"),
 ])  # fmt: skip
 def test_files_without_tools(tmp_path, code, message):
     (tmp_path / "bad.py").write_text(code, "utf-8")
@@ -340,10 +359,123 @@ def test_every_call_is_asked_for_and_its_result_goes_to_the_model(voice, tools, 
     )
 
 
-def test_a_turn_whose_results_do_not_fit_is_taken_back_whole(voice, tools, monkeypatch):
-    scripted(monkeypatch, calling(call("long")))
-    session, _, remarks = talk(voice, ["go", "y"], tools)
-    assert "not sent: the conversation has" in remarks and session.conversation.messages == []
+# Bodies of tools, and the beginnings of their results: whatever a tool returns or raises, the turn goes on.
+ODD = {
+    "return {(1, 2): 3}": "{(1, 2): 3}",
+    "a = []; a.append(a); return a": "[[...]]",
+    "return [float('nan'), float('-inf')]": "[NaN, -Infinity]",
+    "return {1, 2}": '"{1, 2}"',
+    "return b'\\xff'": '"b',
+    "return (x for x in 'ab')": '"<generator object',
+    "return 10 ** 5000": "error: the result, a int, cannot be written: ValueError: Exceeds the limit",
+    "return functools.reduce(lambda a, _: [a], range(100_000))": "error: the result, a list, cannot be written: Recurs",
+    "return Odd()": "error: the result, a Odd, cannot be written: OSError: no text",
+    "return {'a': Odd()}": "{'a': <Odd>}",
+    "return dataclasses.make_dataclass('Point', ['x'])(3)": '"Point(x=3)"',
+    "return numpy.float32(1.5)": '"1.5"',
+    "return torch.ones(2)": '"tensor([1., 1.])"',
+    "return '\\ud800 \\U0001f642'": "\\ud800 \U0001f642",
+    "return ['\\ud800']": '["\\ud800"]',
+    "return Text('ab')": "ab",
+    "return None": "null",
+    "sys.exit(3)": "error: SystemExit: 3",
+    "raise KeyboardInterrupt": "error: KeyboardInterrupt",
+    "raise GeneratorExit('x')": "error: GeneratorExit: x",
+    "raise Silent": "error: Silent, whose message cannot be written",
+    "raise OSError('two\\nlines \\x1b[2J')": "error: OSError: two\nlines \x1b[2J",
+    "raise ValueError('\\udc80')": "error: ValueError: \\udc80",
+    "raise ExceptionGroup('both', [OSError(), ValueError()])": "error: ExceptionGroup: both",
+    "return later()": "done",
+    "print('on stdout \\x1b[2J'); print('and stderr', file=sys.stderr); return 1": "1",
+    "t = threading.Thread(target=list); t.start(); t.join(); return 2": "2",
+    "while True: pass": "error: Stopped: it took longer than 0.3 s",
+    "time.sleep(100)": "error: Stopped: it took longer than 0.3 s",
+    "while True:\n  try: time.sleep(100)\n  except Exception: pass": "error: Stopped: it took longer",
+    "return asyncio.sleep(100)": "error: Stopped: it took longer than 0.3 s",
+    "return 'x' * 50_000_000": "x" * 1000,
+    "return list(range(1_000_000))": "[0, 1, 2",
+}
+HEAD = """
+import asyncio, dataclasses, functools, sys, threading, time
+import numpy, torch
+
+class Odd:
+    def __str__(self): raise OSError("no text")
+    def __repr__(self): return "<Odd>"
+class Text(str):
+    def __str__(self): raise OSError("no text")
+class Silent(Exception):
+    def __str__(self): sys.exit(1)
+async def _later(): return await asyncio.sleep(0, "done")
+later = _later
+def tool():
+"""
+
+
+@pytest.mark.parametrize("body", ODD)
+def test_a_tool_that_has_run_keeps_its_turn(voice, tmp_path, monkeypatch, body):
+    (tmp_path / "odd.py").write_text(HEAD + "".join(f"  {line}\n" for line in body.splitlines()), "utf-8")
+    tools = {"tool": load_tools(tmp_path / "odd.py")["tool"]}
+    scripted(monkeypatch, calling(call("tool")), "done<｜end▁of▁sentence｜>")
+    started = time.monotonic()
+    session, out, remarks = talk(voice, ["go", "y"], tools, seconds=0.3 if "sleep" in body or "while" in body else 60)
+    assert out == "done\n" and time.monotonic() - started < 30
+    roles = [message["role"] for message in session.conversation.messages]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+    result = session.conversation.messages[2]["content"]
+    assert result.startswith(ODD[body])
+    assert len(result) < 4096 and "\x1b" not in remarks and max(map(len, remarks.splitlines())) < 300
+    if "50_000_000" in body:
+        assert re.search(r"\n\[cut: 49,99\d,\d{3} of 50,000,000 characters are left out\]$", result)
+        assert "... (50,000,000 characters)" in remarks
+    if "print" in body:
+        assert "on stdout \\x1b[2J\nand stderr\n" in remarks
+
+
+@pytest.mark.parametrize("head", ["async def tool():\n  _c()\n  try: await ", "def tool():\n  _c()\n  try: "])
+def test_ctrl_c_stops_a_tool_and_not_the_chat(voice, tmp_path, monkeypatch, head):
+    code = "import os, threading\nfrom %s import sleep\n" % ("asyncio" if "async" in head else "time")
+    code += "def _c(): threading.Timer(0.2, os.kill, (os.getpid(), 2)).start()\n"
+    code += head + "sleep(50)\n  finally: open(__file__ + '.end', 'w').close()\n"
+    (tmp_path / "slow.py").write_text(code, "utf-8")
+    scripted(monkeypatch, calling(call("tool")), "done<｜end▁of▁sentence｜>", "hello<｜end▁of▁sentence｜>")
+    session, out, _ = talk(voice, ["go", "y", "hi"], load_tools(tmp_path / "slow.py"))
+    assert out == "done\nhello\n" and (tmp_path / "slow.py.end").exists()
+    assert session.conversation.messages[2]["content"].startswith("error: KeyboardInterrupt")
+
+
+def test_results_leave_room_for_an_answer(voice, tools, monkeypatch):
+    scripted(monkeypatch, calling(*[call("long")] * 3), "done<｜end▁of▁sentence｜>")
+    session, out, _ = talk(voice, ["go", *"yyy"], {"long": tools["long"]})
+    assert out == "done\n" and len(session.conversation.messages) == 6
+    results = [message["content"] for message in session.conversation.messages[2:5]]
+    assert all(re.fullmatch(r"x+\n\[cut: [\d,]+ of 5,000 characters are left out\]", result) for result in results)
+    assert len(results[0]) > len(results[1]) > len(results[2])
+
+
+def test_a_turn_stays_if_its_tool_has_run_and_the_context_is_full(voice, tools, tmp_path, monkeypatch):
+    scripted(monkeypatch, calling(*[call("add", a=1)] * 10), "hi<｜end▁of▁sentence｜>")
+    lines = ["x" * 700, *["y"] * 10, "more", "/reset", "hi"]
+    session, _, remarks = talk(Voice(voice.model, BYTES, "small", 3300), lines, tools)
+    assert re.search(r"stopped: the conversation has \d+ tokens: .*; /save FILE keeps", remarks)
+    assert "not sent: the conversation has" in remarks  # what was asked next
+    assert (tmp_path / "tools.log").read_text("utf-8").count("\n") == 10
+    assert [message["content"] for message in session.conversation.messages] == ["hi", "hi"]
+
+
+def test_calls_that_are_left_after_an_interruption_are_declined(voice, tools, monkeypatch):
+    scripted(monkeypatch, calling(call("add", a=1), call("add", a=2)))
+    said = iter(["go", "y", KeyboardInterrupt, None])
+
+    def ask(question):
+        line = next(said)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    conversation = Conversation(voice, Manner(), tools=[tool.schema for tool in tools.values()])
+    Talk(conversation, tools, Screen(io.StringIO(), io.StringIO()), ask).run()
+    assert [message["content"] for message in conversation.messages[2:]] == ["1.5", DECLINED]
 
 
 def test_a_model_that_only_calls_tools_is_stopped(voice, tools, monkeypatch):

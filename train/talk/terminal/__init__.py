@@ -2,4 +2,5 @@
 
 conversation.py   messages, and the cache kept between turns      tools.py   functions as tools
 screen.py         what is shown, and how                          talk.py    turns and commands
+visible.py        text of others on a terminal
 """

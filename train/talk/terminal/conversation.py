@@ -62,8 +62,10 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
 
     def give_result(self, call: Mapping[str, Any], result: str) -> None:
-        """What came of a tool call."""
-        self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+        """What came of a tool call: as much of it as leaves half of the room to what follows."""
+        message = {"role": "tool", "tool_call_id": call["id"], "content": ""}
+        self.messages.append(message)
+        message["content"] = _cut(result, (self.voice.context - len(self._prompt())) // 2)
 
     def answer(self, answer: list[Answer]) -> Generator[list[Delta], None, None]:
         """Text of the next answer as it comes. At the end, or where the caller stops, what was said is a message; an
@@ -75,7 +77,7 @@ class Conversation:
         Raises:
             ValueError: a message that the format has no place for, or a conversation longer than the context.
         """
-        ids = prompt(self.voice, self.messages, thinking=self.thinking, effort=self.effort, tools=self.tools)
+        ids = self._prompt()
         room = self.voice.context - len(ids)
         if room < 1:
             raise ValueError(f"the conversation has {len(ids)} tokens: the context is {self.voice.context}")
@@ -98,6 +100,9 @@ class Conversation:
                 self.messages.append(reader.answer.message())
                 answer.append(reader.answer)
 
+    def _prompt(self) -> list[int]:
+        return prompt(self.voice, self.messages, thinking=self.thinking, effort=self.effort, tools=self.tools)
+
     def _cut_back(self, ids: list[int]) -> "Cache":
         """A cache that holds a beginning of the prompt, but not its last token."""
         known = next((i for i, pair in enumerate(zip(self._read, ids)) if pair[0] != pair[1]), len(self._read))
@@ -111,6 +116,15 @@ class Conversation:
         rewind = min(self.manner.max_new_tokens + MARGIN, self.voice.context)
         self._cache = self.voice.model.new_cache(1, self.voice.context, rewind=rewind)
         return self._cache
+
+
+def _cut(text: str, room: int) -> str:
+    """The beginning of a text that takes at most `room` tokens (none is shorter than a byte), and what is missing."""
+    data = text.encode()
+    if len(data) <= room:
+        return text
+    kept = data[: max(room, 0)].decode(errors="ignore")
+    return f"{kept}\n[cut: {len(text) - len(kept):,} of {len(text):,} characters are left out]"
 
 
 def _constraint(voice: Voice, tools: Sequence[Mapping[str, Any]], thinking: bool) -> Any:

@@ -1,13 +1,11 @@
-"""What a conversation looks like: answers on stdout, remarks on stderr; reasoning dimmed on a terminal, else marked.
+"""What a conversation looks like: answers on stdout, remarks on stderr; reasoning dimmed on a terminal, else marked."""
 
-On a terminal, characters that would move its cursor or change its colours are written out: what a model writes must
-not be able to pass for what the program says.
-"""
-
+import io
 import os
 from typing import TextIO
 
 from ..dialogue import Delta
+from .visible import shown, visible
 
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"
 MARKS = {"reasoning": "[thinking]\n", "content": "[answer]\n"}
@@ -18,15 +16,14 @@ class Screen:
 
     def __init__(self, out: TextIO, remarks: TextIO) -> None:
         self.out, self.remarks = out, remarks
-        self.terminal = out.isatty()
-        self.colours = self.terminal and not os.environ.get("NO_COLOR")
+        self.colours = out.isatty() and not os.environ.get("NO_COLOR")
         self._kind = ""
 
     def show(self, delta: Delta) -> None:
         """A piece of an answer."""
         if delta.kind != self._kind:
             self._change(delta.kind)
-        self.out.write(visible(delta.text) if self.terminal else delta.text)
+        self.out.write(shown(delta.text, self.out))
         self.out.flush()
 
     def end(self) -> None:
@@ -51,6 +48,15 @@ class Screen:
         self._kind = kind
 
 
-def visible(text: str) -> str:
-    """The text with every character that does not print, but for line ends and tabs, written as an escape."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+class Remarks(io.TextIOBase):
+    """A stream for what a tool prints: visible, among the remarks."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+
+    def write(self, text: str) -> int:
+        self.screen.remarks.write(visible(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.screen.remarks.flush()

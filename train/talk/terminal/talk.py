@@ -1,24 +1,26 @@
 """Turns and commands: a line is a question, or a command if it begins with a slash.
 
-A tool is called only after the user has said yes to its name and arguments; Ctrl-C stops an answer, and what was said
-until then stays in the conversation.
+A tool is called only after the user has said yes to its name and arguments; Ctrl-C stops an answer or a tool, and what
+was said until then stays in the conversation. So does a turn whose tool has run, whatever became of it.
 """
 
 import json
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from ..dialogue import Answer
 from .conversation import Conversation
-from .screen import Screen
-from .tools import Tool
+from .screen import Remarks, Screen
+from .tools import SECONDS, Tool
+from .visible import brief
 
 ROUNDS = 8  # answers in a row that call tools
 DECLINED = "error: the user declined this call"
-HELP = "/reset forgets the conversation   /save FILE writes it as JSON   /quit ends   Ctrl-C stops an answer"
+INTERRUPTED = "error: the user interrupted this call"
+HELP = "/reset forgets the conversation   /save FILE writes it as JSON   /quit ends   Ctrl-C stops an answer or a tool"
 
 
 def read_line(question: str) -> str | None:
@@ -33,7 +35,7 @@ def read_line(question: str) -> str | None:
 
 
 class Talk:
-    """A conversation with the user at `ask`."""
+    """A conversation with the user at `ask`; `seconds`: the most that a tool may take."""
 
     def __init__(
         self,
@@ -41,8 +43,10 @@ class Talk:
         tools: Mapping[str, Tool],
         screen: Screen,
         ask: Callable[[str], str | None] = read_line,
+        seconds: float = SECONDS,
     ) -> None:
         self.conversation, self.tools, self.screen, self.ask = conversation, tools, screen, ask
+        self.seconds = seconds
 
     def run(self) -> None:
         """Until the user leaves."""
@@ -67,7 +71,7 @@ class Talk:
         elif name == "/save" and argument:
             self.save(Path(argument.strip()))
         else:
-            self.screen.remark(HELP if name == "/help" else f"{line.strip()}: no such command. {HELP}")
+            self.screen.remark(HELP if name == "/help" else f"{brief(line.strip())}: no such command. {HELP}")
 
     def save(self, path: Path) -> None:
         """Writes the conversation to a new file."""
@@ -76,13 +80,16 @@ class Talk:
             with path.open("x", encoding="utf-8") as file:
                 json.dump(saved, file, ensure_ascii=False, indent=1)
                 file.write("\n")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             self.screen.remark(f"not saved: {error}")
             return
         self.screen.remark(f"saved: {path}")
 
     def turn(self, text: str) -> None:
-        """A question, the answer, and calls of tools as long as the model has more of them; all of it or nothing."""
+        """A question, the answer, and calls of tools as long as the model has more of them.
+
+        What cannot be sent is taken back, unless a tool has run.
+        """
         messages = self.conversation.messages
         before = len(messages)
         self.conversation.ask(text)
@@ -92,7 +99,12 @@ class Talk:
                 if answer is None or not self.results(answer.tool_calls):
                     return
             self.screen.remark(f"stopped after {ROUNDS} answers with tool calls")
+        except KeyboardInterrupt:
+            self.screen.remark("stopped")
         except ValueError as error:
+            if any(message["role"] == "tool" for message in messages[before:]):
+                self.screen.remark(f"stopped: {error}; /save FILE keeps the conversation, /reset forgets it")
+                return
             del messages[before:]
             self.screen.remark(f"not sent: {error}")
 
@@ -119,19 +131,24 @@ class Talk:
         """Runs the calls that the user allows; whether the model is to go on."""
         going = True
         for call in calls:
-            function = call["function"]
-            shown = f"{function['name']}({function['arguments']})"
+            result = DECLINED
             try:
-                said = self.ask_to_run(shown) if going else None
+                said = self.ask_to_run(call["function"]) if going else None
+                going = said is not None
+                if said is not None and said.strip().lower() in ("y", "yes"):
+                    result = INTERRUPTED
+                    result = self.run_tool(call["function"])
             except KeyboardInterrupt:
-                said = None
-            going = going and said is not None
-            allowed = said is not None and said.strip().lower() in ("y", "yes")
-            result = self.tools[function["name"]].run(function["arguments"]) if allowed else DECLINED
-            self.screen.remark(f"  {result}")
+                going = False
+            self.screen.remark(f"  {brief(result)}")
             self.conversation.give_result(call, result)
         return bool(calls) and going
 
-    def ask_to_run(self, shown: str) -> str | None:
-        self.screen.remark(f"the model wants to call {shown}")
+    def ask_to_run(self, function: Mapping[str, str]) -> str | None:
+        arguments = function["arguments"].replace("\n", " ")  # all of them, and no line that could be ours
+        self.screen.remark(f"the model wants to call {function['name']}({arguments})")
         return self.ask("run it? y/N ")
+
+    def run_tool(self, function: Mapping[str, str]) -> str:
+        with redirect_stdout(Remarks(self.screen)), redirect_stderr(Remarks(self.screen)):
+            return self.tools[function["name"]].run(function["arguments"], self.seconds)
