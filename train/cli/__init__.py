@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     try:
         options.run(options)
+    except BrokenPipeError:
+        raise
     except EXPECTED as error:
-        sys.stdout.flush()  # raises BrokenPipeError anew, if it is that
         if options.traceback:
             raise
         print(f"abyssal {options.command}: {visible(str(error))}", file=sys.stderr)

@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import os
 import re
+import sys
 import time
 import unicodedata
 
@@ -453,6 +455,14 @@ def test_results_leave_room_for_an_answer(voice, tools, monkeypatch):
     assert len(results[0]) > len(results[1]) > len(results[2])
 
 
+def test_the_lines_of_a_question_are_ours(voice, tools, monkeypatch):
+    """Line ends between the parts of JSON arguments cannot write a line that the user takes for the program's."""
+    asked = call("names", of=["x", "y"], ages={}).replace('"x", "y"', '"x",\n  \r\n\t"y"')
+    scripted(monkeypatch, calling(asked), "hi<｜end▁of▁sentence｜>")
+    remarks = talk(voice, ["go", "n"], tools)[2]
+    assert [line[:6] for line in remarks.splitlines()] == ["the mo", "  erro"]
+
+
 def test_a_turn_stays_if_its_tool_has_run_and_the_context_is_full(voice, tools, tmp_path, monkeypatch):
     scripted(monkeypatch, calling(*[call("add", a=1)] * 10), "hi<｜end▁of▁sentence｜>")
     lines = ["x" * 700, *["y"] * 10, "more", "/reset", "hi"]
@@ -523,6 +533,50 @@ def test_the_model_of_a_run_and_of_a_folder(tiny, tmp_path, monkeypatch, capsys)
     assert "RANDOM" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [
+    ["chat", "--random", "nano", "--max-new-tokens", "40"], ["info", "nano"], ["--help"],
+])  # fmt: skip
+def test_a_reader_that_leaves_ends_a_command_in_silence(monkeypatch, capsys, command):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", encoding="utf-8") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+        assert main(command) == 141
+    assert "pipe" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("out", "want"), [
+    (io.StringIO, "\x1b]0;a\x1b[2J\r\x9b0m é🙂\n\u202e\n"),
+    (Terminal, "\\x1b]0;a\\x1b[2J\\x0d\\x9b0m é🙂\n\\x202e\n"),
+])  # fmt: skip
+def test_what_generate_writes_moves_the_cursor_of_no_terminal(voice, monkeypatch, out, want):
+    class Said(list):
+        stats = "6 tokens"
+
+    said = Said(BYTES.encode("a\x1b[2J\r\x9b0m é🙂\n\u202e"))
+    monkeypatch.setattr("abyssal.model.generate", lambda *_, **__: said)
+    monkeypatch.setattr("abyssal.train.run.load.load_trained", lambda path: (voice.model, None))
+    monkeypatch.setattr("abyssal.train.run.checkpoint.tokenizer_of", lambda path: BYTES)
+    monkeypatch.setattr("sys.stdout", out())
+    assert main(["generate", "run", "--prompt", "\x1b]0;"]) == 0
+    assert sys.stdout.getvalue() == want
+
+
+def test_input_that_is_no_text_ends_nothing(monkeypatch, capsys):
+    typed = b"h\xffi\n/save a\x00b\n/reset now\n/" + b"x" * 9999 + b"\nok\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), "utf-8"))
+    assert main(["chat", "--random", "nano", "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    remarks = capsys.readouterr().err
+    for part in (
+        r"not sent: messages: '\udcff' is no character",
+        "not saved: embedded null",
+        "/reset now: no such command",
+    ):
+        assert part in remarks
+    assert "... (10,000 characters): no such command" in remarks and "cut off after 5 tokens" in remarks
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "either RUN or --random PRESET is needed"),
     (["runs/x", "--random", "nano"], "RUN with --random"),
@@ -534,6 +588,8 @@ def test_the_model_of_a_run_and_of_a_folder(tiny, tmp_path, monkeypatch, capsys)
     (["--random", "nano", "--temperature", "-1"], "temperature=-1"),
     (["--random", "nano", "--max-effort"], "--max-effort without --thinking"),
     (["--random", "nano", "--tools", "none.py"], "no such file"),
+    *[(["--random", "nano", "--tool-timeout", text], f"tool-timeout={float(text)}: allowed are numbers above 0")
+      for text in ("0", "-1", "nan", "inf")],
 ])  # fmt: skip
 def test_what_a_user_can_get_wrong(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
