@@ -12,7 +12,10 @@ parameters are raw text (`string="true"`) or JSON (`string="false"`).
 
 import json
 import math
+import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["ChatFormatError", "encode_messages", "parse_message_from_completion_text"]
@@ -260,9 +263,35 @@ def _sections(turn: Message) -> str:
 
 def _json(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False, default=_marked)
     except RecursionError:
         raise ValueError("a tool, a response format or arguments are nested too deeply to be written") from None
+    return re.sub(f'"{MARK}([^"]*)"', r"\1", text)
+
+
+@dataclass(frozen=True)
+class Huge:
+    """A number as JSON spells it, which float64 has none for: it would be written as Infinity, which is no JSON."""
+
+    spelt: str
+
+
+MARK = uuid.uuid4().hex  # which no text can know
+
+
+def _marked(value: Any) -> str:
+    if not isinstance(value, Huge):
+        raise TypeError(f"{value!r} has no form in JSON")
+    return MARK + value.spelt
+
+
+def read_arguments(text: str) -> Any:
+    """What JSON says, so that it can be written again. Raises ValueError or RecursionError for what is none."""
+    return json.loads(text, parse_float=_number)
+
+
+def _number(spelt: str) -> float | Huge:
+    return Huge(spelt) if math.isinf(float(spelt)) else float(spelt)
 
 
 # tool calls ----------------------------------------------------------------------------------------------------------
@@ -291,7 +320,7 @@ def _arguments(i: int, arguments: Any) -> Mapping[str, Any]:
     """By name. A string that is no JSON becomes the one parameter `arguments`, as in the release."""
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = read_arguments(arguments)
         except (ValueError, RecursionError):
             return {"arguments": arguments}
     if not isinstance(arguments, Mapping):
@@ -419,7 +448,7 @@ def _name(reader: _Reader, end: str) -> str:
 def _checked_json(value: str, position: int) -> str:
     """The value, if it can also be written anew and read again: as arguments it comes back in the next prompt."""
     try:
-        parsed = json.loads(value, parse_constant=_no_constant, parse_float=_finite)
+        parsed = json.loads(value, parse_constant=_no_constant)
         level = [parsed]
         for _ in range(NESTING):
             level = [part for outer in level for part in _parts(outer)]
@@ -440,9 +469,3 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
-
-
-def _finite(number: str) -> float:
-    if math.isinf(float(number)):
-        raise ValueError(f"{number} is beyond the numbers of 64 bits")
-    return float(number)

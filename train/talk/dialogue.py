@@ -26,6 +26,7 @@ from ...model.text.chat import (
     ChatFormatError,
     encode_messages,
     parse_message_from_completion_text,
+    read_arguments,
 )
 from ..data.tokenizers import Tokenizer
 from .voice import Voice
@@ -116,7 +117,7 @@ def prompt(
         messages = [{**messages[0], **extra}, *messages[1:]]
     pattern = "|".join(map(re.escape, voice.tokenizer.special))
     try:
-        mark = _mark(json.dumps(messages, ensure_ascii=False))
+        mark = _mark(json.dumps(messages, ensure_ascii=False, default=str))
         messages = _cut(messages, re.compile(f"(?=(?:{pattern}))(.)", re.DOTALL), mark)
         text = encode_messages(messages, "thinking" if thinking else "chat", reasoning_effort=effort)
         return [token for part in text.split(mark) for token in voice.tokenizer.encode(part, special=True)]
@@ -142,7 +143,7 @@ def _object(arguments: Any) -> Any:
     if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         return {}
     try:
-        parsed = json.loads(arguments)
+        parsed = read_arguments(arguments)
     except (TypeError, ValueError, RecursionError):
         return arguments
     return parsed if isinstance(parsed, dict) else arguments

@@ -203,12 +203,16 @@ def test_turns_of_odd_messages(messages, turn):
         ('{"a": ' + "1" * 5000 + "}", "arguments", "true", None),
         ('{"a": 1, "a": -0.0}', "a", "false", "-0.0"),
         ('{"a": 1E2}', "a", "false", "100.0"),
-        ('{"a": 1e999}', "a", "false", "Infinity"),
+        ('{"a": 1e999}', "a", "false", "1e999"),
+        ('{"a": [-1E+400, NaN, "1e999"]}', "a", "false", '[-1E+400, NaN, "1e999"]'),
         ('{"a": "\\u00e4"}', "a", "true", "ä"),
     ],
 )
 def test_arguments_of_a_history(arguments, name, is_text, written):
-    """As the released encoder writes them: text that is no JSON, or that Python reads none in, is a parameter."""
+    """As the released encoder writes them: text that is no JSON, or in which Python reads none, is one parameter.
+
+    Numbers beyond float64 are as they were spelt (it writes Infinity, which is no JSON).
+    """
     text = encode_messages([QUESTION, {"role": "assistant", "tool_calls": [call(arguments=arguments)]}])
     written = arguments if written is None else written
     assert f'<｜DSML｜parameter name="{name}" string="{is_text}">{written}</｜DSML｜parameter>\n</' in text
@@ -336,7 +340,6 @@ def read_and_written(value):
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        *[(number, "is beyond the numbers of 64 bits") for number in ("1e999", "-1E400", "[1e309]", "9" * 400 + ".5")],
         *[(name, f"{name.strip('[]')} is no JSON value") for name in ("NaN", "Infinity", "[-Infinity]")],
         ("1" * 4301, "4300"),
         *[(a * 129 + "0" + b * 129, "deeper than 128 levels") for a, b in ("[]", ('{"a":', "}"))],
@@ -353,12 +356,14 @@ def test_a_parameter_that_could_not_be_written_again_is_refused(value, says):
 
 @pytest.mark.parametrize(
     "value",
-    ["1e308", "-0.0", "-0", "0", "1.0", "1", "1E-400", "5e-324", "9" * 4300, " 1 ", "\n[1 ,\t2]\r\n", '{"a":1,"a":[2]}',
+    ["1e999", "-1E400", '{"a": [1e309, 1e308]}', "9" * 400 + ".5", "1e308", "-0.0", "-0", "0", "1.0", "1", "1E-400",
+     "5e-324", "9" * 4300, " 1 ", "\n[1 ,\t2]\r\n", '{"a":1,"a":[2]}',
      '{"": {"": null}}', '"x"', '"\\u0000\\u2028</think>\\ud83d\\ude00"', "[" * 128 + "]" * 128, "0.1", "1e22", "1e-7"],
 )  # fmt: skip
 def test_a_parameter_comes_back_from_a_prompt(value):
     read, again = read_and_written(value)
     assert repr(json.loads(read)) == repr(json.loads(again)) and json.loads(read)["a"] == json.loads(value)
+    assert "Infinity" not in again
 
 
 def test_ten_thousand_parameters_come_back_or_are_refused():

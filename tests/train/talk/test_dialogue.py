@@ -232,6 +232,11 @@ def test_arguments_that_are_no_part_of_a_prompt(voice, arguments, says):
         prompt(voice, calling(arguments))
 
 
+def test_numbers_beyond_float64_are_as_they_were_spelt(voice):
+    text = BYTES.decode(prompt(voice, calling('{"a": [1e999, -1E400, 1.0]}')), special=True)
+    assert '<｜DSML｜parameter name="a" string="false">[1e999, -1E400, 1.0]</｜DSML｜parameter>' in text
+
+
 def test_arguments_that_are_no_json_are_one_parameter(voice):
     for arguments in ("{", '{"a": ' + "1" * 5000 + "}"):
         text = BYTES.decode(prompt(voice, calling(arguments)), special=True)

@@ -107,7 +107,7 @@ def _text(result: Any) -> str:
 
 def _named(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
     except BaseException:  # from a message that is computed
         return f"{type(error).__name__}, whose message cannot be written"
 
