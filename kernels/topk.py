@@ -41,13 +41,13 @@ def stable_topk(values: Tensor, k: int, *, ordered: bool = True) -> Tensor:
     if not ordered and values.shape[-1] >= max(MANY, SPARSE * k) and _is_numpy(values):
         rows = values.detach().reshape(-1, values.shape[-1])
         return torch.stack([_of_one_row(row, k) for row in rows]).view(*values.shape[:-1], k)
-    if values.device.type != "cpu" and values.shape[-1] <= SORTED:
+    if torch.compiler.is_compiling() or (values.device.type != "cpu" and values.shape[-1] <= SORTED):
         return _first_of_all(values, k, ordered)
     return _with_ties_settled(values, k, ordered)
 
 
 def _first_of_all(values: Tensor, k: int, ordered: bool) -> Tensor:
-    """The definition itself, on a device. A sum with 0.0 makes it of -0.0."""
+    """The definition itself, on a device and in compiled code. A sum with 0.0 makes it of -0.0."""
     falling = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
     index = falling.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return index if ordered else index.sort(-1).values

@@ -36,7 +36,11 @@ class Engram(KeepingModule):
         self.memory, self.layer, self.streams = memory, layer, n
         self.std, self.eps = config.initializer_range, config.rms_norm_eps
         self.classes = memory.canonical_vocab_size or config.vocab_size
-        rows = sum(sum(order) for order in _primes(memory)[memory.layers.index(layer)])
+        moduli = engram_primes(memory.vocab_size, len(memory.layers), memory.max_ngram, memory.heads)
+        multipliers = engram_multipliers(self.classes, memory.max_ngram, layer, memory.seed)
+        self.moduli = tuple(map(tuple, moduli[memory.layers.index(layer)]))  # [order][head], all distinct
+        self.multipliers = tuple(multipliers.tolist())
+        rows = sum(map(sum, self.moduli))
         self.register_buffer("canonical", torch.arange(config.vocab_size) % self.classes)
         self.table = make_table(rows, memory.head_dim)
         self.wkv = nn.Linear(width, (n + 1) * d, bias=False)
@@ -94,13 +98,16 @@ class Engram(KeepingModule):
         start = layout.first_rows(memory.max_ngram - 1)
         if start is not None and ids.shape[1] > t:  # the past rows are looked back at, never looked up
             start = torch.cat([start[:, :1].expand(-1, ids.shape[1] - t), start], 1)
-        hashing = _hashing(memory, self.classes, self.layer, ids.device)
+        hashing = _hashing(self.multipliers, self.moduli, ids.device)
         return engram_hash(ids, *hashing, pad=self._pad(canonical), start=start)[:, -t:]
 
     def _pad(self, canonical: Tensor) -> int:
-        """The canonical id of what stands before a document; read from the device once, and again when it changes."""
-        if canonical.is_inference():  # has no version
-            return int(canonical[self.memory.pad_token_id])
+        """The canonical id of what stands before a document; read from the device once, and again when it changes.
+
+        In compiled code it is a constant.
+        """
+        if torch.compiler.is_compiling() or canonical.is_inference():  # which has no version
+            return _number(canonical, self.memory.pad_token_id)
         if self._read is None or self._read[0] is not canonical or self._read[1] != canonical._version:
             self._read = canonical, canonical._version, int(canonical[self.memory.pad_token_id])
         return self._read[2]
@@ -119,15 +126,17 @@ class Engram(KeepingModule):
 
 
 @functools.lru_cache(maxsize=64)
-def _hashing(memory: EngramConfig, classes: int, layer: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _hashing(
+    multipliers: tuple[int, ...], moduli: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Multipliers, moduli and offsets of `engram_hash`, on the device once and for all."""
-    multipliers = torch.as_tensor(engram_multipliers(classes, memory.max_ngram, layer, memory.seed))
-    moduli = torch.tensor(_primes(memory)[memory.layers.index(layer)])
-    offsets = moduli.flatten().cumsum(0) - moduli.flatten()
-    return multipliers.to(device), moduli.to(device), offsets.to(device)
+    sizes = torch.tensor(moduli)
+    offsets = sizes.flatten().cumsum(0) - sizes.flatten()
+    return torch.tensor(multipliers).to(device), sizes.to(device), offsets.to(device)
 
 
-@functools.lru_cache(maxsize=16)
-def _primes(memory: EngramConfig) -> list[list[list[int]]]:
-    """Moduli [layer of memory.layers][order][head], all distinct."""
-    return engram_primes(memory.vocab_size, len(memory.layers), memory.max_ngram, memory.heads)
+def _number(table: Tensor, place: int) -> int:
+    return int(table[place])
+
+
+_number._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in kernels/backend.py
