@@ -44,7 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: allowed are 0 (greedy) and positive numbers")
-        if int(self.top_k) != self.top_k or self.top_k < 0:
+        if not 0 <= self.top_k < math.inf or int(self.top_k) != self.top_k:
             raise ValueError(f"top_k={self.top_k}: allowed are 0 (off) and positive integers")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: allowed is more than 0 up to 1 (off)")
@@ -72,7 +72,8 @@ class Sampling:
     def _probabilities(self, logits: Tensor, best: Tensor) -> Tensor:
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-        p = ((logits - best) / max(self.temperature, torch.finfo(logits.dtype).tiny)).softmax(-1)
+        limits = torch.finfo(logits.dtype)  # beyond them -inf / temperature and 0 / temperature are no numbers
+        p = ((logits - best) / min(max(self.temperature, limits.tiny), limits.max)).softmax(-1)
         if self.top_k:
             p = _keep_top_k(p, min(self.top_k, p.shape[-1]))
         if self.top_p < 1:
@@ -89,10 +90,10 @@ def _keep_top_k(p: Tensor, k: int) -> Tensor:
 
 
 def _keep_top_p(p: Tensor, share: float) -> Tensor:
-    """Zero but for the tokens before which, from the most likely on, less than that share of the row's mass lies."""
+    """Zero but for the most likely token and those before which less than that share of the row's mass lies."""
     ranked, order = p.sort(dim=-1, descending=True, stable=True)
     mass = ranked.cumsum(-1)
-    before = F.pad(mass[..., :-1], (1, 0))
+    before = F.pad(mass[..., :-1], (1, 0), value=-1.0)  # even a share that rounds to zero keeps the first
     return torch.zeros_like(p).scatter(-1, order, torch.where(before < share * mass[..., -1:], ranked, 0))
 
 

@@ -1,5 +1,6 @@
 """Temperature, filters and draws against a plain float64 computation, one token at a time."""
 
+import itertools
 import math
 
 import pytest
@@ -60,6 +61,43 @@ def test_the_coldest_temperature_is_greedy():
         assert Sampling(temperature).probabilities(logits).tolist() == [[0, 1, 0, 0]]
 
 
+EXTREMES = {
+    "temperature": (0, 5e-324, 1e-38, 1.0, 1e4, 3.4e38, 3.5e38, 1e300, 10**400),
+    "top_k": (0, 1, 10**30), "top_p": (5e-324, 1e-46, 1e-8, 0.5, 1 - 2**-53, 1.0),
+    "min_p": (0.0, 5e-324, 1e-46, 0.5, 1 - 2**-53),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("temperature", EXTREMES["temperature"], ids=lambda value: str(value)[:9])
+def test_every_setting_that_is_taken_gives_a_distribution(dtype, temperature):
+    """Whatever the logits: a token that is masked has no share, and neither -inf nor a large number makes NaN."""
+    limit = torch.finfo(dtype).max
+    logits = torch.randn(7, 33, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[1] *= 1e30
+    logits[2], logits[2, 5] = -limit, limit
+    logits[3] = limit
+    logits[4:, ::2] = -torch.inf
+    logits[5] *= 1e30
+    logits[6], logits[6, 7] = -torch.inf, -limit
+    u = torch.tensor([2.0**-53, 0.3, 1.0], dtype=torch.float64)
+    others = itertools.product(*(EXTREMES[name] for name in ("top_k", "top_p", "min_p")))
+    for top_k, top_p, min_p in others:
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        p = sampling.probabilities(logits)
+        assert p.isfinite().all() and (p >= 0).all(), sampling
+        assert ((p.double().sum(-1) - 1).abs() < 33 * torch.finfo(dtype).eps).all(), sampling
+        assert (p[logits == -torch.inf] == 0).all(), sampling
+        drawn = sampling.draw(logits.repeat(3, 1), u.repeat_interleave(7))
+        assert p.repeat(3, 1).gather(1, drawn[:, None]).gt(0).all(), sampling
+        best = logits == logits.amax(-1, keepdim=True)
+        if temperature > 1:
+            continue  # shares that round to the same
+        assert (p * best).amax(-1).equal(p.amax(-1)), "the best token has the largest share"
+        if temperature < 1e-37 or top_p < 1e-7:
+            assert (p[~best] == 0).all(), "the coldest and the narrowest are greedy"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite(value):
     logits = torch.zeros(2, 5)
@@ -71,7 +109,10 @@ def test_logits_that_are_not_finite(value):
 
 @pytest.mark.parametrize("settings, message", [
     ({"temperature": -0.1}, "temperature=-0.1"), ({"temperature": math.inf}, "temperature=inf"),
-    ({"temperature": math.nan}, "temperature=nan"), ({"top_k": -1}, "top_k=-1"), ({"top_k": 2.5}, "top_k=2.5"),
+    ({"temperature": math.nan}, "temperature=nan"), ({"top_k": math.inf}, "top_k=inf"),
+    ({"top_k": math.nan}, "top_k=nan"),
+    ({"top_p": math.nan}, "top_p=nan"), ({"top_p": math.inf}, "top_p=inf"), ({"min_p": math.nan}, "min_p=nan"),
+    ({"min_p": -math.inf}, "min_p=-inf"), ({"top_k": -1}, "top_k=-1"), ({"top_k": 2.5}, "top_k=2.5"),
     ({"top_p": 0}, "top_p=0"), ({"top_p": 1.1}, "top_p=1.1"), ({"min_p": 1}, "min_p=1"),
 ])  # fmt: skip
 def test_settings_out_of_range(settings, message):
