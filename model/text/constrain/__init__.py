@@ -10,7 +10,8 @@ llguidance (extra `serve`); what is ours is their text, V4's tool calls, and tha
     ids = generate(model, prompt, constraint=constraint, max_new_tokens=200)
 """
 
-from .grammar import Grammar, GrammarError, json_object, json_schema, regex
+from .grammar import Grammar, json_object, json_schema, regex
+from .schema import GrammarError
 from .tools import tool_calls
 from .walk import Constraint, DeadEndError
 

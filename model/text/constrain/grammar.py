@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .schema import REPETITIONS, Document, GrammarError, check_json, repetitions, shown
+
 SPACED = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
 FLEXIBLE = {"whitespace_flexible": True}
-
-
-class GrammarError(ValueError):
-    """A grammar that cannot be followed: no schema or expression that the library knows, or nothing is allowed."""
+HINTS = 32  # expressions to find short texts for
+RULES = 2_000_000  # characters that a grammar may have: each parameter's schema has what it refers to with it
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,21 @@ class Grammar:
         source: what they were made from, for messages.
         hints: expressions that occur in it: texts that match them help to find ways to the end (see `ending`).
         thinks: whether reasoning up to `</think>` comes first.
+
+    Raises:
+        GrammarError: rules of more than RULES characters.
     """
 
     rules: str
     source: str
     hints: tuple[str, ...] = ()
     thinks: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.rules) > RULES:
+            raise GrammarError(
+                f"{self.source}: its grammar has {len(self.rules)} characters: at most {RULES} are allowed"
+            )
 
     def after_thinking(self) -> "Grammar":
         """The same after any text and `</think>`: for prompts that end in `<think>`."""
@@ -51,18 +60,18 @@ def json_schema(schema: Mapping[str, Any] | bool, any_whitespace: bool = False) 
     """JSON values that a schema allows (draft 2020-12).
 
     Properties come in the schema's order. What llguidance does not know (`not`, `if`, `uniqueItems`, unknown formats)
-    is an error when the constraint is made, never left out.
+    is an error, never left out.
 
     Args:
         schema: as Python values.
         any_whitespace: allow any between tokens; otherwise one blank or none after a comma and a colon.
 
     Raises:
-        GrammarError: no schema.
+        GrammarError: no schema, or one that is too large (see `schema`).
     """
-    return Grammar(
-        f"answer: {json_rule(schema, any_whitespace)}", f"the JSON schema {_short(schema)}", patterns(schema)
-    )
+    document = Document(schema, "the JSON schema")
+    rule = json_rule(document.alone(schema), any_whitespace)
+    return Grammar(f"answer: {rule}", f"the JSON schema {shown(schema)}", hints(document))
 
 
 def json_object(any_whitespace: bool = False) -> Grammar:
@@ -77,35 +86,30 @@ def regex(pattern: str) -> Grammar:
         GrammarError: an empty pattern or none.
     """
     if not isinstance(pattern, str) or not pattern:
-        raise GrammarError(f"pattern={pattern!r}: a regular expression is needed")
+        raise GrammarError(f"pattern={shown(pattern)}: a regular expression is needed")
+    check_json(pattern, "the regular expression")
+    if repetitions(pattern) > REPETITIONS:
+        raise GrammarError(f"pattern={shown(pattern)}: more than {REPETITIONS} repetitions")
     words = tuple(re.findall("[A-Za-z0-9_ -]{2,}", pattern))
-    return Grammar(f"answer: {expression(pattern)}", f"the regular expression {_short(pattern)}", words)
+    return Grammar(f"answer: {expression(pattern)}", f"the regular expression {pattern[:100]}", words[:HINTS])
 
 
 def json_rule(schema: Any, any_whitespace: bool = False) -> str:
-    """A schema as part of a rule."""
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, Mapping):
-        why = "it allows nothing" if schema is False else "a schema is an object"
-        raise GrammarError(f"schema={_short(schema)}: {why}")
+    """A checked schema as part of a rule.
+
+    Raises:
+        GrammarError: it allows nothing.
+    """
+    if schema is False:
+        raise GrammarError("the schema false allows nothing")
     options = {"x-guidance": FLEXIBLE if any_whitespace else SPACED}
-    try:
-        return "%json " + json.dumps({**schema, **options}, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise GrammarError(f"schema={_short(schema)}: no JSON: {error}") from None
+    return "%json " + json.dumps({**({} if schema is True else schema), **options})
 
 
-def patterns(schema: Any) -> tuple[str, ...]:
+def hints(document: Document) -> tuple[str, ...]:
     """What the patterns in a schema look for, each once, without anchors."""
-    found: list[str] = []
-    if isinstance(schema, Mapping):
-        own = [schema.get("pattern"), *(schema.get("patternProperties") or {})]
-        for pattern in own:
-            found += [part.removeprefix("^").removesuffix("$") for part in alternatives(pattern)] if pattern else []
-    for part in schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ():
-        found += patterns(part)
-    return tuple(dict.fromkeys(found))
+    found = (part for pattern in document.patterns() for part in alternatives(pattern))
+    return tuple(dict.fromkeys(part.removeprefix("^").removesuffix("$") for part in found))[:HINTS]
 
 
 def alternatives(pattern: str) -> list[str]:
@@ -150,8 +154,3 @@ def literal(text: str) -> str:
 def _escaped(text: str) -> str:
     """The expression that matches this text alone, which stands between slashes."""
     return "".join(c if c.isalnum() else f"\\u{{{ord(c):x}}}" for c in text)
-
-
-def _short(value: Any) -> str:
-    shown = value if isinstance(value, str) else repr(value)
-    return shown if len(shown) <= 100 else f"{shown[:97]}..."

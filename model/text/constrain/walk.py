@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .ending import Alphabet, is_way, way_to_the_end
-from .grammar import Grammar, GrammarError, expression
+from .grammar import Grammar, expression
+from .schema import GrammarError
 from .spelling import Spelling
 
 
@@ -288,8 +289,10 @@ def _vocabulary(tokenizer: Tokenizer) -> _Vocabulary:
 
 def _reason(matcher: Any) -> str:
     """What the library says, in a line, without the places in our text and its own state."""
-    said = re.split(r"\n\s*\d+ \||<state>", matcher.get_error())[0]
-    return " ".join(said.split()) or "no token is allowed, and the text is not complete"
+    said = re.split(r"\n\s*\d+ \||<state>|<backtrace>", matcher.get_error())[0].replace(
+        "panic: assertion failed:", "too large:"
+    )
+    return said.strip()[:300] or "no token is allowed, and the text is not complete"
 
 
 def _llguidance() -> ModuleType:

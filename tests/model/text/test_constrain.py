@@ -3,11 +3,13 @@
 import builtins
 import itertools
 import json
+import math
 import re
 import sys
 
 import numpy as np
 import pytest
+import schemas
 import torch
 from explorer import Explorer
 from lively import lively
@@ -277,7 +279,8 @@ def tool(name="f", **parameters):
 
 def parameter_values(schema, *values, **root) -> list[bool]:
     """Which values may be given for a parameter of that schema."""
-    constraint = Constraint(tool_calls(tool(properties={"p": schema}, required=["p"], **root), "f"), BYTES)
+    grammar = tool_calls(tool(properties={"p": schema}, required=["p"], **root), "f")
+    constraint = Constraint(grammar, BYTES, finish=False)
     return [accepts(constraint, tool_text([{"name": "f", "arguments": {"p": value}}])[: -len(EOS)]) for value in values]
 
 
@@ -290,6 +293,16 @@ def parameter_values(schema, *values, **root) -> list[bool]:
     {"$ref": "#/$defs/s"}, {"anyOf": [{"$ref": "#/$defs/s"}, {"type": "null"}]},
     {"type": "array", "items": {"$ref": "#/$defs/s"}},
     {"type": "string", "enum": ["ab", "abc"]}, {"type": "string", "format": "date"},
+    {"type": "string", "enum": ["ab", None], "nullable": True},
+    {"type": ["string", "integer"], "enum": ["ab", 1, None]},
+    {"type": "string", "enum": ["1", 1]}, {"enum": [1, True, "True", 0, False]}, {"type": "integer", "const": 3},
+    {"type": "string", "enum": ["", "ab", "abc"], "minLength": 1, "maxLength": 2},
+    {"type": "string", "enum": ["ab", "c"], "pattern": "c"}, {"anyOf": [{}], "minLength": 3},
+    {"allOf": [{"minLength": 2}, {"maxLength": 2}, {"maximum": 2}]},
+    {"oneOf": [{"type": "string", "minLength": 2}, {"type": ["string", "null"], "maxLength": 2}]},
+    {"oneOf": [{"const": "ab"}, {"const": "c"}, {"$ref": "#/$defs/s"}, {"type": "null"}]},
+    {"$ref": "#/$defs/s", "maxLength": 2},
+    {"$ref": "#/$defs/s", "type": ["string", "null"]}, {"type": ["string", "null"], "allOf": [{"pattern": "b"}]},
 ], ids=str)  # fmt: skip
 def test_parameters_of_every_kind(schema):
     definitions = {"$defs": {"s": {"type": "string", "pattern": "c"}}}
@@ -325,16 +338,174 @@ ITSELF = {"$ref": "#/$defs/q"}
     (tool(properties={"p": 3}), "auto", "no schema"),
     (tool(properties={"p": {"$ref": "#/$defs/q"}}), "auto", "leads nowhere"),
     (tool(properties={"p": ITSELF}, **{"$defs": {"q": ITSELF}}), "auto", "refers to itself"),
-    (tool(properties={"p": {"anyOf": [{}], "minLength": 3}}), "auto", "anyOf beside minLength"),
-    (tool(properties={"p": {"allOf": [{}, {}]}}), "auto", "allOf"),
+    (tool(properties={"p": {"type": "string", "not": {"const": "a"}}}), "auto", "not: allowed are"),
+    (tool(properties={"p": {"type": "string", "pattern": "(?i)a"}}), "auto", "flags"),
+    (tool(properties={"p": {"$ref": "#p"}}), "auto", "leads nowhere.*#/"),
+    (tool() + tool(), "auto", r"tools\[1\] is another"),
+    (5, "auto", "tools=5: a list"),
+    ([{"function": {"name": "f", "parameters": []}}], "auto", "parameters of tool 'f' are \\[\\]"),
     (tool(properties={"p": {"type": "string", "format": "colour"}}), "auto", "colour.*date"),
     (tool(properties={"p": {"type": "string", "pattern": "a$b"}}), "auto", r"a\$b"),
-    (tool(properties={"p": {"type": "string", "enum": ["a"], "minLength": 1}}), "auto", "beside minLength"),
     (tool(properties={"p\n": {}}), "auto", "name"),
 ])  # fmt: skip
 def test_tools_that_calls_have_no_form_for(tools, choice, message):
     with pytest.raises(GrammarError, match=message):
         tool_calls(tools, choice)
+
+
+# what schemas say, and where ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema, text", [
+    ({"type": "object", "properties": {"pattern": True}, "required": ["pattern"]}, '{"pattern":1}'),
+    ({"properties": dict.fromkeys(("$ref", "not", "$id", "enum", "patternProperties"), True)}, '{"$ref":5,"not":2}'),
+    ({"const": {"pattern": 5, "$ref": "#/x"}}, '{"pattern":5,"$ref":"#/x"}'),
+    ({"enum": [{"pattern": None}, {"not": 2}]}, '{"not":2}'),
+    ({"properties": {"a": {"type": "string", "default": {"pattern": 3}, "examples": [{"not": {}}]}}}, '{"a":"x"}'),
+    ({"type": "object", "$defs": {"pattern": {"type": "null"}}, "x-note": {"$ref": 5}}, "{}"),
+])  # fmt: skip
+def test_names_and_data_are_no_schemas(schema, text):
+    assert accepts(Constraint(json_schema(schema), BYTES, finish=False), text)
+    parameters = {"a": {"type": ["object", "string"], **schema}}
+    constraint = Constraint(tool_calls(tool(properties=parameters), "f"), BYTES, finish=False)
+    assert accepts(constraint, tool_text([{"name": "f", "arguments": {"a": json.loads(text)}}])[: -len(EOS)])
+
+
+FILTERS = {"op": {"enum": ["and", "or"]}, "args": {"type": "array", "items": {"$ref": "#"}}}
+NESTED = {
+    "v": {"type": "integer"},
+    "next": {"$ref": "#"},
+    "same": {"type": "array", "items": {"$ref": "#/properties/v"}},
+}
+ODD_NAMES = {"a/b": {"type": "null"}, "~": {"$ref": "#/$defs/a~1b"}, "100% é": {"type": "integer"}}
+
+
+@pytest.mark.parametrize("parameters, right, wrong", [
+    ({"properties": FILTERS, "required": ["op"], "additionalProperties": False},
+     [{"op": "and", "args": [{"op": "or", "args": []}]}], [{"op": "and", "args": [[[]]]}, {"op": "and", "args": [{}]}]),
+    ({"properties": NESTED, "required": ["v"]}, [{"v": 1, "next": {"v": 2, "next": {"v": 3}}}, {"v": 1, "same": [2]}],
+     [{"v": 1, "next": {}}, {"v": 1, "same": ["x"]}, {"v": 1, "next": "v"}]),
+    ({"properties": {"p": {"$ref": "#/$defs/~0"}, "q": {"$ref": "#/$defs/100%25%20%C3%A9"}}, "$defs": ODD_NAMES},
+     [{"p": None, "q": 1}], [{"p": 1}, {"q": None}, {"p": "None"}]),
+    ({"properties": {"p": {"$ref": "#/properties/q"}, "q": {"anyOf": [{"const": "x"}, {"$ref": "#/$defs/l/items"}]}},
+      "$defs": {"l": {"items": {"enum": [1, "1"]}}}},
+     [{"p": 1, "q": "x"}, {"p": "1"}, {"q": 1}], [{"p": 2}, {"q": []}]),
+])  # fmt: skip
+def test_references_start_from_the_tools_parameters(parameters, right, wrong):
+    parameters = {"type": "object", **parameters}
+    constraint = Constraint(tool_calls(tool(**parameters), "f"), BYTES)
+    judge = jsonschema.Draft202012Validator(parameters)
+    for arguments in [*right, *wrong]:
+        assert judge.is_valid(arguments) == (arguments in right), "the table"
+        assert accepts(constraint, tool_text([{"name": "f", "arguments": arguments}])[: -len(EOS)]) == (
+            arguments in right
+        )
+        assert accepts(Constraint(json_schema(parameters), BYTES), json.dumps(arguments)) == (arguments in right)
+
+
+def test_random_schemas_admit_what_jsonschema_says():
+    counts, wrong = schemas.agree(80, 5)
+    assert wrong == []
+    assert all(counts[f"{form} {verdict}"] > 50 for form in ("json", "call") for verdict in ("valid", "invalid"))
+
+
+MALFORMED = [
+    ("properties", [1], "an object of schemas"), ("properties", {"a": 1}, "#/properties/a"), 
+    ("enum", 5, "a list of values"),
+    ("pattern", 5, "a regular expression"), ("required", "a", "a list of names"), ("required", [1], "a list of names"),
+    ("type", "foo", "integer"), ("type", [], "integer"), ("type", [["null"]], "integer"), ("items", 3, "/items"),
+    ("$ref", 5, "a text"), ("$ref", "http://a.b/c", "#/"), ("$ref", "#/enum/0", "#/"), ("minimum", "1", "a number"),
+    ("minimum", True, "a number"), ("maxLength", -1, "from 0 on"), ("maxLength", 2.5, "from 0 on"),
+    ("multipleOf", 0, "above 0"), ("anyOf", {}, "a list of schemas"), ("anyOf", [], "at least one"),
+    ("allOf", [None], "/allOf/0"), ("prefixItems", True, "a list of schemas"), ("patternProperties", {"[": 2}, "#/"),
+    ("const", "\ud800", "surrogate"), ("const", {"\udfff": 1}, "surrogate"), ("const", {1: 1}, "no text"),
+    ("const", {1}, "type set"), ("minimum", math.inf, "finite"), ("default", [10**400], "finite"), 
+    ("enum", [math.nan], "finite"),
+    ("const", 2**53 + 1, "float64"), ("pattern", "[a&&b]", "signs? of sets"), ("not", {}, "not: allowed are"),
+    ("dependencies", {}, "dependencies"), ("$dynamicRef", "#", "dynamicRef"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed_is", MALFORMED, ids=lambda value: str(value)[:20].encode("ascii", "replace").decode()
+)
+def test_malformed_schemas_are_named_in_a_line(key, value, allowed_is):
+    at_once = {"type": "object", "properties": {"a": {key: value}}}
+    for make in (lambda: json_schema(at_once), lambda: tool_calls(tool(**at_once))):
+        with pytest.raises(GrammarError, match=allowed_is) as caught:
+            make()
+        assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1000
+        assert key in str(caught.value)
+
+
+def deep(levels):
+    schema = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+def endless():
+    schema = {"properties": {}}
+    schema["properties"]["a"] = schema
+    return schema
+
+
+@pytest.mark.parametrize("schema, bound", [
+    (deep(60), "100 levels"), (deep(600), "100 levels"), (deep(100_000), "100 levels"), (endless(), "100 levels"),
+    ({"description": "x" * 200_001}, "200000 bytes"), ({"enum": list(range(10_001))}, "10001 entries: at most 10000"),
+    ({"required": [str(i) for i in range(1001)]}, "required has 1001"), ({"anyOf": [{}] * 1001}, "anyOf has 1001"),
+    ({"properties": {str(i): {} for i in range(1001)}}, "properties has 1001"), ({"allOf": [{}] * 9}, "allOf has 9"),
+    ({"patternProperties": {str(i): {} for i in range(51)}}, "patternProperties has 51"),
+    ({"allOf": [{"multipleOf": 99991}, {"multipleOf": 99989}]}, "99991, 99989.*65535"),
+    ({"multipleOf": 0.01, "items": {"multipleOf": 1000}}, "0.01, 1000.*65535"),
+    ({"pattern": "((a{100}){100}){100}"}, "10000 repetitions"), 
+    ({"pattern": "a{99999999999999999999}"}, "10000 repetitions"),
+])  # fmt: skip
+def test_sizes_are_bounded(schema, bound):
+    for make in (lambda: json_schema(schema), lambda: tool_calls(tool(properties={"p": schema}))):
+        with pytest.raises(GrammarError, match=bound) as caught:
+            make()
+        assert len(str(caught.value)) < 1000
+
+
+def test_references_are_bounded():
+    parts = [{"$ref": f"#/$defs/{i}"} for i in range(501)]
+    with pytest.raises(GrammarError, match="more than 500 schemas"):
+        json_schema({"prefixItems": parts, "$defs": {str(i): {} for i in range(501)}})
+
+
+def test_a_chain_of_alternatives_is_looked_at_once():
+    """Twice as many ways at each step: 2^300 of them."""
+    chain = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"$ref": f"#/$defs/d{i + 1}"}]} for i in range(300)}
+    definitions = {**chain, "d300": {"type": ["string", "null"]}}
+    with pytest.raises(GrammarError, match="more than 10 references"):
+        tool_calls(tool(properties={"p": {"$ref": "#/$defs/d0"}}, **{"$defs": definitions}))
+    assert parameter_values({"$ref": "#/$defs/d295"}, "a", None, 1, **{"$defs": definitions}) == [True, True, False]
+
+
+def test_many_optional_parameters_take_a_rule_each():
+    sizes = [len(tool_calls(tool(properties={f"p{i}": {} for i in range(n)})).rules) for n in (100, 200, 400)]
+    assert sizes[2] - sizes[1] < 2.2 * (sizes[1] - sizes[0])
+    with pytest.raises(GrammarError, match="at most 400"):
+        tool_calls(tool(properties={f"p{i}": {} for i in range(401)}))
+    names = [f"p{i}" for i in range(400)]
+    grammar = tool_calls(tool(properties={name: {} for name in names}, required=["p7"]), "f")
+    constraint = Constraint(grammar, BYTES, finish=False)
+    for chosen, right in ((["p7"], True), (["p0", "p7", "p399"], True), (["p0"], False), (["p399", "p7"], False)):
+        assert (
+            accepts(constraint, tool_text([{"name": "f", "arguments": dict.fromkeys(chosen, 1)}])[: -len(EOS)]) == right
+        )
+
+
+def test_a_tool_may_be_named_like_a_choice():
+    constraint = Constraint(tool_calls(tool("auto") + tool("g")), BYTES)
+    assert accepts(constraint, tool_text([{"name": "g", "arguments": {}}])[: -len(EOS)])
+
+
+def test_broken_schemas_end_in_a_constraint_or_an_error():
+    counts, odd = schemas.mutate(150, 3)
+    assert odd == [] and sum(counts.values()) == 150 and counts["Constraint"] > 5
 
 
 # special tokens ------------------------------------------------------------------------------------------------------
@@ -653,8 +824,8 @@ def test_stats(model):
     ({"type": "array", "uniqueItems": True}, "uniqueItems"),
     ({"type": "string", "format": "colour"}, "colour"),
     ({"type": "integer", "minimum": 5, "maximum": 3}, "minimum"),
-    ({"enum": []}, "empty"),
-    ({"$ref": "#/$defs/missing"}, "missing"),
+    ({"enum": []}, "at least one"),
+    ({"$ref": "#/$defs/missing"}, "missing.* leads nowhere"),
     ({"type": "string", "pattern": "(?=a)b"}, "look"),
 ])  # fmt: skip
 def test_schemas_that_cannot_be_followed(schema, message):
@@ -664,9 +835,9 @@ def test_schemas_that_cannot_be_followed(schema, message):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: json_schema(False), "allows nothing"),
-    (lambda: json_schema("object"), "a schema is an object"),
+    (lambda: json_schema("object"), "no schema: allowed is an object"),
     (lambda: json_schema({"const": {1}}), "no JSON"),
-    (lambda: json_schema({"const": float("nan")}), "no JSON"),
+    (lambda: json_schema({"const": float("nan")}), "#/const: .*not finite"),
     (lambda: regex(""), "regular expression is needed"),
     (lambda: Constraint(regex("a("), BYTES), r"a\("),
     (lambda: Constraint(regex(r"[^\s\S]"), BYTES), "allows no text"),
