@@ -32,6 +32,9 @@ REST |= {**dict.fromkeys(range(0xE1, 0xF0), "8080"), **dict.fromkeys(range(0xF1,
 CLOSING = '</"}],:'  # signs that are tried first
 
 
+_Text = tuple[list[int], Any]  # tokens, and a matcher that has taken them
+
+
 class Alphabet:
     """The tokens that searches write: of each byte one, and the special tokens.
 
@@ -93,7 +96,7 @@ def way_to_the_end(
     """Tokens, at most `limit`, that complete the matcher's text, the last of them eos; None if none was found.
 
     Args:
-        matcher: llguidance's; it is moved and put back.
+        matcher: llguidance's; it is not moved: once it was put back, its masks would not always be right.
         known: a way that was valid before the last token, or [eos].
         hints: texts to try where much is allowed, or their ends.
     """
@@ -129,17 +132,14 @@ def _search(
     everything, left = width >= WIDE, steps
     seen: Counter[bytes] = Counter()
     met: set[tuple[int, ...]] = set()
-    level: dict[Any, list[int]] = {("", ""): []}  # by what was allowed and taken in the last two steps
-    here: list[int] = []
+    level: dict[Any, _Text] = {("", ""): ([], matcher)}  # by what was allowed and taken in the last two steps
     while level and left > 0:
-        after: dict[Any, list[int]] = {}
+        after: dict[Any, _Text] = {}
         before: set[bytes] = set()
         landmark: tuple[tuple[int, ...], Any] | None = None
-        for (_, last), path in level.items():
-            here = _move(matcher, here, path)
+        for (_, last), (path, matcher) in level.items():
             rest = _joined(matcher, known, limit - len(path))
             if rest is not None:
-                _move(matcher, here, [])
                 return path + rest
             if len(path) >= limit:
                 continue
@@ -148,11 +148,10 @@ def _search(
                 if last and kind == last[1] and isinstance(kind, tuple):
                     continue  # a hint twice leads nowhere
                 left -= 1
-                matcher.consume_tokens(more)
-                mask = matcher.compute_bitmask()
-                matcher.rollback(len(more))
-                key = last, (mask, kind)
-                after.setdefault(key, [*path, *more])
+                further = matcher.deep_copy()
+                further.consume_tokens(more)
+                key = last, (further.compute_bitmask(), kind)
+                after.setdefault(key, ([*path, *more], further))
                 run = tuple(more[-8:])  # the end of what is forced tells where it leads
                 if landmark is None and kind == "forced" and len(run) > 1 and run not in met:
                     landmark = run, key
@@ -165,16 +164,7 @@ def _search(
         seen.update(before)
         new_first = sorted(after, key=lambda key: (seen[masks[key]], _size(masks[key])))
         level = {key: after[key] for key in new_first[:width]}
-    _move(matcher, here, [])
     return None
-
-
-def _move(matcher: Any, here: list[int], there: list[int]) -> list[int]:
-    """From one text to another: back to where they part, and on. Returns where it is then."""
-    shared = next((i for i, (one, other) in enumerate(zip(here, there)) if one != other), min(len(here), len(there)))
-    matcher.rollback(len(here) - shared)
-    matcher.consume_tokens(there[shared:])
-    return there
 
 
 def _next(

@@ -74,12 +74,16 @@ class Constraint:
         way = None
         if self.finish:
             way = self._shortest(budget)
-        return Walk(self, self._start.deep_copy(), budget, way)
+        return Walk(self, self.start(), budget, way)
+
+    def start(self) -> Any:
+        """llguidance's matcher, with nothing written yet."""
+        return self._start.deep_copy()
 
     def _shortest(self, budget: int) -> list[int]:
         limit = max(budget, LOOKED_FOR)
         if self._way is None and limit > self._searched:
-            self._way = self.way(self._start.deep_copy(), [self.vocabulary.eos], limit)
+            self._way = self.way(self.start(), [self.vocabulary.eos], limit)
             self._searched = limit
         if self._way is None or len(self._way) > budget:
             least = f"up to {limit}" if self._way is None else f"fewer than {len(self._way)}"
@@ -115,6 +119,7 @@ class Walk:
         self.constraint, self.left, self.way = constraint, left, way
         self.complete = False
         self._matcher, self._tail, self._before = matcher, b"", (way, b"")
+        self._taken: list[int] = []
 
     def fill(self, words: np.ndarray, row: int) -> None:
         """Writes the tokens that may come next as row `row` of int32 [b, w].
@@ -141,14 +146,17 @@ class Walk:
         self.left -= 1
         self.complete = token == self.constraint.vocabulary.eos
         self._tail = self.constraint.vocabulary.tail(self._tail, token)
-        if not self.complete and not self._matcher.consume_token(token):
-            raise self._dead_end()
+        if not self.complete:
+            self._taken.append(token)
+            if not self._matcher.consume_token(token):
+                raise self._dead_end()
         return token
 
     def back(self) -> None:
         """Takes the last token back; only one."""
-        if not self.complete:
-            self._matcher.rollback(1)
+        if not self.complete:  # anew: the library's own way back leaves masks of where it was
+            self._matcher, _ = self.constraint.start(), self._taken.pop()
+            self._matcher.consume_tokens(self._taken)
         self.left, self.complete = self.left + 1, False
         self.way, self._tail = self._before
 
@@ -165,11 +173,10 @@ class Walk:
         for way in self.constraint.vocabulary.alphabet.likely(token, known):
             if len(way) <= room and is_way(self._matcher, [token, *way]):
                 return way
-        if room <= len(known) or not self._matcher.consume_token(token):
+        ahead = self._matcher.deep_copy()
+        if room <= len(known) or not ahead.consume_token(token):
             return None
-        found = self.constraint.way(self._matcher, known, room)
-        self._matcher.rollback(1)
-        return found
+        return self.constraint.way(ahead, known, room)
 
 
 class Guide:

@@ -605,6 +605,18 @@ def test_ways_in_as_few_tokens_as_the_tokenizer_knows():
     assert constraint.walk(9).way == [256, 258, 257, 259, tokens.eos]
 
 
+@pytest.mark.parametrize(
+    "values", [[{"abcdef": None}, {"xy": 2}], [{"ab": 1}, {"xyz": 2}, {"a": [1]}], [[1, "x"], "x"]]
+)
+def test_a_way_is_found_past_what_differs(values):
+    """Each branch forces another run of tokens: what one of them allows must not be taken for what the other does."""
+    walk = Constraint(json_schema({"enum": values}), BYTES).walk(60)
+    text = bytes(walk.way[:-1])
+    assert json.loads(text) in values
+    for token in walk.way:
+        assert walk.take(token) == token
+
+
 def test_back_takes_back():
     walk = Constraint(json_schema(SCHEMAS["nested objects"]), BYTES).walk(80)
     for byte in b'{"name":"caf':
