@@ -11,17 +11,18 @@ imports torch. Sources: the released configurations and V4 4.2.1.
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .dialect import BOOKKEEPING, from_huggingface
-from .fields import build, drop_fixed, require, settle
+from .fields import build, drop_fixed, require, settle, shown, typed, unknown
 from .kinds import LAYER_TYPES, SLIDING, kinds_of
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+MLP_KINDS = ("hash_moe", "moe")
 
 # Keys of a released config.json that V4 does not vary: read and checked, written back, never stored.
 FIXED: dict[str, Any] = {
@@ -37,10 +38,21 @@ FIXED: dict[str, Any] = {
     "topk_method": "noaux_tc",
 }
 
+# Keys of quantization_config and what they may say: weights are read by the types in which they are stored.
+_QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3",),
+    "activation_scheme": ("dynamic",),
+    "weight_block_size": ([128, 128],),
+    "scale_fmt": ("ue8m0", "float"),
+    "dequantize": (False, True),
+    "modules_to_convert": (None,),
+}
+
 _POSITIVE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim"),
     *("q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk"),
-    *("rope_theta", "compress_rope_theta", "max_position_embeddings", "n_routed_experts", "num_experts_per_tok"),
+    *("max_position_embeddings", "n_routed_experts", "num_experts_per_tok"),
     *("n_shared_experts", "moe_intermediate_size", "routed_scaling_factor", "swiglu_limit", "hc_sinkhorn_iters"),
     *("hc_eps", "rms_norm_eps", "initializer_range"),
 )
@@ -141,7 +153,8 @@ class ModelConfig:
 
     `compress_ratios` and `layer_types` hold one value per layer and are stored with the MTP block's (0 and sliding) at
     the end; both may be given with or without it. `layer_types` may be left out: ratio 0 is sliding, 4 is CSA, any
-    other HCA. `quantization_config` and `expert_dtype` describe a released checkpoint's storage,
+    other HCA. The first `num_hash_layers` layers are routed by token id, unless `mlp_layer_types` says, layer by layer,
+    which these are. `quantization_config` and `expert_dtype` describe a released checkpoint's storage,
     `quantization_aware` what the model itself rounds (nothing by default). The last four fields are weights of the
     training objective.
 
@@ -177,6 +190,7 @@ class ModelConfig:
     n_shared_experts: int = 1
     moe_intermediate_size: int
     num_hash_layers: int
+    mlp_layer_types: tuple[str, ...] | None = None
     routed_scaling_factor: float
     swiglu_limit: float = 10.0
 
@@ -217,7 +231,8 @@ class ModelConfig:
 
     def is_hash(self, layer: int) -> bool:
         """Whether the layer's experts are chosen by token id instead of by score."""
-        return layer < self.num_hash_layers
+        kinds = self.mlp_layer_types
+        return layer < self.num_hash_layers if kinds is None else kinds[layer : layer + 1] == ("hash_moe",)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "ModelConfig":
@@ -231,7 +246,7 @@ class ModelConfig:
         recipe = read_recipe(name_or_path)
         if "model" not in recipe:
             raise ValueError(f"{name_or_path}: a recipe needs a table [model]; it has {', '.join(recipe) or 'none'}")
-        return cls.from_dict(recipe["model"])
+        return naming(name_or_path, cls.from_dict, recipe["model"])
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
@@ -242,7 +257,11 @@ class ModelConfig:
         """
         values = from_huggingface(data)
         drop_fixed(values, FIXED)
-        return build(cls, values, also=(*FIXED, *BOOKKEEPING))
+        config = build(cls, values, also=(*FIXED, *BOOKKEEPING))
+        scaling = values.get("rope_scaling")
+        typeless = "model_type" in data and isinstance(scaling, Mapping) and "type" not in scaling
+        require(not typeless, "rope_scaling.type", None, "'yarn'")
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Released keys and values as JSON has them; our own keys only where they differ from their default.
@@ -273,7 +292,7 @@ def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
     path = Path(name_or_path)
     path = path / "config.json" if path.is_dir() else path
     if path.suffix in (".toml", ".json") and path.is_file():
-        return _parse(path.read_text("utf-8"), path.suffix)
+        return naming(path, lambda: _parse(path.read_text("utf-8"), path.suffix))
     known = ", ".join(name.rpartition(".")[0] for name in names)
     raise ValueError(
         f"{str(name_or_path)!r} is no configuration: shipped are {known};"
@@ -281,26 +300,71 @@ def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
     )
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The table in a JSON file. Raises ValueError where it holds something else, or a key twice."""
+    return naming(path, lambda: _parse(Path(path).read_text("utf-8"), ".json")["model"])
+
+
+def naming(path: str | Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function gives. A TypeError or ValueError of it names the file too, in one line."""
+    try:
+        return function(*arguments)
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: {' '.join(str(error).split())}") from error
+
+
 def _parse(text: str, suffix: str) -> dict[str, Any]:
-    return tomllib.loads(text) if suffix == ".toml" else {"model": json.loads(text)}
+    if suffix == ".toml":
+        return tomllib.loads(text)
+    found = json.loads(text, object_pairs_hook=_distinct)
+    if not isinstance(found, dict):
+        raise ValueError(f"{shown(found)} is no JSON object")
+    return {"model": found}
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{shown(key)} is there twice")
+        found[key] = value
+    return found
 
 
 def _store_layers(c: ModelConfig) -> None:
-    """Gives both per-layer tuples their stored form: num_hidden_layers values, then one per MTP block."""
+    """Gives the per-layer tuples their stored form: num_hidden_layers values, then one per MTP block.
+
+    `mlp_layer_types` has none for that block, and is None where the first layers are those routed by token id.
+    """
     layers, mtp = c.num_hidden_layers, c.num_nextn_predict_layers
     types = c.layer_types or kinds_of(c.compress_ratios)
-    for name, values, block in (("compress_ratios", c.compress_ratios, 0), ("layer_types", types, SLIDING)):
+    lists = (("compress_ratios", c.compress_ratios, 0), ("layer_types", types, SLIDING))
+    for name, values, block in reversed(lists) if c.layer_types else lists:
         if len(values) not in (layers, layers + 1):
             raise ValueError(
                 f"{name} has {len(values)} values: allowed are num_hidden_layers={layers}, or one more for MTP"
             )
         require(values[layers:] in ((), (block,)), f"{name}[{layers}]", values[-1], f"{block!r}, the MTP block's")
         object.__setattr__(c, name, values[:layers] + (block,) * mtp)
+    kinds = c.mlp_layer_types
+    if kinds is not None:
+        require(len(kinds) == layers, "len(mlp_layer_types)", len(kinds), f"num_hidden_layers={layers}")
+        for i, kind in enumerate(kinds):
+            require(kind in MLP_KINDS, f"mlp_layer_types[{i}]", kind, " or ".join(map(repr, MLP_KINDS)))
+        hashed = kinds.count("hash_moe")
+        require(c.num_hash_layers == hashed, "num_hash_layers", c.num_hash_layers, f"{hashed}, as in mlp_layer_types")
+        if "hash_moe" not in kinds[hashed:]:
+            object.__setattr__(c, "mlp_layer_types", None)
 
 
 def _check_sizes(c: ModelConfig) -> None:
     for name in _POSITIVE:
         require(getattr(c, name) > 0, name, getattr(c, name), "positive numbers")
+    for name in ("rope_theta", "compress_rope_theta"):
+        require(getattr(c, name) > 1, name, getattr(c, name), "positive numbers above 1")
     for name in ("num_hash_layers", *_OBJECTIVE):
         require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
     require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
@@ -346,12 +410,28 @@ def _check_storage(c: ModelConfig) -> None:
             _check_fp4_index(c, "quantization_aware.index")
     if c.quantization_config is None:
         return
+    check_quantization(c.quantization_config, c.expert_dtype)
     plain = c.head_dim - c.qk_rope_head_dim
     allowed = f"qk_rope_head_dim={c.qk_rope_head_dim} plus a multiple of 64, because quantization_config is given"
     require(plain % 64 == 0, "head_dim", c.head_dim, allowed)
     _check_fp4_index(c, "quantization_config")
     if c.expert_dtype == "fp4":
         _check_fp4_experts(c, "expert_dtype")
+
+
+def check_quantization(table: Any, expert_dtype: str | None) -> None:
+    """Raises ValueError where a checkpoint's weights would be read in another way than the released ones."""
+    require(isinstance(table, Mapping), "quantization_config", table, f"a table of {', '.join(_QUANTIZATION)}, or none")
+    known = {**_QUANTIZATION, "expert_dtype": (expert_dtype, None)}
+    for key, value in table.items():
+        if key == "modules_to_not_convert":
+            typed(f"quantization_config.{key}", value, tuple[str, ...] | None)
+            continue
+        if key not in known:
+            raise unknown("key", str(key), known, lambda name: shown(f"quantization_config.{name}"))
+        allowed = known[key]
+        fits = any(value == one and type(value) is type(one) for one in allowed)
+        require(fits, f"quantization_config.{key}", value, " or ".join(map(repr, allowed)))
 
 
 def _check_fp4_index(c: ModelConfig, because: str) -> None:

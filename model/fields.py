@@ -4,17 +4,24 @@
     range    a field's own check, where its metadata have one: `check`, a function, and `allowed`, the same in words
     key      an unknown one is an error that names the nearest known key, or all of them where none is near
 
-Every error names the key, its value and what is allowed.
+Every error names the key, its value and what is allowed, in one line.
 """
 
 import difflib
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
+LARGEST = 2**63 - 1  # what a tensor's sizes and ids can be
 NEAR = 0.7  # difflib's ratio from which a name is near: 'grop' is 0.75 of 'grpo', 'n_layer' 0.64 of 'num_hash_layers'
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 16
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
 
 
 def build(kind: Any, values: Mapping[str, Any], prefix: str = "", also: Iterable[str] = ()) -> Any:
@@ -26,7 +33,7 @@ def build(kind: Any, values: Mapping[str, Any], prefix: str = "", also: Iterable
     types = {f.name: _without_none(f.type) for f in fields(kind)}
     for key in values:
         if key not in types:
-            raise unknown("key", key, (*types, *also), lambda name: repr(prefix + name))
+            raise unknown("key", str(key), (*types, *also), lambda name: shown(prefix + name))
     missing = [prefix + f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"missing keys: {', '.join(missing)}")
@@ -41,7 +48,7 @@ def settle(config: Any, prefix: str = "") -> None:
         TypeError, ValueError: a value of another type, not finite, or refused by the field's check.
     """
     for f in fields(config):
-        name, value = prefix + f.name, _typed(prefix + f.name, getattr(config, f.name), f.type)
+        name, value = prefix + f.name, typed(prefix + f.name, getattr(config, f.name), f.type)
         object.__setattr__(config, f.name, value)
         if f.metadata.get("check"):
             require(f.metadata["check"](value), name, value, f.metadata["allowed"])
@@ -56,7 +63,15 @@ def drop_fixed(values: dict[str, Any], fixed: Mapping[str, Any]) -> None:
 
 def require(ok: Any, name: str, value: Any, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={value!r}: allowed is {allowed}")
+        raise ValueError(f"{name}={shown(value)}: allowed is {allowed}")
+
+
+def shown(value: Any) -> str:
+    """`repr`, of a long value its ends; the type of an integer with more digits than Python prints."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:
+        return f"<{type(value).__name__}>"
 
 
 def unknown(what: str, name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> ValueError:
@@ -71,9 +86,10 @@ def _without_none(kind: Any) -> Any:
     return next(arg for arg in get_args(kind) if arg is not NoneType) if isinstance(kind, UnionType) else kind
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as a field of type `kind` holds it. Raises TypeError or ValueError: of another type, or not finite."""
     if isinstance(kind, UnionType):
-        return None if value is None else _typed(name, value, _without_none(kind))
+        return None if value is None else typed(name, value, _without_none(kind))
     if get_origin(kind) is tuple:
         return _sequence(name, value, get_args(kind))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -82,9 +98,11 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         except OverflowError:
             value = math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name}={value!r}: allowed is {kind.__name__}, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: allowed is {kind.__name__}, not {type(value).__name__}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={value!r}: allowed are finite numbers")
+    if kind is int:
+        require(abs(value) <= LARGEST, name, value, f"an integer of 64 bits, up to {LARGEST}")
     return value
 
 
@@ -93,5 +111,5 @@ def _sequence(name: str, value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     is_list, any_length = isinstance(value, list | tuple), kinds[-1] is Ellipsis
     if not is_list or not (any_length or len(value) == len(kinds)):
         allowed = kinds[0].__name__ if any_length else f"{len(kinds)} numbers"
-        raise TypeError(f"{name}={value!r}: allowed is a list of {allowed}")
-    return tuple(_typed(f"{name}[{i}]", item, kinds[0]) for i, item in enumerate(value))
+        raise TypeError(f"{name}={shown(value)}: allowed is a list of {allowed}")
+    return tuple(typed(f"{name}[{i}]", item, kinds[0]) for i, item in enumerate(value))

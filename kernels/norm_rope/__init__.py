@@ -46,12 +46,13 @@ def rope_frequencies(
     original: int = 0,
     beta_fast: float = 32,
     beta_slow: float = 1,
+    truncate: bool = True,
 ) -> Tensor:
     """The angle per position of each pair, `f_j = theta^(-2j/dim)`; YaRN's interpolation of them where `factor` > 1.
 
         f_j <- f_j (1 - ramp_j) + f_j / factor * ramp_j
         ramp_j = clamp((j - low) / (high - low), 0, 1)
-        low, high = floor(pair(beta_fast)), ceil(pair(beta_slow)), within 0 to dim - 1
+        low, high = max(floor(pair(beta_fast)), 0), min(ceil(pair(beta_slow)), dim - 1)
         pair(rotations) = dim ln(original / (2 pi rotations)) / (2 ln theta)
 
     Pairs that turn more than `beta_fast` times within the original length stay, those below `beta_slow` are slowed by
@@ -64,6 +65,7 @@ def rope_frequencies(
         original: the context length before the extension, in tokens.
         beta_fast: rotations within `original` from which on a pair stays as it is.
         beta_slow: rotations within `original` below which a pair is slowed in full.
+        truncate: whether the ramp's ends are rounded to whole pairs.
 
     Returns:
         float32 [dim / 2], computed in float32 like the released tables.
@@ -90,8 +92,11 @@ def rope_frequencies(
     def pair(rotations: float) -> float:
         return dim * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
-    low, high = (min(max(end, 0), dim - 1) for end in (math.floor(pair(beta_fast)), math.ceil(pair(beta_slow))))
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    low, high = pair(beta_fast), pair(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low or 1e-3)).clamp(0, 1)
     return frequencies * (1 - ramp) + frequencies / factor * ramp
 
 

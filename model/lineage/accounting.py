@@ -19,7 +19,7 @@ def account(config: LineageConfig, context: int = 0) -> Account:
     if context < 0:
         raise ValueError(f"context={context}: allowed are token counts >= 0")
     parameters = _parameters(config)
-    moe_layers = config.num_hidden_layers - min(config.first_k_dense_replace, config.num_hidden_layers)
+    moe_layers = config.num_hidden_layers - config.dense_layers
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     idle = moe_layers * (config.n_routed_experts - config.num_experts_per_tok) * expert
     activated = sum(parameters.values()) - idle - parameters["embedding"]
@@ -54,7 +54,7 @@ def _parameters(c: LineageConfig) -> dict[str, int]:
     n, r, v, rank, latent = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.q_lora_rank, c.kv_lora_rank
     attention = d * rank + rank + rank * h * (n + r) + d * (latent + r) + latent + latent * h * (n + v) + h * v * d
     heads, width = c.index_n_heads or 0, c.index_head_dim or 0
-    dense = min(c.first_k_dense_replace, layers)
+    dense = c.dense_layers
     expert = 3 * d * c.moe_intermediate_size
     return {
         "embedding": c.vocab_size * d,

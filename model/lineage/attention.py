@@ -30,6 +30,7 @@ from ..norm import RMSNorm
 from .cache import LatentCache
 from .config import LineageConfig
 
+EPS = 1e-6  # of the norms of both latents, whatever rms_norm_eps is
 BLOCK = 512  # queries whose mask and scores are held at once
 
 
@@ -102,10 +103,10 @@ class LatentAttention(nn.Module):
         n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
         self.scale = (n + r) ** -0.5 * config.temperature
         self.wq_a = nn.Linear(d, config.q_lora_rank, bias=False)
-        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.q_lora_rank, EPS)
         self.wq_b = nn.Linear(config.q_lora_rank, h * (n + r), bias=False)
         self.wkv_a = nn.Linear(d, c + r, bias=False)
-        self.kv_norm = RMSNorm(c, config.rms_norm_eps)
+        self.kv_norm = RMSNorm(c, EPS)
         self.wkv_b = nn.Linear(c, h * (n + v), bias=False)
         self.wo = nn.Linear(h * v, d, bias=False)
         self.indexer = Indexer(config) if config.sparse else None

@@ -3,7 +3,7 @@
     s = sigmoid(W_g x)                                   float32
     group score = the two largest of (s + bias) in it    the best `topk_group` groups stay
     chosen = top-k of (s + bias) in those                the bias selects, it never weights
-    w = scale s[chosen] / sum s[chosen]
+    w = scale s[chosen] / sum s[chosen]                  without the sum unless `norm_topk_prob`
 
 b batch · t tokens · d width · E routed experts · g groups · k experts per token · n expert width
 """
@@ -41,8 +41,9 @@ class GroupGate(KeepingModule):
             out = torch.ones_like(strength, dtype=torch.bool).scatter_(-1, groups, False)
             chosen = stable_topk(choice.masked_fill(out[..., None], -torch.inf).flatten(-2), c.num_experts_per_tok)
         weights = scores.gather(-1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * c.routed_scaling_factor
-        return Routing(scores=scores, experts=chosen, weights=weights)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(scores=scores, experts=chosen, weights=weights * c.routed_scaling_factor)
 
     update_bias = Gate.update_bias
 

@@ -27,7 +27,7 @@ from .moe import Dense, GroupMoE, LoadSignal
 
 
 class LineageBlock(nn.Module):
-    """One layer; the first `first_k_dense_replace` have a dense feed-forward."""
+    """One layer; those that `config.is_dense` have a dense feed-forward."""
 
     def __init__(self, config: LineageConfig, layer: int) -> None:
         super().__init__()
@@ -136,6 +136,8 @@ class LineageTransformer(nn.Module):
 
     def _reach(self, positions, start, end, causal: bool, past: int = 0) -> Reach:
         rotation = rope_rotation(positions, _frequencies(self.config, positions.device))
+        if self.config.rope_scaling:
+            rotation = rotation * self.config.rope_scaling.rotary
         return Reach(positions, start, end, causal, rotation, past)
 
     def _learn(self, out: Output, x, targets, signals: list[tuple[IndexSignal | None, LoadSignal | None]]) -> None:

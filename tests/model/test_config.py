@@ -7,9 +7,11 @@ from dataclasses import replace
 from importlib import resources
 
 import pytest
+from hostile import answers, configurations
 
 from abyssal.model.config import EngramConfig, ModelConfig, RopeScaling, read_recipe
 from abyssal.model.kinds import HEAVY, SLIDING, SPARSE
+from abyssal.model.lineage import LineageConfig
 
 NAMES = ("nano", "toy", "small", "long", "v4-flash", "v4-pro")
 
@@ -143,6 +145,30 @@ REFUSED = {
     "negative ratio": ({"compress_ratios": [0, -4, 16, 4, 16]}, r"compress_ratios\[1\]=-4"),
     "few ratios": ({"compress_ratios": [0, 4]}, r"compress_ratios has 2 values: allowed are num_hidden_layers=5"),
     "mtp ratio": ({"compress_ratios": [0, 4, 16, 4, 16, 4]}, r"compress_ratios\[5\]=4: allowed is 0, the MTP"),
+    "text for a table": ({"rope_parameters": "x"}, r"rope_parameters='x': allowed is a table of rope_theta, rope_type"),
+    "no type": (
+        {"rope_scaling": {"factor": 2, "original_max_position_embeddings": 9}},
+        r"rope_scaling.type=None: allowed is 'yarn'",
+    ),
+    "width": (
+        {"partial_rotary_factor": 0.25},
+        r"partial_rotary_factor=0.25: allowed is qk_rope_head_dim=16 of head_dim",
+    ),
+    "temperature": (
+        {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 9, "attention_factor": 1.5}},
+        r"rope_scaling.attention_factor=1.5: allowed is only 1.0",
+    ),
+    "base": ({"compress_rope_theta": 1}, r"compress_rope_theta=1.0: allowed is positive numbers above 1"),
+    "int8": (
+        {"quantization_config": {"quant_method": "int8"}},
+        r"quantization_config.quant_method='int8': allowed is 'fp8'",
+    ),
+    "blocks": (
+        {"quantization_config": {"weight_block_size": [1, 128]}},
+        r"weight_block_size=\[1, 128\]: allowed is \[128",
+    ),
+    "two ends": ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]: allowed is int, .* give to `generate` as `stop`"),
+    "huge": ({"n_routed_experts": 10**30}, r"n_routed_experts=1000.*: allowed is an integer of 64 bits"),
     "layer name": ({"layer_types": ["full_attention"] * 5}, r"layer_types\[0\]='full_attention'.*sliding_attention"),
     "layer clash": (
         {"layer_types": [SPARSE] * 5},
@@ -248,6 +274,62 @@ def test_engram_defaults_and_round_trip():
     config = replace(ModelConfig.load("nano"), engram=engram)
     assert ModelConfig.from_dict(config.to_dict()).engram == engram
     assert "engram" not in ModelConfig.load("long").to_dict()
+
+
+TEXTS = {
+    "a list": (b"[]", r"\[\] is no JSON object"),
+    "text": (b'"x"', "'x' is no JSON object"),
+    "nothing": (b"", "Expecting value"),
+    "cut": (b'{"hidden_size": 6', "delimiter"),
+    "UTF-16": ('{"hidden_size": 6}'.encode("utf-16"), "utf-8"),
+    "a mark": (b"\xef\xbb\xbf{}", "BOM"),
+    "twice": (b'{"hidden_size": 6, "hidden_size": 7}', "'hidden_size' is there twice"),
+    "twice inside": (b'{"rope_scaling": {"factor": 6, "factor": 7}}', "'factor' is there twice"),
+    "deep": (b'{"hidden_size": ' + b"[" * 100_000, "nested too deeply"),
+    "digits": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "digits"),
+}
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, LineageConfig])
+@pytest.mark.parametrize("text, words", TEXTS.values(), ids=TEXTS.keys())
+def test_a_file_that_is_no_configuration_is_named(kind, text, words, tmp_path):
+    path = tmp_path / "some.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        kind.load(path)
+    assert "some.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_no_toml_is_named(tmp_path):
+    (tmp_path / "some.toml").write_text("[model]\nvocab_size = 1\nvocab_size = 2", "utf-8")
+    with pytest.raises(ValueError, match=r"some\.toml: Cannot overwrite"):
+        ModelConfig.load(tmp_path / "some.toml")
+
+
+def test_an_error_of_a_file_names_it_and_the_key(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(nano(hidden_size="64")), "utf-8")
+    with pytest.raises(TypeError, match=r"config\.json: hidden_size='64': allowed is int, not str"):
+        ModelConfig.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name, kind, data", list(configurations()), ids=[name for name, *_ in configurations()])
+def test_hostile_values_are_taken_or_refused_by_key(name, kind, data):
+    found = list(answers(kind, data))
+    assert not [(path, value, wrong) for path, value, wrong, _ in found if wrong]
+    assert 50 < sum(taken for *_, taken in found) < len(found) / 5
+
+
+def test_order_of_routers():
+    kinds = ["moe", "hash_moe", "moe", "hash_moe", "moe"]
+    config = ModelConfig.from_dict(nano(mlp_layer_types=kinds))
+    assert [config.is_hash(layer) for layer in range(6)] == [False, True, False, True, False, False]
+    assert config.num_hash_layers == 2 and ModelConfig.from_dict(config.to_dict()) == config
+    first = ModelConfig.from_dict(nano(mlp_layer_types=["hash_moe", "moe", "moe", "moe", "moe"]))
+    assert first == ModelConfig.from_dict(nano(num_hash_layers=1)) and first.mlp_layer_types is None
+    with pytest.raises(ValueError, match=r"num_hash_layers=1: allowed is 2, as in mlp_layer_types"):
+        replace(config, num_hash_layers=1)
+    with pytest.raises(ValueError, match=r"len\(mlp_layer_types\)=2: allowed is num_hidden_layers=5"):
+        ModelConfig.from_dict(nano(mlp_layer_types=["moe"] * 2))
 
 
 def test_no_torch_is_needed_for_a_configuration_or_its_accounting():

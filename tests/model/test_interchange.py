@@ -522,8 +522,7 @@ def test_yarn_reaches_its_place():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"mlp_layer_types": ["moe", "hash_moe", "moe", "moe"]}, r"mlp_layer_types=.*hash_moe layers first"),
-        ({"mlp_layer_types": ["dense"] * 4}, r"mlp_layer_types=.*hash_moe layers first"),
+        ({"mlp_layer_types": ["dense"] * 4}, r"mlp_layer_types\[0\]='dense': allowed is 'hash_moe' or 'moe'"),
         ({"mlp_bias": True}, r"mlp_bias=True: allowed is False"),
         ({"router_jitter_noise": 0.1}, r"router_jitter_noise=0.1: allowed is 0.0"),
         ({"compress_rates": {SPARSE: 4}}, rf"layer_types has '{HEAVY}': compress_rates has {SPARSE}"),
@@ -536,6 +535,19 @@ def test_yarn_reaches_its_place():
         ({"rope_parameters": {"compress": {"rope_type": "llama3"}}}, r"rope_type='llama3'"),
         ({"rope_parameters": {"compress": {"rope_type": "yarn", "factor": 2}}}, r"original_max_position_embeddings"),
         ({"scoring_func": "softmax"}, r"scoring_func='softmax'"),
+        ({"n_shared_experts": 2}, r"n_shared_experts=2: allowed is 1"),
+        ({"compress_rates": {SPARSE: 4, HEAVY: 8, "x": 1}}, r"unknown key 'compress_rates.x'"),
+        ({"rope_parameters": {"main": {}, "compress": {}, "x": 1}}, r"unknown key 'rope_parameters.x'"),
+        ({"rope_parameters": {"main": {"rope_theta": 5.0}}}, r"missing keys: rope_parameters.compress"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, r"rope_parameters.rope_theta=5.0: allowed is 10000"),
+        (
+            {"rope_parameters": {"main": {"factor": 2}, "compress": {"rope_theta": 5.0}}},
+            r"rope_parameters.main.factor=2",
+        ),
+        (
+            {"rope_parameters": {"main": {}, "compress": {"rope_theta": 5.0, "partial_rotary_factor": 0.5}}},
+            r"rope_parameters.compress.partial_rotary_factor=0.5: allowed is qk_rope_head_dim=4 of head_dim=12",
+        ),
         ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]: allowed is int"),
     ],
 )

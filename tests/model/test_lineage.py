@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from abyssal.model import generate, load_pretrained, save_pretrained
 from abyssal.model.lineage import LineageConfig, LineageTransformer
+from abyssal.model.lineage.accounting import account
 from abyssal.model.lineage.moe import GroupGate
 from abyssal.model.lineage.names import sources
 
@@ -38,8 +39,8 @@ def peer(kind, **changes):
     name = {"deepseek_v3": "DeepseekV3", "deepseek_v32": "DeepseekV32"}[kind]
     sizes = {**SIZES, **(INDEXER if kind == "deepseek_v32" else {}), **changes}
     sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    rotary = {"rope_type": "yarn", "rope_theta": 10000.0, **YARN}
-    their = getattr(transformers, name + "Config")(**sizes, rope_parameters=rotary, attn_implementation="eager")
+    sizes.setdefault("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0, **YARN})
+    their = getattr(transformers, name + "Config")(**sizes, attn_implementation="eager")
     torch.manual_seed(0)
     model = getattr(transformers, name + "ForCausalLM")(their).float().eval()
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -263,6 +264,62 @@ def test_router_by_hand():
     assert gate.bias.tolist() == pytest.approx([0.5, -0.5, 0.5, 0.5, 0.5, 0.2])
 
 
+TABLES = {
+    "mscale": {"mscale": 0.707},
+    "neither": {"mscale": 0.0, "mscale_all_dim": 0.0},
+    "mscale alone": {"mscale_all_dim": 0.0},
+    "mscale_all_dim alone": {"mscale": 0.0},
+    "attention_factor": {"attention_factor": 1.5},
+    "truncate": {"truncate": False},
+    "ramp below the first pair": {"original_max_position_embeddings": 5},
+}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v32"])
+@torch.no_grad()
+def test_every_temperature_of_yarn(kind, table, tmp_path):
+    """In a whole pass, a prefill and token by token, and after a round trip through a folder."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, **YARN, **table}
+    theirs = peer(kind, rope_parameters=rope)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, ids = load_pretrained(tmp_path / "theirs"), draw(1, 40)
+    want = theirs(ids).logits
+    plain = peer(kind)(ids).logits
+    assert far(want, plain) > 1e-3, "the table changes nothing at this size"
+    assert far(ours(ids).logits, want) < 1e-5
+    cache = ours.new_cache(1, 40)
+    got = [ours(part, cache=cache).logits for part in ids.split([30, *[1] * 10], 1)]
+    assert far(torch.cat(got, 1), want) < 1e-5
+    for layout in ("official", "huggingface"):
+        save_pretrained(ours, tmp_path / layout, layout)
+        assert load_pretrained(tmp_path / layout).config == ours.config
+        assert far(type(theirs).from_pretrained(tmp_path / layout)(ids).logits, want) < 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"norm_topk_prob": False}, {"rms_norm_eps": 0.1}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v32"])
+@torch.no_grad()
+def test_keys_that_change_logits(kind, changes, tmp_path):
+    theirs, ids = peer(kind, **changes), draw(1, 30)
+    theirs.save_pretrained(tmp_path)
+    assert far(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits) < 1e-5
+    assert far(peer(kind)(ids).logits, theirs(ids).logits) > 1e-3
+
+
+@torch.no_grad()
+def test_dense_layers_anywhere(tmp_path):
+    theirs, ids = peer("deepseek_v32", mlp_layer_types=["sparse", "dense", "sparse"]), draw(1, 30)
+    theirs.save_pretrained(tmp_path / "x")
+    ours = load_pretrained(tmp_path / "x")
+    assert far(ours(ids).logits, theirs(ids).logits) < 1e-5
+    c = ours.config
+    assert (c.dense_layers, c.first_k_dense_replace) == (1, 0) and LineageConfig.from_dict(c.to_dict()) == c
+    assert account(c).total == sum(p.numel() for p in ours.state_dict().values())
+    first = LineageConfig.from_dict({**c.to_dict(), "mlp_layer_types": ["dense", "dense", "sparse"]})
+    assert first.mlp_layer_types is None and first.first_k_dense_replace == first.dense_layers == 2
+
+
 # checkpoints and configurations --------------------------------------------------------------------------------------
 
 
@@ -333,13 +390,29 @@ def test_released_sizes(name, total):
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7: allowed is an even"),
         ({"index_head_dim": 4}, "index_head_dim=4: allowed is at least"),
         ({"rope_scaling": {"type": "yarn"}}, "missing keys: rope_scaling.factor"),
+        ({"rope_scaling": {"type": "default", "factor": 4}}, "rope_scaling.factor=4: allowed is none, because"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "rope_scaling": None}, "rope_type='dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", **YARN}}, "rope_parameters=.*: allowed is none where rope_scaling"),
+        ({"head_dim": 16}, "head_dim=16: allowed is 8, qk_rope_head_dim, or none"),
+        ({"qk_head_dim": 16}, r"qk_head_dim=16: allowed is 24, qk_nope_head_dim \+ qk_rope_head_dim"),
+        ({"num_local_experts": 4}, "num_local_experts=4: allowed is 8, n_routed_experts"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2: allowed is num_attention_heads=4"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types=.*: allowed is .*indexed_attention"),
+        ({"architectures": ["DeepseekV32Model"]}, "architectures=.*: allowed is .*DeepseekV32ForCausalLM"),
+        ({"expert_dtype": "fp4"}, "expert_dtype='fp4': allowed is 'fp8' or none"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config.quant_method='awq': allowed is 'fp8'"),
+        ({"quantization_config": {"weight_block_size": [64, 64]}}, r"weight_block_size=\[64, 64\]: allowed is \[128"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]: allowed is int, .* as `stop`"),
         ({"rope_scaling": {**YARN, "type": "linear"}}, "rope_scaling.type='linear': allowed is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type='linear': allowed is 'yarn'"),
         ({"rope_scaling": "x"}, "rope_scaling='x': allowed is a table of factor, original_max"),
         ({"rope_parameters": 3}, "rope_parameters=3: allowed is a table of rope_theta, rope_type"),
         ({"quantization_config": "junk"}, "quantization_config='junk': allowed is a table"),
         ({"mlp_layer_types": ("dense", "sparse")}, r"len\(mlp_layer_types\)=2: allowed is num_hidden_layers=3"),
-        ({"rope_scaling": {**YARN, "type": "yarn", "mscale": 0.7}}, "mscale=0.7: allowed is mscale_all_dim=1.0"),
+        (
+            {"rope_scaling": {**YARN, "type": "yarn", "mscale": -0.7}},
+            "rope_scaling.mscale=-0.7: allowed is numbers >= 0",
+        ),
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"rope_theta": 0}, "rope_theta=0.0: allowed is positive"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: allowed are finite"),

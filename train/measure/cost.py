@@ -13,13 +13,12 @@ its cache it reads the window, the index keys of all entries, the picked entries
 A activated parameters
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...model.accounting import Account, account, released_entry
-from ...model.config import ModelConfig
+from ...model.config import ModelConfig, read_json
 from ...model.kinds import SPARSE
 from ...model.lineage import LineageConfig
 from ...model.lineage.accounting import account as lineage_account
@@ -167,7 +166,7 @@ def load(name: str) -> Config:
     if name in ("v3", "v3.2"):
         return LineageConfig.load(name)
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    kind = json.loads(path.read_text("utf-8")).get("model_type") if path.suffix == ".json" and path.is_file() else None
+    kind = read_json(path).get("model_type") if path.suffix == ".json" and path.is_file() else None
     return LineageConfig.load(path) if kind in KINDS else ModelConfig.load(name)
 
 

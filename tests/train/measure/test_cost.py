@@ -31,6 +31,7 @@ SIZES = {
     **{"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "num_experts_per_tok": 2},
     **{"torch_dtype": "float32"},
 }
+SIZES |= {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 SMALL = {
     "v3": {"model_type": "deepseek_v3", **SIZES},
     "v3.2": {"model_type": "deepseek_v32", **SIZES, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 5},

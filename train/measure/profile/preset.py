@@ -116,7 +116,8 @@ def cut(config: ModelConfig, layers: int | None, experts: int | None) -> ModelCo
             "num_hidden_layers": layers,
             "compress_ratios": config.compress_ratios[:layers],
             "layer_types": config.layer_types[:layers],
-            "num_hash_layers": min(config.num_hash_layers, layers),
+            "num_hash_layers": sum(config.is_hash(layer) for layer in range(layers)),
+            "mlp_layer_types": config.mlp_layer_types and config.mlp_layer_types[:layers],
             "engram": replace(memory, layers=inside) if memory and inside else None,
         }
     if experts is not None:
