@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .fields import drop_fixed, require, shown, typed, unknown
+from .foreign import refuse_foreign
 from .kinds import HEAVY, SLIDING, SPARSE, kinds_of
 
 # Keys that describe the program that wrote or serves a configuration, not the model.
@@ -33,6 +34,7 @@ def from_huggingface(data: Mapping[str, Any]) -> dict[str, Any]:
         TypeError, ValueError: transformers' keys are not all there, contradict each other, or have a value that V4 does
             not; the message names it.
     """
+    refuse_foreign("the configuration", data)
     values = _own(data)
     _rotary(values)
     kinds = values.get("mlp_layer_types")

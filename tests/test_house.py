@@ -17,7 +17,7 @@ FILES = [(folder, path) for folder in MAY_IMPORT for path in sorted((ROOT / fold
 # Rooms from the ground up: one imports from floors below its own. A room is a file or a folder of model/ or train/.
 FLOORS = (
     "kernels",
-    "model.fields model.kept model.kinds model.layout model.text",
+    "model.fields model.foreign model.kept model.kinds model.layout model.text",
     "model.dialect model.norm model.tables",
     "model.config",
     "model.hyper model.losses model.quantization model.rotary model.storage",

@@ -15,6 +15,7 @@ import numpy as np
 INT64_MAX = 2**63 - 1
 WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # decide primality of every number below 3e24 (Miller-Rabin)
 LAYER_SEED = 10007
+MODULI = 4096  # of all layers and orders; V4.1 has 48
 
 
 class EngramLayout(NamedTuple):
@@ -62,6 +63,9 @@ def engram_primes(vocab_size: int, layers: int, max_ngram: int, heads: int) -> l
     """
     _at_least(2, vocab_size=vocab_size, max_ngram=max_ngram)
     _at_least(1, heads=heads)
+    count = layers * (max_ngram - 1) * heads
+    if count > MODULI:
+        raise ValueError(f"layers x (max_ngram - 1) x heads = {layers} x {max_ngram - 1} x {heads}: at most {MODULI}")
     fresh = _primes_from(vocab_size)
     return [[[next(fresh) for _ in range(heads)] for _ in range(max_ngram - 1)] for _ in range(layers)]
 

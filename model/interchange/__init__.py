@@ -2,13 +2,16 @@
 
 names           under which names a layout stores our tensors
 formats         the released number formats of weights
-files           safe reading and all-or-nothing writing of a folder
+files           safe reading and writing of a folder
+place           a new folder in the place of the old one, all or nothing
+counts          what is believed only when tensors bear it out
 families        what differs between V4 and its lineage
 
 Reading and writing go tensor by tensor: memory holds the model and one shard.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..foreign import refuse_foreign
 from . import formats
+from .counts import check_counts, check_numbers
 from .families import Config, Family, family_of, family_of_model
 from .files import CONFIG, Folder, Header, write
 from .names import LAYOUTS, Index, is_float32, listed
@@ -46,7 +51,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: the folder has no config.json or no safetensors weights, or a shard is missing.
         ValueError: names of no known layout; missing or unexpected tensors (up to ten of each are named); a tensor of
-            another shape or dtype; a broken file or index; pickled weights; a configuration that is refused.
+            another shape or dtype; an expert that does not exist; a broken file or index; pickled weights; a
+            configuration that is refused.
     """
     stored = Stored(folder)
     with torch.device("meta"):
@@ -61,7 +67,7 @@ def save_pretrained(
     model: "Transformer | LineageTransformer",
     folder: str | Path,
     layout: str = "huggingface",
-    max_shard_size: int = SHARD,
+    max_shard_size: float = SHARD,
     *,
     weights: str = "exact",
 ) -> None:
@@ -76,10 +82,11 @@ def save_pretrained(
 
     Raises:
         ValueError: an unknown layout or number format, or a model that the layout or the format cannot hold.
+        OSError: the folder cannot be written, or the disk is full; it is what it was.
     """
     state = model.state_dict()
     _save(
-        Path(folder),
+        folder,
         family_of_model(model),
         model.config,
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()},
@@ -93,21 +100,21 @@ def convert_pretrained(
     target: str | Path,
     layout: str = "huggingface",
     dtype: torch.dtype | None = None,
-    max_shard_size: int = SHARD,
+    max_shard_size: float = SHARD,
     *,
     weights: str = "exact",
 ) -> None:
     """Writes the checkpoint in folder `source` anew to `target`, without a model: memory holds one shard.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_pretrained` and `save_pretrained`; or both folders are the same.
+        ValueError, OSError: as `load_pretrained` and `save_pretrained`; or both folders are the same.
     """
-    if Path(source).resolve() == Path(target).resolve():
+    if os.path.realpath(source) == os.path.realpath(target):
         raise ValueError(f"target={str(target)!r}: the checkpoint that is read must not be written over")
     stored = Stored(source)
     kinds = {name: (shape, stored.dtype(name, dtype)) for name, shape in stored.shapes.items()}
     get = lambda name, index: stored.tensor(name, dtype, index=index)  # noqa: E731
-    _save(Path(target), stored.family, stored.config, kinds, get, (layout, weights, max_shard_size))
+    _save(target, stored.family, stored.config, kinds, get, (layout, weights, max_shard_size))
 
 
 class Stored:
@@ -122,7 +129,9 @@ class Stored:
         headers = self.folder.headers
         self.family = family_of(self.folder.path / CONFIG)
         self.layout = self.family.layout_of(headers)
+        refuse_foreign(str(self.folder.path), headers)
         self.config = self.family.load(self.folder.path / CONFIG, headers)
+        check_counts(self.config, headers)
         self.shapes, self._is_float = _shapes(self.family, self.config)
         self.scales = {
             name: self.family.scale_name(name)
@@ -150,7 +159,17 @@ class Stored:
         device: torch.device | str = "cpu",
         index: Index = (),
     ) -> Tensor:
-        """One of our tensors, or a part of it that some layout stores."""
+        """One of our tensors, or a part of it that some layout stores.
+
+        Raises:
+            ValueError: a table of numbers has one that it cannot have; its parts are of several dtypes.
+        """
+        tensor = self._tensor(name, dtype, device, index)
+        if not self._is_float[name]:
+            check_numbers(name, tensor, self.config)
+        return tensor
+
+    def _tensor(self, name: str, dtype: torch.dtype | None, device: torch.device | str, index: Index) -> Tensor:
         kind, parts = self.dtype(name, dtype), self.parts[name]
         same = next((part for part, place in parts.items() if place == index), None)
         if same is not None:
@@ -211,19 +230,24 @@ class Stored:
 
 def _shapes(family: Family, config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, bool]]:
     """Our tensors' shapes, and which of them hold floats."""
-    with torch.device("meta"):
-        state = family.model(config).state_dict()
+    try:
+        with torch.device("meta"):
+            state = family.model(config).state_dict()
+    except (RuntimeError, TypeError):  # more values than an integer counts
+        sizes = {key: value for key, value in config.to_dict().items() if isinstance(value, int)}
+        largest = max(sizes, key=sizes.__getitem__)
+        raise ValueError(f"{largest}={sizes[largest]}: no model has tensors of the configuration's sizes") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return shapes, {name: tensor.is_floating_point() for name, tensor in state.items()}
 
 
 def _save(
-    folder: Path,
+    folder: str | Path,
     family: Family,
     config: Config,
     kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     get: Callable[[str, Index], Tensor],
-    how: tuple[str, str, int],
+    how: tuple[str, str, float],
 ) -> None:
     """Writes our tensors, of these shapes and dtypes, in the layout, number format and shard size that `how` says."""
     layout, weights, limit = how
@@ -233,6 +257,8 @@ def _save(
         raise ValueError(f"weights={weights!r}: allowed are {', '.join(map(repr, formats.WEIGHTS))}")
     if weights != "exact" and layout != "official":
         raise ValueError(f"weights={weights!r}: the {layout} layout holds exact weights only; use layout='official'")
+    if not limit >= 1:
+        raise ValueError(f"max_shard_size={limit}: allowed are bytes, 1 or more")
     written = family.written(config, layout, weights, str(kinds["embed.weight"][1]).removeprefix("torch."))
     places = {part: (name, place) for name in kinds for part, place in family.sources(name, config, layout).items()}
 
@@ -250,7 +276,7 @@ def _save(
             held = 0
         shards[-1].append(part)
         held += size
-    write(folder.resolve(), written, shards, make)
+    write(folder, written, shards, make)
 
 
 def plan(

@@ -1,6 +1,5 @@
 """What differs between the generations: configuration, model, names, and how a quantised matrix's scales are stored."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..lineage import names as lineage_names
 from ..lineage.config import KINDS
 from ..transformer import Transformer
 from . import formats, names
+from .files import read_object
 
 Config = Any  # ModelConfig or LineageConfig
 
@@ -34,11 +34,7 @@ class Family(NamedTuple):
 
 def family_of(path: Path) -> Family:
     """That of a config.json. Raises ValueError where it is no JSON object."""
-    try:
-        kind = json.loads(path.read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSON object: {error}") from None
-    return LINEAGE if kind in KINDS else V4
+    return LINEAGE if read_object(path).get("model_type") in KINDS else V4
 
 
 def family_of_model(model: Any) -> Family:

@@ -4,6 +4,10 @@
         model.safetensors                       or model-00001-of-00003.safetensors, ... and
         model.safetensors.index.json            {"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}
 
+An index decides: each tensor is read from the file that it names for it. What else lies in the folder, other copies and
+tensors that it does not list included, is not read. transformers reads `model.safetensors` before it looks for an
+index, so one beside an index that does not list it could be either's weights, and is refused.
+
 Nothing is trusted: names in an index stay inside the folder, what it promises has to be there, files end where their
 headers say. Pickled weights are not read, since reading them can run any code.
 """
@@ -12,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import place
 from .names import Index, listed
 
 CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -41,22 +47,24 @@ class Folder:
 
     Raises:
         FileNotFoundError: the folder has no config.json or no safetensors weights, or a shard is missing.
-        ValueError: a broken or cut-off file, an index that is none or leads out of the folder, a tensor that an index
-            promises and its file does not hold, or that two files hold; pickled weights alone.
+        ValueError: a broken or cut-off file, an index that is none, leads out of the folder, promises a tensor that its
+            file does not hold, or does not list a `model.safetensors` beside it; pickled weights alone.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not self.path.exists():
+            place.tidy(Path(os.path.realpath(self.path)))
         if not (self.path / CONFIG).is_file():
             raise FileNotFoundError(f"{self.path} has no {CONFIG}")
         self._open: tuple[Path, str, Any] | None = None
+        self._written = self._stamp()
         self.headers: dict[str, Header] = {}
         places = self._weight_map()
-        for file in sorted(set(places.values())) if places else [WEIGHTS]:
-            self._add(self.path / file)
-        lost = [
-            name for name, file in places.items() if self.headers.get(name, Header(Path(), "", ())).file.name != file
-        ]
+        for file in sorted(set(places.values())) or [WEIGHTS]:
+            found = _headers(self.path / file)
+            self.headers |= {name: h for name, h in found.items() if not places or places.get(name) == file}
+        lost = [name for name in places if name not in self.headers]
         if lost:
             raise ValueError(f"{SHARDS} promises tensors that their files do not hold: {listed(lost)}")
 
@@ -65,37 +73,54 @@ class Folder:
         return sum(file.stat().st_size for file in {header.file for header in self.headers.values()})
 
     def read(self, name: str, index: Index = (), device: torch.device | str = "cpu") -> Tensor:
-        """A tensor, or a part of it; on a CPU it is the file's memory, not a copy. One file is open at a time."""
+        """A tensor, or a part of it; on a CPU it is the file's memory, not a copy. One file is open at a time.
+
+        Raises:
+            ValueError: the folder was replaced by another one since its headers were read.
+        """
         file = self.headers[name].file
         if self._open is None or self._open[:2] != (file, str(device)):
             self._open = None  # the last file is closed before the next is mapped
-            self._open = file, str(device), safe_open(file, "pt", device=str(device))
+            self._open = file, str(device), _opened(file, str(device))
+            if self._stamp() != self._written:
+                raise ValueError(f"{self.path} was written anew while it was read: read it again")
         handle = self._open[2]
         return handle.get_slice(name)[index] if index else handle.get_tensor(name)
 
     def close(self) -> None:
         self._open = None
 
+    def _stamp(self) -> tuple[int, ...]:
+        """Another number after every save: each writes its own config.json."""
+        found = (self.path / CONFIG).stat()
+        return found.st_dev, found.st_ino, found.st_mtime_ns
+
     def _weight_map(self) -> dict[str, str]:
         """Tensor to file, from the index; empty where there is one file."""
         path = self.path / SHARDS
-        if not path.is_file():
+        if not os.path.lexists(path):
             self._check_single()
             return {}
-        try:
-            places = json.loads(path.read_text("utf-8"))["weight_map"]
-            named = {str(name): str(file) for name, file in places.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no index of shards: {type(error).__name__}: {error}") from None
-        outside = sorted({file for file in named.values() if Path(file).name != file or file in ("", ".", "..")})
+        if not path.is_file():
+            raise ValueError(f"{path} is no file")
+        places = read_object(path).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{path} is no index of shards: weight_map has to be a table of tensors and their files")
+        if not places:
+            raise ValueError(f"{path} lists no tensor")
+        files = sorted(set(places.values()))
+        outside = [file for file in files if Path(file).name != file or file in ("", ".", "..") or "\0" in file]
         if outside:
             raise ValueError(f"{path} leads to {listed(map(repr, outside))}: allowed are names of files beside it")
-        missing = sorted(file for file in set(named.values()) if not (self.path / file).is_file())
+        if WEIGHTS not in files and os.path.lexists(self.path / WEIGHTS):
+            raise ValueError(
+                f"{self.path} has {WEIGHTS} beside an index that does not list it: delete {SHARDS} to read {WEIGHTS},"
+                f" as transformers does, or delete {WEIGHTS} to read the index's {listed(files)}"
+            )
+        missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             raise FileNotFoundError(f"{self.path} has no {listed(missing)}")
-        if not named:
-            raise ValueError(f"{path} lists no tensor")
-        return named
+        return places
 
     def _check_single(self) -> None:
         if (self.path / WEIGHTS).is_file():
@@ -111,30 +136,33 @@ class Folder:
             )
         raise FileNotFoundError(f"{self.path} has no {WEIGHTS}")
 
-    def _add(self, file: Path) -> None:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (the handle is no mapping)
-                    view = tensors.get_slice(name)
-                    if name in self.headers:
-                        raise ValueError(f"{name} is in {self.headers[name].file.name} and in {file.name}")
-                    self.headers[name] = Header(file, view.get_dtype(), tuple(view.get_shape()))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is broken or cut off: {error}") from None
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises ValueError if it is none, or says a key twice."""
+    try:
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no JSON object, but {type(value).__name__}")
+    return value
 
 
 def write(
-    folder: Path, config: Mapping[str, Any], shards: list[list[str]], make: Callable[[str], Mapping[str, Tensor]]
+    folder: str | Path,
+    config: Mapping[str, Any],
+    shards: list[list[str]],
+    make: Callable[[str], Mapping[str, Tensor]],
 ) -> None:
     """Writes config.json and a file for each shard, of what `make` returns for the names listed.
 
-    All is written beside the folder first and flushed to the disk; then the new folder takes the place of the old one,
-    whose other files it keeps. Whenever this is interrupted, no folder is half old and half new.
+    The new folder takes the place of the old one as a whole (`place`), whose other files it keeps.
+
+    Raises:
+        OSError: the folder cannot be written; it is what it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside, before = (folder.parent / f".{folder.name}.{os.getpid()}.{word}" for word in ("new", "old"))
-    beside.mkdir()
-    try:
+    with place.replaced(folder) as new:
+        _write_json(new / CONFIG, config)
         places: dict[str, str] = {}
         total = 0
         for number, names in enumerate(shards, 1):
@@ -142,51 +170,58 @@ def write(
             held: dict[str, Tensor] = {}
             for name in names:
                 held |= make(name)
-            save_file(held, beside / file, metadata={"format": "pt"})
+            _write_tensors(new / file, held)
             places |= dict.fromkeys(held, file)
             total += sum(tensor.nbytes for tensor in held.values())
         if len(shards) > 1:
-            _write_json(beside / SHARDS, {"metadata": {"total_size": total}, "weight_map": places})
-        _write_json(beside / CONFIG, config)
-        _flush([*beside.iterdir(), beside])
-        if folder.exists():
-            _keep_others(folder, beside)
-            os.rename(folder, before)
-        os.rename(beside, folder)
-        _flush([folder.parent])
-    finally:
-        if before.exists() and not folder.exists():
-            os.rename(before, folder)
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+            _write_json(new / SHARDS, {"metadata": {"total_size": total}, "weight_map": places})
+        place.flush(new.iterdir())
+        _keep_others(Path(folder), new)
 
 
-def _keep_others(folder: Path, beside: Path) -> None:
+def _keep_others(folder: Path, new: Path) -> None:
     """Whatever else the folder holds, as further links to the same files."""
-    for entry in folder.iterdir():
+    for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name == CONFIG or _OURS.fullmatch(entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, beside / entry.name, symlinks=True, copy_function=_link)
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=place.link)
         else:
-            _link(entry, beside / entry.name)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target, follow_symlinks=False)
+            place.link(entry, new / entry.name)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def _flush(paths: Iterable[Path]) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """With the rights of config.json: the library gives a file to its owner alone."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    shutil.copymode(path.parent / CONFIG, path)
+
+
+def _headers(file: Path) -> dict[str, Header]:
+    tensors = _opened(file)
+    views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  (the handle is no mapping)
+    return {name: Header(file, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+
+
+def _opened(file: Path, device: str = "cpu") -> Any:
+    try:
+        return safe_open(file, "pt", device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is broken or cut off: {error}") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} is there twice")
+    return values

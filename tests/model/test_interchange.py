@@ -1,19 +1,26 @@
 """Checkpoint interchange: names, shapes and keys against transformers itself, round trips, and every refusal."""
 
+import errno
 import json
+import os
+import random
 import re
+import resource
+import time
 from dataclasses import replace
 
 import pytest
+import saves
 import torch
 from model_tensors import model_tensors
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from abyssal.model import interchange
 from abyssal.model.config import EngramConfig, ModelConfig, RopeScaling
 from abyssal.model.dialect import from_huggingface, to_huggingface
 from abyssal.model.interchange import Stored, convert_pretrained, files, load_pretrained, save_pretrained
+from abyssal.model.interchange import place as placing
 from abyssal.model.interchange.names import sources
 from abyssal.model.kinds import HEAVY, SLIDING, SPARSE
 from abyssal.model.transformer import Transformer
@@ -259,16 +266,187 @@ def test_an_index_that_is_wrong(tmp_path):
     edit_index(folder, lambda places: places.update({"embed.weight": files[-1], "more": files[0]}))
     with pytest.raises(ValueError, match=r"promises tensors that their files do not hold: embed\.weight, more"):
         load_pretrained(folder)
-    for broken in ("{{", "[]", "{}", '{"weight_map": 3}'):
+    twice = good.replace("embed.weight", "head.weight")
+    for broken, says in {
+        **{
+            "{{": "is no JSON",
+            "[" * 10**5: "is no JSON",
+            twice: "'head.weight' is there twice",
+            "[]": "no JSON object",
+        },
+        **dict.fromkeys(["{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'], "is no index of shards"),
+        **{'{"weight_map": {}}': "lists no tensor", '{"weight_map": {"a": "b\\u0000"}}': "names of files beside it"},
+    }.items():
         path.write_text(broken, "utf-8")
-        with pytest.raises(ValueError, match="is no index of shards"):
+        with pytest.raises(ValueError, match=says):
             load_pretrained(folder)
-    path.write_text('{"weight_map": {}}', "utf-8")
-    with pytest.raises(ValueError, match="lists no tensor"):
+
+
+def test_an_index_decides(tmp_path):
+    config, state = tiny(), made_up(tiny())
+    folder = write(tmp_path / "x", config, "official", limit=20_000)
+    places = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))["weight_map"]
+    name, first = "layers.1.attn.wq_a.weight", min(places.values())
+    save_file({name: state[name]}, folder / "overlay.safetensors")
+    edit(folder, lambda t: t.update({name: torch.zeros(3)}), places[name])  # superseded, and of another shape even
+    edit(folder, lambda t: t.update({"left.over": torch.zeros(3)}), first)
+    for other in ("adapter_model", "consolidated", "model-00001-of-00099"):
+        save_file({"embed.weight": torch.zeros(3)}, folder / f"{other}.safetensors")
+    edit_index(folder, lambda places: places.update({name: "overlay.safetensors"}))
+    assert_equal(read(folder, config), state)
+    edit_index(folder, lambda places: places.pop("norm.weight"))  # which its file holds
+    with pytest.raises(ValueError, match=r"1 missing: norm\.weight$"):
+        read(folder, config)
+
+
+def test_one_file_beside_an_index(tmp_path):
+    config = tiny()
+    folder = write(tmp_path / "x", config, "official")
+    save_file({"embed.weight": torch.zeros(3)}, folder / "consolidated.safetensors")
+    assert_equal(read(folder, config), made_up(config))
+    write(tmp_path / "y", config, "official", limit=20_000)
+    for file in (tmp_path / "y").glob("model*"):
+        file.rename(folder / file.name)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"delete model.safetensors.index.json to read model.safetensors, as tr"):
+            read(folder, config)
+        (folder / "model-00001-of-00002.safetensors").unlink(missing_ok=True)  # its shards being lost changes nothing
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    assert_equal(read(folder, config), made_up(config))
+
+
+def no_file(path, kind):
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "nothing"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "model-00002"])
+def test_what_is_no_file(tmp_path, name, kind):
+    folder = write(tmp_path / "x", tiny(), "official", limit=10**9 if name == "model.safetensors" else 20_000)
+    (path,) = [file for file in folder.iterdir() if file.name == name or file.name.startswith(f"{name}-of")]
+    no_file(path, kind)
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(path.name)):
         load_pretrained(folder)
-    path.write_text(good, "utf-8")
-    edit(folder, lambda t: t.update({"layers.3.attn_norm.weight": torch.zeros(24)}), files[0])
-    with pytest.raises(ValueError, match=rf"layers.3.attn_norm.weight is in {files[0]} and in model-0"):
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+def test_broken_bytes_are_one_line(tmp_path, file):
+    folder = write(tmp_path / "x", tiny(), "official", limit=20_000 if "index" in file else 10**9)
+    path, draw = folder / file, random.Random(0)
+    good = path.read_bytes()
+    end = 8 + int.from_bytes(good[:8], "little") if file == "model.safetensors" else len(good)
+    refused = 0
+    for _ in range(60):
+        i, new = draw.randrange(end), bytes([draw.choice(b'\x00\xff"{}[],:-.0123456789')])
+        path.write_bytes(draw.choice([good[:i], good[:i] + new + good[i + 1 :], good[:i] + new + good[i:]]))
+        try:
+            read(folder, tiny())
+        except (FileNotFoundError, ValueError) as error:
+            refused += 1
+            assert "\n" not in str(error)
+        except AssertionError:  # another configuration that these tensors fit
+            pass
+    assert refused > 40
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8, 0])
+def test_lengths_of_headers(tmp_path, length):
+    folder = write(tmp_path / "x", tiny(), "official")
+    path = folder / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(ValueError, match=r"model\.safetensors is broken or cut off"):
+        load_pretrained(folder)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read(tmp_path):
+    folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
+    stored = Stored(folder)
+    write(folder, tiny(), "official", limit=20_000)
+    with pytest.raises(ValueError, match="x was written anew while it was read"):
+        stored.tensor("embed.weight")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrong", [5, -1, 2**40])
+def test_experts_that_do_not_exist(tmp_path, layout, wrong):
+    state = made_up(tiny())
+    state["layers.0.ffn.gate.tid2eid"][7] = 3  # one expert twice, as transformers' own tables have before training
+    folder = write(tmp_path / "x", tiny(), layout, state)
+    assert_equal(read(folder, tiny()), state)
+    state["layers.0.ffn.gate.tid2eid"][7, 1] = wrong
+    folder = write(folder, tiny(), layout, state)
+    says = rf"layers.0.ffn.gate.tid2eid\[7, 1\] is {wrong}: allowed is 0 to 4"
+    for reading in (load_pretrained, lambda folder: convert_pretrained(folder, tmp_path / "y")):
+        with pytest.raises(ValueError, match=says):
+            reading(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"x"}
+
+
+def test_token_classes_that_do_not_exist(tmp_path):
+    config = replace(tiny(), engram=EngramConfig(layers=(1,), head_dim=4, vocab_size=11, heads=2))
+    state = made_up(config, {1: len(Transformer(config).layers[1].engram.table.weight)})
+    state["layers.1.engram.canonical"][3] = 53
+    folder = write(tmp_path / "x", config, "official", state)
+    with pytest.raises(ValueError, match=r"canonical\[3\] is 53: allowed is 0 to 52"):
+        load_pretrained(folder)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_routed_experts": 10**9}, "n_routed_experts=1000000000: the checkpoint has tensors for 5"),
+        ({"n_routed_experts": 6}, "n_routed_experts=6: the checkpoint has tensors for 5"),
+        ({"num_nextn_predict_layers": 0}, "num_nextn_predict_layers=0: the checkpoint has tensors for 1"),
+        (
+            {"num_hidden_layers": 3, "compress_ratios": [0, 4, 8], "layer_types": [SLIDING, SPARSE, HEAVY]},
+            "num_hidden_layers=3: the checkpoint has tensors for 4",
+        ),
+        ({"vocab_size": 10**12}, r"embed.weight has shape \(53, 24\): the configuration needs \(1000000000000, 24\)"),
+        ({"hidden_size": 10**18}, "hidden_size=1000000000000000000: no model has tensors of the configuration's sizes"),
+        (
+            {"engram": {"layers": [1], "head_dim": 4, "vocab_size": 11, "heads": 10**6}},
+            "layers x .* x heads = 1 x 2 x 1000000: at most 4096",
+        ),
+        ({"dspark_block_size": 5, "dspark_markov_rank": 4}, "dspark_block_size, dspark_markov_rank: they are of DSp"),
+        ({"candidate_topk_blocks": 4}, "candidate_topk_blocks: they are of V4.1's shared and pooled cache"),
+        ({"engram_head_dim": 4}, "engram_head_dim: they are of V4.1's Engram, which this project does not have"),
+    ],
+)  # fmt: skip
+def test_configurations_that_are_not_what_is_stored(tmp_path, changes, says):
+    folder = write(tmp_path / "x", tiny(), "official")
+    edit_config(folder, **changes)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=says):
+        load_pretrained(folder)
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "mechanism"),
+    [
+        ("mtp.0.main_proj.weight", "DSpark"),
+        ("mtp.2.markov_head.embed", "DSpark"),
+        ("vision.blocks.0.norm.weight", "vision"),
+        ("layers.1.ffn.gate.bias_vl", "vision"),
+        ("layers.1.engram.q_weight", "V4.1's Engram"),
+    ],
+)
+def test_tensors_of_what_is_not_here(tmp_path, name, mechanism):
+    folder = edit(write(tmp_path / "x", tiny(), "official"), lambda t: t.update({name: torch.zeros(3)}))
+    with pytest.raises(ValueError, match=f"x has {name}: they are of {mechanism}"):
         load_pretrained(folder)
 
 
@@ -434,7 +612,7 @@ def test_saving_again_replaces_weights_and_keeps_other_files(tmp_path):
     config, folder = tiny(), tmp_path / "x"
     write(folder, config, "official", limit=4096)
     (folder / "tokenizer.json").write_text("{}", "utf-8")
-    other = {name: tensor + 1 for name, tensor in made_up(config).items()}
+    other = {name: tensor + tensor.is_floating_point() for name, tensor in made_up(config).items()}
     write(folder, config, "huggingface", other)
     assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert_equal(read(folder, config), other)
@@ -444,22 +622,112 @@ def test_saving_again_replaces_weights_and_keeps_other_files(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
-    config = tiny()
-    folder = write(tmp_path / "x", config, "official")
+FAILURES = {
+    "disk full": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "over the quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
+    "interrupted": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("error", FAILURES.values(), ids=FAILURES.keys())
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch, there, error):
+    config, folder = tiny(), tmp_path / "x" / "y"
+    if there:
+        write(folder, config, "official")
+    before = sorted(tmp_path.rglob("*"))
     calls = []
 
     def fail(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
-            raise OSError("disk full")
+            raise error
         return save_file(*args, **kwargs)
 
     monkeypatch.setattr(files, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    kind = type(error) if isinstance(error, KeyboardInterrupt) else OSError
+    with pytest.raises(kind) as found:
         write(folder, config, "huggingface", limit=4096)
-    assert [f.name for f in tmp_path.iterdir()] == ["x"]
-    assert_equal(read(folder, config), made_up(config))
+    if kind is OSError:
+        assert found.value.filename == str(folder) and "(nothing was changed)" in str(found.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    if there:
+        assert_equal(read(folder, config), made_up(config))
+
+
+@pytest.mark.parametrize("where", ["file", "file/x", "file/x/y", "loop", "n" * 300, "/proc/x"])
+def test_places_that_cannot_be_written(tmp_path, where):
+    (tmp_path / "file").write_text("a", "utf-8")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match=r"\(nothing was changed\)"):
+        write(tmp_path / where, tiny(), "official")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text("utf-8") == "a"
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    folder = write(tmp_path / "x", tiny(), "official")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(folder, tiny(), "huggingface")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert_equal(read(folder, tiny()), made_up(tiny()))
+
+
+def test_a_save_follows_links_and_keeps_them(tmp_path):
+    (tmp_path / "link").symlink_to("far/x")
+    write(tmp_path / "link", tiny(), "official", limit=4096)
+    (tmp_path / "link" / "other").symlink_to("nowhere")
+    write(tmp_path / "link", tiny(), "official")
+    assert (tmp_path / "link").is_symlink() and {path.name for path in (tmp_path / "far").iterdir()} == {"x"}
+    assert {path.name for path in (tmp_path / "far/x").iterdir()} == {"config.json", "model.safetensors", "other"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_new_files_have_the_rights_that_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+    folder.chmod(0o750)
+    assert write(folder, tiny(), "official").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("swaps", [True, False], ids=["one step", "two renames"])
+@pytest.mark.parametrize("over", [True, False], ids=["over a folder", "to a new place"])
+def test_a_save_that_is_killed_at_any_step(tmp_path, monkeypatch, over, swaps):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    if not swaps:
+        monkeypatch.setattr(placing, "_swap", lambda one, other: False)
+    found = saves.every_step(tmp_path, over)
+    assert found["old"] > 10 and found["new"] > 5
+
+
+def test_a_save_that_is_killed_at_random(tmp_path):
+    assert saves.at_random(tmp_path, kills=5, seed=0).total() >= 5
+
+
+def test_loading_brings_back_what_a_dead_save_had_moved_away(tmp_path):
+    folder = write(tmp_path / "x", tiny(), "official")
+    beside = tmp_path / ".x.writing-abcdefgh"
+    beside.mkdir()
+    folder.rename(beside / "old")
+    assert_equal(read(folder, tiny()), made_up(tiny()))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_two_saves_to_one_place_do_not_destroy_each_other(tmp_path):
+    with placing.replaced(tmp_path / "x") as first, placing.replaced(tmp_path / "x") as second:
+        (first / "1").touch()
+        (second / "2").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "1"]  # the one that came to its end later
 
 
 def test_shards_respect_their_limit(tmp_path):

@@ -367,6 +367,19 @@ def test_reads_the_released_fp8_and_leaves_mtp_out(tmp_path):
         save_pretrained(model, tmp_path / "y", "official", weights="fp8")
 
 
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 2}, {"num_hidden_layers": 10**9}, {"n_routed_experts": 10**9}]
+)
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v32"])
+def test_counts_are_those_of_the_stored_tensors(tmp_path, kind, changes):
+    save_pretrained(LineageTransformer(config(kind)), tmp_path / "x")
+    path = tmp_path / "x/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+    ((key, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{key}={value}: the checkpoint has tensors for"):  # fewer are none left out
+        load_pretrained(tmp_path / "x")
+
+
 @pytest.mark.parametrize(("name", "total"), [("v3", 671.026), ("v3.2", 671.878)])
 def test_released_sizes(name, total):
     c = LineageConfig.load(name)
