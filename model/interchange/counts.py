@@ -23,7 +23,7 @@ def check_counts(config: Any, headers: Mapping[str, Header]) -> None:
     Raises:
         ValueError: another number; the message names the key.
     """
-    layers, drafts, mtp, experts = set(), set(), set(), 0
+    layers, drafts, mtp, experts = set[int](), set[int](), set[int](), 0
     for name, header in headers.items():
         if found := _LAYER.match(name):
             (drafts if _V3_MTP.match(found[2]) else layers).add(int(found[1]))

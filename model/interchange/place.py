@@ -50,8 +50,7 @@ def replaced(folder: str | Path) -> Iterator[Path]:
             _exchange(beside / "new", folder, beside / "old")
             flush([folder.parent])
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
-            os.close(lock)
+            _clear(beside, lock, folder)
     except BaseException as error:
         for parent in made:
             with suppress(OSError):
@@ -66,12 +65,8 @@ def tidy(folder: Path) -> None:
     for beside in folder.parent.glob(f".{glob.escape(folder.name)}.writing-" + "[a-z0-9_]" * 8):
         with suppress(OSError):
             lock = _lock(beside)
-            if lock is None:
-                continue
-            if (beside / "old").is_dir() and not folder.exists():
-                os.rename(beside / "old", folder)
-            shutil.rmtree(beside, ignore_errors=True)
-            os.close(lock)
+            if lock is not None:
+                _clear(beside, lock, folder)
 
 
 def flush(paths: Iterable[Path]) -> None:
@@ -112,6 +107,13 @@ def _lock(beside: Path) -> int | None:
         os.close(lock)
         return None
     return lock
+
+
+def _clear(beside: Path, lock: int, folder: Path) -> None:
+    if (beside / "old").is_dir() and not folder.exists():
+        os.rename(beside / "old", folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    os.close(lock)
 
 
 def _exchange(new: Path, folder: Path, old: Path) -> None:

@@ -723,6 +723,23 @@ def test_loading_brings_back_what_a_dead_save_had_moved_away(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_folder_comes_back_if_the_second_of_two_renames_fails(tmp_path, monkeypatch):
+    folder = write(tmp_path / "x", tiny(), "official")
+    rename = os.rename
+
+    def fail(source, target):
+        if target == folder and source.name == "new" and not folder.exists():
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(placing, "_swap", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match=r"Input/output error \(nothing was changed\)"):
+        write(folder, tiny(), "huggingface")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert_equal(read(folder, tiny()), made_up(tiny()))
+
+
 def test_two_saves_to_one_place_do_not_destroy_each_other(tmp_path):
     with placing.replaced(tmp_path / "x") as first, placing.replaced(tmp_path / "x") as second:
         (first / "1").touch()
