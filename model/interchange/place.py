@@ -35,10 +35,11 @@ def replaced(folder: str | Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     made = [parent for parent in folder.parents if not parent.exists()]
     try:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if folder.is_mount():
-            raise OSError(errno.EBUSY, "A disk is mounted there, choose a folder on it")
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{str(there)!r} is no folder")
+        if folder.is_mount() or Path.cwd().is_relative_to(folder):
+            raise OSError(errno.EBUSY, "A mounted disk, or a working directory, is not replaced: choose a folder in it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         tidy(folder)
         beside, lock = _open_beside(folder)

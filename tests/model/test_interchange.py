@@ -655,8 +655,10 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch, t
         assert_equal(read(folder, config), made_up(config))
 
 
-@pytest.mark.parametrize("where", ["file", "file/x", "file/x/y", "loop", "n" * 300, "/proc/x"])
-def test_places_that_cannot_be_written(tmp_path, where):
+@pytest.mark.parametrize("where", ["file", "file/x", "file/x/y", "loop", "n" * 300, "/proc/x", "here", "here/inside"])
+def test_places_that_cannot_be_written(tmp_path, where, monkeypatch):
+    (tmp_path / "here" / "inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "inside")
     (tmp_path / "file").write_text("a", "utf-8")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = sorted(tmp_path.rglob("*"))
@@ -756,6 +758,12 @@ def test_shards_respect_their_limit(tmp_path):
             size = sum(tensors.get_tensor(name).nbytes for name in names)
         assert size <= 20_000 or len(names) == 1, file
         assert {weight_map[name] for name in names} == {file}
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan")])
+def test_sizes_of_shards_that_are_none(tmp_path, limit):
+    with pytest.raises(ValueError, match=f"max_shard_size={limit}: allowed are bytes, 1 or more"):
+        write(tmp_path / "x", tiny(), "official", limit=limit)
 
 
 def test_an_unknown_layout_is_refused(tmp_path):

@@ -143,6 +143,42 @@ def test_plot_and_info_print_what_they_made(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("file", "'{0}/file' is no folder (nothing was changed)"),
+        ("file/x", "'{0}/file' is no folder (nothing was changed)"),
+        (".", "choose a folder in it"),
+        ("source", "target='source': the checkpoint that is read must not be written over"),
+    ],
+)
+def test_convert_says_where_it_cannot_write(target, message, capsys, tmp_path, monkeypatch):
+    from abyssal.model import ModelConfig, Transformer, save_pretrained
+
+    monkeypatch.chdir(tmp_path)
+    values = ModelConfig.load("nano").to_dict()
+    del values["engram"]
+    save_pretrained(Transformer(ModelConfig.from_dict(values)), "source", "official")
+    Path("file").touch()
+    assert main(["convert", "source", target]) == 2
+    captured = capsys.readouterr().err
+    assert message.format(tmp_path).lower() in captured.lower() and captured.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "file"}
+    assert main(["convert", "source", "new", "--max-shard-size", "inf"]) == 0
+
+
+def test_info_of_a_broken_checkpoint_is_one_line(capsys, tmp_path):
+    from abyssal.model import ModelConfig, Transformer, save_pretrained
+
+    save_pretrained(Transformer(ModelConfig.load("nano")), tmp_path / "x", "official")
+    whole = (tmp_path / "x/model.safetensors").read_bytes()
+    for size in (0, 7, 100, len(whole) - 1):
+        (tmp_path / "x/model.safetensors").write_bytes(whole[:size])
+        assert main(["info", str(tmp_path / "x")]) == 2
+        captured = capsys.readouterr().err
+        assert "model.safetensors is broken or cut off" in captured and captured.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "nanoo"], "'nanoo' is no configuration: shipped are"),

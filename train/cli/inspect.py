@@ -109,8 +109,8 @@ def _convert(options: argparse.Namespace) -> None:
     if options.dtype not in (None, "bfloat16", "float16", "float32"):
         raise ValueError(f"dtype={options.dtype!r}: allowed are bfloat16, float16, float32")
     dtype = options.dtype and getattr(torch, options.dtype)
-    limit = int(options.max_shard_size)
-    convert_pretrained(options.source, options.target, options.layout, dtype, limit, weights=options.weights)
+    how = options.layout, dtype, options.max_shard_size
+    convert_pretrained(options.source, options.target, *how, weights=options.weights)
     print(describe(options.target))
 
 
