@@ -13,6 +13,7 @@ belongs to a row (the optimizer's moments); it comes and goes with them.
 b batch · t tokens · h heads of all orders · r rows · w their width · u distinct look-ups of a step
 """
 
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -84,10 +85,10 @@ class RowTable(nn.Module):
         """
         size = torch.Size((self.size[0], *shape))
         if self.place == "mapped":
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{name}-") as file:
-                os.posix_fallocate(file.fileno(), 0, size.numel() * dtype.itemsize)  # a full disk would kill us later
-                column = torch.from_file(file.name, shared=True, size=size.numel(), dtype=dtype, device="cpu")
-            column = column.view(size)
+            length = size.numel() * dtype.itemsize
+            with tempfile.TemporaryFile(dir=self.folder) as file:  # whose name nobody can leave behind
+                os.posix_fallocate(file.fileno(), 0, length)  # a full disk would kill us later
+                column = torch.frombuffer(mmap.mmap(file.fileno(), length), dtype=dtype).view(size)
         elif self.place == "file":
             column = torch.empty(size, dtype=dtype, device="meta")
         else:
