@@ -95,7 +95,7 @@ class Corpus:
         sha = hashlib.sha256()
         for part in (self.train, self.held_out):
             for document in part:
-                sha.update(f"{document.name}\0{document.size}\0".encode())
+                sha.update(os.fsencode(f"{document.name}\0{document.size}\0"))
                 for chunk in document.chunks(CHUNK):
                     sha.update(chunk)
             sha.update(b"\1")
@@ -136,7 +136,7 @@ def split(documents: Sequence[AnyDocument], held_out_fraction: float) -> Corpus:
     budget = held_out_fraction * sum(d.size for d in documents)
     chosen: set[str] = set()
     filled = 0
-    for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest()):
+    for document in sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d.name)).digest()):
         if filled + document.size <= budget:
             chosen.add(document.name)
             filled += document.size
@@ -158,7 +158,8 @@ def _read(source: str) -> list[FileDocument]:
         return _read_files(path, list(path.rglob("*")))
     if path.is_file():
         return _cut(path)
-    raise FileNotFoundError(f"data.source={source!r}: no such file or folder; allowed are 'stdlib' and existing paths")
+    what = "neither a file nor a folder" if path.exists() else "no such file or folder"
+    raise FileNotFoundError(f"data.source={source!r}: {what}; allowed are 'stdlib' and existing paths")
 
 
 def _read_files(root: Path, paths: list[Path]) -> list[FileDocument]:

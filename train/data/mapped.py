@@ -2,27 +2,35 @@
 
     CACHE/tokens/KEY/train.tokens  held_out.tokens       uint16 (uint32 above 65,536 tokens): bos d0 d0 bos d1 d1 d1 ...
                      train.starts  held_out.starts       int64 [documents + 1]: where each begins, and the end
-                     contents.json                       what KEY stands for: corpus and tokenizer
+                     contents.json                       what KEY stands for: corpus and tokenizer; files and digests
     CACHE/tokenizers/KEY/tokenizer.json ...              a tokenizer trained on a corpus's training documents
 
 A folder is written under another name, flushed to the disk, and renamed when it is whole: a process that is killed
-leaves none that looks finished, and of several that write the same one, the first to finish wins.
+leaves none that looks finished, and of several that write the same one, the first to finish wins. Its writer locks it
+meanwhile, so that whoever writes next knows which are left by the dead, and removes them. Files are read against their
+digests; a folder in which one does not fit is written anew.
 """
 
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..files import flush, lock, naming, read_json
 from .corpus import CHUNK, AnyDocument, Corpus
 from .tokenizers import BPETokenizer, Tokenizer, read_bpe, train_bpe
 
 CACHE = "ABYSSAL_CACHE"  # the environment variable that says where the cache is
+CONTENTS = "contents.json"
+_LEFT = re.compile(r"\.[0-9a-f]{32}\..+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,24 +88,78 @@ def trained_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
 def _whole(parent: Path, contents: dict[str, str], write: Callable[[Path], None]) -> Path:
     """The folder of these contents, which `write` fills if it is not there."""
     key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
-    folder, writing = parent / key, parent / f".{key}.{os.getpid()}"
-    if folder.is_dir():
+    folder = parent / key
+    _sweep(parent)
+    if _fits(folder, contents):
         return folder
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
     try:
-        write(writing)
-        (writing / "contents.json").write_text(json.dumps(contents, indent=1) + "\n", "utf-8")
-        for path in (*writing.iterdir(), writing):
-            _flush(path)
-        try:
-            os.rename(writing, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        with naming(parent), _writing(parent, key) as writing:
+            write(writing)
+            files = {path.name: _digest(path) for path in writing.iterdir()}
+            (writing / CONTENTS).write_text(json.dumps({**contents, "files": files}, indent=1) + "\n", "utf-8")
+            for path in (*writing.iterdir(), writing):
+                flush(path)
+            if not _fits(folder, contents):
+                _rename(writing, folder)
+    except OSError as error:
+        error.add_note(f"the environment variable {CACHE} says where tokens are kept")
+        raise
     return folder
+
+
+def _fits(folder: Path, contents: dict[str, str]) -> bool:
+    """Whether the folder has these contents, every file as it was written."""
+    try:
+        listed = read_json(folder / CONTENTS)
+        files = dict(listed.pop("files"))
+        return listed == contents and all(_digest(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _writing(parent: Path, key: str) -> Iterator[Path]:
+    """A new folder to write to, locked by this process; what is still there in the end is removed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    held = None
+    while held is None:
+        folder = parent / f".{key}.{secrets.token_hex(8)}"
+        folder.mkdir()
+        with suppress(FileNotFoundError):  # in this moment it looks like one of the dead
+            held = lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what writers have left that were killed: nobody locks it."""
+    for left in parent.glob(".*"):
+        with suppress(OSError):
+            held = lock(left) if _LEFT.fullmatch(left.name) and not left.is_symlink() else None
+            if held is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
+
+
+def _rename(writing: Path, folder: Path) -> None:
+    """Gives what is written its name; a broken folder of that name makes way."""
+    broken = writing.with_name(f"{writing.name}.broken")
+    if folder.exists():
+        os.rename(folder, broken)
+    try:
+        os.rename(writing, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    shutil.rmtree(broken, ignore_errors=True)
 
 
 def _write_tokens(folder: Path, part: str, documents: Sequence[AnyDocument], tokenizer: Tokenizer) -> None:
@@ -118,11 +180,3 @@ def _map(folder: Path, part: str, tokenizer: Tokenizer) -> TokenFile:
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,5 +1,6 @@
 """The corpus: which files count, and a split that never leaks."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,38 @@ def test_too_little_text_is_one_clear_error(tmp_path: Path, content):
 def test_missing_path_names_the_value():
     with pytest.raises(FileNotFoundError, match=r"data\.source='nowhere/at/all'.*'stdlib'"):
         load_corpus("nowhere/at/all")
+
+
+@pytest.mark.parametrize("name", [b"a b", b"a\nb", b"\xff\xfe", b"-rf", b"~", b"caf\xc3\xa9", b"%s{}", b"n" * 255])
+@pytest.mark.parametrize("of", ["file", "folder"])
+def test_any_name_will_do(tmp_path: Path, name, of):
+    path = tmp_path / os.fsdecode(name)
+    if of == "folder":
+        path.mkdir()
+        for i in range(3):
+            (path / f"{i}{os.fsdecode(name)[:200]}").write_text(f"text {i}\n", "utf-8")
+    else:
+        path.write_bytes(b"a line of text\n\xff\xfe\n" * 50)
+    read, named = (load_corpus(str(path) + "/" * (of == "folder"), in_memory=memory) for memory in (True, False))
+    assert read.digest == named.digest and len(read.train) + len(read.held_out) >= 3
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/null", "/dev/zero", "a\0b", "n" * 300, "file/below"])
+def test_what_is_no_text_is_named_and_never_waited_for(tmp_path: Path, kind):
+    (tmp_path / "file").touch()
+    path = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises((OSError, ValueError)) as error:
+        load_corpus(str(path))
+    assert repr(str(path)) in str(error.value)
+
+
+def test_pipes_and_links_to_nowhere_in_a_folder_are_left_out(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"text of {name}\n", "utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to("gone")
+    (tmp_path / "round").symlink_to(tmp_path, target_is_directory=True)
+    corpus = load_corpus(str(tmp_path))
+    assert {d.name for d in (*corpus.train, *corpus.held_out)} == {"a", "b"}

@@ -1,5 +1,6 @@
 """Tokens in files: the same rows as in memory, written whole or not at all, and a corpus that is never read at once."""
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from abyssal.train.data.corpus import Corpus, Document, load_corpus
 from abyssal.train.data.mapped import cache_folder, tokenised, trained_tokenizer
 from abyssal.train.data.rows import held_out, stream, train_rows
 from abyssal.train.data.tokenizers import ByteTokenizer, Tokenizer
+from abyssal.train.files import lock
 
 
 class Triples(Tokenizer):
@@ -115,8 +117,8 @@ def test_a_writer_that_fails_leaves_nothing_that_looks_finished(corpus, cache):
 
 def test_files_are_on_the_disk_before_they_get_their_name(corpus, cache, monkeypatch):
     flushed, named = [], []
-    flush, rename = mapped._flush, mapped.os.rename
-    monkeypatch.setattr(mapped, "_flush", lambda path: flushed.append(path) or flush(path))
+    flush, rename = mapped.flush, mapped.os.rename
+    monkeypatch.setattr(mapped, "flush", lambda path: flushed.append(path) or flush(path))
     monkeypatch.setattr(mapped.os, "rename", lambda a, b: named.append((list(flushed), b)) or rename(a, b))
     tokenised(corpus, ByteTokenizer())
     ((before, folder),) = named
@@ -131,16 +133,65 @@ def test_of_two_writers_the_first_to_finish_wins(corpus, cache):
         def encode_bytes(self, data: bytes) -> list[int]:
             if not Slow.other:
                 Slow.other = True
-                mapped.os.getpid, own = (lambda: -1), mapped.os.getpid
-                try:
-                    Slow.other = tokenised(corpus, ByteTokenizer())
-                finally:
-                    mapped.os.getpid = own
+                Slow.other = tokenised(corpus, ByteTokenizer())
             return super().encode_bytes(data)
 
     mine = tokenised(corpus, Slow())
     assert np.array_equal(mine.train.tokens, Slow.other.train.tokens)
     assert len(list((cache / "tokens").iterdir())) == 1
+
+
+BROKEN = {
+    "cut": ("train.tokens", lambda data: data[:-2]),
+    "empty": ("train.tokens", lambda data: b""),
+    "longer": ("held_out.tokens", lambda data: data + b"\0\0"),
+    "zeros": ("train.tokens", lambda data: bytes(len(data))),
+    "one bit": ("held_out.tokens", lambda data: data[:-2] + bytes([data[-2] ^ 1, data[-1]])),
+    "starts cut": ("train.starts", lambda data: data[:-8]),
+    "starts of others": ("held_out.starts", lambda data: data[::-1]),
+    "gone": ("held_out.starts", lambda data: None),
+    "list gone": ("contents.json", lambda data: None),
+    "list cut": ("contents.json", lambda data: data[:-9]),
+    "list of nothing": ("contents.json", lambda data: b"[]"),
+    "list of an earlier version": ("contents.json", lambda data: json.dumps({"corpus": "", "tokenizer": ""}).encode()),
+    "list of another tokenizer": ("contents.json", lambda data: data.replace(b'"bytes"', b'"pairs"')),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_in_the_cache_is_written_anew(case, corpus, cache):
+    wanted = tokenised(corpus, ByteTokenizer())
+    (folder,) = (cache / "tokens").iterdir()
+    name, change = BROKEN[case]
+    data = change((folder / name).read_bytes())
+    (folder / name).unlink()
+    if data is not None:
+        (folder / name).write_bytes(data)
+    found = tokenised(corpus, ByteTokenizer())
+    for part in ("train", "held_out"):
+        assert np.array_equal(getattr(found, part).tokens, getattr(wanted, part).tokens)
+        assert np.array_equal(getattr(found, part).starts, getattr(wanted, part).starts)
+    assert list((cache / "tokens").iterdir()) == [folder]
+
+
+def test_a_tokenizer_that_is_broken_in_the_cache_is_trained_anew(texts, cache):
+    corpus = load_corpus(str(texts))
+    found = trained_tokenizer(corpus, 300)
+    (file,) = (cache / "tokenizers").rglob("tokenizer.json")
+    file.write_bytes(file.read_bytes()[:100])
+    assert trained_tokenizer(corpus, 300).digest == found.digest
+
+
+def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_stay(corpus, cache):
+    parent, key = cache / "tokens", "0123456789abcdef" * 2
+    for name in (f".{key}.dead", f".{key}.alive", ".notes", "mine"):
+        (parent / name).mkdir(parents=True)
+    held = lock(parent / f".{key}.alive")
+    tokenised(corpus, ByteTokenizer())
+    assert {path.name for path in parent.iterdir() if len(path.name) != 32} == {f".{key}.alive", ".notes", "mine"}
+    mapped.os.close(held)
+    tokenised(corpus, ByteTokenizer())
+    assert {path.name for path in parent.iterdir() if len(path.name) != 32} == {".notes", "mine"}
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

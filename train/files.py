@@ -1,0 +1,120 @@
+"""Files that are whole or not there, errors that name them, and locks that end with the process that holds them."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_NUMBER = re.compile(r"os error (\d+)")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system that name no file, as those of writing, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `path` once it is whole and on the disk."""
+    folder = path.with_name(f".{path.name}.writing")  # a folder: the libraries that write have leftovers of their own
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        with naming(path):
+            yield folder / path.name
+            flush(folder / path.name)
+            os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file, readable by whom other new files are. Raises OSError, as every writer does."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        raise os_error(error, path) from error
+    path.chmod(mode)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is broken.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is cut off, or no safetensors file: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, which names the file, where there is no such thing in it."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is cut off, or no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object: {str(values)[:40]}")
+    return values
+
+
+def os_error(error: BaseException, path: Path | None = None) -> OSError:
+    """The system's error that a library tells of in words, with its notes."""
+    number, where = _NUMBER.search(str(error)), str(path) if path else None
+    found = OSError(int(number[1]), os.strerror(int(number[1])), where) if number else OSError(str(error))
+    for note in getattr(error, "__notes__", []):
+        found.add_note(note)
+    return found
+
+
+def flush(path: Path) -> None:
+    """Onto the disk: a file's contents, a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that locks a file or folder until it is closed, or the process ends; None where another does.
+
+    Raises FileNotFoundError where `path` is not there, or no longer.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
