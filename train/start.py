@@ -1,5 +1,6 @@
 """From a recipe to a trained model: its source of batches, then the kind of run that it asks for."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,18 +8,18 @@ from ..model import Transformer
 from .data.corpus import load_corpus
 from .data.planted import PlantedSource, planted_task
 from .data.source import Source, TextSource, maps, open_tokenizer
-from .distributed.world import ProcessLost, World, check, choose_device, processes
+from .distributed.world import World, check, choose_device, processes
 from .reason.loop import GrpoRun
 from .reason.source import ReasonSource
 from .recipe import Recipe, check_vocabulary
-from .run import checkpoint, metrics, provenance
+from .run import checkpoint, folder, metrics, provenance
 from .run.loop import Run, Summary
 from .settings import PLANTED
 
 
 def train(
     recipe: Recipe,
-    out: Path | str,
+    out: Path | str | None,
     resume: Path | str | None = None,
     stop_at: int | None = None,
     shown: bool = True,
@@ -26,32 +27,38 @@ def train(
 ) -> Summary:
     """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
 
-    A run that was killed before its first checkpoint starts over when it is resumed.
+    `out` None is a new folder runs/NAME-DATE-TIME. A run that was killed before its first checkpoint starts over when
+    it is resumed. Keys of the recipe that a resumed run has changed are told, a line each, and kept in run.json.
 
     `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there. `prepare` may
     change the model as soon as it is built: an experiment's variant of it.
 
     Raises:
         FileExistsError: `out` holds a run and this is no resumption of it.
-        ValueError: the checkpoint's model is another one, or later checkpoints lie in `out`.
+        BlockingIOError: another process writes a run there.
+        ValueError: the checkpoint's model, tokenizer, rules or kind of run are others, or it is broken, or later
+            checkpoints lie in `out`.
         TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
-        ProcessLost: another process of the run ended or did not answer.
+        OSError: a full disk, say, or ProcessLost: another process of the run ended or did not answer. A note says how
+            to go on.
     """
-    device, settings = choose_device(recipe.train.device), recipe.train
+    device, settings, run = choose_device(recipe.train.device), recipe.train, None
     try:
         with processes(device, settings.expert_parallel, settings.process_timeout) as world:
             check(recipe, world)
-            out = world.agree(Path(out))
-            run = _run(recipe, out, _start(resume, out), shown, prepare, world)
-            try:
-                run.loop(stop_at or settings.steps)
-            finally:
-                run.close()
-            return run.finish()
-    except ProcessLost as lost:
-        found = checkpoint.checkpoints(Path(out))
-        last = f"{found[-1]}: go on with --resume {out}" if found else "none"
-        raise ProcessLost(f"{lost}. The last checkpoint is {last}") from lost
+            with folder.written(Path(out) if out else None, recipe.name, world) as place:
+                run = _run(recipe, place, _start(resume, place), shown, prepare, world)
+                try:
+                    run.loop(stop_at or settings.steps)
+                finally:
+                    run.close()
+                return run.finish()
+    except (KeyboardInterrupt, OSError) as error:  # of which ProcessLost is one
+        if run:
+            found = checkpoint.checkpoints(run.out)
+            last = f"the last checkpoint is {found[-1].name if found else 'none'}"
+            error.add_note(f"{last}: go on with --resume {shlex.quote(str(run.out))}")
+        raise
 
 
 def _start(resume: Path | str | None, out: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """The command line: help that helps, a whole round of commands, and errors in one line."""
 
+import errno
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import abyssal
 from abyssal.train.cli import COMMANDS, main
@@ -190,6 +192,18 @@ def test_info_of_a_broken_checkpoint_is_one_line(capsys, tmp_path):
         (["eval", "nowhere"], "is no checkpoint"),
         (["plot", "nowhere"], "holds no metrics.jsonl"),
         (["info", "v5"], "'v5' is no configuration"),
+        (
+            ["train", "nano", "--out", f"{__file__}/run"],
+            "test_cli.py/run': not a directory; a part of the path is a file",
+        ),
+        (["train", "nano", "--out", __file__], "test_cli.py': file exists; choose another name"),
+        (["train", "nano", "--out", "n" * 300], "n': file name too long; choose a shorter one"),
+        (["train", "nano", "--out", "\udcff"], "out='\\udcff': allowed are names in UTF-8"),
+        (["train", "nano", "--out", "/proc/run"], "'/proc/run': no such file or directory"),
+        (["train", "--resume", __file__], "is no checkpoint"),
+        (["train", "."], "'.'"),
+        (["train", "nano", "--set", "data.source=/dev/null"], "'/dev/null': neither a file nor a folder"),
+        (["eval", __file__], "is no checkpoint"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(arguments, message, capsys, tmp_path, monkeypatch):
@@ -199,6 +213,54 @@ def test_a_mistake_is_one_line_on_stderr(arguments, message, capsys, tmp_path, m
     assert message in captured.err and captured.err.count("\n") == 1
     assert captured.err.startswith(f"abyssal {arguments[0]}: ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a\nb"), r"'a\nb': no space left on device; make room there"),
+        (
+            OSError(errno.EROFS, "Read-only file system", b"\xff"),
+            r"'\udcff': read-only file system; choose",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk quota exceeded; make room there, or choose another place"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "'a': permission denied; change its permissions"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), "'a': too many open files; close some, or raise the limit"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "'a': is a directory; give a file"),
+        (OSError(errno.EIO, "Input/output error", "a"), "'a': input/output error"),
+        (BlockingIOError("'a' is being written by process 7"), "'a' is being written by process 7"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "broken pipe"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "no space left on device; make room there",
+        ),
+        (SafetensorError("header too small"), "header too small"),
+    ],
+)
+def test_the_systems_errors_say_where_and_what_to_do(error, said, monkeypatch, capsys):
+    def fails(_):
+        raise error
+
+    error.add_note("go on with --resume x")
+    monkeypatch.setitem(COMMANDS, "info", COMMANDS["info"]._replace(run=fails))
+    assert main(["info", "nano"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"abyssal info: {said}") and told.endswith("; go on with --resume x\n")
+    assert told.count("\n") == 1
+    with pytest.raises(type(error)):
+        main(["info", "nano", "--traceback"])
+
+
+@pytest.mark.parametrize("gone", ["full", "closed"])
+def test_a_stdout_that_takes_nothing_is_one_line(gone):
+    """A full disk behind it, or a reader that has gone."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    stdout = os.open("/dev/full", os.O_WRONLY) if gone == "full" else pipe
+    command = [sys.executable, "-m", "abyssal.train", "info", "nano"]
+    result = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    said = {"full": "no space left on device; make room there, or choose another place", "closed": "broken pipe"}[gone]
+    assert (result.returncode, result.stderr) == (2, f"abyssal info: {said}\n")
 
 
 def test_generate_refuses_a_bad_setting(run, capsys):

@@ -5,11 +5,15 @@ is imported when it runs, so that help is instant and a missing optional library
 """
 
 import argparse
+import errno
 import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from safetensors import SafetensorError
 
 from ..talk.terminal.visible import visible
 from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, serve, train
@@ -19,10 +23,24 @@ FAMILIES = (train, generate, chat, serve, evaluate, constrained, reasoning, insp
 COMMANDS: dict[str, Command] = {name: command for family in FAMILIES for name, command in family.COMMANDS.items()}
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
-EXPECTED = (
-    *(ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError),
-    ConnectionError,  # another process of the run is lost
-)
+EXPECTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError, SafetensorError)
+
+# what to do about an error of the system; about others its words say enough
+ADVICE = {
+    errno.ENOSPC: "make room there, or choose another place",
+    errno.EDQUOT: "make room there, or choose another place",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another place",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "change its permissions, or choose another place",
+    errno.EMFILE: "close some, or raise the limit (ulimit -n)",
+    errno.ENFILE: "close some",
+    errno.ENOTDIR: "a part of the path is a file: choose another",
+    errno.EISDIR: "give a file",
+    errno.EEXIST: "choose another name",
+    errno.ENAMETOOLONG: "choose a shorter one",
+    errno.ENOLCK: "choose a place whose file system has locks",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,17 +65,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     try:
         options.run(options)
+        sys.stdout.flush()
     except BrokenPipeError:
         raise
     except EXPECTED as error:
         if options.traceback:
             raise
-        print(f"abyssal {options.command}: {visible(str(error))}", file=sys.stderr)
+        _give_up(sys.stdout)
+        print(f"abyssal {options.command}: {visible(_said(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nabyssal {options.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\nabyssal {options.command}: {'; '.join(['interrupted', *_notes(error)])}", file=sys.stderr)
         return 130
     return 0
+
+
+def _said(error: Exception) -> str:
+    """An error in one line: of the system's, where and what it is, and what to do; then its notes."""
+    if isinstance(error, SafetensorError):
+        from ..files import os_error
+
+        error = os_error(error)
+    parts = [str(error)]
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, str | bytes) else ""
+        parts = [f"{where}{error.strerror[:1].lower()}{error.strerror[1:]}"]
+        parts += [ADVICE[error.errno]] if error.errno in ADVICE else []
+    return "; ".join([*parts, *_notes(error)])
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _give_up(stream: Any) -> None:
+    """What cannot be written is thrown away, or Python would try, and complain, once more at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

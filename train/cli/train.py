@@ -1,8 +1,6 @@
 """`abyssal train`: a recipe, a folder, and what came of it."""
 
 import argparse
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,34 +20,25 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from ..distributed.world import first_process
-    from ..run import provenance
     from ..start import train
     from ..talk.terminal.visible import shown
 
     recipe, out = _recipe_and_folder(options)
-    try:
-        summary = train(recipe, out, options.resume)
-    except KeyboardInterrupt:
-        if (out / provenance.FILE).is_file():
-            print(f"\ngo on later with: abyssal train --resume {out}", file=sys.stderr)
-        raise
+    summary = train(recipe, out, options.resume)
     if not first_process():
         return
-    out = summary.out
-    curves = _try_plot(out)
-    print(shown(_describe(summary, curves), sys.stdout))
+    print(shown(_describe(summary, _try_plot(summary.out)), sys.stdout))
 
 
-def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path]:
-    """The recipe asked for (a resumed run's own unless one is named), and where the run goes."""
+def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:
+    """The recipe asked for (a resumed run's own unless one is named), and where the run goes; None = a new folder."""
     from ..recipe import Recipe, apply, load_recipe
     from ..run import checkpoint, provenance
 
     if options.resume is None:
         if options.recipe is None:
             raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")
-        recipe = load_recipe(options.recipe, options.set)
-        return recipe, options.out or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return load_recipe(options.recipe, options.set), options.out
     begun = provenance.recipe(options.resume)
     if begun and not checkpoint.checkpoints(options.resume):  # killed before its first one: it starts over
         stored, out = begun, options.out or options.resume
@@ -69,6 +58,8 @@ def _try_plot(out: Path) -> str:
         return ", ".join(str(path) for path in (plot(out), plot_mechanisms(out)) if path)
     except ModuleNotFoundError as error:
         return f"not drawn: {error.name} is not installed (pip install matplotlib, then: abyssal plot {out})"
+    except OSError as error:
+        return f"not drawn: {error} (then: abyssal plot {out})"
 
 
 def _describe(summary: Any, curves: str) -> str:

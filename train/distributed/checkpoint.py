@@ -14,26 +14,37 @@ from safetensors import safe_open
 from torch import Size, Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..files import os_error
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `tensors` into a new folder; every process calls this with its own, at the same time."""
+    """Writes `tensors` into a new folder; every process calls this with its own, at the same time.
+
+    Raises:
+        OSError: in each of them, where one could not write.
+    """
     with _quiet():
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+        try:
+            dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise cause if isinstance(cause, OSError) else os_error(cause, folder) from None
 
 
 def read(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills `tensors` in place, each process what it holds of them, from a folder of parts or a file of whole ones.
 
     Raises:
-        RuntimeError: a tensor that is not there, or of another shape.
+        ValueError: a tensor that is not there, or of another shape.
     """
     found = shapes(path)
     for name, tensor in tensors.items():
         if found.get(name) != tensor.shape:
             there = f"has shape {list(found[name])}" if name in found else "is missing"
-            raise RuntimeError(f"{path}: {name!r} {there}; expected is {list(tensor.shape)}")
+            raise ValueError(f"{path}: {name!r} {there}; expected is {list(tensor.shape)}")
     with _quiet():
         wanted = {name: tensor.detach() for name, tensor in tensors.items()}
         dcp.load(wanted, storage_reader=_reader(path), no_dist=True)

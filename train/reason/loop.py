@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...model import Transformer
@@ -31,9 +30,10 @@ from ...model.generation.sampling import Sampling
 from ...model.losses import LossShares, loss_counts, loss_shares
 from ..data.source import Source
 from ..data.tokenizers import load_tokenizer
+from ..files import whole, write_tensors
 from ..recipe import Recipe
 from ..run import metrics
-from ..run.checkpoint import Progress
+from ..run.checkpoint import Progress, fit
 from ..run.line import Line
 from ..run.loop import Run
 from ..run.schedule import Phase
@@ -74,11 +74,13 @@ class GrpoRun(Run):
         """The weights that the run started from, frozen."""
         path = self.out / REFERENCE
         if resumed is None:
-            save_file({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, path)
+            with whole(path) as writing:
+                write_tensors({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, writing)
         elif not path.exists():
-            shutil.copyfile(resumed.parents[1] / REFERENCE, path)
+            with whole(path) as writing:
+                shutil.copyfile(resumed.parents[1] / REFERENCE, writing)
         model = copy.deepcopy(self.model)  # a new one would draw from the generators that a checkpoint has restored
-        model.load_state_dict(load_file(path))
+        fit(model, path)
         return model.requires_grad_(False).eval()
 
     def questions(self, step: int) -> list[tuple[Problem, str]]:

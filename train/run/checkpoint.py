@@ -9,7 +9,8 @@
                                 random.safetensors      states of the random generators
                                 tokenizer.json ...      of a trained tokenizer (`train.data.tokenizers`)
                                 memory.safetensors      experts chosen ahead (`train.run.stability`), if there are any
-                                checkpoint.json         step, recipe, tokens and seconds so far, what else is remembered
+                                checkpoint.json         step, recipe, tokens and seconds so far, the data's digest, and
+                                                        what else is remembered
 
 A run of several processes writes folders model/ and optimizer/ of the same tensors in parts, a file for each process
 (`distributed.checkpoint`); one process, or another number of them, goes on from either.
@@ -18,24 +19,29 @@ A checkpoint is written to a hidden folder, flushed to the disk, and renamed: a 
 whole checkpoints only, and what was left half-written is swept up by the next save. Tables that are kept apart from the
 weights are in it like any other tensor, whole, wherever the run had them: nothing is ever written into a checkpoint's
 files again, and a run that resumes makes its own copy of them.
+
+Whatever else lies in DIR/checkpoints (copies of checkpoints under other names, files, links) is nobody's business: it
+is never read, and never removed.
 """
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...model.tables import RowTable
 from ..data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from ..distributed.world import ALONE, World
+from ..files import flush, naming, read_json, read_tensors, write_tensors
 from ..optim import Optimizers
 from ..recipe import Recipe
 from ..settings import PLANTED
@@ -43,6 +49,7 @@ from .tables import named_tables
 
 FOLDER = "checkpoints"
 STATE = "checkpoint.json"
+_NAME, _LEFT = re.compile(r"step-(\d{6}|[1-9]\d{6,})"), re.compile(r"\.(writing|removing-step)-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -75,45 +82,75 @@ def save(
     world: World = ALONE,
     memory: Memory = NOTHING,
     tokenizer: Tokenizer | None = None,
+    data: str = "",
 ) -> Path:
     """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`.
 
-    Every process of `world` calls this; the first one names the checkpoint once all have written their parts.
+    `data` is the digest of what the run learns from. Every process of `world` calls this; the first one names the
+    checkpoint once all have written their parts.
+
+    Raises:
+        OSError: a full disk, say; what there was is there still, whole.
     """
     parent = run / FOLDER
     folder, writing = parent / f"step-{progress.step:06d}", parent / f".writing-{progress.step:06d}"
-    if world.agree(folder.exists()):
-        return folder
     if world.first:
         parent.mkdir(parents=True, exist_ok=True)
         tidy(run, keep)
         writing.mkdir()
     world.barrier()
-    _write_tensors(writing / "model", model.state_dict(), world)
-    _write_tensors(writing / "optimizer", _optimizer_tensors(model, optimizer), world)
-    if world.first:
-        state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
-        state["memory"] = memory.values
-        if memory.tensors:
-            _write(writing / "memory.safetensors", lambda path: save_file(memory.tensors, path))
-        for name, text in tokenizer.files().items() if tokenizer else ():
-            _write(writing / name, partial(Path.write_text, data=text, encoding="utf-8"))
-        _write(writing / "random.safetensors", lambda path: save_file(_random_states(), path))
-        _write(writing / STATE, lambda path: path.write_text(json.dumps(state, indent=1) + "\n", "utf-8"))
-        _flush(writing)
-        os.rename(writing, folder)
-        _flush(parent)
-        tidy(run, keep)
+    try:
+        _write_tensors(writing / "model", model.state_dict(), world)
+        _write_tensors(writing / "optimizer", _optimizer_tensors(model, optimizer), world)
+        if world.first:
+            state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
+            state |= {"data": data, "memory": memory.values}
+            _write_rest(writing, state, memory, tokenizer)
+            _move_aside(folder)
+            os.rename(writing, folder)
+            flush(parent)
+            tidy(run, keep)
+    except OSError:
+        shutil.rmtree(writing, ignore_errors=True)  # on a full disk it takes room that others want
+        raise
     world.barrier()
     return folder
 
 
+def _write_rest(writing: Path, state: dict[str, Any], memory: Memory, tokenizer: Tokenizer | None) -> None:
+    """All but weights and moments, and everything onto the disk."""
+    if memory.tensors:
+        write_tensors(memory.tensors, writing / "memory.safetensors")
+    write_tensors(_random_states(), writing / "random.safetensors")
+    texts = tokenizer.files() if tokenizer else {}
+    for name, text in {**texts, STATE: json.dumps(state, indent=1) + "\n"}.items():
+        with naming(writing / name):
+            (writing / name).write_text(text, "utf-8")
+    for path in (*writing.iterdir(), writing):
+        flush(path)
+
+
+def _move_aside(folder: Path) -> None:
+    """Whatever has the name of a checkpoint that the run has yet to write gets another one."""
+    if os.path.lexists(folder):
+        numbers = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
+        aside = next(path for path in numbers if not os.path.lexists(path))
+        warnings.warn(f"{str(folder)!r} is not of this run: moved to {aside.name!r}", stacklevel=2)
+        os.rename(folder, aside)
+
+
 def tidy(run: Path, keep: int) -> None:
     """Removes what a killed run left behind, and all checkpoints but the newest `keep`."""
-    for leftover in (*(run / FOLDER).glob(".writing-*"), *(run / FOLDER).glob(".removing-*")):
+    for leftover in _folders(run, _LEFT):
         shutil.rmtree(leftover)
     for old in checkpoints(run)[:-keep]:
         remove(old)
+
+
+def _folders(run: Path, name: re.Pattern[str]) -> list[Path]:
+    """Folders beside the checkpoints whose whole names are like that."""
+    found = (run / FOLDER).glob("*")
+    return [path for path in found if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def remove(folder: Path) -> None:
@@ -141,7 +178,7 @@ def step_of(folder: Path) -> int:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / FOLDER).glob("step-*"), key=step_of)
+    return sorted((path for path in _folders(run, _NAME) if (path / STATE).is_file()), key=step_of)
 
 
 def find(path: Path | str) -> Path:
@@ -158,16 +195,29 @@ def find(path: Path | str) -> Path:
 
 
 def read_state(folder: Path) -> tuple[Recipe, Progress]:
-    """The recipe and the progress of a checkpoint."""
-    state = json.loads((folder / STATE).read_text("utf-8"))
-    return Recipe.from_dict(state["recipe"]), Progress(**state["progress"])
+    """The recipe and the progress of a checkpoint. Raises ValueError where its file is broken."""
+    path, values = folder / STATE, read_json(folder / STATE)
+    try:
+        recipe, progress = Recipe.from_dict(values["recipe"]), Progress(**values["progress"])
+    except KeyError as error:
+        raise ValueError(f"{str(path)!r} has no {error}: it is no checkpoint's, or not whole") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is broken, or of another version: {error}") from None
+    if any(type(value) is not int or value < 0 for value in (progress.step, progress.tokens)):
+        raise ValueError(f"{str(path)!r} is broken: progress={values['progress']}")
+    return recipe, progress
 
 
 def read_memory(folder: Path) -> Memory:
     """What the run remembered at a checkpoint."""
     path = folder / "memory.safetensors"
-    values = json.loads((folder / STATE).read_text("utf-8")).get("memory", {})
-    return Memory(values, load_file(path) if path.is_file() else {})
+    values = read_json(folder / STATE).get("memory", {})
+    return Memory(values, read_tensors(path) if path.is_file() else {})
+
+
+def read_data(folder: Path) -> str:
+    """The digest of what a checkpoint's run learnt from; '' where it was not told."""
+    return read_json(folder / STATE).get("data", "")
 
 
 def tokenizer_of(path: Path | str) -> Tokenizer:
@@ -190,26 +240,35 @@ def require_bytes(path: Path | str, why: str) -> None:
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Copies a checkpoint's weights and buffers into `model`. Raises RuntimeError naming what does not fit."""
+    """Copies a checkpoint's weights and buffers into `model`. Raises ValueError naming what does not fit."""
     path = _tensors(folder, "model")
     if path.is_file() and not _shared_out(model):
-        model.load_state_dict(load_file(path))
+        fit(model, path)
         return
     from ..distributed import checkpoint as parts
 
     state = model.state_dict()
     unexpected = parts.shapes(path).keys() - state.keys()
     if unexpected:
-        raise RuntimeError(f"{path}: {sorted(unexpected)[0]!r} is no tensor of the model")
+        raise ValueError(f"{path}: {sorted(unexpected)[0]!r} is no tensor of the model")
     parts.read(path, state)
+
+
+def fit(model: nn.Module, path: Path) -> None:
+    """Copies the tensors of a file into `model`. Raises ValueError, which says what does not fit."""
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        wrong = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} does not fit the model: {wrong.partition(': ')[2][:300]}") from None
 
 
 def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
     """Puts model, optimizer and random generators back to where they were.
 
     Raises:
-        RuntimeError: they do not fit.
-        ValueError: a parameter was updated by another rule than the one it has now.
+        FileNotFoundError: one of the checkpoint's files is missing.
+        ValueError: they do not fit, or a parameter was updated by another rule than the one it has now.
     """
     tensors = _read_moments(folder, model)
     parameters, tables, state = dict(model.named_parameters()), named_tables(model), optimizer.state
@@ -224,17 +283,21 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
         else:
             # AdamW counts its steps in float32 on the parameter's device; moments have the parameter's dtype
             state[parameters[name]][moment] = tensor.to(parameters[name].device)
-    states = load_file(folder / "random.safetensors")
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    path = folder / "random.safetensors"
+    states = read_tensors(path)
+    try:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{str(path)!r} holds no states of random generators: {error}") from None
 
 
 def _read_moments(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint keeps of the parameters, cut as they are."""
     path = _tensors(folder, "optimizer")
     if path.is_file() and not _shared_out(model):
-        return load_file(path)
+        return read_tensors(path)
     from ..distributed import checkpoint as parts
 
     tensors, parameters = {}, dict(model.named_parameters())
@@ -247,8 +310,11 @@ def _read_moments(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors(folder: Path, name: str) -> Path:
-    """The file of whole tensors, or the folder of their parts."""
-    return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+    """The file of whole tensors, or the folder of their parts. Raises FileNotFoundError where there is neither."""
+    for path in (folder / name, folder / f"{name}.safetensors"):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{str(folder)!r} has no {path.name}: the checkpoint is not whole")
 
 
 def _shared_out(model: nn.Module) -> bool:
@@ -257,13 +323,13 @@ def _shared_out(model: nn.Module) -> bool:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Any], world: World) -> None:
     if world.size == 1:
-        _write(path.with_suffix(".safetensors"), lambda file: save_file(_contiguous(tensors), file))
+        write_tensors(_contiguous(tensors), path.with_suffix(".safetensors"))
         return
     from ..distributed import checkpoint as parts
 
     parts.write(path, tensors)
     if world.first:
-        _flush(path)
+        flush(path)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
@@ -298,7 +364,7 @@ def _check_rules(
             kept = optimizer.moments.get(parameters[name], frozenset())
         else:
             file = folder / "optimizer.safetensors"
-            raise RuntimeError(f"{file}: {name!r} of {sorted(moments)} is no parameter of the model")
+            raise ValueError(f"{file}: {name!r} of {sorted(moments)} is no parameter of the model")
         if moments != kept:
             raise ValueError(f"{str(folder)!r}: {name} was trained with {_rule_of(name, moments)}: go on with that")
 
@@ -323,16 +389,3 @@ def _random_states() -> dict[str, Tensor]:
 
 def _contiguous(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    write(path)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

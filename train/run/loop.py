@@ -1,6 +1,6 @@
 """The training loop: step after step as the schedule says, one line of metrics each; and what surrounds it.
 
-    DIR/run.json  metrics.jsonl  checkpoints/step-*/  curves.png  sample.txt
+    DIR/run.json  metrics.jsonl  checkpoints/step-*/  curves.png  sample.txt      and, as long as it runs, .writer
 
 A step depends on the weights, the optimizer's moments, the random generators, what the run remembers of its losses and
 its own number, nothing else: all of them are in a checkpoint, so on a CPU a run that was killed at any moment continues
@@ -22,6 +22,7 @@ from ..data.source import Source
 from ..data.tokenizers import ByteTokenizer, Tokenizer, canonical_ids
 from ..distributed.shard import shard, split_by_mesh, whole_model
 from ..distributed.world import ALONE, Nowhere, World, choose_device, own_device
+from ..files import whole
 from ..optim import build_optimizer
 from ..recipe import Recipe, differences
 from . import checkpoint, graph, metrics, provenance
@@ -75,6 +76,7 @@ class Run:
         _check_folder(out, resumed)
         if resumed:
             _check_same_model(recipe, resumed)
+            _check_same_kind(recipe, resumed)
         self.device = own_device(choose_device(recipe.train.device), world.size)
         if recipe.train.graph:
             graph.check(recipe, self.device, world)
@@ -116,17 +118,21 @@ class Run:
 
     def _open(self, resumed: Path | None, shown: bool) -> None:
         step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
+        changed = _changes(self.recipe, self.source, self.out, resumed)
         self.world.barrier()  # every process has looked at the folder as it was
         if self.world.first:
             self.out.mkdir(parents=True, exist_ok=True)
             checkpoint.tidy(self.out, self.recipe.train.keep)
             provenance.write(
-                self.out, self.recipe, self.source, self.device, parameters, step, processes=self.world.size
+                *(self.out, self.recipe, self.source, self.device, parameters, step, self.world.size),
+                changed=changed,
             )
         self._open_metrics(resumed.parents[1] if resumed else None)
         steps, every = self.recipe.train.steps, self.recipe.train.log_every
         in_bytes = isinstance(self.source.tokenizer, ByteTokenizer)
         self.line = ProgressLine(step, steps, every, shown, in_bytes) if self.world.first else Nowhere()
+        for text in changed:
+            self.line.say(f"changed  {text}")
         if shown:
             start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
             where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
@@ -287,6 +293,7 @@ class Run:
         self.saved = checkpoint.save(
             *(self.out, self.model, self.optimizer, self.recipe, self.progress, keep, self.world, memory),
             tokenizer=self.source.tokenizer,
+            data=self.source.digest,
         )
         return self.saved
 
@@ -297,7 +304,8 @@ class Run:
         saved = self.saved or self.save()
         sample = self.sample()
         if sample:
-            (self.out / SAMPLE).write_text(sample, "utf-8")
+            with whole(self.out / SAMPLE) as writing:
+                writing.write_text(sample, "utf-8")
         steps, report = self.recipe.train.steps, self.source.report(self.scores)
         return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample)
 
@@ -368,6 +376,30 @@ def _check_same_model(recipe: Recipe, resumed: Path) -> None:
     changed = [text for text in differences(checkpoint.read_state(resumed)[0], recipe) if text.startswith("model.")]
     if changed:
         raise ValueError(f"{str(resumed)!r} is a checkpoint of another model: {'; '.join(changed)}")
+
+
+def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
+    """Weights and moments of one kind of run go on in another by train.init alone."""
+    before = checkpoint.read_state(resumed)[0]
+    for table in ("reason", "grpo"):
+        if (getattr(before, table) is None) != (getattr(recipe, table) is None):
+            there = "without" if getattr(before, table) is None else "with"
+            raise ValueError(f"{str(resumed)!r} is of a run {there} [{table}]: start a new one with train.init instead")
+
+
+def _changes(recipe: Recipe, source: Source, out: Path, resumed: Path | None) -> list[str]:
+    """What a resumed run does otherwise from here on than before, a line each."""
+    if resumed is None:
+        before = provenance.recipe(out)
+        return differences(Recipe.from_dict(before), recipe) if before else []
+    found, data = differences(checkpoint.read_state(resumed)[0], recipe), checkpoint.read_data(resumed)
+    if data and data != source.digest:
+        found.append(f"contents of data.source={recipe.data.source!r}: {_short(data)} -> {_short(source.digest)}")
+    return found
+
+
+def _short(digest: str) -> str:
+    return " ".join(part[:12] for part in digest.split())
 
 
 def _compress_vocabulary(model: Transformer, tokenizer: Tokenizer | None) -> None:

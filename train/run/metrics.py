@@ -20,11 +20,15 @@ import json
 import os
 import resource
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import naming, whole
 
 FILE = "metrics.jsonl"
 
@@ -51,36 +55,72 @@ class MetricsFile:
     """Appends records to `folder`/metrics.jsonl, each flushed at once.
 
     A resumed run keeps the lines up to `step` (taken from `source`, by default the same folder) and drops what follows,
-    a half-written last line included.
+    a half-written last line included; it warns of lines that are missing.
+
+    Raises:
+        ValueError: a line up to `step` is broken.
     """
 
     def __init__(self, folder: Path, step: int = 0, source: Path | None = None):
         self.path = folder / FILE
-        kept = [record for record in read(source or folder) if record["step"] <= step] if step else []
-        writing = folder / f".{FILE}"
-        writing.write_text("".join(map(_line, kept)), "utf-8")
-        os.replace(writing, self.path)
+        kept = _up_to(source or folder, step)
+        if len(kept) < step:
+            warnings.warn(f"{str((source or folder) / FILE)!r} has {len(kept)} of {step} steps so far", stacklevel=2)
+        with whole(self.path) as writing:
+            writing.write_text("".join(map(_line, kept)), "utf-8")
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open as long as the run)
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(_line(record))
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(_line(record))
+            self.file.flush()
 
     def sync(self) -> None:
         """Onto the disk, before a checkpoint that counts on these lines."""
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All complete records of a run's metrics.jsonl. Raises FileNotFoundError if there is none."""
+    """All complete records of a run's metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line that is no record.
+    """
+    return list(_records(folder))
+
+
+def _up_to(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Records up to that step; what follows is not looked at."""
+    kept: list[dict[str, Any]] = []
+    for record in _records(folder) if step and (folder / FILE).is_file() else ():
+        if record["step"] <= step:
+            kept.append(record)
+        if record["step"] >= step:
+            break
+    return kept
+
+
+def _records(folder: Path) -> Iterator[dict[str, Any]]:
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {FILE}; give the folder of a training run")
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+            whole_number = type(record["step"]) is int
+        except (ValueError, TypeError, LookupError):
+            whole_number = False
+        if not whole_number:
+            raise ValueError(f"{str(path)!r}: line {number} is no record of a step: remove it to go on without")
+        yield record
 
 
 def _line(record: dict[str, Any]) -> str:

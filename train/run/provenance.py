@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..data.source import Source
+from ..files import read_json, whole
 from ..recipe import Recipe
 
 FILE = "run.json"
@@ -22,13 +23,21 @@ PACKAGES = ("torch", "numpy", "safetensors", "einops", "triton")
 
 
 def write(
-    folder: Path, recipe: Recipe, data: Source, device: torch.device, parameters: int, step: int, processes: int = 1
+    folder: Path,
+    recipe: Recipe,
+    data: Source,
+    device: torch.device,
+    parameters: int,
+    step: int,
+    processes: int = 1,
+    changed: Sequence[str] = (),
 ) -> None:
-    """Writes run.json, or adds this start to the `starts` of the one that is there (a resumed run)."""
+    """Writes run.json, or adds this start, with what it has changed, to the `starts` of a resumed run's."""
     path = folder / FILE
-    earlier = json.loads(path.read_text("utf-8"))["starts"] if path.is_file() else []
+    earlier = _starts(path) if path.is_file() else []
     start = {
         "step": step,
+        "changed": list(changed),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "recipe": recipe.to_dict(),
@@ -39,15 +48,21 @@ def write(
         "machine": machine(device),
         "processes": processes,
     }
-    writing = folder / f".{FILE}"
-    writing.write_text(json.dumps({"starts": [*earlier, start]}, indent=1) + "\n", "utf-8")
-    os.replace(writing, path)
+    with whole(path) as writing:
+        writing.write_text(json.dumps({"starts": [*earlier, start]}, indent=1) + "\n", "utf-8")
 
 
 def recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of the latest start of the run in that folder, None if there is no run."""
     path = folder / FILE
-    return json.loads(path.read_text("utf-8"))["starts"][-1]["recipe"] if path.is_file() else None
+    return _starts(path)[-1]["recipe"] if path.is_file() else None
+
+
+def _starts(path: Path) -> list[Any]:
+    starts = read_json(path).get("starts")
+    if not isinstance(starts, list) or not starts or not all(isinstance(s, dict) and "recipe" in s for s in starts):
+        raise ValueError(f"{str(path)!r} holds no list of the run's starts")
+    return starts
 
 
 def source() -> dict[str, Any]:

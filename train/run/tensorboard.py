@@ -3,9 +3,12 @@
 {"lm": 2.1, "load_max": [1.2, 1.4], "grad_by": {"attn": 0.3}}   ->   lm, load_max/0, load_max/1, grad_by/attn
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .metrics import FILE
 
 FOLDER = "tensorboard"
 EVERYWHERE = ("step",)
@@ -23,14 +26,23 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("train.tensorboard: pip install tensorboard", name="tensorboard") from error
-        self.writer = SummaryWriter(str(folder / FOLDER), purge_step=step + 1 if step else None)
+        self.writer: Any = SummaryWriter(str(folder / FOLDER), purge_step=step + 1 if step else None)
 
     def write(self, record: dict[str, Any]) -> None:
         for tag, value in scalars(record):
-            self.writer.add_scalar(tag, value, record["step"])
+            self._try("add_scalar", tag, value, record["step"])
 
     def close(self) -> None:
-        self.writer.close()
+        self._try("close")
+
+    def _try(self, method: str, *arguments: Any) -> None:
+        """A run does not end for a copy of its metrics: what cannot be written is given up, aloud."""
+        try:
+            if self.writer is not None:
+                getattr(self.writer, method)(*arguments)
+        except OSError as error:
+            self.writer = None
+            warnings.warn(f"nothing more is written for TensorBoard: {error}; {FILE} has it all", stacklevel=2)
 
 
 def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -217,7 +217,9 @@ def test_old_weights_choose_and_new_ones_compute(recipe, poisoned, tmp_path, pla
 
 def test_where_the_way_back_leads(tiny, tmp_path):
     for step in (2, 4, 6):
-        (tmp_path / checkpoint.FOLDER / f"step-{step:06d}").mkdir(parents=True)
+        folder = tmp_path / checkpoint.FOLDER / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / checkpoint.STATE).touch()
     assert checkpoint.go_back(tmp_path, 6).name == "step-000004"
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000002", "step-000004"]
     assert checkpoint.go_back(tmp_path, 2).name == "step-000002", "there is no other"

@@ -11,6 +11,23 @@ def test_every_number_has_a_tag_of_its_own():
     assert dict(scalars(RECORD)) == {"lm": 2.5, "load_max/0": 1.5, "grad_by/attn": 0.25}
 
 
+def test_a_full_disk_is_told_once(tmp_path):
+    pytest.importorskip("tensorboard")
+
+    class Full:
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+    board = TensorBoard(tmp_path)
+    board.close()
+    board.writer = Full()
+    with pytest.warns(UserWarning, match=r"No space left on device; metrics\.jsonl has it all") as told:
+        board.write(RECORD)
+        board.write(RECORD)
+        board.close()
+    assert len(told) == 1
+
+
 def test_event_files_hold_the_numbers_and_a_resumed_run_hides_what_it_repeats(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

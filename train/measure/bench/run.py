@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...run import folder as folders
 from ...run import provenance
 from ..roofline import DTYPES, Peak, datasheet
 from . import OPS, measure, peers
@@ -36,7 +37,7 @@ def run_all(*, device: str | None = None, out: Path | None = None, **options: An
     Raises:
         ValueError: an option names something that is not there, or at the end: tests of an op are red.
     """
-    folder, paths, red = out or _folder("all"), [], []
+    folder, paths, red = out or folders.fresh("bench-all"), [], []
     for op in OPS:
         print(f"\n=== {op}: {OPS[op]}\n", flush=True)
         try:
@@ -87,7 +88,9 @@ def run(
         checked = check(op, on.type) if tests else "not run: --no-tests"
         result = describe(op, kind, on, data, repeats) | {"tests": checked, "base": commit}
         print(_heading(result), flush=True)
-        path = _path(out or _folder(op), op, shapes if shape else (), result["provenance"]["machine"], on)
+        path = _path(
+            out or folders.fresh(f"bench-{op}"), op, shapes if shape else (), result["provenance"]["machine"], on
+        )
         for name, sizes in shapes.items():
             result["shapes"][name] = asdict(sizes)
             for n in lengths or sizes.tokens:
@@ -131,10 +134,6 @@ def _rows(
         found += rows
         print("\n" + table(rows), flush=True)
     return found
-
-
-def _folder(op: str) -> Path:
-    return Path("runs") / f"bench-{op}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def load(op: str) -> Op:

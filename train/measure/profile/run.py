@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ....model import Transformer
+from ...run import folder as folders
 from ...run import provenance
 from ..bench.measure import measured_peak
 from ..roofline import Peak, datasheet
@@ -48,7 +49,7 @@ def run(
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1")
     check_fits(preset, on)
-    folder = out or Path("runs") / f"profile-{preset.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or folders.fresh(f"profile-{preset.name}")
     folder.mkdir(parents=True, exist_ok=True)
     result = describe(preset, on, repeats)
     print(report.heading(result), flush=True)

@@ -1,0 +1,243 @@
+"""A run's folder: one writer, names that never collide, foreign things left alone, files that are broken named."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from patience import wait_for
+from safetensors.torch import load_file
+
+import abyssal
+from abyssal.train import files
+from abyssal.train.cli import main
+from abyssal.train.distributed.world import ALONE
+from abyssal.train.files import lock
+from abyssal.train.run import checkpoint, folder, metrics, provenance
+from abyssal.train.start import train
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from abyssal.train.distributed.world import ALONE
+from abyssal.train.run import folder
+with folder.written(Path(sys.argv[1]), "run", ALONE):
+    print("here", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny):
+    return tiny("train.steps=2", "train.eval_every=0", "train.checkpoint_every=1", "train.sample_tokens=0")
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    return train(recipe, tmp_path_factory.mktemp("whole") / "run", shown=False).out
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_a_second_writer_is_refused_by_name_until_the_first_is_dead(run, recipe, capsys):
+    root = str(Path(abyssal.__file__).resolve().parents[1])
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    holder = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"here\n"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(run), "--set", "train.steps=3"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{str(run)!r} is being written by process {holder.pid} on " in said
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert checkpoint.find(run).name == "step-000002" and len(metrics.read(run)) == 2, "readers are not hindered"
+    holder.send_signal(signal.SIGKILL)
+    wait_for(lambda: holder.poll() is not None)
+    assert (run / folder.LOCK).exists()
+    train(recipe, run, resume=run, shown=False)
+    assert not (run / folder.LOCK).exists()
+
+
+def test_a_run_of_which_nothing_came_leaves_nothing(recipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(recipe, tmp_path / "a" / "b", resume=tmp_path / "nowhere", shown=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    held = lock(tmp_path / "file")
+    assert held is not None and lock(tmp_path / "file") is None
+    (tmp_path / "file").unlink()
+    with pytest.raises(FileNotFoundError):
+        lock(tmp_path / "file")
+    os.close(held)
+
+
+def test_folders_of_one_second_differ(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder.time, "strftime", lambda _: "20260101-120000")
+    first = folder.fresh("nano")
+    with folder.written(None, "nano", ALONE) as second, folder.written(None, "nano", ALONE) as third:
+        names = [path.name for path in (first, second, third)]
+    assert names == ["nano-20260101-120000", "nano-20260101-120000-2", "nano-20260101-120000-3"]
+    assert list((tmp_path / "runs").iterdir()) == [first.absolute()], "empty ones are gone"
+
+
+def litter(parent: Path) -> list[Path]:
+    """Everything that people leave beside checkpoints."""
+    good, made = parent / "step-000002", []
+    for name in ("step-000002-good", "step-000002 (copy)", "step-old", "step-2", "step-0000009"):
+        made.append(Path(shutil.copytree(good, parent / name)))
+    for name in ("step-000007", "step-000003", ".tmp", "empty"):
+        (parent / name).mkdir()
+    for name in ("step-000008", "step-notes", "README", ".writing-notes"):
+        (parent / name).write_text("mine", "utf-8")
+    (parent / "step-000010").symlink_to(shutil.copytree(good, parent / "kept"), target_is_directory=True)
+    (parent / "latest").symlink_to("nowhere")
+    return [path for path in parent.iterdir() if path.name not in ("step-000001", "step-000002")]
+
+
+def test_foreign_things_beside_checkpoints_are_left_alone(run, recipe, tiny):
+    parent = run / checkpoint.FOLDER
+    foreign = litter(parent)
+    before = {path: sorted(path.iterdir()) if path.is_dir() else None for path in foreign}
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-000001", "step-000002"]
+    longer = tiny("train.steps=4", "train.eval_every=0", "train.checkpoint_every=1", "train.sample_tokens=0")
+    with pytest.warns(UserWarning, match=r"step-000003' is not of this run: moved to 'step-000003.1'"):
+        train(longer, run, resume=run, shown=False)
+    del before[parent / "step-000003"]
+    assert before == {path: sorted(path.iterdir()) if path.is_dir() else None for path in before}
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-000003", "step-000004"]
+    assert (parent / "step-000003.1").is_dir() and os.readlink(parent / "latest") == "nowhere"
+
+
+BROKEN = {
+    "{}": ("checkpoint.json", lambda text: b"{}", "has no 'recipe'"),
+    "[]": ("checkpoint.json", lambda text: b"[]", "holds no JSON object"),
+    "no text": ("checkpoint.json", lambda text: b"\xff\xfe", "no JSON"),
+    "cut": ("checkpoint.json", lambda text: text[:99], "cut off"),
+    "empty": ("checkpoint.json", lambda text: b"", "cut off"),
+    "version": (
+        "checkpoint.json",
+        lambda text: text.replace(b'"lr"', b'"lr_of_later"'),
+        "another version.*lr_of_later",
+    ),
+    "step": ("checkpoint.json", lambda text: text.replace(b'"step": 2', b'"step": -2'), "is broken"),
+    "progress": ("checkpoint.json", lambda text: text.replace(b'"step": 2', b'"steps": 2'), "broken.*steps"),
+    "weights cut": ("model.safetensors", lambda text: text[:-5], "cut off"),
+    "weights gone": ("model.safetensors", lambda text: None, "has no model.safetensors"),
+    "other weights": ("model.safetensors", lambda text: text.replace(b"embed.weight", b"embed.wsight"), "does not fit"),
+    "moments empty": ("optimizer.safetensors", lambda text: b"", "cut off"),
+    "moments gone": ("optimizer.safetensors", lambda text: None, "has no optimizer.safetensors"),
+    "random gone": ("random.safetensors", lambda text: None, "random.safetensors': no such file"),
+    "random foreign": ("random.safetensors", lambda text: text.replace(b'"cpu"', b'"gpu"'), "random generators"),
+    "run": ("../../run.json", lambda text: b'{"starts": []}', "no list of the run's starts"),
+    "run cut": ("../../run.json", lambda text: text[:50], "cut off"),
+    "metrics": ("../../metrics.jsonl", lambda text: b"\x00\n" + text, "line 1 is no record"),
+    "other metrics": ("../../metrics.jsonl", lambda text: b"[1]\n" + text, "line 1 is no record"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_is_named_in_one_line(case, run, capsys):
+    name, change, message = BROKEN[case]
+    path = (checkpoint.find(run) / name).resolve()
+    text = change(path.read_bytes())
+    if text is None:
+        path.unlink()
+    else:
+        path.write_bytes(text)
+    assert main(["train", "--resume", str(run), "--set", "train.steps=3"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and path.name in said
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("kept", [b"", None, b'{"step": 1, "lm": 3.0}\n{"step": 2, "l'])
+def test_metrics_that_are_gone_or_cut_do_not_hinder_a_run(kept, run, recipe, tiny):
+    path = run / metrics.FILE
+    path.unlink() if kept is None else path.write_bytes(kept)
+    with pytest.warns(UserWarning, match=rf"metrics.jsonl' has {bool(kept):d} of 2 steps so far"):
+        train(tiny("train.steps=3", "train.eval_every=0", "train.sample_tokens=0"), run, resume=run, shown=False)
+    assert [record["step"] for record in metrics.read(run)] == [1, 3][not kept :]
+
+
+def test_the_newest_with_its_state_is_found(run):
+    (checkpoint.find(run) / checkpoint.STATE).unlink()
+    assert checkpoint.find(run).name == "step-000001"
+
+
+def test_what_a_resumed_run_changes_is_said_and_kept(run, recipe, texts, tmp_path, capsys):
+    other = Path(shutil.copytree(texts, tmp_path / "texts"))
+    (other / "text00.txt").write_text("something else\n" * 40, "utf-8")
+    sets = ("optim.lr=1e-4", "train.seed=3", f"data.source={other}", "train.steps=3", "data.batch_size=1")
+    assert main(["train", "--resume", str(run), *(word for text in sets for word in ("--set", text))]) == 0
+    said = capsys.readouterr().out
+    wanted = [
+        "data.batch_size: 2 -> 1",
+        f"data.source: {str(texts)!r} -> {str(other)!r}",
+        "optim.lr: 0.003 -> 0.0001",
+        "train.seed: 0 -> 3",
+        "train.steps: 2 -> 3",
+    ]
+    changed = json.loads((run / provenance.FILE).read_text("utf-8"))["starts"][-1]["changed"]
+    assert changed[:-1] == wanted
+    assert changed[-1].startswith(f"contents of data.source={str(other)!r}: ")
+    assert all(f"changed  {text}\n" in said for text in changed)
+
+
+def test_the_same_path_with_other_contents_is_said(whole, tiny, texts, tmp_path, capsys):
+    source = Path(shutil.copytree(texts, tmp_path / "texts"))
+    made = tiny(f"data.source={source}", "train.steps=1", "train.sample_tokens=0")
+    out = train(made, tmp_path / "run", shown=False).out
+    assert train(made, out, resume=out, shown=False) and "changed" not in capsys.readouterr().out
+    (source / "text00.txt").write_text("something else\n" * 40, "utf-8")
+    train(made, out, resume=out, shown=False)
+    assert f"changed  contents of data.source={str(source)!r}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("full", [1, 4, 6, 8])
+def test_a_full_disk_ends_a_run_with_what_to_do_and_loses_nothing(full, tiny, whole, tmp_path, monkeypatch, capsys):
+    """Tensors and lines of metrics are written in turns; write number `full` finds no room."""
+    writes = []
+
+    def room(path):
+        writes.append(path)
+        if len(writes) == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(path)] if path else []))
+
+    save, write = files.save_file, metrics._line
+    monkeypatch.setattr(files, "save_file", lambda tensors, path: room(path) or save(tensors, path))
+    monkeypatch.setattr(metrics, "_line", lambda record: room(None) or write(record))
+    out = tmp_path / "run"
+    sets = [f"data.source={tiny().data.source}", "data.sequence_length=48", "data.batch_size=2", "data.held_out_rows=3"]
+    sets += ["optim.warmup_steps=2", "train.steps=2", "train.eval_every=0", "train.checkpoint_every=1"]
+    sets += ["train.sample_tokens=0", "train.device=cpu", "train.log_every=1"]
+    command = ["train", "nano", "--out", str(out), *(word for text in sets for word in ("--set", text))]
+    assert main(command) == 2
+    said, last = capsys.readouterr().err, "none" if full < 5 else "step-000001"
+    assert said.count("\n") == 1 and "no space left on device; make room there, or choose another place; " in said
+    assert f"the last checkpoint is {last}: go on with --resume {out}\n" in said
+    assert not list(out.rglob(".*"))
+    assert main(["train", "--resume", str(out)]) == 0
+    for file in ("model", "optimizer", "random"):
+        a, b = (load_file(checkpoint.find(run) / f"{file}.safetensors") for run in (whole, out))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert [record["step"] for record in metrics.read(out)] == [1, 2]
+
+
+def test_a_run_of_another_kind_cannot_go_on(run, recipe, tiny):
+    values = recipe.to_dict()
+    other = type(recipe).from_dict({**values, "reason": {"tasks": ["addition-1"]}})
+    with pytest.raises(ValueError, match=r"is of a run without \[reason\]: start a new one with train\.init"):
+        train(other, run, resume=run, shown=False)
