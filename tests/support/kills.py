@@ -1,13 +1,19 @@
-"""Kills a training at random moments, again and again: does every resumption end in the bits of the run in one go?
+"""Kills processes at random moments, again and again: is anything lost, torn, or left lying about?
 
-    python tests/support/kills.py --kills 100
+    python tests/support/kills.py 200 [SEED]
 
-The run is small and has everything that must survive: three stages of attention, passes that add up to a step, a batch
-that spikes the loss, the way back from it, experts chosen ahead, evaluations, a checkpoint every other step of which
-two are kept. This process imports torch once and never trains; each attempt is a fork of it that starts the run, or
-resumes it, and is killed (SIGKILL) after a random time, wherever it is: building the model, in a step, while it writes
-a line; every third time or so while it writes a checkpoint. When the run is done, checkpoint, metrics and sample are
-compared, and another one begins, until there were enough kills.
+training        a small run with everything that must survive: three stages of attention, passes that add up to a step,
+                a batch that spikes the loss, the way back from it, experts chosen ahead, evaluations, a checkpoint
+                every other step of which two are kept. It ends in the bits of the run in one go
+tables          the same with the Engram tables in a file, whose rows are written back
+tokenising      byte pairs trained, and a text in their tokens; whatever has its name is whole
+mapped          bytes in a file that is mapped
+save_pretrained a folder is old or new as a whole, and others' files stay in it
+convert         likewise
+
+This process imports torch once and never computes; each attempt is a fork of it that is killed (SIGKILL) after a random
+time, wherever it is; a training every third time or so while it writes a checkpoint. A line of JSON for each kind says
+what was lost, torn and left after the next start.
 """
 
 import argparse
@@ -19,7 +25,12 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -29,8 +40,13 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 (what an optimizer imports first: not again in each fork)
 from safetensors.torch import load_file  # noqa: E402
 
+from abyssal.model import Transformer  # noqa: E402
+from abyssal.model.interchange import convert_pretrained, save_pretrained  # noqa: E402
 from abyssal.train import start  # noqa: E402
+from abyssal.train.data import mapped  # noqa: E402
+from abyssal.train.data.corpus import load_corpus  # noqa: E402
 from abyssal.train.data.rows import Batch  # noqa: E402
+from abyssal.train.data.tokenizers import ByteTokenizer  # noqa: E402
 from abyssal.train.recipe import Recipe, load_recipe  # noqa: E402
 from abyssal.train.run import checkpoint, metrics  # noqa: E402
 
@@ -52,7 +68,7 @@ def write_texts(folder: Path) -> None:
         (folder / f"text{i}.txt").write_text(text + "\n", "utf-8")
 
 
-def make_recipe(texts: Path) -> Recipe:
+def make_recipe(texts: Path, *more: str) -> Recipe:
     keys = [
         f"data.source='{texts}'",
         *("data.batch_size=2", "data.sequence_length=48", "data.held_out_rows=2", "train.micro_batch=1"),
@@ -67,6 +83,7 @@ def make_recipe(texts: Path) -> Recipe:
             "model.hidden_size=32",
             "model.moe_intermediate_size=32",
         ),
+        *more,
     ]
     values = load_recipe("nano", keys).to_dict()
     del values["train"]["steps"]
@@ -93,34 +110,57 @@ def poison_sources() -> None:
     start.open_source = open_source
 
 
-def attempt(recipe: Recipe, out: Path, lifetime: float | None, writing: bool = False) -> bool:
-    """Starts or resumes the run in a fork; False if it was killed after `lifetime` seconds, or then with the next
-    checkpoint that it writes.
-    """
+def linger() -> None:
+    """Between the calls that give files their names, where a kill would seldom hit, this process takes its time."""
+    for name in ("mkdir", "rename", "replace", "rmdir", "unlink"):
+        setattr(os, name, partial(late, getattr(os, name)))
+
+
+def late(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    time.sleep(0.01)
+    return call(*arguments, **options)
+
+
+def attempt(work: Callable[[], Any], lifetime: float | None, ripe: Callable[[], bool] = lambda: True) -> bool:
+    """Does `work` in a fork; False if that was killed, after `lifetime` seconds and once the moment is `ripe`."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            start.train(recipe, out, resume=out if (out / "run.json").is_file() else None, shown=False)
+            linger()
+            work()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     if lifetime is not None:
         until = time.monotonic() + lifetime
-        while time.monotonic() < until or (writing and not any((out / checkpoint.FOLDER).glob(".writing-*"))):
+        while time.monotonic() < until or not ripe():
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 break
-            time.sleep(0.001)
+            time.sleep(0.0005)
         else:
             os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
     else:
         status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise RuntimeError(f"the run in {out} ended with an error")
+        raise RuntimeError("the work ended with an error")
     return os.WIFEXITED(status)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that it takes in a fork, in one go."""
+    began = time.monotonic()
+    attempt(work, None)
+    return time.monotonic() - began
+
+
+def go_on(recipe: Recipe, out: Path) -> None:
+    start.train(recipe, out, resume=out if (out / "run.json").is_file() else None, shown=False)
 
 
 def records(run: Path) -> list[dict]:
@@ -167,55 +207,154 @@ def newest(run: Path) -> int:
     return checkpoint.step_of(checkpoint.find(run))
 
 
-def kill_until_done(recipe: Recipe, out: Path, draw: random.Random, longest: float, most: int) -> list[str]:
+def hidden(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+
+
+def kill_run(recipe: Recipe, out: Path, draw: random.Random, longest: float, most: int) -> list[str]:
     """Runs `recipe` in `out` to its end, killed up to `most` times; where the kills hit."""
     hits: list[str] = []
-    while not attempt(recipe, out, draw.uniform(0, longest) if len(hits) < most else None, draw.random() < 1 / 3):
+    while True:
+        lifetime, written = draw.uniform(0, longest) if len(hits) < most else None, draw.random() < 1 / 3
+        ripe = (lambda: any((out / checkpoint.FOLDER).glob(".writing-*"))) if written else (lambda: True)
+        if attempt(partial(go_on, recipe, out), lifetime, ripe):
+            return hits
         hits.append(state(out))
-    return hits
 
 
-def experiment(folder: Path, kills: int, seed: int, per_run: int = 1000) -> dict:
-    """`kills` kills, over as many runs as they take; raises if a run ends in other bits than the one in one go."""
-    texts = folder / "texts"
-    texts.mkdir(parents=True)
-    write_texts(texts)
-    poison_sources()
-    recipe, draw = make_recipe(texts), random.Random(seed)
-    began = time.monotonic()
-    attempt(recipe, folder / "whole", None)
-    took = time.monotonic() - began
-    lines = records(folder / "whole")
-    hits: list[str] = []
-    runs = 0
+def kill_training(folder: Path, draw: random.Random, kills: int, keys: tuple[str, ...] = (), per_run: int = 12) -> dict:
+    """`kills` kills, over as many runs as they take."""
+    recipe = make_recipe(folder.parent / "texts", *keys)
+    took = timed(partial(go_on, recipe, folder / "whole"))
+    lines, hits, lost, litter = records(folder / "whole"), [], [], []
     while len(hits) < kills:
-        out, runs = folder / f"killed{runs}", runs + 1
-        hits += kill_until_done(recipe, out, draw, took / 2, min(per_run, kills - len(hits)))
-        found = differences(folder / "whole", out)
-        if found:
-            raise AssertionError(f"{out} differs from {folder / 'whole'} in {found}, killed {hits}")
+        out = folder / f"killed{len(hits)}"
+        hits += kill_run(recipe, out, draw, took / 2, min(per_run, kills - len(hits)))
+        lost += differences(folder / "whole", out)
+        litter += hidden(out) + sorted({p.name for p in out.iterdir()} - {p.name for p in (folder / "whole").iterdir()})
         shutil.rmtree(out)
     return {
-        "kills": len(hits),
-        "runs": runs,
-        "steps": len(lines),
+        **{"kills": len(hits), "lost": lost, "torn": [], "litter": litter},
         "went_back": [spike for line in lines for spike in line.get("went_back", [])],
         "anticipatory": [line["step"] for line in lines if line.get("anticipatory")],
         "hits": {where: hits.count(where) for where in sorted(set(hits))},
-        "seconds_of_a_whole_run": round(took, 2),
     }
 
 
-def main() -> None:
+def contents(folder: Path) -> dict[str, str]:
+    """The digest of every file in a folder, by its path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill_tokens(folder: Path, draw: random.Random, kills: int, vocabulary: int | None) -> dict:
+    """Kills of those who fill a cache with the tokens of a text: of bytes, or of byte pairs that are trained first."""
+    corpus = load_corpus(str(folder.parent / "texts"))
+    found: dict[str, Any] = {"kills": 0, "lost": [], "torn": [], "litter": []}
+
+    def fill() -> None:
+        mapped.tokenised(corpus, mapped.trained_tokenizer(corpus, vocabulary) if vocabulary else ByteTokenizer())
+
+    def cached(name: str) -> Path:
+        os.environ[mapped.CACHE] = str(folder / name)
+        return folder / name
+
+    reference = cached("whole")
+    took = timed(fill)
+    whole = contents(reference)
+    while found["kills"] < kills:
+        cache = cached("killed")
+        while not attempt(fill, draw.uniform(0, took) if found["kills"] < kills else None):
+            found["kills"] += 1
+            named = {k: v for k, v in contents(cache).items() if not any(part[0] == "." for part in Path(k).parts)}
+            found["torn"] += [name for name, digest in named.items() if whole.get(name) != digest]
+        found["lost"] += [name for name, digest in whole.items() if contents(cache).get(name) != digest]
+        found["litter"] += hidden(cache)
+        shutil.rmtree(cache)
+    return found
+
+
+def kill_folders(folder: Path, draw: random.Random, kills: int, write: Callable[[int, Path], None]) -> dict:
+    """Kills of those who write model 0 or 1 to a folder, where the other is, and a file of others."""
+    found: dict[str, Any] = {"kills": 0, "lost": [], "torn": [], "litter": []}
+    whole = []
+    for model in (0, 1):
+        took = timed(partial(write, model, folder / f"whole{model}"))
+        whole.append({**contents(folder / f"whole{model}"), "notes.txt": sha256(b"mine").hexdigest()})
+    parent = folder / "killed"
+    target = parent / "model"
+    target.mkdir(parents=True)
+    (target / "notes.txt").write_text("mine", "utf-8")
+    attempt(partial(write, 0, target), None)
+    while found["kills"] < kills:
+        model = draw.randrange(2)
+        if attempt(partial(write, model, target), draw.uniform(0, took)):
+            continue
+        found["kills"] += 1
+        now = contents(target)
+        if now not in whole:
+            found["torn" if now else "lost"].append(sorted(now.keys() ^ whole[model].keys()))
+        if draw.random() < 1 / 2:
+            attempt(partial(write, model, target), None)
+            if contents(target) != whole[model]:
+                found["lost"].append(sorted(contents(target).keys() ^ whole[model].keys()))
+            found["litter"] += sorted(path.name for path in parent.iterdir() if path != target)
+            for left in parent.iterdir():  # counted once
+                if left != target:
+                    shutil.rmtree(left)
+    return found
+
+
+def saving(folder: Path) -> Callable[[int, Path], None]:
+    """Writes one of two small models in shards."""
+    config = make_recipe(folder.parent / "texts").model
+    models = [Transformer(config), Transformer(config)]
+    return lambda model, target: save_pretrained(models[model], target, "official", max_shard_size=200_000)
+
+
+def converting(folder: Path) -> Callable[[int, Path], None]:
+    """Writes a small model anew in one of two ways of cutting it into shards."""
+    attempt(lambda: saving(folder)(0, folder / "source"), None)
+    return lambda model, target: convert_pretrained(
+        folder / "source", target, "official", max_shard_size=(300_000, 10**9)[model]
+    )
+
+
+TABLES = ("optim.engram_rows=touched", "train.engram_tables=mapped")
+KINDS: dict[str, Callable[[Path, random.Random, int], dict]] = {
+    "training": kill_training,
+    "tables": partial(kill_training, keys=TABLES),
+    "tokenising": partial(kill_tokens, vocabulary=320),
+    "mapped": partial(kill_tokens, vocabulary=None),
+    "save_pretrained": lambda folder, draw, kills: kill_folders(folder, draw, kills, saving(folder)),
+    "convert": lambda folder, draw, kills: kill_folders(folder, draw, kills, converting(folder)),
+}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=100, help="kills in all (int, default: 100)")
-    parser.add_argument("--per-run", type=int, default=12, help="kills of one run at most (int, default: 12)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (int, default: 0)")
+    parser.add_argument("kills", type=int, help="kills in all, of every kind alike (int)")
+    parser.add_argument("seed", type=int, nargs="?", default=0, help="of the moments (int, default: 0)")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds (default: all)")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    poison_sources()
+    wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(experiment(Path(folder), options.kills, options.seed, options.per_run), indent=1))
+        (Path(folder) / "texts").mkdir()
+        (Path(folder) / "tmp").mkdir()
+        tempfile.tempdir = str(Path(folder) / "tmp")
+        write_texts(Path(folder) / "texts")
+        for number, kind in enumerate(options.only):
+            (Path(folder) / kind).mkdir()
+            kills = (options.kills + number) // len(options.only)
+            began = time.monotonic()
+            found = KINDS[kind](Path(folder) / kind, random.Random(options.seed), kills)
+            found["litter"] += os.listdir(tempfile.tempdir)
+            wrong += len(found["lost"]) + len(found["torn"]) + len(found["litter"])
+            print(json.dumps({"kind": kind, **found, "seconds": round(time.monotonic() - began, 1)}), flush=True)
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
