@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ..foreign import refuse_foreign
+from ..kept import kept
 from . import formats
 from .counts import check_counts, check_numbers
 from .families import Config, Family, family_of, family_of_model
 from .files import CONFIG, Folder, Header, write
-from .names import LAYOUTS, Index, is_float32, listed
+from .names import LAYOUTS, Index, listed
 
 if TYPE_CHECKING:
     from ..lineage import LineageTransformer
@@ -45,8 +46,8 @@ def load_pretrained(
     Which generation it is, V4, V3.2 or V3, says `model_type` in config.json.
 
     Tensors go one by one to `device` (default: the CPU). `dtype` None keeps the file's types, with bfloat16 for
-    quantised tensors, which holds them exactly; otherwise floating tensors are cast, but norms, mHC, sinks, slot biases
-    and gate biases to float32 at least. Without MTP tensors the model has no MTP block.
+    quantised tensors, which holds them exactly; otherwise floating tensors are cast. Norms, mHC, sinks, slot biases and
+    gate biases are float32 at least, whatever the file has. Without MTP tensors the model has no MTP block.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no safetensors weights, or a shard is missing.
@@ -132,7 +133,7 @@ class Stored:
         refuse_foreign(str(self.folder.path), headers)
         self.config = self.family.load(self.folder.path / CONFIG, headers)
         check_counts(self.config, headers)
-        self.shapes, self._is_float = _shapes(self.family, self.config)
+        self.shapes, self._is_float, self._kept = _shapes(self.family, self.config)
         self.scales = {
             name: self.family.scale_name(name)
             for name, header in headers.items()
@@ -146,7 +147,7 @@ class Stored:
         if not self._is_float[name]:
             return torch.int64
         if dtype is not None:
-            return torch.promote_types(dtype, torch.float32) if is_float32(name) else dtype
+            return torch.promote_types(dtype, torch.float32) if name in self._kept else dtype
         kinds = {_FLOATS.get(self.folder.headers[part].dtype, torch.bfloat16) for part in self.parts[name]}
         if len(kinds) > 1:
             raise ValueError(f"the parts of {name} are {', '.join(sorted(map(str, kinds)))}: say which dtype to read")
@@ -228,17 +229,18 @@ class Stored:
             raise ValueError(f"{self.scales[part]} is {scales.dtype}: allowed is {self.family.scales}")
 
 
-def _shapes(family: Family, config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, bool]]:
-    """Our tensors' shapes, and which of them hold floats."""
+def _shapes(family: Family, config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, bool], set[str]]:
+    """Our tensors' shapes, which of them hold floats, and which no cast narrows."""
     try:
         with torch.device("meta"):
-            state = family.model(config).state_dict()
+            model = family.model(config)
     except (RuntimeError, TypeError):  # more values than an integer counts
         sizes = {key: value for key, value in config.to_dict().items() if isinstance(value, int)}
         largest = max(sizes, key=sizes.__getitem__)
         raise ValueError(f"{largest}={sizes[largest]}: no model has tensors of the configuration's sizes") from None
+    state = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return shapes, {name: tensor.is_floating_point() for name, tensor in state.items()}
+    return shapes, {name: tensor.is_floating_point() for name, tensor in state.items()}, kept(model)
 
 
 def _save(

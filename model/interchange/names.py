@@ -20,7 +20,6 @@ Index = tuple[int | slice, ...]
 
 _MARKS = {"lm_head.weight": "huggingface", "model.embed_tokens.weight": "hybrid", "embed.weight": "official"}
 _SHARED_COPIES = re.compile(r"mtp\.\d+\.(emb\b.*|embed\b.*|head\.weight)$")
-_FLOAT32 = re.compile(r"(norm(\.weight)?|\.(fn|base|scale|attn_sink|ape)|gate\.bias)$")
 
 _BLOCK = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -125,11 +124,6 @@ def layout_of(names: Iterable[str]) -> str:
 def is_shared_copy(name: str) -> bool:
     """Whether a stored tensor is the MTP block's copy of the embedding or the head, which it shares."""
     return bool(_SHARED_COPIES.match(name))
-
-
-def is_float32(name: str) -> bool:
-    """Whether our tensor of that name is float32 at least, in any model: norms, mHC, sinks, slot and gate biases."""
-    return bool(_FLOAT32.search(name))
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:

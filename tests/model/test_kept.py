@@ -13,7 +13,15 @@ KEPT = re.compile(r"(norm(\.weight|\.bias)?|\.(fn|base|scale|attn_sink|ape|tid2e
 SIZES = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8}
 SIZES |= {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 8}
 SIZES |= {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4}
-SIZES |= {"num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
+SIZES |= {
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "index_topk": 4,
+}
 CASTS = {
     "bfloat16": lambda m: m.bfloat16(),
     "half": lambda m: m.half(),

@@ -7,7 +7,8 @@ import torch
 
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.interchange import plan, shape_of
-from abyssal.model.interchange.names import is_float32, sources
+from abyssal.model.interchange.names import sources
+from abyssal.model.kept import kept
 
 SIZES = {  # d, layers, heads, query rank, groups, experts, expert width, ratios of the layers
     "v4-flash": (4096, 43, 64, 1024, 8, 256, 2048, [0, 0] + [4, 128] * 20 + [4]),
@@ -88,9 +89,9 @@ def test_every_released_tensor_has_its_place(name):
     config = ModelConfig.load(name)
     with torch.device("meta"):
         model = Transformer(config)
-    ours = {}
+    ours, kept_names = {}, kept(model)
     for key, tensor in model.state_dict().items():
-        wide = is_float32(key) and not key.endswith("norm.weight")  # norms' weights are stored in bfloat16
+        wide = key in kept_names and not key.endswith("norm.weight")  # norms' weights are stored in bfloat16
         dtype = torch.float32 if wide else torch.bfloat16
         for part, place in sources(key, config, "official").items():
             dtype = dtype if tensor.is_floating_point() else torch.int64

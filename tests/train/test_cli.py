@@ -251,16 +251,13 @@ def test_the_systems_errors_say_where_and_what_to_do(error, said, monkeypatch, c
         main(["info", "nano", "--traceback"])
 
 
-@pytest.mark.parametrize("gone", ["full", "closed"])
-def test_a_stdout_that_takes_nothing_is_one_line(gone):
-    """A full disk behind it, or a reader that has gone."""
-    reader, pipe = os.pipe()
-    os.close(reader)
-    stdout = os.open("/dev/full", os.O_WRONLY) if gone == "full" else pipe
+def test_a_stdout_that_takes_nothing_is_one_line():
+    """A full disk behind it."""
     command = [sys.executable, "-m", "abyssal.train", "info", "nano"]
-    result = subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True)
-    said = {"full": "no space left on device; make room there, or choose another place", "closed": "broken pipe"}[gone]
-    assert (result.returncode, result.stderr) == (2, f"abyssal info: {said}\n")
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "abyssal info: no space left on device; make room there, or choose another place\n"
+    assert (result.returncode, result.stderr) == (2, said)
 
 
 def test_generate_refuses_a_bad_setting(run, capsys):

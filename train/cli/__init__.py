@@ -66,10 +66,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except EXPECTED as error:
-        if options.traceback:
+        if options.traceback or (isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout)):
             raise
         _give_up(sys.stdout)
         print(f"abyssal {options.command}: {visible(_said(error))}", file=sys.stderr)
@@ -96,6 +94,14 @@ def _said(error: Exception) -> str:
 
 def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
+
+
+def _nobody_reads(stream: Any) -> bool:
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _give_up(stream: Any) -> None:

@@ -1,6 +1,7 @@
 """`abyssal train`: a recipe, a folder, and what came of it."""
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
