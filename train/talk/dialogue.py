@@ -150,8 +150,9 @@ def _object(arguments: Any) -> Any:
 
 
 def _mark(text: str) -> str:
-    """A string that the text does not have: one private-use character, once more than it comes in a row there."""
-    return "\ue000" * (1 + max(map(len, re.findall("\ue000+", text)), default=0))
+    """A short string that the text does not have, and that no end of it begins: a number between private-use signs."""
+    taken = set(re.findall("\ue000([0-9]+)\ue001", text))
+    return next(f"\ue000{n}\ue001" for n in range(len(taken) + 1) if str(n) not in taken)
 
 
 def _cut(value: Any, special: re.Pattern[str], mark: str) -> Any:

@@ -2,28 +2,40 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import json
 import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import patience
 import pytest
 import torch
 from lively import lively
 from patience import wait_for
+from requests_fuzz import fuzz
 
 from abyssal.model import generate
 from abyssal.model.text.constrain import json_schema, tool_calls
 from abyssal.train.data.tokenizers import ByteTokenizer
 from abyssal.train.talk.dialogue import prompt
 from abyssal.train.talk.serve.app import Limits
+from abyssal.train.talk.serve.errors import ApiError
+from abyssal.train.talk.serve.grammars import Grammars
 from abyssal.train.talk.serve.prepare import grammar_of
 from abyssal.train.talk.serve.request import read_chat
-from abyssal.train.talk.serve.run import bind, build_server, is_local
+from abyssal.train.talk.serve.run import PrintableFormatter, bind, build_server, is_local
 from abyssal.train.talk.voice import Voice
 
 BYTES = ByteTokenizer()
@@ -297,6 +309,10 @@ BAD = [
     ({"max_completion_tokens": 5}, "max_tokens", "invalid_value"),
     ({"temperature": -1}, "temperature", "invalid_value"),
     ({"temperature": "hot"}, "temperature", "invalid_value"),
+    ({"temperature": 10**400}, "temperature", "invalid_value"),
+    ({"top_p": 10**400}, "top_p", "invalid_value"),
+    ({"seed": 10**400}, "seed", "invalid_value"),
+    ({"max_tokens": 1e300}, "max_tokens", "invalid_value"),
     ({"top_p": 0}, "top_p", "invalid_value"),
     ({"seed": 0.5}, "seed", "invalid_value"),
     ({"n": 9}, "n", "invalid_value"),
@@ -354,7 +370,8 @@ def test_labels_and_neutral_values_change_nothing(address):
 
 BODIES = [
     (b"", 400), (b"{", 400), (b"[]", 400), (b"null", 400), (b"\xff\xfe", 400), (b'{"a": NaN}', 400),
-    (b'{"a": 1e999}', 400),
+    (b'{"a": 1e999}', 400), (b'{"a": 1%s}' % (b"0" * 5000), 400), (b'{"a": "\x00"}', 400),
+    (b'{"a":' * 200 + b"1" + b"}" * 200, 400),
     (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', 400), (b"[" * 100_000, 400),
     (b'{"model": "tiny", "messages": "' + b"x" * 200_001 + b'"}', 413), (b'{"messages": []}', 400),
 ]  # fmt: skip
@@ -401,6 +418,249 @@ def test_what_goes_wrong_inside_stays_inside(voice, monkeypatch, caplog):
     assert '"code": "internal_error"' in stream.text and stream.text.endswith("data: [DONE]\n\n")
     assert not any("secret" in reply.text for reply in (whole, early, stream))
     assert "secret" in caplog.text
+
+
+# what one client cannot do to the server
+
+HEAVY = {
+    "two multiples": {"allOf": [{"type": "integer", "multipleOf": 1000003}, {"multipleOf": 999983}]},
+    "many names": {"type": "object", "required": [f"n{i}" for i in range(40_000)]},
+}
+
+
+@pytest.fixture(scope="module")
+def grammars():
+    grammars = Grammars(BYTES)
+    yield grammars
+    grammars.close()
+
+
+def asked(schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return read_chat({"model": "tiny", "messages": HI, "response_format": form})
+
+
+def followers():
+    """The processes that follow grammars, of all servers here."""
+    children = [Path(f"/proc/{child}/task/{child}/children") for child in below(os.getpid())]
+    return [child for each in children for child in map(int, each.read_text().split())]
+
+
+def below(process):
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+processes = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc tells which processes there are")
+
+
+def follows(grammars):
+    """Whether a grammar can still be made, and followed."""
+    held = asyncio.run(grammars.make(asked({"const": 7}), 5))
+    walk, words = held.walk(5), np.zeros((1, 9), np.int32)
+    walk.fill(words, 0)
+    assert np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()[0].tolist() == [ord("7")]
+    assert walk.take(ord("7")) == ord("7") and not walk.complete
+    walk.back()
+    assert walk.take(ord("7")) == ord("7") and walk.take(BYTES.eos) == BYTES.eos and walk.complete
+    held.close()
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_grammar_beyond_all_limits_costs_one_request(grammars, name):
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(grammars.make(asked(HEAVY[name]), 50))
+    assert (caught.value.status, caught.value.code, caught.value.param) == (
+        400,
+        "unsupported_schema",
+        "response_format",
+    )
+    follows(grammars)
+
+
+@processes
+def test_a_follower_that_is_not_needed_any_more_ends(grammars, voice):
+    async def leave():
+        making = asyncio.create_task(grammars.make(asked(HEAVY["two multiples"]), 50))
+        await asyncio.to_thread(wait_for, lambda: followers() or making.done())
+        making.cancel()
+
+    asyncio.run(leave())
+    wait_for(lambda: not followers())
+    follows(grammars)
+    with serving(voice) as address:
+        long = {"type": "array", "items": {"type": "integer"}, "minItems": 60}
+        body = {"model": "tiny", "messages": HI, "max_tokens": 1000, "response_format": schema(name="x", schema=long)}
+        with HTTP.stream("POST", f"{address}/v1/chat/completions", json={**body, "stream": True}) as reply:
+            next(reply.iter_raw())
+            assert len(followers()) == 1
+        wait_for(lambda: not followers())
+
+
+@processes
+def test_a_library_that_breaks_while_a_text_is_written(address):
+    numbers = schema(name="x", schema={"type": "array", "items": {"type": "integer"}, "minItems": 200})
+    fields = {"messages": HI, "max_tokens": 1000, "response_format": numbers}
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(post, address, **fields)
+        wait_for(lambda: followers() or whole.done())
+        kill(followers(), signal.SIGSEGV)
+        assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (400, "unsupported_schema")
+    body = {"model": "tiny", "stream": True, **fields}
+    with HTTP.stream("POST", f"{address}/v1/chat/completions", json=body) as reply:
+        chunks = reply.iter_text()
+        said = next(chunks)
+        kill(followers(), signal.SIGSEGV)
+        said += "".join(chunks)
+    assert '"unsupported_schema"' in said and said.endswith("data: [DONE]\n\n")
+    assert post(address, messages=HI).status_code == 200
+
+
+def kill(processes, number):
+    for process in processes:
+        os.kill(process, number)
+
+
+@processes
+def test_a_nursery_that_is_lost_is_started_again():
+    grammars = Grammars(BYTES)
+    follows(grammars)
+    kill(below(os.getpid()), signal.SIGKILL)
+    with contextlib.suppress(ApiError):  # this one may find out
+        follows(grammars)
+    follows(grammars)
+    grammars.close()
+
+
+def test_changed_requests(voice):
+    report = fuzz(150, seed=1, voice=voice)
+    assert not report.failures and report.statuses[200] and report.statuses[400]
+
+
+def test_signs_of_clients_in_the_log():
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "GET %s", ("/\x1b[2J\r\n\x9b\u2028é",), None)
+    assert PrintableFormatter("%(message)s").format(record) == r"GET /\x1b[2J\r\n\x9b\u2028é"
+    try:
+        raise ValueError("\x1b]0;")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    lines = PrintableFormatter("%(message)s").format(record).split("\n")
+    assert len(lines) > 2 and all(line.isprintable() for line in lines) and lines[-1] == r"ValueError: \x1b]0;"
+
+
+def talk(address, *parts):
+    """What the server says to these bytes until it closes."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=patience.SECONDS) as connection:
+        for part in parts:
+            connection.sendall(part)
+        return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(("sent", "status", "code"), [
+    (b"", 408, "timeout"),
+    (b"GE", 408, "timeout"),
+    (POST, 408, "timeout"),
+    (POST + b"Content-Length: 9\r\n\r\n{", 408, "timeout"),
+    (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", 408, "timeout"),
+    (GET + GET + POST, 408, "timeout"),
+    (b"\0\1\2\r\n\r\n", 400, "invalid_http"),
+    (POST + b"X: " + b"x" * 2**17 + b"\r\n\r\n", 400, "invalid_http"),
+    (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400, "invalid_http"),
+    (POST + b"Content-Length: -1\r\n\r\n", 400, "invalid_http"),
+])  # fmt: skip
+def test_connections_end(address, monkeypatch, caplog, sent, status, code):
+    monkeypatch.setattr("abyssal.train.talk.serve.connections.HEAD_SECONDS", 0.5)
+    monkeypatch.setattr("abyssal.train.talk.serve.app.BODY_SECONDS", 0.3)
+    said = talk(address, sent)
+    last = said[said.rindex("HTTP/1.1 ") :]
+    assert last.startswith(f"HTTP/1.1 {status} ") and json.loads(last.partition("\r\n\r\n")[2])["error"]["code"] == code
+    assert said.count("HTTP/1.1 200") == sent.count(b"GET")
+    assert "Traceback" not in caplog.text
+
+
+def test_a_client_that_does_not_read_is_cut_off(voice, monkeypatch):
+    monkeypatch.setattr("abyssal.train.talk.serve.run.SENDING", 1.0)
+    with serving(voice, timeout=0.5) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.settimeout(0.2)
+            with contextlib.suppress(OSError):  # no longer read from, or cut
+                while True:
+                    connection.sendall(GET * 1000)
+            wait_for(lambda: cut(connection))
+
+
+def cut(connection):
+    try:
+        return connection.send(b"x") == 0
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def test_more_connections_than_there_may_be(voice, monkeypatch):
+    monkeypatch.setattr("abyssal.train.talk.serve.connections.MOST", 2)
+    with serving(voice) as address:
+        host, port = address.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port))) for _ in range(2)]
+        said = talk(address)
+        assert said.startswith("HTTP/1.1 503 ") and '"overloaded"' in said
+        for connection in idle:
+            connection.close()
+        wait_for(lambda: "200 OK" in talk(address, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")))
+
+
+def test_no_file_descriptors_left(monkeypatch, caplog):
+    real, left = socket.socket.accept, [False, True, False, True, True]
+
+    def accept(listening):
+        if not left.pop(0):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(listening)
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    with bind("127.0.0.1", 0) as listening:
+        for _ in range(2):
+            with socket.create_connection(listening.getsockname()) as turned_away:
+                with pytest.raises(BlockingIOError):
+                    listening.accept()
+                assert turned_away.recv(1) == b""
+        with socket.create_connection(listening.getsockname()):
+            listening.accept()[0].close()
+    assert caplog.text.count("no file descriptors are left") == 1
+
+
+HUNG = """
+import time
+from abyssal.train.cli import main
+from abyssal.train.talk.serve import prepare, run
+run.GRACE, run.HEARD, run.LAST = {grace}, 0.1, {last}
+prepare.speak = lambda *arguments: time.sleep(1000)
+main(["serve", "--random", "nano", "--port", "0"])
+"""
+
+
+@pytest.mark.parametrize(("grace", "last", "signals"), [(0.1, 1.0, 1), (1000, 1000, 2)])
+def test_a_hung_server_ends_when_it_is_told_to(grace, last, signals):
+    command = [sys.executable, "-c", HUNG.format(grace=grace, last=last)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "http://" in line)
+        address = line.split(" at ")[1].removesuffix("/v1\n")
+        with ThreadPoolExecutor(1) as pool:
+            hung = pool.submit(HTTP.post, f"{address}/v1/completions", json={"model": "nano-random", "prompt": "x"})
+            wait_for(lambda: health(address)["running"])
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.5)
+            assert process.wait(20) == 128 + signal.SIGTERM
+            assert hung.exception() or hung.result().status_code == 503
+        assert "stopped: " in process.stderr.read()
 
 
 # crowds

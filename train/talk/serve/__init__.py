@@ -1,6 +1,8 @@
 """`abyssal serve`: a model behind an OpenAI-compatible address (extra: serve).
 
-request.py   what a request may say         prepare.py   prompt, limits, constraint
-worker.py    the queue and its one thread   respond.py   whole answers and streams
-replies.py   OpenAI's objects               app.py       routes and errors      run.py   address and signals
+request.py   what a request may say         prepare.py      prompt, limits
+worker.py    the queue and its one thread   respond.py      whole answers and streams
+grammars.py  constraints, kept apart        nursery.py      the processes that have them
+replies.py   OpenAI's objects               connections.py  how many, and how long each
+app.py       routes and errors              run.py          address, signals and the log
 """

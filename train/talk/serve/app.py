@@ -18,16 +18,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..voice import Voice
-from .errors import ApiError, internal
+from .errors import ApiError, internal, out_of_time
 from .fields import parse_object
+from .grammars import Grammars, Held
 from .prepare import Work, prepare_chat, prepare_text
 from .request import check_model, read_chat, read_text
-from .respond import CLIENT_GONE, respond
+from .respond import respond, unless_gone
 from .worker import Worker
 
 log = logging.getLogger("abyssal.serve")
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+LOCAL_NAMES = ("", "localhost", "127.0.0.1", "[::1]")
+BODY_SECONDS = 30.0  # for a body to arrive
+CLIENT_GONE = 499  # a status that nobody reads
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,14 @@ class Limits:
                 raise ValueError(f"{name.replace('_', '-')}={getattr(self, name)}: allowed are positive numbers")
 
 
-def build_app(voice: Voice, limits: Limits, worker: Worker) -> Starlette:
-    """The application that serves a model; the worker is closed at the end of the application's lifespan."""
-    server = Server(voice, limits, worker)
+def build_app(voice: Voice, limits: Limits, worker: Worker, grammars: Grammars) -> Starlette:
+    """The application that serves a model; worker and grammars are closed at the end of its lifespan."""
+    server = Server(voice, limits, worker, grammars)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        await asyncio.to_thread(grammars.close)
         await asyncio.to_thread(worker.close)
 
     routes = [
@@ -68,14 +72,16 @@ def build_app(voice: Voice, limits: Limits, worker: Worker) -> Starlette:
         Route("/health", server.health),
     ]
     errors: Any = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _unexpected}
-    return Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan)
+    app = Starlette(routes=routes, exception_handlers=errors, lifespan=lifespan)
+    app.router.redirect_slashes = False  # to a host that the client names
+    return app
 
 
 class Server:
     """One model, its worker, and the endpoints."""
 
-    def __init__(self, voice: Voice, limits: Limits, worker: Worker) -> None:
-        self.voice, self.limits, self.worker = voice, limits, worker
+    def __init__(self, voice: Voice, limits: Limits, worker: Worker, grammars: Grammars) -> None:
+        self.voice, self.limits, self.worker, self.grammars = voice, limits, worker, grammars
         self.began = time.time()
 
     async def chat(self, request: Request) -> Response:
@@ -94,14 +100,20 @@ class Server:
     async def _answer(self, request: Request, prepare: Callable[[bytes], Work]) -> Response:
         """Reads, prepares (beside the event loop: it may take a while) and answers a request, in time."""
         deadline = asyncio.get_running_loop().time() + self.limits.timeout
+        body = await self._body(request, deadline)
+        work, held = await unless_gone(request, self._prepared(prepare, body, deadline))
+        return await respond(request, self.worker, work, held, deadline)
+
+    async def _prepared(
+        self, prepare: Callable[[bytes], Work], body: bytes, deadline: float
+    ) -> tuple[Work, Held | None]:
         try:
             async with asyncio.timeout_at(deadline):
-                work = await asyncio.to_thread(prepare, await self._body(request))
+                work = await asyncio.to_thread(prepare, body)
+                held = None if work.held is None else await self.grammars.make(work.held, work.tokens)
+                return work, held
         except TimeoutError:
-            raise ApiError(408, "the request was not read in time", code="timeout") from None
-        except RecursionError:
-            raise ApiError(400, "the request is nested too deeply", code="invalid_json") from None
-        return await respond(request, self.worker, work, deadline)
+            raise out_of_time() from None
 
     async def models(self, request: Request) -> Response:
         self._check_host(request)
@@ -122,11 +134,12 @@ class Server:
         return {"id": self.voice.name, "object": "model", "created": int(self.began), "owned_by": "abyssal"}
 
     def _check_host(self, request: Request) -> None:
-        if self.limits.local_only and request.url.hostname not in LOCAL_NAMES:
-            host = request.headers.get("host", "")
+        host = request.headers.get("host", "")
+        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if self.limits.local_only and name.lower() not in LOCAL_NAMES:
             raise ApiError(403, f"Host {host!r}: this server answers to this machine only", code="forbidden_host")
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Request, deadline: float) -> bytes:
         """What the request has to say. Raises ApiError."""
         self._check_host(request)
         self.worker.check_room()
@@ -134,10 +147,14 @@ class Server:
         if kind != "application/json":  # a web page elsewhere cannot send this type unasked
             raise ApiError(415, f"Content-Type {kind!r}: application/json is needed", code="unsupported_media_type")
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self.limits.max_body:
-                raise ApiError(413, f"the body has over {self.limits.max_body:,} bytes", code="body_too_large")
+        try:
+            async with asyncio.timeout_at(min(deadline, asyncio.get_running_loop().time() + BODY_SECONDS)):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self.limits.max_body:
+                        raise ApiError(413, f"the body has over {self.limits.max_body:,} bytes", code="body_too_large")
+        except TimeoutError:
+            raise ApiError(408, "the body has not arrived in time", code="timeout") from None
         return bytes(body)
 
 
@@ -160,5 +177,5 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    """Starlette raises the error again behind this response, so that it is in the log."""
-    return JSONResponse(internal().body(), 500)
+    """Starlette raises the error again behind this response, so that it is in the log; uvicorn closes then."""
+    return JSONResponse(internal().body(), 500, {"Connection": "close"})

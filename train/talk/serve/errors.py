@@ -25,3 +25,7 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
 def internal() -> ApiError:
     """Something went wrong here; what it was is in the server's log only."""
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+
+
+def out_of_time() -> ApiError:
+    return ApiError(504, "the request took longer than the server's --timeout", code="timeout")

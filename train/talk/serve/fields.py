@@ -4,7 +4,6 @@ A field that is null counts as not given. Errors name the field by its path, as 
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,18 +12,34 @@ from .errors import ApiError, invalid
 Check = Callable[[Any], Any]  # returns the value, or raises ValueError with what is allowed
 
 
+DEEPEST = 128  # lists and objects in one another
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A request's body as a JSON object of text that UTF-8 can write. Raises ApiError 400; RecursionError."""
+    """A request's body as a JSON object of text that UTF-8 can write. Raises ApiError 400."""
     try:
         value = json.loads(body)
+        if _depth(value) > DEEPEST:
+            raise RecursionError
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise ApiError(400, "the body has half a surrogate pair, which is no character", code="invalid_json") from None
+    except RecursionError:
+        message = f"the body has more than {DEEPEST} lists and objects in one another"
+        raise ApiError(400, message, code="invalid_json") from None
     except ValueError as error:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}: an object is needed", code="invalid_json")
     return value
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], -1
+    while level:
+        parts = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level, depth = [part for each in parts for part in each], depth + 1
+    return depth
 
 
 class Fields:
@@ -108,7 +123,7 @@ def number(least: float, most: float, above: bool = False) -> Check:
     """From `least` (or above it) to `most`."""
 
     def check(value: Any) -> float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not fits or not least <= value <= most or (above and value == least):
             raise ValueError(f"allowed are numbers from {'more than ' if above else ''}{least:g} to {most:g}")
         return float(value)

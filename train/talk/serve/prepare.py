@@ -1,4 +1,7 @@
-"""From a request to work: the prompt's tokens, how many may follow, and the steps that the worker takes."""
+"""From a request to work: the prompt's tokens, how many may follow, and the steps that the worker takes.
+
+What an answer is held to is made ready elsewhere (`grammars.py`): it may take a while, or fail.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -7,7 +10,7 @@ import torch
 
 from ....model.cache import Cache
 from ....model.generation.prefill import prefill
-from ....model.text.constrain import Constraint, Grammar, GrammarError, json_schema, tool_calls
+from ....model.text.constrain import Constraint, Grammar, json_schema, tool_calls
 from ..dialogue import Answer, Delta, Reader, prompt, speak
 from ..voice import Voice
 from .errors import ApiError, invalid
@@ -19,10 +22,15 @@ Items = list[tuple[int, Delta | Answer]]  # what a token adds, with the number o
 
 @dataclass(frozen=True)
 class Work:
-    """A request that is ready for the queue. `steps` does it, in the worker's thread."""
+    """A request that is ready for the queue, once there is a constraint if it is `held` to a form.
+
+    `steps` does it, in the worker's thread; each choice has up to `tokens`.
+    """
 
     prompt_tokens: int
-    steps: Callable[[], Iterator[Items]]
+    tokens: int
+    held: ChatRequest | None
+    steps: Callable[[Constraint | None], Iterator[Items]]
     reply: Reply
     stream: bool
     usage: bool
@@ -47,8 +55,10 @@ def prepare_chat(voice: Voice, asked: ChatRequest, max_new_tokens: int) -> Work:
     def reader() -> Reader:
         return Reader(voice.tokenizer, asked.thinking, asked.manner.stop, names)
 
-    constraint = _constraint(voice, asked)
-    return _work(voice, asked, ids, max_new_tokens, reader, constraint, ChatReply(voice.name))
+    if asked.tools and asked.schema is not None and not asked.must_call:
+        raise invalid("response_format", "JSON with tools: allowed where tool_choice is none, required or a function")
+    held = asked if asked.held_by else None
+    return _work(voice, asked, ids, max_new_tokens, reader, held, ChatReply(voice.name))
 
 
 def prepare_text(voice: Voice, asked: TextRequest, max_new_tokens: int) -> Work:
@@ -68,14 +78,12 @@ def _work(
     ids: list[int],
     max_new_tokens: int,
     reader: Callable[[], Reader],
-    constraint: Constraint | None,
+    held: ChatRequest | None,
     reply: Reply,
 ) -> Work:
     manner = replace(asked.manner, max_new_tokens=_count(voice, asked, len(ids), max_new_tokens))
-    if constraint is not None:
-        _check_budget(constraint, manner.max_new_tokens)
 
-    def steps() -> Iterator[Items]:
+    def steps(constraint: Constraint | None) -> Iterator[Items]:
         shared = _read(voice, ids, manner.max_new_tokens) if asked.choices > 1 and len(ids) > 1 else None
         for i in range(asked.choices):
             read, seed = reader(), manner.seed
@@ -84,7 +92,7 @@ def _work(
                 yield [(i, delta) for delta in deltas]
             yield [(i, read.answer)]
 
-    return Work(len(ids), steps, reply, asked.stream, asked.usage)
+    return Work(len(ids), manner.max_new_tokens, held, steps, reply, asked.stream, asked.usage)
 
 
 def _read(voice: Voice, ids: list[int], max_new_tokens: int) -> Cache:
@@ -94,33 +102,13 @@ def _read(voice: Voice, ids: list[int], max_new_tokens: int) -> Cache:
     return cache
 
 
-def _constraint(voice: Voice, asked: ChatRequest) -> Constraint | None:
-    """Calls are of the tools at hand with arguments that fit their schemas; answers in JSON fit theirs."""
-    param = "tools" if asked.tools else "response_format"
-    try:
-        grammar = grammar_of(asked)
-        if grammar is None:
-            return None
-        return Constraint(grammar.after_thinking() if asked.thinking else grammar, voice.tokenizer)
-    except GrammarError as error:
-        raise invalid(param, str(error), "unsupported_schema") from None
-
-
 def grammar_of(asked: ChatRequest) -> Grammar | None:
-    """What the answer is held to: calls or a text, calls only, JSON, or nothing."""
+    """What the answer is held to: calls of the tools at hand with arguments that fit their schemas or a text, calls
+    only, JSON that fits its schema, or nothing.
+    """
     if not asked.tools:
         return None if asked.schema is None else json_schema(asked.schema)
-    if asked.schema is not None and not asked.must_call:
-        raise invalid("response_format", "JSON with tools: allowed where tool_choice is none, required or a function")
     return tool_calls(asked.tools, "required" if asked.must_call else "auto", parallel=not asked.one_call)
-
-
-def _check_budget(constraint: Constraint, tokens: int) -> None:
-    """Raises ApiError if no answer of the required form is that short."""
-    try:
-        constraint.walk(tokens)
-    except GrammarError as error:
-        raise invalid("max_tokens", str(error)) from None
 
 
 def _count(voice: Voice, asked: Common, prompt_tokens: int, max_new_tokens: int) -> int:

@@ -50,6 +50,11 @@ class ChatRequest(Common):
     schema: Mapping[str, Any] | None
     shown: tuple[Mapping[str, Any], ...]  # the tools that the prompt lists
 
+    @property
+    def held_by(self) -> str:
+        """The field that gives the answer a form, empty if none does."""
+        return "tools" if self.tools else "" if self.schema is None else "response_format"
+
 
 @dataclass(frozen=True)
 class TextRequest(Common):
@@ -220,7 +225,7 @@ def _calls(fields: Fields) -> list[dict[str, Any]]:
         call.take("type", one_of("function"))
         call.ignore("index")
         function = Fields(call.need("function", anything), call.name("function"))
-        read = {"name": function.need("name", text), "arguments": function.need("arguments", text)}
+        read = {"name": function.need("name", text), "arguments": function.need("arguments", text) or "{}"}
         function.end()
         calls.append({"id": call.need("id", text), "type": "function", "function": read})
         call.end()

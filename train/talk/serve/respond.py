@@ -7,35 +7,69 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..dialogue import Answer
 from .errors import ApiError
+from .grammars import Held
 from .prepare import Work
 from .replies import usage
 from .worker import Job, Worker
 
 log = logging.getLogger("abyssal.serve")
 
-CLIENT_GONE = 499  # a status that nobody reads
+T = TypeVar("T")
 
 
-async def respond(request: Request, worker: Worker, work: Work, deadline: float) -> Response:
-    """Queues the work and answers. Raises ApiError where there is no room, and where a whole answer fails."""
-    job = Job(work.reply.id, work.steps)
-    worker.submit(job)
-    return await _Exchange(request, worker, work, job, deadline).response()
+async def respond(request: Request, worker: Worker, work: Work, held: Held | None, deadline: float) -> Response:
+    """Queues the work and answers. Raises ApiError where there is no room, and where a whole answer fails; and
+    ClientDisconnect.
+    """
+    job = Job(work.reply.id, lambda: work.steps(held))
+    try:
+        worker.submit(job)
+    except ApiError:
+        _end(held)
+        raise
+    return await _Exchange(request, worker, work, held, job, deadline).response()
+
+
+async def unless_gone(request: Request, doing: Awaitable[T]) -> T:
+    """The result of what is done for a client; it is cancelled when the client goes. Raises ClientDisconnect."""
+    done, gone = asyncio.ensure_future(doing), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise ClientDisconnect
+        return await done
+    finally:
+        done.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _end(held: Held | None) -> None:
+    if held is not None:
+        held.close()
 
 
 class _Exchange:
     """One request's job and what is said to its client."""
 
-    def __init__(self, request: Request, worker: Worker, work: Work, job: Job, deadline: float) -> None:
-        self.request, self.worker, self.work, self.job, self.deadline = request, worker, work, job, deadline
+    def __init__(
+        self, request: Request, worker: Worker, work: Work, held: Held | None, job: Job, deadline: float
+    ) -> None:
+        self.request, self.worker, self.work, self.deadline = request, worker, work, deadline
+        self.held, self.job = held, job
         self.answers: list[Answer] = []
         self.outcome = "client gone"
 
@@ -47,25 +81,13 @@ class _Exchange:
 
     async def _whole(self) -> Response:
         with self._recorded():
-            collected, gone = asyncio.ensure_future(self._collect()), asyncio.ensure_future(self._gone())
-            try:
-                await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not collected.done():
-                    return Response(status_code=CLIENT_GONE)
-                await collected
-            finally:
-                collected.cancel()
-                gone.cancel()
+            await unless_gone(self.request, self._collect())
             self._finished()
         return JSONResponse(self.work.reply.whole(self.work.prompt_tokens, self.answers))
 
     async def _collect(self) -> None:
         async for items in self.job.items(self.deadline):
             self.answers += [item for _, item in items if isinstance(item, Answer)]
-
-    async def _gone(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
 
     async def _events(self) -> AsyncIterator[str]:
         """Chunks as events. What goes wrong once the stream has begun is an event too."""
@@ -107,6 +129,7 @@ class _Exchange:
             raise
         finally:
             self.worker.cancel(self.job)
+            _end(self.held)
             begun = self.job.begun or time.monotonic()
             waited, ran = begun - self.job.arrived, time.monotonic() - begun
             counts = f"{self.work.prompt_tokens} + {sum(answer.tokens for answer in self.answers)} tokens"

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from .errors import ApiError, internal
+from .errors import ApiError, internal, out_of_time
 
 log = logging.getLogger("abyssal.serve")
 
@@ -42,7 +42,7 @@ class Job:
                 async with asyncio.timeout_at(deadline):
                     item = await self._items.get()
             except TimeoutError:
-                raise ApiError(504, "the request took longer than the server's --timeout", code="timeout") from None
+                raise out_of_time() from None
             if item is END:
                 return
             if isinstance(item, ApiError):
@@ -106,7 +106,7 @@ class Worker:
             self._changed.notify()
 
     def close(self) -> None:
-        """Stops, and waits for the thread to end."""
+        """Stops, and waits for the thread to end; a pass of the model that has begun goes on to its end."""
         self.stop()
         self._thread.join()
 
@@ -135,6 +135,8 @@ class Worker:
                     return
                 job.put(item)
             job.put(END)
+        except ApiError as error:
+            job.put(error)
         except Exception:  # whatever it was: the next request must be served
             log.exception("%s failed", job.name)
             job.put(internal())
