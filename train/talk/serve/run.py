@@ -22,6 +22,7 @@ from .worker import Worker
 GRACE = 10.0  # seconds that requests get when the server is told to stop; then they are cut off, with an error
 HEARD = 1.0  # seconds more for clients to hear it; then their connections are cut
 LAST = 13.0  # seconds after which the process ends in any case
+HEAD = 16 * 2**10  # bytes of a request's head
 SENDING = 30.0  # seconds more than an answer may take for sending it to a slow client
 
 log = logging.getLogger("abyssal.serve")
@@ -61,6 +62,7 @@ def build_server(voice: Voice, limits: Limits) -> "Server":
         log_level="warning",
         access_log=False,
         server_header=False,
+        h11_max_incomplete_event_size=HEAD,
     )
     return Server(settings, worker, grammars)
 
