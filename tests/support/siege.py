@@ -13,6 +13,7 @@ It prints what it measured and which bars it met, as JSON, and exits with 1 if o
 import argparse
 import asyncio
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -278,13 +279,11 @@ def resident(process: int) -> int:
 
 def below(process: int) -> Iterator[int]:
     """The processes that a process has started, and theirs."""
-    try:
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:
-        return
-    for child in map(int, children):
-        yield child
-        yield from below(child)
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                yield child
+                yield from below(child)
 
 
 # all of it ------------------------------------------------------------------------------------------------------------

@@ -56,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(build_parser().parse_args(words))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has seen enough
-        with open(os.devnull, "w") as nothing:
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout):
+            raise
+        with open(os.devnull, "w") as nothing:  # who read the output has seen enough
             os.dup2(nothing.fileno(), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 

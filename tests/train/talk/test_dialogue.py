@@ -10,7 +10,7 @@ from lively import lively
 
 from abyssal.model.text.chat import encode_messages, parse_message_from_completion_text
 from abyssal.train.data.tokenizers import ByteTokenizer
-from abyssal.train.talk.dialogue import Delta, Reader, prompt
+from abyssal.train.talk.dialogue import Delta, Reader, _mark, prompt
 from abyssal.train.talk.voice import Voice, random_voice
 
 BYTES = ByteTokenizer()
@@ -181,7 +181,7 @@ def test_prompts_are_the_format_in_tokens(voice):
     assert prompt(voice, messages, thinking=True, effort="max") == BYTES.encode(hard, special=True)
 
 
-pieces = [*SPECIAL, "｜DSML", "｜", "<", "\ue000", "\ue000\ue000", "x"]
+pieces = [*SPECIAL, "｜DSML", "｜", "<", "\ue000", "\ue000\ue000", "\ue0000\ue001", "\ue0001\ue001", "0\ue001", "x"]
 nasty = st.lists(st.sampled_from(pieces), max_size=6).map("".join)
 
 
@@ -241,6 +241,11 @@ def test_arguments_that_are_no_json_are_one_parameter(voice):
     for arguments in ("{", '{"a": ' + "1" * 5000 + "}"):
         text = BYTES.decode(prompt(voice, calling(arguments)), special=True)
         assert f'<｜DSML｜parameter name="arguments" string="true">{arguments}</｜DSML｜parameter>' in text
+
+
+def test_what_cuts_special_strings_is_short_in_any_text():
+    for text in ("\ue000" * 10_000, "".join(f"\ue000{n}\ue001" for n in range(10_000))):
+        assert len(_mark(text)) <= 7 and _mark(text) not in text
 
 
 @pytest.mark.parametrize("roles", [[], ["user", "assistant"], ["system"]])
