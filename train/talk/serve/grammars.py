@@ -192,12 +192,12 @@ class _Nursery:
                     socket.send_fds(self._socket, [COMMAND.pack(number, command)], files)
 
     def close(self) -> None:
+        """Ends it, and with it its children."""
         with self._sending:
             self._closed = True
-            if self._process is None:
-                return
+            if self._socket is not None:
+                self._socket.close()
+        if self._process is not None:
             if self._socket is None:
                 self._process.kill()
-            else:
-                self._socket.close()  # it takes its children along
             self._process.wait()
