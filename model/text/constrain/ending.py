@@ -23,6 +23,7 @@ import numpy as np
 
 # one search after the other: texts side by side, steps at most (to the next landmark), whether landmarks are kept to
 SEARCHES = ((2, 500, False), (16, 2000, True), (64, 6000, True), (64, 8000, False))
+FAR = (1, 20000, False)  # one more, where nothing is known yet: what counts to hundreds is long and simple
 LONGER = 128  # tokens than the known way that a way may be without a look for a shorter one
 STEPS_PER_TOKEN = 64  # steps at most for each token that is left beyond the known way
 WIDE = 64  # such searches try all letters
@@ -101,7 +102,7 @@ def way_to_the_end(
         hints: texts to try where much is allowed, or their ends.
     """
     best: list[int] | None = None
-    for width, steps, landmarks in SEARCHES:
+    for width, steps, landmarks in (*SEARCHES, FAR) if len(known) == 1 else SEARCHES:
         steps = min(steps, STEPS_PER_TOKEN * (limit - len(known)))
         found = _search(matcher, alphabet, list(known), limit, hints, width, steps, landmarks)
         if found is not None:

@@ -617,6 +617,15 @@ def test_a_way_is_found_past_what_differs(values):
         assert walk.take(token) == token
 
 
+@pytest.mark.parametrize("schema", [
+    {"type": "array", "items": {"type": "integer"}, "minItems": 60},
+    {"type": "string", "minLength": 300},
+])  # fmt: skip
+def test_a_way_is_found_through_what_counts(schema):
+    way = Constraint(json_schema(schema), BYTES).walk(400).way
+    jsonschema.validate(json.loads(bytes(way[:-1])), schema)
+
+
 def test_back_takes_back():
     walk = Constraint(json_schema(SCHEMAS["nested objects"]), BYTES).walk(80)
     for byte in b'{"name":"caf':
