@@ -23,7 +23,7 @@ import numpy as np
 
 # one search after the other: texts side by side, steps at most (to the next landmark), whether landmarks are kept to
 SEARCHES = ((2, 500, False), (16, 2000, True), (64, 6000, True), (64, 8000, False))
-FAR = (1, 20000, False)  # one more, where nothing is known yet: what counts to hundreds is long and simple
+FAR, AROUND = (1, 40000, False), 8  # where nothing else is found, for what counts to hundreds; times the limit's length
 LONGER = 128  # tokens than the known way that a way may be without a look for a shorter one
 STEPS_PER_TOKEN = 64  # steps at most for each token that is left beyond the known way
 WIDE = 64  # such searches try all letters
@@ -102,11 +102,15 @@ def way_to_the_end(
         hints: texts to try where much is allowed, or their ends.
     """
     best: list[int] | None = None
-    for width, steps, landmarks in (*SEARCHES, FAR) if len(known) == 1 else SEARCHES:
+    for search in (*SEARCHES, FAR):
+        if search is FAR and (best is not None or len(known) > 1):
+            break
+        width, steps, landmarks = search
         steps = min(steps, STEPS_PER_TOKEN * (limit - len(known)))
-        found = _search(matcher, alphabet, list(known), limit, hints, width, steps, landmarks)
-        if found is not None:
-            found = _shortened(matcher, found)
+        reach = AROUND * limit if search is FAR else limit
+        found = _search(matcher, alphabet, list(known), reach, hints, width, steps, landmarks)
+        found = found and _shortened(matcher, found)
+        if found and len(found) <= limit:
             best = found if best is None or len(found) < len(best) else best
             if len(best) <= len(known) + LONGER:
                 break
