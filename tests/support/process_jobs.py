@@ -131,6 +131,20 @@ def odd_share() -> None:
         world.share(range(5))
 
 
+def casts(expert_parallel: int, before: bool) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """The dtypes of a model that is shared out and cast to bfloat16, in parts and put together again."""
+    from abyssal.model import ModelConfig, Transformer
+    from abyssal.train.distributed.shard import shard, whole_model
+    from abyssal.train.distributed.world import processes
+
+    with processes(torch.device("cpu"), expert_parallel) as world:
+        model = Transformer(ModelConfig.load("nano"))
+        for step in (lambda: model.bfloat16(), lambda: shard(model, world))[:: 1 if before else -1]:
+            step()
+        together = whole_model(model, world).state_dict()
+        return {name: (tensor.dtype, together[name].dtype) for name, tensor in model.state_dict().items()}
+
+
 def odd_experts() -> None:
     from abyssal.train.distributed.world import processes
 

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 import abyssal
+from abyssal.model import ModelConfig, Transformer
+from abyssal.model.kept import kept
 from abyssal.train.distributed.world import World, check, own_device
 from abyssal.train.recipe import Recipe
 from abyssal.train.run import checkpoint, metrics
@@ -84,6 +86,8 @@ def done(recipe_of, alone, pair):
     """What two processes make of every job. With eight runs among them, the test that asks first waits for a minute."""
     names = ("dtype", "only", "tokens")
     work = [Job(name, jobs.expert_pass, dict(zip(names, case))) for name, case in CASES.items()]
+    work += [Job(f"cast {n}", jobs.casts, {"expert_parallel": n, "before": False}) for n in (1, 2)]
+    work += [Job("cast before", jobs.casts, {"expert_parallel": 1, "before": True})]
     work += [Job("sums", jobs.sums, {}), Job("odd share", jobs.odd_share, {}), Job("odd experts", jobs.odd_experts, {})]
 
     def run(name: str, recipe: str, *overrides: str, **options) -> Job:
@@ -174,6 +178,16 @@ def test_what_does_not_divide_is_named(done):
     for rank in range(2):
         assert "5 rows of a step: allowed are multiples of 2" in str(done["odd share"][rank])
         assert "train.expert_parallel=3: allowed are divisors of 2" in str(done["odd experts"][rank])
+        assert "parameters in bfloat16 and float32: allowed is one dtype" in str(done["cast before"][rank])
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_cast_of_parts_spares_what_is_kept(done, experts):
+    names = kept(Transformer(ModelConfig.load("nano")))
+    for found in done[f"cast {experts}"]:
+        for name, dtypes in found.items():
+            wanted = (torch.float32, torch.int64) if name in names else (torch.bfloat16,)
+            assert dtypes[0] == dtypes[1] and dtypes[0] in wanted, name
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -34,7 +34,8 @@ def shard(model: Transformer, world: World) -> None:
     Every process draws all weights from the recipe's seed before it keeps its part of them.
 
     Raises:
-        ValueError: Engram tables that keep their rows apart, or experts that cannot be shared out.
+        ValueError: Engram tables that keep their rows apart, parameters of several dtypes, or experts that cannot be
+            shared out.
     """
     if world.size == 1:
         return
@@ -42,6 +43,11 @@ def shard(model: Transformer, world: World) -> None:
 
     if any(isinstance(module, RowTable) for module in model.modules()):
         raise ValueError("optim.engram_rows='touched': allowed on one process; on several, all rows learn ('all')")
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"model has parameters in {' and '.join(sorted(dtypes))}: allowed is one dtype, to be shared out"
+        )
     apart = _share_experts(model, world)
     for part in _groups(model):
         fully_shard(part, mesh=world.every, ignored_params=apart)
