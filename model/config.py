@@ -367,6 +367,7 @@ def _check_sizes(c: ModelConfig) -> None:
         require(getattr(c, name) > 1, name, getattr(c, name), "positive numbers above 1")
     for name in ("num_hash_layers", *_OBJECTIVE):
         require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
+    require(c.hc_sinkhorn_iters <= 1000, "hc_sinkhorn_iters", c.hc_sinkhorn_iters, "up to 1000 rounds")
     require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
     require(c.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", c.num_nextn_predict_layers, "0 or 1")
     heads, groups = c.num_attention_heads, c.o_groups

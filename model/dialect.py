@@ -18,7 +18,16 @@ from .kinds import HEAVY, SLIDING, SPARSE, kinds_of
 
 # Keys that describe the program that wrote or serves a configuration, not the model.
 BOOKKEEPING = (
-    *("_name_or_path", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "output_attentions"),
+    *(
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "unsloth_fixed",
+        "chunk_size_feed_forward",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+    ),
     *("output_hidden_states", "output_router_logits", "problem_type", "return_dict", "router_aux_loss_coef"),
     *("transformers_version", "use_cache"),
 )

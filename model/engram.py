@@ -12,6 +12,7 @@ b batch · t tokens · n streams · d width · m memory width · r table rows
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class Engram(KeepingModule):
             self.conv_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
             self.conv = nn.Parameter(torch.empty(memory.kernel_size, n, d))
         self._read: tuple[Tensor, int, int] | None = None
+        self._set = 0  # how often `canonical` has been set: compiled code is made anew then
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,6 +72,11 @@ class Engram(KeepingModule):
         if classes != self.classes:
             raise ValueError(f"engram.canonical_vocab_size={self.classes}: allowed is {classes}, for this vocabulary")
         self.canonical.copy_(lookup)
+        self._set += 1
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._set += 1
 
     def forward(self, streams: Tensor, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         embedded = self.table(self.rows(ids, layout, cache))  # [b, t, m]
@@ -104,10 +111,10 @@ class Engram(KeepingModule):
     def _pad(self, canonical: Tensor) -> int:
         """The canonical id of what stands before a document; read from the device once, and again when it changes.
 
-        In compiled code it is a constant.
+        In compiled code it is a constant: there only `set_canonical` and loading change it, no write into the buffer.
         """
         if torch.compiler.is_compiling() or canonical.is_inference():  # which has no version
-            return _number(canonical, self.memory.pad_token_id)
+            return _number(canonical, self.memory.pad_token_id, self._set)
         if self._read is None or self._read[0] is not canonical or self._read[1] != canonical._version:
             self._read = canonical, canonical._version, int(canonical[self.memory.pad_token_id])
         return self._read[2]
@@ -135,7 +142,7 @@ def _hashing(
     return torch.tensor(multipliers).to(device), sizes.to(device), offsets.to(device)
 
 
-def _number(table: Tensor, place: int) -> int:
+def _number(table: Tensor, place: int, of: int) -> int:
     return int(table[place])
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from .files import Header
 from .names import is_shared_copy
 
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.*)")
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.(.*)")
 _GATES = ("ffn.gate.weight", "mlp.gate.weight")
 _V3_MTP = re.compile(r"(eh_proj|enorm|hnorm|embed_tokens|shared_head)\b")  # which is stored as one more layer
-_MTP = re.compile(r"mtp\.(\d+)\.")
+_MTP = re.compile(r"mtp\.(\d{1,9})\.")
 
 
 def check_counts(config: Any, headers: Mapping[str, Header]) -> None:

@@ -78,7 +78,7 @@ class Indexer(nn.Module):
         )
         self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.width, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
-        self.k_norm = LayerNorm(self.width, eps=1e-6)
+        self.k_norm = LayerNorm(self.width, eps=1e-6, dtype=torch.float32)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
 
     def forward(self, x: Tensor, q_latent: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

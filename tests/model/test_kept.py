@@ -76,6 +76,16 @@ def test_casts_spare_it(model, cast):
     assert model(torch.arange(20)[None]).logits.isfinite().all()
 
 
+def test_whatever_the_default_is(model):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        built = type(model)(model.config).state_dict()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(built[name].dtype in (torch.float32, torch.int64) for name in kept(model))
+
+
 def test_float64_and_back(model):
     model.double()
     assert {x.dtype for x in model.state_dict().values() if x.is_floating_point()} == {torch.float64}

@@ -32,6 +32,7 @@ from abyssal.train.data.tokenizers import ByteTokenizer
 from abyssal.train.talk.dialogue import prompt
 from abyssal.train.talk.serve.app import Limits
 from abyssal.train.talk.serve.errors import ApiError
+from abyssal.train.talk.serve.fields import parse_object
 from abyssal.train.talk.serve.grammars import Grammars
 from abyssal.train.talk.serve.prepare import grammar_of
 from abyssal.train.talk.serve.request import read_chat
@@ -535,6 +536,12 @@ def test_a_nursery_that_is_lost_is_started_again():
 def test_changed_requests(voice):
     report = fuzz(80, seed=1, voice=voice)
     assert not report.failures and report.statuses[200] and report.statuses[400]
+
+
+def test_numbers_beyond_float64_are_named():
+    with pytest.raises(ApiError, match="allowed are numbers that float64 holds") as raised:
+        parse_object(b'{"temperature": 1, "tools": [{"function": {"parameters": {"maximum": 1e400}}}]}')
+    assert (raised.value.status, raised.value.param) == (400, "tools[0].function.parameters.maximum")
 
 
 def test_signs_of_clients_in_the_log():

@@ -22,6 +22,10 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, f"{param}: {message}" if param else message, param=param or None, code=code)
 
 
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
 def internal() -> ApiError:
     """Something went wrong here; what it was is in the server's log only."""
     return ApiError(500, "the server failed on this request; its log says why", code="internal_error")

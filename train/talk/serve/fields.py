@@ -4,7 +4,8 @@ A field that is null counts as not given. Errors name the field by its path, as 
 """
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .errors import ApiError, invalid
@@ -18,10 +19,10 @@ DEEPEST = 128  # lists and objects in one another
 def parse_object(body: bytes) -> dict[str, Any]:
     """A request's body as a JSON object of text that UTF-8 can write. Raises ApiError 400."""
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_no_constant)
         if _depth(value) > DEEPEST:
             raise RecursionError
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ApiError(400, "the body has half a surrogate pair, which is no character", code="invalid_json") from None
     except RecursionError:
@@ -31,7 +32,25 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}: an object is needed", code="invalid_json")
+    for path in _too_large(value, ""):
+        raise invalid(path, "allowed are numbers that float64 holds")
     return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of it")
+
+
+def _too_large(value: Any, path: str) -> Iterator[str]:
+    """Where there are numbers like 1e400."""
+    if isinstance(value, float) and math.isinf(value):
+        yield path
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _too_large(part, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from _too_large(part, f"{path}[{i}]")
 
 
 def _depth(value: Any) -> int:

@@ -26,7 +26,7 @@ import numpy as np
 from ....model.text.constrain import Constraint
 from ....model.text.constrain.walk import Walk
 from ...data.tokenizers import Tokenizer
-from .errors import ApiError, invalid
+from .errors import ApiError, invalid, shutting_down
 from .nursery import COMMAND, FORK, KILL, MAKING, MEMORY, READY, SLOW
 from .request import ChatRequest
 
@@ -53,7 +53,12 @@ class Grammars:
         held = Held(self._nursery, asked.held_by)
         try:
             await asyncio.get_running_loop().run_in_executor(self._threads, held.make, asked, tokens)
-        except BaseException:  # the client may have gone
+        except asyncio.CancelledError:  # the client has gone, or the server is told to stop
+            held.close()
+            if self._nursery.closed:
+                raise shutting_down() from None
+            raise
+        except BaseException:
             held.close()
             raise
         return held
@@ -115,6 +120,8 @@ class Held(Constraint):
         return value
 
     def _lost(self) -> ApiError:
+        if self._nursery.closed:
+            return shutting_down()
         limits = f"over {MAKING} seconds of processor time or {MEMORY // 2**20} MiB"
         message = f"no grammar can be made of this: it takes {limits}, or breaks the library that makes it"
         return invalid(self.param, message, "unsupported_schema")
@@ -153,12 +160,12 @@ class _Nursery:
         self._starting, self._sending = threading.Lock(), threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None  # once it is ready
-        self._closed = False
+        self.closed = False
 
     def start(self) -> None:
         """Starts the process unless it runs. Raises RuntimeError if it ends at once."""
         with self._starting:
-            if self._closed or (self._process is not None and self._process.poll() is None):
+            if self.closed or (self._process is not None and self._process.poll() is None):
                 return
             ours, theirs = socket.socketpair()
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
@@ -169,7 +176,7 @@ class _Nursery:
                 )
             with Connection(os.dup(ours.fileno()), readable=False) as sent:
                 sent.send_bytes(self._tokenizer)
-            if ours.recv(1) != READY and not self._closed:
+            if ours.recv(1) != READY and not self.closed:
                 raise RuntimeError("the process that makes grammars has not started")
             self._socket = ours
 
@@ -187,14 +194,14 @@ class _Nursery:
     def command(self, number: int, command: bytes, files: Sequence[int] = ()) -> None:
         """Without effect for a process that is no more."""
         with self._sending:
-            if self._socket is not None and not self._closed:
+            if self._socket is not None and not self.closed:
                 with contextlib.suppress(OSError):  # it is lost, and its children: whoever reads from them will see
                     socket.send_fds(self._socket, [COMMAND.pack(number, command)], files)
 
     def close(self) -> None:
         """Ends it, and with it its children."""
         with self._sending:
-            self._closed = True
+            self.closed = True
             if self._socket is not None:
                 self._socket.close()
         if self._process is not None:

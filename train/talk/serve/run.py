@@ -87,12 +87,16 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        timers = loop.call_later(GRACE, self.worker.stop), loop.call_later(GRACE + HEARD, self._cut)
+        timers = loop.call_later(GRACE, self._stop), loop.call_later(GRACE + HEARD, self._cut)
         try:
             await super().shutdown(sockets)
         finally:
             for timer in timers:
                 timer.cancel()
+
+    def _stop(self) -> None:
+        self.worker.stop()
+        threading.Thread(target=self.grammars.close, daemon=True).start()  # it waits for processes
 
     def _cut(self) -> None:
         for connection in list(self.server_state.connections):

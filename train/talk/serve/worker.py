@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from .errors import ApiError, internal, out_of_time
+from .errors import ApiError, internal, out_of_time, shutting_down
 
 log = logging.getLogger("abyssal.serve")
 
@@ -101,7 +101,7 @@ class Worker:
             self._closed = True
             for job in [*self._waiting, *([self.running] if self.running else [])]:
                 job.cancelled = True
-                job.put(ApiError(503, "the server is shutting down", code="shutting_down"))
+                job.put(shutting_down())
             self._waiting.clear()
             self._changed.notify()
 
@@ -112,7 +112,7 @@ class Worker:
 
     def _check_room(self) -> None:
         if self._closed:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
         if len(self._waiting) >= self.limit:
             raise ApiError(429, f"{self.limit} requests are waiting already: try again later", code="queue_full")
 
