@@ -31,7 +31,7 @@ def implementation(op: str, backend: str | None, tensor: Tensor) -> ModuleType:
         RuntimeError: `triton` was asked for by name and cannot run here.
     """
     backend = backend or os.environ.get("ABYSSAL_BACKEND", "auto")
-    compiling, is_double = torch.compiler.is_compiling(), tensor.dtype == torch.float64
+    compiling, is_double = torch.compiler.is_dynamo_compiling(), tensor.dtype == torch.float64
     engine = getattr(_Found, _find(op, backend, tensor.device.type, is_double, compiling))
     return ToldEngine(engine) if is_watched() else engine
 

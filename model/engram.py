@@ -113,7 +113,7 @@ class Engram(KeepingModule):
 
         In compiled code it is a constant: there only `set_canonical` and loading change it, no write into the buffer.
         """
-        if torch.compiler.is_compiling() or canonical.is_inference():  # which has no version
+        if torch.compiler.is_dynamo_compiling() or canonical.is_inference():  # which has no version
             return _number(canonical, self.memory.pad_token_id, self._set)
         if self._read is None or self._read[0] is not canonical or self._read[1] != canonical._version:
             self._read = canonical, canonical._version, int(canonical[self.memory.pad_token_id])
