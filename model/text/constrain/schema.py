@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 Pointer = tuple[str, ...]  # from the document to one of its schemas, as in #/properties/a
+Pointers = tuple[Pointer, ...]
 
 # What is too much, and what it would cost. The library reads JSON 128 levels deep, and calls itself once for each name
 # that an object requires; an object's grammar holds every name that may come next (at most 2,000 in the library).
@@ -25,6 +26,8 @@ ENTRIES = 1_000  # of an object or list of schemas, and names in `required`: sec
 VALUES = 10_000  # of an enum, or of an object or list that is data
 NAME_PATTERNS = 50  # in patternProperties: each pair is shown to be disjoint
 CONJUNCTION = 8  # schemas in an allOf: patterns that all have to be found multiply
+BRANCHES = 2_000_000  # characters of all branches of `oneOf` that are written out, where a branch may hold more of them
+UNIONS = 4  # so many within each other: each is a call within a call
 DEFINITIONS = 500  # that references lead to: one that leads to the next is a call within a call
 MULTIPLE = 65_535  # the least common multiple of all `multipleOf`: the library makes a state for each remainder
 REPETITIONS = 10_000  # repetitions that a pattern may ask for
@@ -51,6 +54,7 @@ REFUSED = {"not", "if", "then", "else", "dependentSchemas", "dependentRequired",
 REFUSED |= {"minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties", "uniqueItems", "$dynamicRef"}
 REFUSED |= {"additionalItems", "dependencies", "$recursiveRef"}  # of older drafts
 DEFINED = ("$defs", "definitions")
+KNOWN = (SHAPES.keys() | REFUSED) - set(DEFINED)
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
 
 
@@ -74,7 +78,7 @@ class Document:
 
     def __init__(self, root: Any, where: str) -> None:
         check_json(root, where)
-        self.where = where
+        self.where, self._branches = where, 0
         self.at: dict[Pointer, Any] = {}
         left: list[tuple[Pointer, Any]] = [((), root)]
         for pointer, schema in left:  # grows
@@ -132,7 +136,7 @@ class Document:
         if refused:
             raise GrammarError(f"{self.where}: {', '.join(refused)}: allowed are {', '.join(SHAPES)}")
 
-    def _renamed(self, schema: Any, numbers: dict[Pointer, int]) -> Any:
+    def _renamed(self, schema: Any, numbers: dict[Pointer, int], within: Pointers = ()) -> Any:
         if isinstance(schema, bool):
             return schema
         self.check_known(schema)
@@ -142,16 +146,30 @@ class Document:
             if key == "$ref":
                 made[key] = f"#/$defs/{numbers.setdefault(self.target(value), len(numbers))}"
             elif shape == SCHEMA:
-                made[key] = self._renamed(value, numbers)
+                made[key] = self._renamed(value, numbers, within)
+            elif key == "oneOf":
+                made[key] = [self._branch(part, numbers, within) for part in value]
             elif shape == SCHEMAS:
-                made[key] = [self._renamed(part, numbers) for part in value]
+                made[key] = [self._renamed(part, numbers, within) for part in value]
             elif shape == NAMED:
-                made[key] = {name: self._renamed(part, numbers) for name, part in value.items()}
+                made[key] = {name: self._renamed(part, numbers, within) for name, part in value.items()}
             elif shape == NUMBER:
                 made[key] = _inward(value, 1 if "inimum" in key else -1)
             elif shape is not None:
                 made[key] = value
         return made
+
+    def _branch(self, schema: Any, numbers: dict[Pointer, int], within: Pointers) -> Any:
+        """A branch of `oneOf`, with what it refers to written out: the library shows that no other allows the same."""
+        if not _is_reference(schema) or len(within) == UNIONS:
+            return self._renamed(schema, numbers, within)
+        pointer = self.target(schema["$ref"])
+        if pointer in within:
+            return self._renamed(schema, numbers, within)
+        self._branches += len(str(self.at[pointer]))
+        if self._branches > BRANCHES:
+            raise GrammarError(f"{self.where}: oneOf: more than {BRANCHES} characters are referred to")
+        return self._branch(self.at[pointer], numbers, (*within, pointer))
 
     def _check(self, pointer: Pointer, schema: Any) -> None:
         if isinstance(schema, bool):
@@ -203,6 +221,11 @@ def parts(schema: Any) -> Iterator[tuple[Pointer, Any]]:
             yield from (((key, str(i)), part) for i, part in enumerate(value))
         elif shape == NAMED:
             yield from (((key, name), part) for name, part in value.items())
+
+
+def _is_reference(schema: Any) -> bool:
+    """Whether a schema says no more than what it refers to."""
+    return isinstance(schema, Mapping) and schema.keys() & KNOWN == {"$ref"}
 
 
 def check_json(value: Any, where: str) -> None:

@@ -403,6 +403,50 @@ def test_references_start_from_the_tools_parameters(parameters, right, wrong):
         assert accepts(Constraint(json_schema(parameters), BYTES), json.dumps(arguments)) == (arguments in right)
 
 
+def variant(name, **properties):
+    properties = {"kind": {"const": name, "type": "string"}, **properties}
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+PETS = {"cat": variant("cat", n={"type": "integer"}), "dog": variant("dog", b={"type": "boolean"})}
+PETS |= {"chain": {"$ref": "#/$defs/cat"}, "word": {"type": "string"}, "both": {"oneOf": [{"$ref": "#/$defs/dog"},
+         {"$ref": "#/$defs/word"}], "title": "x"}}  # fmt: skip
+
+
+def refer(*names, **beside):
+    return {"oneOf": [{"$ref": f"#/$defs/{name}"} for name in names], **beside}
+
+
+@pytest.mark.parametrize("schema", [
+    refer("cat", "dog"), refer("cat", "dog", discriminator={"propertyName": "kind", "mapping": {"cat": "#/$defs/cat"}}),
+    refer("chain", "dog"), refer("word", "dog"), refer("cat", "both"), {"type": "array", "items": refer("cat", "dog")},
+    {"oneOf": [{"$ref": "#/$defs/cat", "description": "x"}, {"type": "null"}]}, {"anyOf": [refer("cat", "dog"), False]},
+])  # fmt: skip
+def test_one_of_what_is_referred_to(schema):
+    cat, dog = {"kind": "cat", "n": 1}, {"kind": "dog", "b": True}
+    whole = {"type": "object", "properties": {"p": schema}, "required": ["p"], "$defs": PETS}
+    check_both(whole, [{"p": v} for v in (cat, dog, {"kind": "dog", "n": 1}, {"n": 1}, "x", None, [cat, dog], [None])])
+
+
+def check_both(schema, values, judge=jsonschema.Draft202012Validator):
+    """As an answer in JSON and as a tool's parameters a schema allows what a judge says."""
+    answer = Constraint(json_schema(schema), BYTES, finish=False)
+    call = Constraint(tool_calls(tool(**schema), "f"), BYTES, finish=False)
+    right = [judge(schema).is_valid(value) for value in values]
+    assert {True, False} == set(right), "the table"
+    assert [accepts(answer, json.dumps(value)) for value in values] == right
+    assert [accepts(call, tool_text([{"name": "f", "arguments": v}])[: -len(EOS)]) for v in values] == right
+
+
+def test_one_of_references_that_go_on_and_on():
+    twice = {f"d{i}": refer(f"d{i + 1}", f"d{i + 1}") for i in range(300)}
+    with pytest.raises(GrammarError, match="oneOf"):
+        Constraint(json_schema({"$ref": "#/$defs/d0", "$defs": {**twice, "d300": {}}}), BYTES)
+    large = {"cat": {"enum": ["x" * 1000] * 150}}
+    with pytest.raises(GrammarError, match="oneOf: more than 2000000 characters"):
+        json_schema(refer(*["cat"] * 100, **{"$defs": large}))
+
+
 def test_random_schemas_admit_what_jsonschema_says():
     counts, wrong = schemas.agree(80, 5)
     assert wrong == []
