@@ -70,7 +70,7 @@ def json_schema(schema: Mapping[str, Any] | bool, any_whitespace: bool = False) 
         GrammarError: no schema, or one that is too large (see `schema`).
     """
     document = Document(schema, "the JSON schema")
-    rule = json_rule(document.alone(schema), any_whitespace)
+    rule = json_rule(document.alone(document.at[()]), any_whitespace)
     return Grammar(f"answer: {rule}", f"the JSON schema {shown(schema)}", hints(document))
 
 

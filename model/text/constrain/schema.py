@@ -15,6 +15,8 @@ from fractions import Fraction
 from typing import Any
 from urllib.parse import quote, unquote
 
+from .drafts import update
+
 Pointer = tuple[str, ...]  # from the document to one of its schemas, as in #/properties/a
 Pointers = tuple[Pointer, ...]
 
@@ -52,7 +54,7 @@ SHAPES = {
 }
 REFUSED = {"not", "if", "then", "else", "dependentSchemas", "dependentRequired", "propertyNames", "contains"}
 REFUSED |= {"minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties", "uniqueItems", "$dynamicRef"}
-REFUSED |= {"additionalItems", "dependencies", "$recursiveRef"}  # of older drafts
+REFUSED |= {"dependencies", "$recursiveRef"}  # of older drafts; for what else they say see `drafts`
 DEFINED = ("$defs", "definitions")
 KNOWN = (SHAPES.keys() | REFUSED) - set(DEFINED)
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
@@ -66,7 +68,7 @@ class GrammarError(ValueError):
 
 
 class Document:
-    """A schema with all the schemas in it, each checked.
+    """A schema with all the schemas in it, each as draft 2020-12 has it, and checked; the first, at (), is the whole.
 
     Args:
         root: as Python values.
@@ -80,8 +82,10 @@ class Document:
         check_json(root, where)
         self.where, self._branches = where, 0
         self.at: dict[Pointer, Any] = {}
-        left: list[tuple[Pointer, Any]] = [((), root)]
+        left: list[tuple[Pointer, Any]] = [((), _copied(root))]
         for pointer, schema in left:  # grows
+            if isinstance(schema, dict):
+                update(schema)
             self._check(pointer, schema)
             self.at[pointer] = schema
             left += [((*pointer, *steps), part) for steps, part in parts(schema)]
@@ -226,6 +230,13 @@ def parts(schema: Any) -> Iterator[tuple[Pointer, Any]]:
 def _is_reference(schema: Any) -> bool:
     """Whether a schema says no more than what it refers to."""
     return isinstance(schema, Mapping) and schema.keys() & KNOWN == {"$ref"}
+
+
+def _copied(value: Any) -> Any:
+    """A JSON value of its own, in which nothing stands at two places."""
+    if isinstance(value, Mapping):
+        return {name: _copied(part) for name, part in value.items()}
+    return [_copied(part) for part in value] if _is_list(value) else value
 
 
 def check_json(value: Any, where: str) -> None:

@@ -89,11 +89,13 @@ def _parameters(schema: Any, where: str) -> Document:
     """
     if not isinstance(schema, Mapping):
         raise GrammarError(f"{where} are {shown(schema)}: a schema of an object is needed")
+    document = Document(schema, where)
+    schema = document.at[()]
     unknown = sorted((schema.keys() & (SHAPES.keys() | REFUSED)) - WHOLE)
     if schema.get("type", "object") != "object" or unknown:
         wrong = f"have {', '.join(unknown)}" if unknown else f"are of type {shown(schema['type'])}"
         raise GrammarError(f"{where} {wrong}: allowed is an object with {', '.join(sorted(WHOLE))}")
-    return Document(schema, where)
+    return document
 
 
 def _call(rules: Rules, tool: str, document: Document) -> str:

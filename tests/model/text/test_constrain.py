@@ -447,6 +447,68 @@ def test_one_of_references_that_go_on_and_on():
         json_schema(refer(*["cat"] * 100, **{"$defs": large}))
 
 
+DRAFTS = {3: jsonschema.Draft3Validator, 4: jsonschema.Draft4Validator, 7: jsonschema.Draft7Validator}
+TUPLE = [{"type": "integer"}, {"enum": ["a", None]}]
+
+
+@pytest.mark.parametrize("draft, schema", [
+    (7, {"type": "array", "items": TUPLE}), (7, {"type": "array", "items": TUPLE, "additionalItems": False}),
+    (7, {"type": "array", "items": TUPLE, "additionalItems": {"type": "boolean"}}),
+    (7, {"type": "array", "items": [], "additionalItems": {"type": "integer"}}), (7, {"items": [TUPLE[0]]}),
+    (7, {"type": "array", "items": TUPLE[0], "additionalItems": False}), (7, {"type": "array", "additionalItems": True}),
+    (7, {"type": "array", "items": [{"type": "array", "items": TUPLE, "additionalItems": False}]}),
+    (4, {"type": "integer", "minimum": 1, "exclusiveMinimum": True}), (4, {"maximum": 7, "exclusiveMaximum": True}),
+    (4, {"type": "number", "minimum": 1, "exclusiveMinimum": False, "maximum": 7, "exclusiveMaximum": True}),
+    (4, {"type": "number", "exclusiveMaximum": False}),
+    (3, {"type": "object", "properties": {"a": {"type": "integer", "required": True}, "b": {"required": False}}}),
+    (3, {"type": "integer", "required": True}), (3, {"type": "array", "items": {"type": "integer", "required": True}}),
+    (3, {"type": "object", "properties": {"a": {"type": "object", "required": True, "properties": {"b": {"required":
+     True}}}}}),
+    (7, {"type": "array", "items": {"$ref": "#/definitions/i"}}),
+], ids=str)  # fmt: skip
+def test_older_drafts(draft, schema):
+    values = [
+        1,
+        2,
+        7,
+        8,
+        0,
+        "a",
+        None,
+        [],
+        [1],
+        [1, "a"],
+        [1, None, True],
+        [1, 1],
+        [2, "b"],
+        [[1, "a"], 3],
+        [[1, "a", 2]],
+    ]
+    values += [{}, {"a": 1}, {"b": 1}, {"a": {}}, {"a": {"b": 1}}]
+    whole = {"type": "object", "properties": {"p": schema}, "definitions": {"i": {"type": "integer"}}}
+    check_both(whole, [{}, *({"p": value} for value in values)], DRAFTS[draft])
+
+
+@pytest.mark.parametrize("key", ["required", "properties", "patternProperties", "$defs", "definitions"])
+def test_null_for_what_lists_nothing(key):
+    inside = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    whole = {"type": "object", "properties": {"p": {**inside, key: None}}}
+    absent = {"type": "object", "properties": {"p": {name: inside[name] for name in inside if name != key}}}
+    values = [{"p": {"a": 1}}, {"p": {"a": "x"}}, {"p": {}}, {"p": 3}, {}]
+    check_both(whole, values, lambda _: jsonschema.Draft202012Validator(absent))
+    assert accepts(Constraint(json_schema({"type": "object", key: None}), BYTES, finish=False), "{}")
+    tools = tool(**{"type": "object", key: None})
+    assert Constraint(tool_calls(tools, "f"), BYTES).walk(200).way
+
+
+def test_a_schema_is_not_changed_by_reading_it():
+    shared = {"type": "array", "items": [{"required": True}], "required": None}
+    given = {"type": "object", "properties": {"a": shared, "b": shared}, "required": None}
+    before = json.dumps(given)
+    json_schema(given), tool_calls(tool(**given))
+    assert json.dumps(given) == before
+
+
 def test_random_schemas_admit_what_jsonschema_says():
     counts, wrong = schemas.agree(80, 5)
     assert wrong == []
