@@ -82,32 +82,36 @@ class Document:
         check_json(root, where)
         self.where, self._branches = where, 0
         self.at: dict[Pointer, Any] = {}
-        left: list[tuple[Pointer, Any]] = [((), _copied(root))]
-        for pointer, schema in left:  # grows
-            if isinstance(schema, dict):
-                update(schema)
-            self._check(pointer, schema)
-            self.at[pointer] = schema
-            left += [((*pointer, *steps), part) for steps, part in parts(schema)]
+        self._anchors: dict[str, Pointer] = {}
+        references = self._read((), _copied(root))
+        for reference in references:  # grows
+            pointer = self._pointer(reference)
+            if pointer is not None and pointer not in self.at:
+                references += self._read_elsewhere(pointer)
         self._check_multiples()
 
     def error(self, pointer: Pointer, message: str) -> GrammarError:
         return GrammarError(f"{self.where} at {written(pointer)}: {message}")
 
     def target(self, reference: str) -> Pointer:
-        """Where a `$ref` leads.
+        """Where a `$ref` leads: to a schema that is more than a reference itself.
 
         Raises:
             GrammarError: not to a schema of this document.
         """
-        pointer = tuple(
-            part.replace("~1", "/").replace("~0", "~") for part in unquote(reference.removeprefix("#")).split("/")
+        for _ in range(DEFINITIONS):
+            pointer = self._pointer(reference)
+            if pointer is None or pointer not in self.at:
+                raise GrammarError(
+                    f"{self.where}: $ref {shown(reference)} leads nowhere: allowed are #, #/... to one of its schemas, "
+                    "an $anchor of it, and these after its $id"
+                )
+            if not _is_reference(self.at[pointer]):
+                return pointer
+            reference = self.at[pointer]["$ref"]
+        raise GrammarError(
+            f"{self.where}: $ref {shown(reference)} refers to itself, or through more than {DEFINITIONS} references"
         )
-        if not reference.startswith("#") or pointer[0] or pointer[1:] not in self.at:
-            raise GrammarError(
-                f"{self.where}: $ref {shown(reference)} leads nowhere: allowed are # and #/... to one of its schemas"
-            )
-        return pointer[1:]
 
     def alone(self, schema: Any) -> Any:
         """A schema, of this document or made of its parts, that stands by itself: what it refers to is in its $defs.
@@ -139,6 +143,48 @@ class Document:
         refused = sorted(schema.keys() & REFUSED)
         if refused:
             raise GrammarError(f"{self.where}: {', '.join(refused)}: allowed are {', '.join(SHAPES)}")
+
+    def _read(self, pointer: Pointer, schema: Any) -> list[str]:
+        """Takes in a schema with those in it; returns all references in them."""
+        references = []
+        left: list[tuple[Pointer, Any]] = [(pointer, schema)]
+        for pointer, schema in left:  # grows
+            if isinstance(schema, dict):
+                update(schema)
+            self._check(pointer, schema)
+            self.at[pointer] = schema
+            left += [((*pointer, *steps), part) for steps, part in parts(schema)]
+            if isinstance(schema, dict):
+                references += [schema["$ref"]] if "$ref" in schema else []
+                if isinstance(schema.get("$anchor"), str):
+                    self._anchors.setdefault(schema["$anchor"], pointer)
+        return references
+
+    def _read_elsewhere(self, pointer: Pointer) -> list[str]:
+        """Takes in the schema that a reference finds below a keyword that is not known, if there is something."""
+        if len(pointer) > DEPTH:
+            return []
+        known = max(n for n in range(len(pointer)) if pointer[:n] in self.at)
+        here = self.at[pointer[:known]]
+        if pointer[known] in SHAPES:
+            return []
+        for step in pointer[known:]:
+            here = _below(here, step)
+        if here is None:
+            return []
+        return self._read(pointer, here)
+
+    def _pointer(self, reference: str) -> Pointer | None:
+        """The pointer that a `$ref` gives, or that its anchor stands for; None for another document's."""
+        document, _, fragment = reference.partition("#")
+        whole = self.at[()]
+        own = whole.get("$id", "") if isinstance(whole, dict) else ""
+        if document and document != str(own).removesuffix("#"):
+            return None
+        start, *steps = unquote(fragment).split("/")
+        if start:
+            return None if steps else self._anchors.get(start)
+        return tuple(step.replace("~1", "/").replace("~0", "~") for step in steps)
 
     def _renamed(self, schema: Any, numbers: dict[Pointer, int], within: Pointers = ()) -> Any:
         if isinstance(schema, bool):
@@ -230,6 +276,13 @@ def parts(schema: Any) -> Iterator[tuple[Pointer, Any]]:
 def _is_reference(schema: Any) -> bool:
     """Whether a schema says no more than what it refers to."""
     return isinstance(schema, Mapping) and schema.keys() & KNOWN == {"$ref"}
+
+
+def _below(value: Any, step: str) -> Any:
+    """What one step of a pointer leads to; None if there is nothing."""
+    if isinstance(value, list):
+        return value[int(step)] if re.fullmatch("0|[1-9][0-9]{0,5}", step) and int(step) < len(value) else None
+    return value.get(step) if isinstance(value, dict) else None
 
 
 def _copied(value: Any) -> Any:

@@ -403,6 +403,43 @@ def test_references_start_from_the_tools_parameters(parameters, right, wrong):
         assert accepts(Constraint(json_schema(parameters), BYTES), json.dumps(arguments)) == (arguments in right)
 
 
+WORD = {"enum": ["a", 1]}
+
+
+@pytest.mark.parametrize("reference, beside", [
+    ("#/components/schemas/A", {"components": {"schemas": {"A": WORD}}}),
+    ("#/x/0", {"x": [{"$ref": "#/y"}], "y": WORD}),
+    ("#/$defs/l/x-y", {"$defs": {"l": {"x-y": {"anyOf": [WORD]}}}}), ("#/x/anyOf/0", {"x": {"anyOf": [WORD]}}),
+    ("#word", {"$defs": {"l": {"items": {"$anchor": "word", **WORD}}}}),
+    ("#w", {"$defs": {"l": {"$id": "#w", **WORD}}}),
+    ("https://a.b/c#/$defs/l", {"$id": "https://a.b/c", "$defs": {"l": WORD}}),
+    ("https://a.b/c#w", {"$id": "https://a.b/c#", "$defs": {"l": {"$anchor": "w", **WORD}}}),
+    ("urn:c#/x", {"$id": "urn:c", "x": {"items": False, "enum": ["a", 1]}}), ("#/x", {"x": {"$ref": "#/properties/q"}}),
+    ("#/$defs/0", {"$defs": {**{str(i): {"$ref": f"#/$defs/{i + 1}", "title": "x"} for i in range(100)}, "100": WORD}}),
+])  # fmt: skip
+def test_where_references_lead(reference, beside):
+    properties = {"p": {"$ref": reference}, "q": {"type": ["integer", "string"], "maxLength": 1, "maximum": 1}}
+    whole = {"type": "object", "properties": properties, "required": ["p"], **beside}
+    right = {**whole, "properties": {**properties, "p": properties["q"] if reference == "#/x" else WORD}}
+    check_both(whole, [{"p": v} for v in ("a", "bb", 1, 2, None)], lambda _: jsonschema.Draft202012Validator(right))
+
+
+@pytest.mark.parametrize("reference, beside, message", [
+    ("#/x", {"x": 5}, "x.* no schema"), ("#/x/0", {"x": [{"type": "foo"}]}, "#/x/0: type='foo'"),
+    ("#/x/1", {"x": [1]}, "nowhere"), ("#None", {}, "nowhere"), ("None#", {}, "nowhere"),
+    ("#a", {}, "nowhere"), ("https://a.b/d#/$defs/l", {"$id": "https://a.b/c", "$defs": {"l": {}}}, "nowhere"),
+    ("#/enum/0", {"enum": [{}]}, "nowhere"), ("#/x/-1", {"x": [{}]}, "nowhere"), ("#/x/y", {"x": "y"}, "nowhere"),
+    ("#/$defs/a", {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "refers to itself"),
+    ("#/x", {"x": {"$ref": "#/x"}}, "refers to itself"),
+])  # fmt: skip
+def test_references_that_lead_to_no_schema(reference, beside, message):
+    whole = {"type": "object", "properties": {"p": {"$ref": reference}}, **beside}
+    with pytest.raises(GrammarError, match=message):
+        json_schema(whole)
+    with pytest.raises(GrammarError, match=message if "enum" not in beside else "enum"):
+        tool_calls(tool(**whole))
+
+
 def variant(name, **properties):
     properties = {"kind": {"const": name, "type": "string"}, **properties}
     return {"type": "object", "properties": properties, "required": [*properties]}
@@ -455,7 +492,8 @@ TUPLE = [{"type": "integer"}, {"enum": ["a", None]}]
     (7, {"type": "array", "items": TUPLE}), (7, {"type": "array", "items": TUPLE, "additionalItems": False}),
     (7, {"type": "array", "items": TUPLE, "additionalItems": {"type": "boolean"}}),
     (7, {"type": "array", "items": [], "additionalItems": {"type": "integer"}}), (7, {"items": [TUPLE[0]]}),
-    (7, {"type": "array", "items": TUPLE[0], "additionalItems": False}), (7, {"type": "array", "additionalItems": True}),
+    (7, {"type": "array", "items": TUPLE[0], "additionalItems": False}),
+    (7, {"type": "array", "additionalItems": False}),
     (7, {"type": "array", "items": [{"type": "array", "items": TUPLE, "additionalItems": False}]}),
     (4, {"type": "integer", "minimum": 1, "exclusiveMinimum": True}), (4, {"maximum": 7, "exclusiveMaximum": True}),
     (4, {"type": "number", "minimum": 1, "exclusiveMinimum": False, "maximum": 7, "exclusiveMaximum": True}),
@@ -516,7 +554,7 @@ def test_random_schemas_admit_what_jsonschema_says():
 
 
 MALFORMED = [
-    ("properties", [1], "an object of schemas"), ("properties", {"a": 1}, "#/properties/a"), 
+    ("properties", [1], "an object of schemas"), ("properties", {"a": 1}, "#/properties/a"),
     ("enum", 5, "a list of values"),
     ("pattern", 5, "a regular expression"), ("required", "a", "a list of names"), ("required", [1], "a list of names"),
     ("type", "foo", "integer"), ("type", [], "integer"), ("type", [["null"]], "integer"), ("items", 3, "/items"),
@@ -525,7 +563,7 @@ MALFORMED = [
     ("multipleOf", 0, "above 0"), ("anyOf", {}, "a list of schemas"), ("anyOf", [], "at least one"),
     ("allOf", [None], "/allOf/0"), ("prefixItems", True, "a list of schemas"), ("patternProperties", {"[": 2}, "#/"),
     ("const", "\ud800", "surrogate"), ("const", {"\udfff": 1}, "surrogate"), ("const", {1: 1}, "no text"),
-    ("const", {1}, "type set"), ("minimum", math.inf, "finite"), ("default", [10**400], "finite"), 
+    ("const", {1}, "type set"), ("minimum", math.inf, "finite"), ("default", [10**400], "finite"),
     ("enum", [math.nan], "finite"),
     ("const", 2**53 + 1, "float64"), ("pattern", "[a&&b]", "signs? of sets"), ("not", {}, "not: allowed are"),
     ("dependencies", {}, "dependencies"), ("$dynamicRef", "#", "dynamicRef"),
@@ -565,7 +603,7 @@ def endless():
     ({"patternProperties": {str(i): {} for i in range(51)}}, "patternProperties has 51"),
     ({"allOf": [{"multipleOf": 99991}, {"multipleOf": 99989}]}, "99991, 99989.*65535"),
     ({"multipleOf": 0.01, "items": {"multipleOf": 1000}}, "0.01, 1000.*65535"),
-    ({"pattern": "((a{100}){100}){100}"}, "10000 repetitions"), 
+    ({"pattern": "((a{100}){100}){100}"}, "10000 repetitions"),
     ({"pattern": "a{99999999999999999999}"}, "10000 repetitions"),
 ])  # fmt: skip
 def test_sizes_are_bounded(schema, bound):
