@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .schema import REPETITIONS, Document, GrammarError, check_json, repetitions, shown
+from .schema import REPETITIONS, Document, GrammarError, check_json, least, repetitions, shown
 
 SPACED = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
 FLEXIBLE = {"whitespace_flexible": True}
@@ -28,6 +28,8 @@ class Grammar:
         source: what they were made from, for messages.
         hints: expressions that occur in it: texts that match them help to find ways to the end (see `ending`).
         thinks: whether reasoning up to `</think>` comes first.
+        parts: grammars whose texts, short ones, one after the other are most likely a text of this one, where a search
+            for a first way to the end would take long.
 
     Raises:
         GrammarError: rules of more than RULES characters.
@@ -37,6 +39,7 @@ class Grammar:
     source: str
     hints: tuple[str, ...] = ()
     thinks: bool = False
+    parts: "tuple[Grammar, ...]" = ()
 
     def __post_init__(self) -> None:
         if len(self.rules) > RULES:
@@ -46,7 +49,8 @@ class Grammar:
 
     def after_thinking(self) -> "Grammar":
         """The same after any text and `</think>`: for prompts that end in `<think>`."""
-        return replace(self, thinks=True)
+        thought = Grammar("answer: </think>", "reasoning")
+        return replace(self, thinks=True, parts=(thought, *self.parts) if self.parts else ())
 
     def lark(self, special: Iterable[str]) -> str:
         """The whole grammar, for a tokenizer with those special strings."""
@@ -70,8 +74,9 @@ def json_schema(schema: Mapping[str, Any] | bool, any_whitespace: bool = False) 
         GrammarError: no schema, or one that is too large (see `schema`).
     """
     document = Document(schema, "the JSON schema")
-    rule = json_rule(document.alone(document.at[()]), any_whitespace)
-    return Grammar(f"answer: {rule}", f"the JSON schema {shown(schema)}", hints(document))
+    alone, source = document.alone(document.at[()]), f"the JSON schema {shown(schema)}"
+    part = Grammar(f"answer: {json_rule(least(alone), any_whitespace)}", source)
+    return Grammar(f"answer: {json_rule(alone, any_whitespace)}", source, hints(document), parts=(part,))
 
 
 def json_object(any_whitespace: bool = False) -> Grammar:

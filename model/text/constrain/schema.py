@@ -292,6 +292,32 @@ def _copied(value: Any) -> Any:
     return [_copied(part) for part in value] if _is_list(value) else value
 
 
+def least(schema: Any) -> Any:
+    """A schema whose objects have what they require, and lists what is least, and no more: most of its texts are short.
+
+    They are among those of the schema itself, but for `oneOf`, and where objects in an `allOf` require different names.
+    """
+    if isinstance(schema, bool):
+        return schema
+    made = dict(schema)
+    for key, value in schema.items():
+        shape = SHAPES.get(key)
+        if shape == SCHEMA:
+            made[key] = least(value)
+        elif shape == SCHEMAS:
+            made[key] = [least(part) for part in value]
+        elif shape == NAMED:
+            made[key] = {name: least(part) for name, part in value.items()}
+    if "properties" in made:
+        required = made.get("required", ())
+        made["properties"] = {name: part for name, part in made["properties"].items() if name in required}
+        if made["properties"].keys() >= set(required):
+            made["additionalProperties"] = False
+    if "items" in made:
+        made["maxItems"] = made.get("minItems", 0)
+    return made
+
+
 def check_json(value: Any, where: str) -> None:
     """Raises GrammarError unless a value is JSON, and neither too deep nor too large for a schema."""
     size = 0

@@ -12,12 +12,12 @@ a tag, the tag's `</` is part of the same terminal: the lexer takes the longest 
 Source: spec E.4, the release's encoding; `chat.py` reads what this allows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..chat import DSML
 from .grammar import HINTS, Grammar, hints, json_rule, literal
-from .schema import REFUSED, SHAPES, Document, GrammarError, check_json, shown
+from .schema import REFUSED, SHAPES, Document, GrammarError, check_json, least, shown
 from .values import Rules, Values
 
 TAG = f"<{DSML}>"  # the token, as the notation names it
@@ -58,7 +58,8 @@ def tool_calls(tools: Sequence[Mapping[str, Any]], choice: str = "auto", paralle
         *rules.lines,
     ]
     searched = [hint for document in chosen.values() for hint in hints(document)]
-    return Grammar("\n".join(lines), f"calls of {shown(', '.join(chosen))}", ("</", *searched)[:HINTS])
+    parts = () if choice == "auto" else tuple(_parts(*min(chosen.items(), key=lambda item: len(_schemas(item[1])[1]))))
+    return Grammar("\n".join(lines), f"calls of {shown(', '.join(chosen))}", ("</", *searched)[:HINTS], parts=parts)
 
 
 def _functions(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Document]]:
@@ -100,22 +101,41 @@ def _parameters(schema: Any, where: str) -> Document:
 
 def _call(rules: Rules, tool: str, document: Document) -> str:
     """The rule of one tool's calls."""
-    schema = document.at[()]
-    required = dict.fromkeys(schema.get("required", ()))
-    extra = schema.get("additionalProperties", True)
-    schemas = {
-        **schema.get("properties", {}),
-        **{name: extra for name in required if name not in schema.get("properties", {})},
-    }
+    schemas, required = _schemas(document)
     if len(schemas) > PARAMETERS:
         raise GrammarError(f"{document.where} are {len(schemas)}: at most {PARAMETERS} are allowed")
     values = Values(document, rules)
     lines = [(_parameter(rules, name, part, values), name in required) for name, part in schemas.items()]
     if any(line is None and needed for line, needed in lines):
         raise GrammarError(f"{document.where} require one whose schema allows no value")
-    start = literal(f'invoke name="{tool}">\n')
     listed = _list(rules, [(line, needed) for line, needed in lines if line is not None])
-    return rules.add("call_", f'"<" {TAG} {start} {listed} "</" {TAG} "invoke>"')
+    return rules.add("call_", f'{_start(tool)} {listed} "</" {TAG} "invoke>"')
+
+
+def _parts(tool: str, document: Document) -> Iterator[Grammar]:
+    """The parts of one call with the required parameters alone, names and values by themselves."""
+    schemas, required = _schemas(document)
+    yield Grammar(f'answer: "\\n\\n<" {TAG} "tool_calls>\\n" {_start(tool)}', "a call's start")
+    for name in [name for name in schemas if name in required]:
+        yield Grammar(f"answer: {_named(name, document)}", "a parameter's name")
+        rules = Rules()
+        value = _value(rules, schemas[name], Values(document, rules), lambda schema: json_rule(least(schema)))
+        yield Grammar("\n".join([f'answer: {value} "\\n"', *rules.lines]), "a parameter's value")
+    end = f'"</" {TAG} "invoke>\\n" "</" {TAG} "tool_calls>"'
+    yield Grammar(f"answer: {end}" if required else f'answer: "\\n" {end}', "a call's end")
+
+
+def _start(tool: str) -> str:
+    named = literal(f'invoke name="{tool}">\n')
+    return f'"<" {TAG} {named}'
+
+
+def _schemas(document: Document) -> tuple[dict[str, Any], set[str]]:
+    """The schemas of all parameters by their names, and which are required."""
+    schema = document.at[()]
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    extra = schema.get("additionalProperties", True)
+    return {**properties, **{name: extra for name in required if name not in properties}}, set(required)
 
 
 def _list(rules: Rules, lines: Sequence[tuple[str, bool]]) -> str:
@@ -133,17 +153,25 @@ def _list(rules: Rules, lines: Sequence[tuple[str, bool]]) -> str:
 
 def _parameter(rules: Rules, name: str, schema: Any, values: Values) -> str | None:
     """The rule of one parameter; None if its schema allows no value."""
+    value = _value(rules, schema, values, json_rule)
+    return None if value is None else rules.add("parameter_", f"{_named(name, values.document)} {value}")
+
+
+def _named(name: str, document: Document) -> str:
+    start = literal(f'parameter name="{_written(name, document.where)}" string="')
+    return f'"<" {TAG} {start}'
+
+
+def _value(rules: Rules, schema: Any, values: Values, as_json: Callable[[Any], str]) -> str | None:
+    """What follows a parameter's name; None if its schema allows no value."""
     forms = []
     text, other = values.text_of(schema), values.other_than_text(schema)
     if text is not None:
         terminal = rules.add("VALUE_", f'({text}) "</"')
         forms.append(f'"true\\">" {terminal}')
     if other is not None:
-        forms.append(f'"false\\">" {rules.add("value_", json_rule(other))} "</"')
-    if not forms:
-        return None
-    start = literal(f'parameter name="{_written(name, values.document.where)}" string="')
-    return rules.add("parameter_", f'"<" {TAG} {start} ({" | ".join(forms)}) {TAG} "parameter>"')
+        forms.append(f'"false\\">" {rules.add("value_", as_json(other))} "</"')
+    return f'({" | ".join(forms)}) {TAG} "parameter>"' if forms else None
 
 
 def _written(name: str, where: str) -> str:

@@ -51,17 +51,16 @@ class Constraint:
     """
 
     def __init__(self, grammar: Grammar, tokenizer: Tokenizer, finish: bool = True) -> None:
-        library = _llguidance()
         self.grammar, self.finish = grammar, finish
         self.vocabulary = _vocabulary(tokenizer)
-        lark = library.LLMatcher.grammar_from_lark(grammar.lark(tokenizer.special))
-        self._start = library.LLMatcher(self.vocabulary.library_tokenizer, lark, log_level=0)
+        self._start = self.vocabulary.matcher(grammar.lark(tokenizer.special))
         if self._start.is_error():
             raise GrammarError(f"{grammar.source}: {_reason(self._start)}")
         self._start.compute_bitmask()
         if self._start.is_stopped() and not self._start.is_accepting():
             raise GrammarError(f"{grammar.source}: allows no text")
         self._hints = self._texts(grammar.hints)
+        self._parts = [part.lark(tokenizer.special) for part in grammar.parts]
         self._way: list[int] | None = None
         self._searched = 0
 
@@ -83,7 +82,7 @@ class Constraint:
     def _shortest(self, budget: int) -> list[int]:
         limit = max(budget, LOOKED_FOR)
         if self._way is None and limit > self._searched:
-            self._way = self.way(self.start(), [self.vocabulary.eos], limit)
+            self._way = self._in_parts(limit) or self.way(self.start(), [self.vocabulary.eos], limit)
             self._searched = limit
         if self._way is None or len(self._way) > budget:
             least = f"up to {limit}" if self._way is None else f"fewer than {len(self._way)}"
@@ -92,12 +91,26 @@ class Constraint:
             )
         return self._way
 
+    def _in_parts(self, limit: int) -> list[int] | None:
+        """Ways to the end of the grammar's parts, one after the other, where that is a way to its own."""
+        way: list[int] = []
+        found: dict[str, list[int] | None] = {}
+        for part in self._parts:
+            if part not in found:
+                matcher = self.vocabulary.matcher(part)
+                eos = [self.vocabulary.eos]
+                found[part] = None if matcher.is_error() else self.way(matcher, eos, limit - len(way))
+            if found[part] is None:
+                return None
+            way += found[part][:-1]
+        way = [*self.vocabulary.shorter(way), self.vocabulary.eos]
+        return way if len(way) <= limit and is_way(self.start(), way) else None
+
     def _texts(self, expressions: Sequence[str]) -> list[list[int]]:
         """A short text that matches each expression, where one is found."""
-        library, texts = _llguidance(), []
+        texts = []
         for each in expressions:
-            lark = library.LLMatcher.grammar_from_lark(f"start: {expression(each)}")
-            matcher = library.LLMatcher(self.vocabulary.library_tokenizer, lark, log_level=0)
+            matcher = self.vocabulary.matcher(f"start: {expression(each)}")
             if not matcher.is_error() and not matcher.is_stopped():
                 found = way_to_the_end(matcher, self.vocabulary.alphabet, [self.vocabulary.eos], LONGEST_HINT)
                 texts += [] if found is None else [found[:-1]]
@@ -254,6 +267,12 @@ class _Vocabulary:
         self.spelling = Spelling(tokenizer.special, pieces)
         library = _llguidance()
         self.library_tokenizer = library.LLTokenizer(library.TokenizerWrapper(_Source(tokenizer, pieces, names)))
+
+    def matcher(self, lark: str) -> Any:
+        """The library's, with nothing written yet."""
+        library = _llguidance()
+        compiled = library.LLMatcher.grammar_from_lark(lark)
+        return library.LLMatcher(self.library_tokenizer, compiled, log_level=0)
 
     def tail(self, text: bytes, token: int) -> bytes:
         """The end of a text after one more token, as much as a special string may begin in."""
