@@ -23,6 +23,7 @@ import numpy as np
 
 # one search after the other: texts side by side, steps at most (to the next landmark), whether landmarks are kept to
 SEARCHES = ((2, 500, False), (16, 2000, True), (64, 6000, True), (64, 8000, False))
+IN_PARTS = ((2, 2000, False), (16, 2000, True))  # many, each for what is short
 FAR, AROUND = (1, 40000, False), 8  # where nothing else is found, for what counts to hundreds; times the limit's length
 LONGER = 128  # tokens than the known way that a way may be without a look for a shorter one
 STEPS_PER_TOKEN = 64  # steps at most for each token that is left beyond the known way
@@ -92,7 +93,12 @@ class Alphabet:
 
 
 def way_to_the_end(
-    matcher: Any, alphabet: Alphabet, known: Sequence[int], limit: int, hints: Sequence[list[int]] = ()
+    matcher: Any,
+    alphabet: Alphabet,
+    known: Sequence[int],
+    limit: int,
+    hints: Sequence[list[int]] = (),
+    searches: Sequence[tuple[int, int, bool]] = (*SEARCHES, FAR),
 ) -> list[int] | None:
     """Tokens, at most `limit`, that complete the matcher's text, the last of them eos; None if none was found.
 
@@ -100,9 +106,10 @@ def way_to_the_end(
         matcher: llguidance's; it is not moved: once it was put back, its masks would not always be right.
         known: a way that was valid before the last token, or [eos].
         hints: texts to try where much is allowed, or their ends.
+        searches: what is tried, one after the other.
     """
     best: list[int] | None = None
-    for search in (*SEARCHES, FAR):
+    for search in searches:
         if search is FAR and (best is not None or len(known) > 1):
             break
         width, steps, landmarks = search

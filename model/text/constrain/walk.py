@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ending import Alphabet, is_way, way_to_the_end
+from .ending import IN_PARTS, Alphabet, is_way, way_to_the_end
 from .grammar import Grammar, expression
 from .schema import GrammarError
 from .spelling import Spelling
@@ -97,12 +97,14 @@ class Constraint:
         found: dict[str, list[int] | None] = {}
         for part in self._parts:
             if part not in found:
-                matcher = self.vocabulary.matcher(part)
-                eos = [self.vocabulary.eos]
-                found[part] = None if matcher.is_error() else self.way(matcher, eos, limit - len(way))
-            if found[part] is None:
+                matcher, eos = self.vocabulary.matcher(part), [self.vocabulary.eos]
+                broken = matcher.is_error() or len(found) == PARTS
+                given = matcher, self.vocabulary.alphabet, eos, limit - len(way), self._hints, IN_PARTS
+                found[part] = None if broken else way_to_the_end(*given)
+            text = found[part]
+            if text is None:
                 return None
-            way += found[part][:-1]
+            way += text[:-1]
         way = [*self.vocabulary.shorter(way), self.vocabulary.eos]
         return way if len(way) <= limit and is_way(self.start(), way) else None
 
@@ -251,6 +253,7 @@ class Guide:
 
 LOOKED_FOR = 512  # tokens of the shortest text, even if fewer are allowed: to say how many it takes
 LONGEST_HINT = 64
+PARTS = 100  # of a grammar, those that are alike once: a search for each
 
 
 class _Vocabulary:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -768,6 +769,38 @@ def test_a_way_is_found_past_what_differs(values):
 def test_a_way_is_found_through_what_counts(schema):
     way = Constraint(json_schema(schema), BYTES).walk(400).way
     jsonschema.validate(json.loads(bytes(way[:-1])), schema)
+
+
+NAMES = ["owner", "repo", "title", "body", "state", "labels", "assignee", "sort", "since", "page", "after", "head"]
+LISTED = {"type": "object", "properties": {name: {"type": "string"} for name in NAMES}, "required": NAMES[:6]}
+LISTED = {"type": "array", "minItems": 2, "items": LISTED}
+
+
+@pytest.mark.parametrize("value, required, most", [
+    ({"type": "string"}, 1, 124), ({"type": "string"}, 4, 271), ({"type": "string"}, 6, 378),
+    ({"type": "string"}, 10, 600), ({"type": ["string", "null", "integer"]}, 6, 390),
+    ({"type": "string", "format": "email"}, 6, 414), ({"type": "string", "minLength": 20}, 6, 498), (LISTED, 1, 250),
+    ({"enum": [f"Europe/City {i}" for i in range(50)]}, 6, 470),
+])  # fmt: skip
+def test_a_way_is_found_where_optional_parameters_follow(value, required, most):
+    given = {"type": "object", "properties": dict.fromkeys(NAMES, value), "required": NAMES[:required]}
+    for grammar in (tool_calls(tool(**given), "f"), tool_calls([*TOOLS, *tool(**given)], "f")):
+        began = time.process_time()
+        way = Constraint(grammar, BYTES).walk(1000).way
+        seconds = time.process_time() - began
+        message = parse_message_from_completion_text(BYTES.decode(way[:-1], special=True) + EOS)
+        arguments = json.loads(message["tool_calls"][0]["function"]["arguments"])
+        jsonschema.validate(arguments, given)
+        assert len(way) <= most and seconds < 3
+    thinking = Constraint(grammar.after_thinking(), BYTES).walk(1000).way
+    assert thinking == [BYTES.special["</think>"], *way]
+
+
+def test_a_way_is_found_where_parts_lead_to_none():
+    """Each of the two alone forbids what the other requires."""
+    parts = [{"type": "object", "properties": {n: {"type": "integer"} for n in "ab"}, "required": [n]} for n in "ab"]
+    way = Constraint(json_schema({"allOf": parts}), BYTES).walk(60).way
+    assert json.loads(bytes(way[:-1])).keys() == {"a", "b"}
 
 
 def test_back_takes_back():
