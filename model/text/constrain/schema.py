@@ -83,6 +83,7 @@ class Document:
         self.where, self._branches = where, 0
         self.at: dict[Pointer, Any] = {}
         self._anchors: dict[str, Pointer] = {}
+        self._targets: dict[str, Pointer] = {}
         references = self._read((), _copied(root))
         for reference in references:  # grows
             pointer = self._pointer(reference)
@@ -99,19 +100,28 @@ class Document:
         Raises:
             GrammarError: not to a schema of this document.
         """
-        for _ in range(DEFINITIONS):
+        passed: list[str] = []
+        found = self._targets.get(reference)
+        while found is None:
             pointer = self._pointer(reference)
             if pointer is None or pointer not in self.at:
                 raise GrammarError(
                     f"{self.where}: $ref {shown(reference)} leads nowhere: allowed are #, #/... to one of its schemas, "
                     "an $anchor of it, and these after its $id"
                 )
-            if not _is_reference(self.at[pointer]):
-                return pointer
-            reference = self.at[pointer]["$ref"]
-        raise GrammarError(
-            f"{self.where}: $ref {shown(reference)} refers to itself, or through more than {DEFINITIONS} references"
-        )
+            passed.append(reference)
+            if len(passed) > DEFINITIONS:
+                raise GrammarError(
+                    f"{self.where}: $ref {shown(reference)} refers to itself, or through more than {DEFINITIONS} "
+                    "references"
+                )
+            if _is_reference(self.at[pointer]):
+                reference = self.at[pointer]["$ref"]
+                found = self._targets.get(reference)
+            else:
+                found = pointer
+        self._targets.update(dict.fromkeys(passed, found))
+        return found
 
     def alone(self, schema: Any) -> Any:
         """A schema, of this document or made of its parts, that stands by itself: what it refers to is in its $defs.
