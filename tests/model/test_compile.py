@@ -23,6 +23,12 @@ V3 |= {
 INDEXER = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 
 
+@pytest.fixture(autouse=True)
+def afresh():
+    """What other tests have compiled counts towards dynamo's limit."""
+    torch._dynamo.reset()
+
+
 def nano(layers: int = 5, **changes) -> Transformer:
     """Without changes all kinds of layers, both routers, Engram and MTP."""
     values = ModelConfig.load("nano").to_dict()
