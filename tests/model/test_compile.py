@@ -29,7 +29,7 @@ def afresh():
     torch._dynamo.reset()
 
 
-def nano(layers: int = 5, **changes) -> Transformer:
+def nano(layers: int = 3, **changes) -> Transformer:
     """Without changes all kinds of layers, both routers, Engram and MTP."""
     values = ModelConfig.load("nano").to_dict()
     ratios, kinds = values["compress_ratios"], values.get("layer_types")
@@ -60,7 +60,7 @@ def test_one_graph_computes_the_same(name):
     torch.manual_seed(0)
     model = MODELS[name]()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for t in (19, 33):
+    for t in (19,) if name == "v4" else (19, 33):  # another length is compiled anew
         ids = draw_ids(2, t, top=50)
         given = {
             "ids": ids,
