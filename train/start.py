@@ -39,22 +39,22 @@ def train(
         ValueError: the checkpoint's model, tokenizer, rules or kind of run are others, or it is broken, or later
             checkpoints lie in `out`.
         TrainingDiverged: a loss, a gradient norm or an evaluation is not finite; the message names the step.
-        OSError: a full disk, say, or ProcessLost: another process of the run ended or did not answer. A note says how
-            to go on.
+        OSError: a full disk, say, or ProcessLost: another process of the run ended or did not answer (a note says how
+            to go on), or FolderLost: the folder was moved or removed meanwhile.
     """
     device, settings, run = choose_device(recipe.train.device), recipe.train, None
     try:
         with processes(device, settings.expert_parallel, settings.process_timeout) as world:
             check(recipe, world)
-            with folder.written(Path(out) if out else None, recipe.name, world) as place:
-                run = _run(recipe, place, _start(resume, place), shown, prepare, world)
+            with folder.written(Path(out) if out else None, recipe.name, world) as (place, held):
+                run = _run(recipe, place, _start(resume, place), shown, prepare, world, held)
                 try:
                     run.loop(stop_at or settings.steps)
                 finally:
                     run.close()
                 return run.finish()
     except (KeyboardInterrupt, OSError) as error:  # of which ProcessLost is one
-        if run:
+        if run and not isinstance(error, folder.FolderLost):
             found = checkpoint.checkpoints(run.out)
             last = f"the last checkpoint is {found[-1].name if found else 'none'}"
             error.add_note(f"{last}: go on with --resume {shlex.quote(str(run.out))}")
@@ -79,12 +79,13 @@ def _run(
     shown: bool,
     prepare: Callable[[Transformer], None] | None,
     world: World,
+    held: Callable[[], None],
 ) -> Run:
     """A run of the kind that the recipe asks for."""
     source = open_source(recipe)
     if recipe.grpo is not None:
-        return GrpoRun(recipe, source, out, start, shown, prepare)
-    return Run(recipe, source, out, start, shown, prepare, world)
+        return GrpoRun(recipe, source, out, start, shown, prepare, held)
+    return Run(recipe, source, out, start, shown, prepare, world, held)
 
 
 def open_source(recipe: Recipe) -> Source:

@@ -34,6 +34,7 @@ from ..files import whole, write_tensors
 from ..recipe import Recipe
 from ..run import metrics
 from ..run.checkpoint import Progress, fit
+from ..run.folder import nothing_to_check
 from ..run.line import Line
 from ..run.loop import Run
 from ..run.schedule import Phase
@@ -61,10 +62,11 @@ class GrpoRun(Run):
         resumed: Path | None,
         shown: bool,
         prepare: Callable[[Transformer], None] | None = None,
+        held: Callable[[], None] = nothing_to_check,
     ):
         if resumed is None and not recipe.train.init:
             raise ValueError("train.init='': allowed is a trained run: new weights write nothing that is ever rewarded")
-        super().__init__(recipe, source, out, resumed, shown, prepare)
+        super().__init__(recipe, source, out, resumed, shown, prepare, held=held)
         assert recipe.reason is not None and recipe.grpo is not None
         self.reason, self.grpo, self.tokenizer = recipe.reason, recipe.grpo, load_tokenizer("bytes")
         self.sampling = Sampling(recipe.grpo.temperature, recipe.grpo.top_k, recipe.grpo.top_p)

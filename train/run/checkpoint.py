@@ -95,7 +95,7 @@ def save(
     parent = run / FOLDER
     folder, writing = parent / f"step-{progress.step:06d}", parent / f".writing-{progress.step:06d}"
     if world.first:
-        parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(exist_ok=True)
         tidy(run, keep)
         writing.mkdir()
     world.barrier()

@@ -6,7 +6,7 @@ DIR/.writer     says which process writes the run, and is locked by it; gone whe
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,14 @@ from ..files import lock, naming
 
 LOCK = ".writer"
 RUNS = Path("runs")
+
+
+class FolderLost(OSError):
+    """The folder of a run was moved or removed while it was written: what lies there now is another's."""
+
+
+def nothing_to_check() -> None:
+    """For who holds no folder."""
 
 
 def fresh(name: str) -> Path:
@@ -32,9 +40,10 @@ def fresh(name: str) -> Path:
 
 
 @contextmanager
-def written(out: Path | None, name: str, world: World) -> Iterator[Path]:
+def written(out: Path | None, name: str, world: World) -> Iterator[tuple[Path, Callable[[], None]]]:
     """The folder of a run, `out` or a fresh one: until the block ends, or the process, nobody else writes it.
 
+    With it comes what raises FolderLost once the path no longer leads to that folder, to be called before writing.
     A folder that was made for a run of which nothing came is removed. The first process of `world` holds the lock.
 
     Raises:
@@ -51,7 +60,7 @@ def written(out: Path | None, name: str, world: World) -> Iterator[Path]:
     if problem:
         raise problem
     try:
-        yield world.agree(held.folder if held else Path())
+        yield world.agree(held.folder if held else Path()), held.check if held else nothing_to_check
     finally:
         if held:
             held.release()
@@ -92,9 +101,16 @@ class _Held:
             path.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
         return descriptor
 
+    def check(self) -> None:
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self.descriptor), os.stat(self.folder / LOCK)):
+                return
+        raise FolderLost(f"{str(self.folder)!r} was moved or removed meanwhile: go on from where its checkpoints are")
+
     def release(self) -> None:
         with suppress(OSError):
-            (self.folder / LOCK).unlink(missing_ok=True)
+            self.check()
+            (self.folder / LOCK).unlink()
         os.close(self.descriptor)
         self._remove_made()
 

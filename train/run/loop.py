@@ -28,6 +28,7 @@ from ..recipe import Recipe, differences
 from . import checkpoint, graph, metrics, provenance
 from .checkpoint import NOTHING, Progress
 from .diagnose import bad_weight, culprit
+from .folder import nothing_to_check
 from .graph import GraphStepper
 from .line import Line, Lines, Stopwatch
 from .observe import Observer
@@ -71,7 +72,9 @@ class Run:
         shown: bool,
         prepare: Callable[[Transformer], None] | None = None,
         world: World = ALONE,
+        held: Callable[[], None] = nothing_to_check,
     ):
+        self.held = held
         self.recipe, self.source, self.out, self.saved, self.world = recipe, source, out, resumed, world
         _check_folder(out, resumed)
         if resumed:
@@ -118,6 +121,7 @@ class Run:
 
     def _open(self, resumed: Path | None, shown: bool) -> None:
         step, parameters = self.progress.step, sum(p.numel() for p in self.model.parameters()) + self.tables.numel()
+        self.held()
         changed = _changes(self.recipe, self.source, self.out, resumed)
         self.world.barrier()  # every process has looked at the folder as it was
         if self.world.first:
@@ -257,6 +261,7 @@ class Run:
     def _go_back(self, number: int, loss: float) -> None:
         """Drops step `number` and goes on from the newest checkpoint before it."""
         assert self.stability is not None
+        self.held()
         self.stepper.forget()
         self.tables.end()
         now, seconds = self.stability.watch, self.seconds()
@@ -286,6 +291,7 @@ class Run:
         weight = self.world.heard(bad_weight(self.model))
         if weight:
             self._stop(f"after step {self.progress.step}: {weight} holds numbers that are not finite;")
+        self.held()
         self.metrics.sync()
         self.progress = Progress(self.progress.step, self.progress.tokens, self.seconds())
         keep = self.recipe.train.keep
@@ -303,6 +309,7 @@ class Run:
             self.evaluate()
         saved = self.saved or self.save()
         sample = self.sample()
+        self.held()
         if sample:
             with whole(self.out / SAMPLE) as writing:
                 writing.write_text(sample, "utf-8")

@@ -20,7 +20,8 @@ from abyssal.train import files
 from abyssal.train.cli import main
 from abyssal.train.distributed.world import ALONE
 from abyssal.train.files import lock
-from abyssal.train.run import checkpoint, folder, metrics, provenance
+from abyssal.train.run import checkpoint, folder, loop, metrics, provenance
+from abyssal.train.run.folder import _Held
 from abyssal.train.start import train
 
 HOLDER = """
@@ -83,12 +84,45 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path):
     os.close(held)
 
 
+def moved(out: Path) -> None:
+    os.rename(out, out.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("go", "other", "call"),
+    [
+        (moved, True, "save"),
+        (shutil.rmtree, True, "save"),
+        (moved, False, "save"),
+        (shutil.rmtree, True, "_restore"),
+        (moved, True, "sample"),
+    ],
+)
+def test_a_folder_that_is_moved_or_removed_ends_its_run(go, other, call, run, recipe, tiny, monkeypatch):
+    """Before its next write, which would be into a folder that another run may have made there meanwhile."""
+    plain, lost = getattr(loop.Run, call), []
+
+    def loses(self, *arguments):
+        found = plain(self, *arguments)
+        if not lost:
+            go(run)
+            lost.append(other and _Held(run, "run"))
+        return found
+
+    longer = tiny("train.steps=4", "train.eval_every=0", "train.checkpoint_every=1")
+    monkeypatch.setattr(loop.Run, call, loses)
+    with pytest.raises(folder.FolderLost, match=r"'.*run' was moved or removed meanwhile") as error:
+        train(longer, run, resume=run, shown=False)
+    assert not getattr(error.value, "__notes__", None)
+    assert [path.name for path in run.iterdir()] == [folder.LOCK] if other else not run.exists()
+
+
 def test_folders_of_one_second_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(folder.time, "strftime", lambda _: "20260101-120000")
     first = folder.fresh("nano")
     with folder.written(None, "nano", ALONE) as second, folder.written(None, "nano", ALONE) as third:
-        names = [path.name for path in (first, second, third)]
+        names = [path.name for path in (first, second[0], third[0])]
     assert names == ["nano-20260101-120000", "nano-20260101-120000-2", "nano-20260101-120000-3"]
     assert list((tmp_path / "runs").iterdir()) == [first.absolute()], "empty ones are gone"
 
