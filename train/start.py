@@ -65,11 +65,27 @@ def _start(resume: Path | str | None, out: Path) -> Path | None:
     """The checkpoint to go on from; None for a new run, or for one in `out` that never had any."""
     if resume is None:
         return None
-    begun = Path(resume).resolve() == out.resolve() and (out / provenance.FILE).is_file()
-    if begun and not checkpoint.checkpoints(out):
+    if Path(resume).resolve() == out.resolve() and never_saved(out):
         (out / metrics.FILE).unlink(missing_ok=True)
         return None
     return checkpoint.find(resume)
+
+
+def never_saved(run: Path) -> bool:
+    """Whether the run in that folder ended before its first checkpoint.
+
+    Raises:
+        FileNotFoundError: it has had one that is out of reach: moved away, on a disk that is not there, or not whole.
+    """
+    begun = provenance.recipe(run)
+    if begun is None or checkpoint.checkpoints(run):
+        return False
+    recipe, parent = Recipe.from_dict(begun), run / checkpoint.FOLDER
+    due = 0 if recipe.stability else recipe.train.checkpoint_every or recipe.train.steps
+    done = metrics.read(run)[-1:] if (run / metrics.FILE).exists() else []
+    if (parent.is_symlink() and not parent.exists()) or [*parent.glob("step-*")] or any(r["step"] > due for r in done):
+        raise FileNotFoundError(f"{str(parent)!r}: its checkpoints are out of reach, or not whole: put them back")
+    return True
 
 
 def _run(

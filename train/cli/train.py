@@ -35,14 +35,14 @@ def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:
     """The recipe asked for (a resumed run's own unless one is named), and where the run goes; None = a new folder."""
     from ..recipe import Recipe, apply, load_recipe
     from ..run import checkpoint, provenance
+    from ..start import never_saved
 
     if options.resume is None:
         if options.recipe is None:
             raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")
         return load_recipe(options.recipe, options.set), options.out
-    begun = provenance.recipe(options.resume)
-    if begun and not checkpoint.checkpoints(options.resume):  # killed before its first one: it starts over
-        stored, out = begun, options.out or options.resume
+    if never_saved(options.resume):  # it starts over
+        stored, out = provenance.recipe(options.resume), options.out or options.resume
     else:
         folder = checkpoint.find(options.resume)
         stored, out = checkpoint.read_state(folder)[0].to_dict(), options.out or folder.parents[1]

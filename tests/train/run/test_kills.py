@@ -8,6 +8,7 @@ import kills
 import pytest
 
 from abyssal.train.cli import main
+from abyssal.train.recipe import Recipe
 from abyssal.train.run import checkpoint, loop, metrics, provenance
 from abyssal.train.start import train
 
@@ -125,6 +126,47 @@ def test_the_command_starts_a_run_over_that_has_no_checkpoint(recipe, tmp_path, 
     assert [record["step"] for record in metrics.read(out)] == [1]
     assert main(["train", "--resume", str(tmp_path / "nothing")]) == 2
     assert "is no checkpoint" in capsys.readouterr().err
+
+
+def no_state(folder):
+    for path in folder.glob("*/checkpoint.json"):
+        path.unlink()
+
+
+def dangling(folder):
+    folder.rename(folder.with_name("aside"))
+    folder.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("lose", "metrics_too"),
+    [
+        (lambda folder: folder.rename(folder.with_name("aside")), False),
+        (lambda folder: [path.rename(path.parent.with_name(path.name)) for path in folder.iterdir()], False),
+        (dangling, False),
+        (dangling, True),
+        (no_state, False),
+        (no_state, True),
+    ],
+)
+def test_a_run_whose_checkpoints_are_out_of_reach_does_not_start_over(lose, metrics_too, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    kills.shutil.copytree(whole.out, out)
+    if metrics_too:
+        (out / metrics.FILE).unlink()
+    lose(out / checkpoint.FOLDER)
+    before = kills.contents(out)
+    assert main(["train", "--resume", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"'{out}/checkpoints': its checkpoints are out of reach" in said
+    assert kills.contents(out) == before
+    with pytest.raises(FileNotFoundError, match="out of reach"):
+        train(whole_recipe(out), out, resume=out, shown=False)
+    assert kills.contents(out) == before
+
+
+def whole_recipe(out):
+    return Recipe.from_dict(provenance.recipe(out))
 
 
 def test_kills_are_seen_by_their_files(tmp_path):
