@@ -260,6 +260,26 @@ def test_a_stdout_that_takes_nothing_is_one_line():
     assert (result.returncode, result.stderr) == (2, said)
 
 
+SHELL = 'set -o pipefail; abyssal() { "$PYTHON" -m abyssal.train "$@"; }; '
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("PYTHONUNBUFFERED=1 abyssal info v4-pro --context 1M | true", 141),
+        ("abyssal plot nowhere 2>&1 | true", 141),
+        ("abyssal nothing 2>&1 | true", 2),
+        ("abyssal info nano >&-", 0),
+        ("abyssal plot nowhere >&- 2>&-", 2),
+    ],
+)
+def test_streams_that_nobody_reads_or_that_are_closed(line, code):
+    """`true` has ended long before the first word; who reads a pipe's beginning alone gets no complaint."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(["bash", "-c", SHELL + line], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, "")
+
+
 def test_generate_refuses_a_bad_setting(run, capsys):
     assert main(["generate", str(run), "--top-p", "2"]) == 2
     assert "top_p=2" in capsys.readouterr().err

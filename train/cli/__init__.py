@@ -8,6 +8,7 @@ import argparse
 import errno
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ ADVICE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; errors of the user's making end in one line on stderr and exit code 2."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # whoever started us has closed it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (as long as the process)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if " ".join(words[:2]) in COMMANDS:
         words[:2] = [" ".join(words[:2])]
@@ -59,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if not _nobody_reads(sys.stdout):
             raise
-        with open(os.devnull, "w") as nothing:  # who read the output has seen enough
-            os.dup2(nothing.fileno(), sys.stdout.fileno())
+        _give_up(sys.stdout)  # who read the output has seen enough
         return 128 + signal.SIGPIPE
+    finally:
+        _give_up(sys.stderr)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -99,11 +104,13 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _nobody_reads(stream: Any) -> bool:
+    """Whether whoever read the pipe has ended: asked of the pipe, as what was written unbuffered leaves no trace."""
+    poll = select.poll()
     try:
-        stream.flush()
-    except BrokenPipeError:
-        return True
-    return False
+        poll.register(stream.fileno(), 0)
+    except OSError:  # a stream without a descriptor
+        return False
+    return bool(poll.poll(0))
 
 
 def _give_up(stream: Any) -> None:
