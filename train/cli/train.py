@@ -45,7 +45,7 @@ def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:
         stored, out = provenance.recipe(options.resume), options.out or options.resume
     else:
         folder = checkpoint.find(options.resume)
-        stored, out = checkpoint.read_state(folder)[0].to_dict(), options.out or folder.parents[1]
+        stored, out = checkpoint.read_state(folder)[0].to_dict(), options.out or checkpoint.require_run(folder)
     if options.recipe:
         return load_recipe(options.recipe, options.set), out
     return Recipe.from_dict(apply(stored, options.set)), out

@@ -246,18 +246,19 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     checkpoints.require_bytes(checkpoint, "a needle is planted in bytes")
     asked = numbers("lengths", lengths, int), numbers("depths", depths, float)
     folder = checkpoints.find(checkpoint)
+    out = out or checkpoints.require_run(folder)
     model, recipe = load_trained(checkpoint)
     corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction)
     print(f"{folder}: {trials} needles for each of {len(asked[0])} lengths and {len(asked[1])} depths")
     report = evaluate(model, corpus, *asked, trials=trials, batch=batch, seed=seed, tell=_tell)
-    out = out or folder.parents[1]
     out.mkdir(parents=True, exist_ok=True)
     facts = {"checkpoint": str(folder), "source": recipe.data.source, "trials": trials, "seed": seed}
     window = recipe.model.sliding_window
     (out / FILE).write_text(json.dumps({**facts, "window": window, **report.to_dict()}, indent=1) + "\n", "utf-8")
     print(f"\nfound and margin in nats, by depth and length\n{table(report)}\n\n{summary(report)}\n{out / FILE}")
     try:
-        title = f"{folder.parents[1].resolve().name} · {folder.name} · {trials} needles per cell · seed {seed}"
+        place = checkpoints.run_of(folder) or folder
+        title = f"{place.resolve().name} · {folder.resolve().name} · {trials} needles per cell · seed {seed}"
         print(picture(report, out / PICTURE, title, window))
     except ModuleNotFoundError as error:
         print(f"not drawn: {error.name} is not installed (pip install matplotlib)")

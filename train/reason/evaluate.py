@@ -53,6 +53,7 @@ def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None
 def _examined(path: Path | str, problems: int) -> dict[str, Any]:
     """A run's record in the JSON."""
     folder = checkpoint.find(path)
+    run_folder = checkpoint.require_run(folder)
     model, recipe = load_trained(folder)
     reason, progress = recipe.reason, checkpoint.read_state(folder)[1]
     if reason is None:
@@ -66,11 +67,10 @@ def _examined(path: Path | str, problems: int) -> dict[str, Any]:
         }
         for temperature in TEMPERATURES
     }
-    run_folder = folder.parents[1]
     records = metrics.read(run_folder)
     start = json.loads((run_folder / provenance.FILE).read_text("utf-8"))["starts"][-1]
     return {
-        "folder": run_folder.name,
+        "folder": run_folder.resolve().name,
         "recipe": recipe.name if len(reason.modes) > 1 else f"{recipe.name}, {reason.modes[0]} only",
         "rewarded": recipe.grpo is not None,
         "seed": recipe.train.seed,

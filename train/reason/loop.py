@@ -33,7 +33,7 @@ from ..data.tokenizers import load_tokenizer
 from ..files import whole, write_tensors
 from ..recipe import Recipe
 from ..run import metrics
-from ..run.checkpoint import Progress, fit
+from ..run.checkpoint import Progress, fit, require_run
 from ..run.folder import nothing_to_check
 from ..run.line import Line
 from ..run.loop import Run
@@ -80,7 +80,7 @@ class GrpoRun(Run):
                 write_tensors({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, writing)
         elif not path.exists():
             with whole(path) as writing:
-                shutil.copyfile(resumed.parents[1] / REFERENCE, writing)
+                shutil.copyfile(require_run(resumed) / REFERENCE, writing)
         model = copy.deepcopy(self.model)  # a new one would draw from the generators that a checkpoint has restored
         fit(model, path)
         return model.requires_grad_(False).eval()

@@ -194,6 +194,22 @@ def find(path: Path | str) -> Path:
     return found[-1]
 
 
+def run_of(folder: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to, by whatever path; None for one that lies in no run."""
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):  # `checkpoints` itself may be a link
+        if path.parent.name == FOLDER:
+            return path.parent.parent
+    return None
+
+
+def require_run(folder: Path) -> Path:
+    """As `run_of`. Raises ValueError where there is none."""
+    run = run_of(folder)
+    if run is None:
+        raise ValueError(f"{str(folder)!r} lies in no run: give --out, or a checkpoint where its run has it")
+    return run
+
+
 def read_state(folder: Path) -> tuple[Recipe, Progress]:
     """The recipe and the progress of a checkpoint. Raises ValueError where its file is broken."""
     path, values = folder / STATE, read_json(folder / STATE)

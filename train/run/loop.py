@@ -131,7 +131,7 @@ class Run:
                 *(self.out, self.recipe, self.source, self.device, parameters, step, self.world.size),
                 changed=changed,
             )
-        self._open_metrics(resumed.parents[1] if resumed else None)
+        self._open_metrics(checkpoint.run_of(resumed) if resumed else None)
         steps, every = self.recipe.train.steps, self.recipe.train.log_every
         in_bytes = isinstance(self.source.tokenizer, ByteTokenizer)
         self.line = ProgressLine(step, steps, every, shown, in_bytes) if self.world.first else Nowhere()
@@ -369,14 +369,16 @@ def _due(step: int, every: int) -> bool:
 
 def _check_folder(out: Path, resumed: Path | None) -> None:
     """A folder takes one run: a new one, or the continuation of its own newest checkpoint."""
-    if resumed is None or resumed.resolve().parents[1] != out.resolve():
+    origin = checkpoint.run_of(resumed) if resumed else None
+    if resumed is None or origin is None or origin.resolve() != out.resolve():
         if (out / metrics.FILE).exists() or checkpoint.checkpoints(out):
             raise FileExistsError(
                 f"{str(out)!r} already holds a run: resume it (--resume {out}) or choose another --out"
             )
-    elif checkpoint.find(out).name != resumed.name:
-        newest = checkpoint.find(out).name
-        raise ValueError(f"{str(out)!r} holds a later checkpoint ({newest}): resume from that, or choose another --out")
+    elif not (newest := checkpoint.find(out)).samefile(resumed):
+        raise ValueError(
+            f"{str(out)!r} holds a later checkpoint ({newest.name}): resume from that, or choose another --out"
+        )
 
 
 def _check_same_model(recipe: Recipe, resumed: Path) -> None:

@@ -58,7 +58,8 @@ def open_voice(
         return _voice(model, load_tokenizer(tokenizer or path), name or path.resolve().name, context)
     model, _ = load_trained(path, device)
     tokens = checkpoint.tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
-    return _voice(model, tokens, name or checkpoint.find(path).resolve().parents[1].name, context)
+    folder = checkpoint.find(path)
+    return _voice(model, tokens, name or (checkpoint.run_of(folder) or folder).resolve().name, context)
 
 
 def random_voice(

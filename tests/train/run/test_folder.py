@@ -270,6 +270,44 @@ def test_a_full_disk_ends_a_run_with_what_to_do_and_loses_nothing(full, tiny, wh
     assert [record["step"] for record in metrics.read(out)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("inside", "named", "out"),
+    [
+        ("run/checkpoints", "step-000002", None),
+        ("run/checkpoints/step-000002", ".", None),
+        (".", "best", None),  # a link
+        ("elsewhere", "step-000002", "out"),
+        (".", "elsewhere/step-000002", "out"),
+        ("elsewhere/step-000002", ".", "out"),
+    ],
+)
+def test_a_checkpoint_goes_on_by_whatever_path_leads_to_it(inside, named, out, run, monkeypatch, capsys):
+    """In its own run; one that lies in none, in a folder that has to be named."""
+    parent, newest = run.parent, checkpoint.find(run)
+    (parent / "best").symlink_to(newest)
+    shutil.copytree(newest, parent / "elsewhere" / newest.name)
+    monkeypatch.chdir(parent / inside)
+    command = ["train", "--resume", named, "--set", "train.steps=3"]
+    if out:
+        before = sorted(parent.rglob("*"))
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "lies in no run: give --out" in said
+        assert sorted(parent.rglob("*")) == before
+        with pytest.warns(UserWarning, match="has 0 of 2 steps"):
+            assert main([*command, "--out", str(parent / out)]) == 0
+    else:
+        assert main(command) == 0
+    assert checkpoint.find(parent / (out or "run")).name == "step-000003"
+
+
+def test_checkpoints_may_lie_on_another_disk(run, recipe, tiny):
+    (run / checkpoint.FOLDER).rename(run.parent / "disk")
+    (run / checkpoint.FOLDER).symlink_to(run.parent / "disk")
+    longer = tiny("train.steps=3", "train.eval_every=0", "train.sample_tokens=0")
+    assert train(longer, run, resume=run, shown=False).checkpoint == run / checkpoint.FOLDER / "step-000003"
+
+
 def test_a_run_of_another_kind_cannot_go_on(run, recipe, tiny):
     values = recipe.to_dict()
     other = type(recipe).from_dict({**values, "reason": {"tasks": ["addition-1"]}})
