@@ -289,6 +289,7 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizers) -> None:
     tensors = _read_moments(folder, model)
     parameters, tables, state = dict(model.named_parameters()), named_tables(model), optimizer.state
     _check_rules(folder, tensors, parameters, tables, optimizer)
+    _check_moments(folder, tensors, parameters, tables)
     load_model(folder, model)
     for moments in state.values():
         moments.clear()
@@ -383,6 +384,22 @@ def _check_rules(
             raise ValueError(f"{file}: {name!r} of {sorted(moments)} is no parameter of the model")
         if moments != kept:
             raise ValueError(f"{str(folder)!r}: {name} was trained with {_rule_of(name, moments)}: go on with that")
+
+
+def _check_moments(
+    folder: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], tables: Mapping[str, RowTable]
+) -> None:
+    """Moments have their parameter's shape and are no integers; a run that has learnt has some."""
+    path, (recipe, progress) = folder / "optimizer.safetensors", read_state(folder)
+    if progress.step and not tensors and recipe.grpo is None:  # rewards that are all alike teach nothing
+        raise ValueError(f"{str(path)!r} holds nothing after {progress.step} steps: it is not whole")
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition(".")
+        like = tables[name].store[moment] if name in tables else parameters[name]
+        shape = torch.Size() if moment == "step" else like.shape
+        if tensor.shape != shape or tensor.is_floating_point() != like.is_floating_point():
+            found = f"{str(tensor.dtype).partition('.')[2]} {list(tensor.shape)}"
+            raise ValueError(f"{str(path)!r}: {key} is {found}: allowed is {list(shape)}, as the parameter")
 
 
 def _rule_of(name: str, moments: set[str]) -> str:

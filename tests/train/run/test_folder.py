@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 from patience import wait_for
-from safetensors.torch import load_file
 
 import abyssal
 from abyssal.train import files
@@ -155,6 +155,12 @@ def test_foreign_things_beside_checkpoints_are_left_alone(run, recipe, tiny):
     assert (parent / "step-000003.1").is_dir() and os.readlink(parent / "latest") == "nowhere"
 
 
+def moments(text: bytes, change, name: str = "exp_avg") -> bytes:
+    """The moments of a file with one of them changed."""
+    tensors = safetensors.load(text)
+    return safetensors.save({**tensors, f"embed.weight.{name}": change(tensors["embed.weight.exp_avg"]).clone()})
+
+
 BROKEN = {
     "{}": ("checkpoint.json", lambda text: b"{}", "has no 'recipe'"),
     "[]": ("checkpoint.json", lambda text: b"[]", "holds no JSON object"),
@@ -172,6 +178,10 @@ BROKEN = {
     "weights gone": ("model.safetensors", lambda text: None, "has no model.safetensors"),
     "other weights": ("model.safetensors", lambda text: text.replace(b"embed.weight", b"embed.wsight"), "does not fit"),
     "moments empty": ("optimizer.safetensors", lambda text: b"", "cut off"),
+    "moments cut": ("optimizer.safetensors", lambda text: moments(text, lambda m: m[:1]), r"exp_avg is .*\[1, "),
+    "moments of integers": ("optimizer.safetensors", lambda text: moments(text, torch.Tensor.int), "exp_avg is int32"),
+    "steps in rows": ("optimizer.safetensors", lambda text: moments(text, lambda m: m[0], "step"), r"step is .*\[64\]"),
+    "no moments": ("optimizer.safetensors", lambda text: safetensors.save({}), "holds nothing after 2 steps"),
     "moments gone": ("optimizer.safetensors", lambda text: None, "has no optimizer.safetensors"),
     "random gone": ("random.safetensors", lambda text: None, "random.safetensors': no such file"),
     "random foreign": ("random.safetensors", lambda text: text.replace(b'"cpu"', b'"gpu"'), "random generators"),
@@ -265,7 +275,7 @@ def test_a_full_disk_ends_a_run_with_what_to_do_and_loses_nothing(full, tiny, wh
     assert not list(out.rglob(".*"))
     assert main(["train", "--resume", str(out)]) == 0
     for file in ("model", "optimizer", "random"):
-        a, b = (load_file(checkpoint.find(run) / f"{file}.safetensors") for run in (whole, out))
+        a, b = (safetensors.load_file(checkpoint.find(run) / f"{file}.safetensors") for run in (whole, out))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert [record["step"] for record in metrics.read(out)] == [1, 2]
 
