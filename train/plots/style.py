@@ -8,6 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ..files import whole
+
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"  # Okabe and Ito
 
 
@@ -22,11 +24,17 @@ def canvas(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path, title: str = "", dpi: int = 110) -> Path:
-    """Writes the figure, with a title above its panels."""
+    """Writes the figure, with a title above its panels; a PNG where the name says no other kind.
+
+    Raises:
+        OSError: a full disk, say; what picture there was is there still.
+    """
     if title:
         figure.suptitle(title, fontsize=11, color=GREY)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    with whole(path) as writing:
+        figure.savefig(writing, dpi=dpi)
     return path
 
 

@@ -1,7 +1,9 @@
 """curves.png: drawn from metrics.jsonl alone, with something on it."""
 
+import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -61,6 +63,29 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
         file.write('{"step": 3, "lm"')
     assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
     plot(tmp_path)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write(tmp_path, [record(1)])
+    plot(tmp_path, tmp_path / "a.png")
+
+    def full(self, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.png'"):
+        plot(tmp_path, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_a_picture_without_a_kind_is_a_png_and_its_name_is_told(tmp_path):
+    write(tmp_path, [record(1)])
+    assert plot(tmp_path, tmp_path / "a") == tmp_path / "a.png" and (tmp_path / "a.png").is_file()
+    assert plot(tmp_path, tmp_path / "b.svg").read_text("utf-8").startswith("<?xml")
+    with pytest.raises(ValueError, match="empty name"):
+        plot(tmp_path, "/")
 
 
 def test_errors_name_the_folder(tmp_path):
