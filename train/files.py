@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Size, Tensor
 
 _NUMBER = re.compile(r"os error (\d+)")
 
@@ -70,11 +70,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{str(path)!r} is cut off, or no safetensors file: {error}") from None
 
 
+def tensor_shapes(path: Path) -> dict[str, Size]:
+    """Names and shapes of a safetensors file's tensors. Raises ValueError where it is broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is cut off, or no safetensors file: {error}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, which names the file, where there is no such thing in it."""
     try:
         values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is cut off, or no JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} holds no JSON object: {str(values)[:40]}")

@@ -76,11 +76,15 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Raises ValueError for an unknown table or key, a missing [model], or a bad value."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"recipe={values!r}: allowed is a table")
         for table in values:
             if table not in ("name", *NAMES):
                 raise unknown("table", table, NAMES, "[{}]".format)
         if "model" not in values:
             raise ValueError(f"recipe {values.get('name', '')!r} has no table [model]")
+        if not isinstance(values["model"], Mapping):
+            raise ValueError(f"model={values['model']!r}: allowed is a table [model]")
         tables = {name: _table(kind, values.get(name, {})) for name, kind in TABLES.items()}
         tables |= {name: _table(kind, values[name]) for name, kind in OPTIONAL.items() if name in values}
         if STAGES in values:

@@ -187,6 +187,8 @@ def test_info_of_a_broken_checkpoint_is_one_line(capsys, tmp_path):
         (["train"], "RECIPE is missing"),
         (["train", "nano", "--set", "optim.lrr=1"], "the nearest known key is 'optim.lr'"),
         (["train", "nano", "--set", "data.source=nowhere"], "data.source='nowhere'"),
+        (["train", "nano", "--set", "data.source=~no-such-user"], "data.source='~no-such-user': no such file"),
+        (["train", "nano", "--set", "data.tokenizer=~no-such-user"], "tokenizer='~no-such-user': no such file"),
         (["train", "--resume", "nowhere"], "is no checkpoint"),
         (["generate", "nowhere"], "is no checkpoint"),
         (["eval", "nowhere"], "is no checkpoint"),

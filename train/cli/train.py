@@ -59,7 +59,7 @@ def _try_plot(out: Path) -> str:
         return ", ".join(str(path) for path in (plot(out), plot_mechanisms(out)) if path)
     except ModuleNotFoundError as error:
         return f"not drawn: {error.name} is not installed (pip install matplotlib, then: abyssal plot {out})"
-    except OSError as error:
+    except Exception as error:  # a picture, of which a run that has ended well does not fail
         return f"not drawn: {error} (then: abyssal plot {out})"
 
 

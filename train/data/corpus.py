@@ -153,7 +153,7 @@ def _read(source: str) -> list[FileDocument]:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = [p for p in root.rglob("*.py") if not STDLIB_SKIPS & set(p.relative_to(root).parts[:-1])]
         return _read_files(root, paths)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _read_files(path, list(path.rglob("*")))
     if path.is_file():

@@ -56,8 +56,8 @@ class Tokenised:
 def cache_folder() -> Path:
     """$ABYSSAL_CACHE, else abyssal in $XDG_CACHE_HOME, else ~/.cache/abyssal."""
     if os.environ.get(CACHE):
-        return Path(os.environ[CACHE]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "abyssal"
+        return Path(os.path.expanduser(os.environ[CACHE]))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "abyssal"
 
 
 def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> Tokenised:

@@ -10,13 +10,12 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Size, Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..files import os_error
+from ..files import os_error, tensor_shapes
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -53,8 +52,7 @@ def read(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def shapes(path: Path) -> dict[str, Size]:
     """Names and whole shapes of the tensors in a folder of parts or a file of whole ones."""
     if path.is_file():
-        with safe_open(path, "pt") as file:
-            return {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return tensor_shapes(path)
     metadata = _reader(path).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in metadata.items()}  # type: ignore[union-attr]
 

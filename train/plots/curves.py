@@ -49,6 +49,10 @@ def plot(folder: Path | str, path: Path | str | None = None) -> Path:
     records = metrics.read(folder)
     if not records:
         raise ValueError(f"{str(folder / metrics.FILE)!r} holds no step yet")
+    for number, record in enumerate(records, 1):
+        missing = [name for name in metrics.OF_ALL if record.get(name) is None]
+        if missing:
+            raise ValueError(f"{str(folder / metrics.FILE)!r}: line {number} has no {missing[0]}")
     figure = canvas(14, 8)
     axes = figure.subplot_mosaic("AAB;CDE")
     for name, panel in zip("ABCDE", _panels(records)):

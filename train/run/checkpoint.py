@@ -25,6 +25,7 @@ is never read, and never removed.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -38,10 +39,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...model.config import ModelConfig
 from ...model.tables import RowTable
 from ..data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from ..distributed.world import ALONE, World
-from ..files import flush, naming, read_json, read_tensors, write_tensors
+from ..files import flush, naming, read_json, read_tensors, tensor_shapes, write_tensors
+from ..measure.cost import accounts
 from ..optim import Optimizers
 from ..recipe import Recipe
 from ..settings import PLANTED
@@ -219,8 +222,12 @@ def read_state(folder: Path) -> tuple[Recipe, Progress]:
         raise ValueError(f"{str(path)!r} has no {error}: it is no checkpoint's, or not whole") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is broken, or of another version: {error}") from None
-    if any(type(value) is not int or value < 0 for value in (progress.step, progress.tokens)):
+    counts = (progress.step, progress.tokens)
+    timed = type(progress.seconds) in (int, float) and 0 <= progress.seconds < math.inf
+    if len(values["progress"]) < 3 or not timed or any(type(count) is not int or count < 0 for count in counts):
         raise ValueError(f"{str(path)!r} is broken: progress={values['progress']}")
+    if _NAME.fullmatch(folder.name) and step_of(folder) != progress.step:
+        raise ValueError(f"{str(path)!r} is broken, or another's: its step is {progress.step}")
     return recipe, progress
 
 
@@ -228,12 +235,17 @@ def read_memory(folder: Path) -> Memory:
     """What the run remembered at a checkpoint."""
     path = folder / "memory.safetensors"
     values = read_json(folder / STATE).get("memory", {})
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(folder / STATE)!r} is broken: memory={values!r}")
     return Memory(values, read_tensors(path) if path.is_file() else {})
 
 
 def read_data(folder: Path) -> str:
     """The digest of what a checkpoint's run learnt from; '' where it was not told."""
-    return read_json(folder / STATE).get("data", "")
+    data = read_json(folder / STATE).get("data", "")
+    if not isinstance(data, str):
+        raise ValueError(f"{str(folder / STATE)!r} is broken: data={data!r}")
+    return data
 
 
 def tokenizer_of(path: Path | str) -> Tokenizer:
@@ -253,6 +265,18 @@ def require_bytes(path: Path | str, why: str) -> None:
     """Raises ValueError unless a checkpoint's model was trained on bytes."""
     if not isinstance(tokenizer_of(path), ByteTokenizer):
         raise ValueError(f"{str(path)!r} was trained on the tokens of a trained tokenizer: {why}")
+
+
+def check_size(folder: Path, config: ModelConfig) -> None:
+    """Raises ValueError where a model has more numbers than its checkpoint: built in vain, it may fill the memory."""
+    path = _tensors(folder, "model")
+    if path.is_dir():
+        from ..distributed.checkpoint import shapes
+    else:
+        shapes = tensor_shapes
+    held, needed = sum(shape.numel() for shape in shapes(path).values()), accounts(config, 0).total_with_mtp
+    if needed > held:
+        raise ValueError(f"{str(path)!r} is not of its recipe's model: {held:,} numbers, where that has {needed:,}")
 
 
 def load_model(folder: Path, model: nn.Module) -> None:

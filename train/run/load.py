@@ -14,6 +14,7 @@ def load_trained(path: Path | str, device: str = "auto") -> tuple[Transformer, R
     """The model of a checkpoint (or of a run's newest), ready for inference, and its recipe."""
     folder = checkpoint.find(path)
     recipe, progress = checkpoint.read_state(folder)
+    checkpoint.check_size(folder, recipe.model)
     with places(recipe, None):
         model = Transformer(recipe.model).to(choose_device(device))
     checkpoint.load_model(folder, model)

@@ -86,6 +86,8 @@ class Run:
         self.dtype = getattr(torch, recipe.train.dtype)
         if resumed:
             _check_same_tokenizer(self.source.tokenizer, resumed)
+        if resumed and not prepare:
+            checkpoint.check_size(resumed, recipe.model)
         torch.manual_seed(recipe.train.seed)
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)

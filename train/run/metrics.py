@@ -31,6 +31,11 @@ from torch import Tensor
 from ..files import naming, whole
 
 FILE = "metrics.jsonl"
+OF_ALL = ("tokens", "seconds", "tokens_per_second", "peak_memory_gib")
+OF_SOME = ("loss", "lm", "mtp", "balance", "index", "lr", "grad_norm", "held_out", "trigram")
+OF_LAYERS = ("load_max", "load_cv", "spread", "captured", "sinkhorn", "gain", "recall", "gate", "collisions")
+KINDS: dict[str, type] = dict.fromkeys(OF_ALL + OF_SOME, float)
+KINDS |= dict.fromkeys(OF_LAYERS, list) | dict.fromkeys(("grad_by", "update_by"), dict)
 
 
 def model_record(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,13 +119,25 @@ def _records(folder: Path) -> Iterator[dict[str, Any]]:
         if not line.endswith(b"\n"):
             return
         try:
-            record = json.loads(line)
-            whole_number = type(record["step"]) is int
-        except (ValueError, TypeError, LookupError):
-            whole_number = False
-        if not whole_number:
+            record = json.loads(line, parse_constant=_no_number)
+            good = type(record["step"]) is int and all(_is(kind, record.get(name)) for name, kind in KINDS.items())
+        except (ValueError, TypeError, LookupError, RecursionError):
+            good = False
+        if not good:
             raise ValueError(f"{str(path)!r}: line {number} is no record of a step: remove it to go on without")
         yield record
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(name)
+
+
+def _is(kind: type, value: Any) -> bool:
+    """Whether a value is a number or not there, or else a list or a dict of such."""
+    if kind is float:
+        return value is None or type(value) in (int, float)
+    parts = value.values() if isinstance(value, dict) else value
+    return value is None or (isinstance(value, kind) and all(_is(float, part) for part in parts))
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -153,6 +153,7 @@ BROKEN = {
     "list gone": ("contents.json", lambda data: None),
     "list cut": ("contents.json", lambda data: data[:-9]),
     "list of nothing": ("contents.json", lambda data: b"[]"),
+    "list too deep": ("contents.json", lambda data: b"[" * 100_000),
     "list of an earlier version": ("contents.json", lambda data: json.dumps({"corpus": "", "tokenizer": ""}).encode()),
     "list of another tokenizer": ("contents.json", lambda data: data.replace(b'"bytes"', b'"pairs"')),
 }

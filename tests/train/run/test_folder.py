@@ -155,6 +155,10 @@ def test_foreign_things_beside_checkpoints_are_left_alone(run, recipe, tiny):
     assert (parent / "step-000003.1").is_dir() and os.readlink(parent / "latest") == "nowhere"
 
 
+def other(text: bytes, **values) -> bytes:
+    return json.dumps({**json.loads(text), **values}).encode()
+
+
 def moments(text: bytes, change, name: str = "exp_avg") -> bytes:
     """The moments of a file with one of them changed."""
     tensors = safetensors.load(text)
@@ -185,9 +189,22 @@ BROKEN = {
     "moments gone": ("optimizer.safetensors", lambda text: None, "has no optimizer.safetensors"),
     "random gone": ("random.safetensors", lambda text: None, "random.safetensors': no such file"),
     "random foreign": ("random.safetensors", lambda text: text.replace(b'"cpu"', b'"gpu"'), "random generators"),
+    "deep": ("checkpoint.json", lambda text: b"[" * 100_000, "no JSON"),
+    "recipe": ("checkpoint.json", lambda text: other(text, recipe=None), "recipe=None"),
+    "model": ("checkpoint.json", lambda text: other(text, recipe={"model": 5}), "model=5"),
+    "data": ("checkpoint.json", lambda text: other(text, data=5), "data=5"),
+    "seconds": ("checkpoint.json", lambda text: text.replace(b'"seconds": ', b'"seconds": -'), "is broken"),
+    "no progress": ("checkpoint.json", lambda text: other(text, progress={}), "progress={}"),
+    "other step": ("checkpoint.json", lambda text: text.replace(b'"step": 2', b'"step": 1'), "its step is 1"),
+    "deep run": ("../../run.json", lambda text: b"[" * 100_000, "no JSON"),
+    "no recipe": ("../../run.json", lambda text: b'{"starts": [{"recipe": []}]}', "no list of the run's starts"),
     "run": ("../../run.json", lambda text: b'{"starts": []}', "no list of the run's starts"),
     "run cut": ("../../run.json", lambda text: text[:50], "cut off"),
     "metrics": ("../../metrics.jsonl", lambda text: b"\x00\n" + text, "line 1 is no record"),
+    "deep metrics": ("../../metrics.jsonl", lambda text: b"[" * 100_000 + b"\n" + text, "line 1 is no record"),
+    "not finite": ("../../metrics.jsonl", lambda text: b'{"step": 1, "loss": NaN}\n' + text, "line 1 is no record"),
+    "words": ("../../metrics.jsonl", lambda text: b'{"step": 1, "lm": "x"}\n' + text, "line 1 is no record"),
+    "in layers": ("../../metrics.jsonl", lambda text: b'{"step": 1, "gain": ["x"]}\n' + text, "line 1 is no record"),
     "other metrics": ("../../metrics.jsonl", lambda text: b"[1]\n" + text, "line 1 is no record"),
 }
 
@@ -205,6 +222,26 @@ def test_what_is_broken_is_named_in_one_line(case, run, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and path.name in said
     assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "n_routed_experts", "vocab_size", "engram.vocab_size", "head_dim"])
+def test_a_model_larger_than_its_checkpoint_is_not_built(key, run, capsys):
+    path = checkpoint.find(run) / checkpoint.STATE
+    state = json.loads(path.read_bytes())
+    *table, name = key.split(".")
+    (state["recipe"]["model"][table[0]] if table else state["recipe"]["model"])[name] = 10**9
+    path.write_text(json.dumps(state), "utf-8")
+    for command in (["train", "--resume"], ["generate"], ["eval"]):
+        assert main([*command, str(run)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "model.safetensors' is not of its recipe's model: 988,586 numbers" in said
+
+
+def test_a_picture_that_fails_fails_no_run(run, capsys):
+    (run / metrics.FILE).write_text('{"step": 1}\n{"step": 2}\n', "utf-8")
+    assert main(["train", "--resume", str(run)]) == 0
+    assert re.search(r"not drawn: .*metrics.jsonl': line 1 has no tokens", capsys.readouterr().out)
+    assert main(["plot", str(run)]) == 2
 
 
 @pytest.mark.parametrize("kept", [b"", None, b'{"step": 1, "lm": 3.0}\n{"step": 2, "l'])

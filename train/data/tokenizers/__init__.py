@@ -4,6 +4,7 @@ tokenizer = load_tokenizer("bytes")             or a folder / tokenizer.json of 
 ids = [tokenizer.bos, *tokenizer.encode("def f():")]
 """
 
+import os
 from pathlib import Path
 
 from .base import Tokenizer
@@ -34,7 +35,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         ValueError: the file is not one of ours.
         ModuleNotFoundError: the `tokenizers` library is needed and not installed.
     """
-    return ByteTokenizer() if str(name_or_path) == "bytes" else read_bpe(Path(name_or_path).expanduser())
+    return ByteTokenizer() if str(name_or_path) == "bytes" else read_bpe(Path(os.path.expanduser(name_or_path)))
 
 
 def bpe_size(name: str) -> int | None:
