@@ -50,6 +50,8 @@ class DataConfig(Table):
         "stdlib",
         "'stdlib' (Python's own source files, no download), a folder of text files, a file, or planted:TASK"
         " (recall, selective_copy, induction, ngram_facts; see [planted])",
+        "a name or a path",
+        len,
     )
     tokenizer: str = key(
         "bytes",

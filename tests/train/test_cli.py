@@ -191,6 +191,8 @@ def test_info_of_a_broken_checkpoint_is_one_line(capsys, tmp_path):
         (["train", "nano", "--set", "data.tokenizer=~no-such-user"], "tokenizer='~no-such-user': no such file"),
         (["train", "--resume", "nowhere"], "is no checkpoint"),
         (["generate", "nowhere"], "is no checkpoint"),
+        (["chat", "--random", "nowhere"], "'nowhere' is no configuration"),
+        (["ablate", "indexer", "--out", __file__], "test_cli.py/runs': not a directory"),
         (["eval", "nowhere"], "is no checkpoint"),
         (["plot", "nowhere"], "holds no metrics.jsonl"),
         (["info", "v5"], "'v5' is no configuration"),
@@ -213,7 +215,7 @@ def test_a_mistake_is_one_line_on_stderr(arguments, message, capsys, tmp_path, m
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
-    assert captured.err.startswith(f"abyssal {arguments[0]}: ")
+    assert captured.err.startswith(f"abyssal {arguments[0]}: ") and not captured.out
     assert not list(tmp_path.iterdir())
 
 

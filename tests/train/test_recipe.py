@@ -57,6 +57,7 @@ def test_a_file_is_a_recipe_and_missing_tables_take_defaults(tmp_path: Path):
         ("optimm.lr=1", "unknown table 'optimm': the nearest known table is 'optim'"),
         ("lr=1", "allowed is table.key=value"),
         ("optim.lr", "allowed is table.key=value"),
+        ("data.source=''", "data.source='': allowed is a name or a path"),
         ("optim.lr=-1", r"optim.lr=-1.0: allowed is above 0"),
         ("optim.betas=[0.9, 1.0]", r"optim.betas=\(0.9, 1.0\): allowed is two numbers"),
         ("data.held_out_fraction=1", "data.held_out_fraction=1.0"),

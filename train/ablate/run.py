@@ -25,7 +25,7 @@ from filelock import FileLock
 from ...model import Transformer
 from ..run import checkpoint, metrics, provenance
 from ..run.tables import places
-from ..start import train
+from ..start import never_saved, train
 from .measures import curves, measure
 from .probes import PROBES
 from .progress import Progress
@@ -56,6 +56,7 @@ def run_suite(
     if workers < 1:
         raise ValueError(f"workers={workers}: allowed are positive numbers")
     planned = jobs(suite, seeds, size, overrides)
+    (out / RUNS).mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with Progress(suite.name, planned, out / RUNS, shown) as progress:
         for job, result in execute(planned, out / RUNS, workers, progress):
@@ -127,7 +128,8 @@ def run_job(job: Job, runs: Path) -> dict[str, Any]:
 def _train(job: Job, folder: Path) -> dict[str, Any]:
     begun = bool(checkpoint.checkpoints(folder))
     if folder.exists() and not begun:
-        shutil.rmtree(folder)  # killed before its first checkpoint
+        never_saved(folder)  # or else its checkpoints are out of reach
+        shutil.rmtree(folder)
     summary = train(job.recipe, folder, folder if begun else None, shown=False, prepare=VARIANTS[job.variant])
     records, start = metrics.read(folder), json.loads((folder / provenance.FILE).read_text("utf-8"))["starts"][-1]
     model = _built(job)

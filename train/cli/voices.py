@@ -31,5 +31,6 @@ def voice(options: argparse.Namespace, name: str | None = None) -> "Voice":
         return open_voice(options.folder, options.tokenizer, options.context, options.device, name)
     if options.tokenizer not in (None, "bytes"):
         raise ValueError(f"tokenizer={options.tokenizer!r} with --random: allowed is 'bytes'")
+    found = random_voice(options.random, options.context, options.device, name)
     print(f"{options.random}: RANDOM WEIGHTS, what it writes means nothing", file=sys.stderr)
-    return random_voice(options.random, options.context, options.device, name)
+    return found

@@ -13,6 +13,7 @@ its cache it reads the window, the index keys of all entries, the picked entries
 A activated parameters
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Gpu:
             raise ValueError(f"gpu {self.name!r}: allowed are {', '.join(GPUS)}")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu={self.mfu}: allowed are shares above 0, up to 1")
-        if self.price < 0:
+        if not 0 <= self.price < math.inf:
             raise ValueError(f"price={self.price}: allowed are dollars an hour, 0 or more")
 
     @property
@@ -191,6 +192,8 @@ def comparison(name: str, context: int) -> str:
 
 def estimate(name: str, context: int, gpu: Gpu, tokens: float, length: int) -> str:
     """Training and serving in hours and dollars, with the numbers that each formula takes."""
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"tokens={tokens}: allowed are numbers above 0")
     config = load(name)
     a = accounts(config, context)
     trained = training_flops(config, length)

@@ -353,7 +353,7 @@ def _read_moments(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 def _tensors(folder: Path, name: str) -> Path:
     """The file of whole tensors, or the folder of their parts. Raises FileNotFoundError where there is neither."""
     for path in (folder / name, folder / f"{name}.safetensors"):
-        if path.exists():
+        if path.is_dir() or path.is_file():  # a pipe would be waited for
             return path
     raise FileNotFoundError(f"{str(folder)!r} has no {path.name}: the checkpoint is not whole")
 

@@ -126,14 +126,16 @@ class Run:
         self.held()
         changed = _changes(self.recipe, self.source, self.out, resumed)
         self.world.barrier()  # every process has looked at the folder as it was
+        origin = checkpoint.run_of(resumed) if resumed else None
         if self.world.first:
+            metrics.up_to(origin or self.out, step)  # what is broken there is told before anything is written
             self.out.mkdir(parents=True, exist_ok=True)
             checkpoint.tidy(self.out, self.recipe.train.keep)
             provenance.write(
                 *(self.out, self.recipe, self.source, self.device, parameters, step, self.world.size),
                 changed=changed,
             )
-        self._open_metrics(checkpoint.run_of(resumed) if resumed else None)
+        self._open_metrics(origin)
         steps, every = self.recipe.train.steps, self.recipe.train.log_every
         in_bytes = isinstance(self.source.tokenizer, ByteTokenizer)
         self.line = ProgressLine(step, steps, every, shown, in_bytes) if self.world.first else Nowhere()

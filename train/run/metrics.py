@@ -68,7 +68,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, step: int = 0, source: Path | None = None):
         self.path = folder / FILE
-        kept = _up_to(source or folder, step)
+        kept = up_to(source or folder, step)
         if len(kept) < step:
             warnings.warn(f"{str((source or folder) / FILE)!r} has {len(kept)} of {step} steps so far", stacklevel=2)
         with whole(self.path) as writing:
@@ -100,8 +100,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(_records(folder))
 
 
-def _up_to(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Records up to that step; what follows is not looked at."""
+def up_to(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Records up to that step; what follows is not looked at. Raises ValueError where one is broken."""
     kept: list[dict[str, Any]] = []
     for record in _records(folder) if step and (folder / FILE).is_file() else ():
         if record["step"] <= step:

@@ -90,6 +90,10 @@ def test_numbers_of_tokens(text, number):
         (["--gpu", "tpu"], "gpu 'tpu': allowed are a100"),
         (["--gpu", "h100", "--mfu", "1.5"], "mfu=1.5"),
         (["--gpu", "h100", "--price", "-1"], "price=-1"),
+        (["--gpu", "h100", "--price", "nan"], "price=nan"),
+        (["--gpu", "h100", "--price", "inf"], "price=inf"),
+        (["--gpu", "h100", "--tokens", "-1"], "tokens=-1"),
+        (["--gpu", "h100", "--tokens", "nan"], "tokens=nan"),
     ],
 )
 def test_errors(arguments, says, capsys):

@@ -218,9 +218,11 @@ def test_what_is_broken_is_named_in_one_line(case, run, capsys):
         path.unlink()
     else:
         path.write_bytes(text)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(run), "--set", "train.steps=3"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and path.name in said
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert re.search(message, said), said
 
 
@@ -235,6 +237,14 @@ def test_a_model_larger_than_its_checkpoint_is_not_built(key, run, capsys):
         assert main([*command, str(run)]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "model.safetensors' is not of its recipe's model: 988,586 numbers" in said
+
+
+def test_a_pipe_for_weights_is_not_waited_for(run, capsys):
+    path = checkpoint.find(run) / "model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    assert main(["generate", str(run)]) == 2
+    assert "has no model.safetensors" in capsys.readouterr().err
 
 
 def test_a_picture_that_fails_fails_no_run(run, capsys):
