@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..model import Transformer
 from .data.corpus import load_corpus
@@ -71,21 +72,21 @@ def _start(resume: Path | str | None, out: Path) -> Path | None:
     return checkpoint.find(resume)
 
 
-def never_saved(run: Path) -> bool:
-    """Whether the run in that folder ended before its first checkpoint.
+def never_saved(run: Path) -> dict[str, Any] | None:
+    """The recipe of the run in that folder if it ended before its first checkpoint.
 
     Raises:
         FileNotFoundError: it has had one that is out of reach: moved away, on a disk that is not there, or not whole.
     """
     begun = provenance.recipe(run)
     if begun is None or checkpoint.checkpoints(run):
-        return False
+        return None
     recipe, parent = Recipe.from_dict(begun), run / checkpoint.FOLDER
     due = 0 if recipe.stability else recipe.train.checkpoint_every or recipe.train.steps
     done = metrics.read(run)[-1:] if (run / metrics.FILE).exists() else []
     if (parent.is_symlink() and not parent.exists()) or [*parent.glob("step-*")] or any(r["step"] > due for r in done):
         raise FileNotFoundError(f"{str(parent)!r}: its checkpoints are out of reach, or not whole: put them back")
-    return True
+    return begun
 
 
 def _run(

@@ -34,15 +34,16 @@ def _train(options: argparse.Namespace) -> None:
 def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:
     """The recipe asked for (a resumed run's own unless one is named), and where the run goes; None = a new folder."""
     from ..recipe import Recipe, apply, load_recipe
-    from ..run import checkpoint, provenance
+    from ..run import checkpoint
     from ..start import never_saved
 
     if options.resume is None:
         if options.recipe is None:
             raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")
         return load_recipe(options.recipe, options.set), options.out
-    if never_saved(options.resume):  # it starts over
-        stored, out = provenance.recipe(options.resume), options.out or options.resume
+    begun = never_saved(options.resume)
+    if begun:  # it starts over
+        stored, out = begun, options.out or options.resume
     else:
         folder = checkpoint.find(options.resume)
         stored, out = checkpoint.read_state(folder)[0].to_dict(), options.out or checkpoint.require_run(folder)

@@ -60,8 +60,8 @@ def recipe(folder: Path) -> dict[str, Any] | None:
 
 def _starts(path: Path) -> list[Any]:
     starts = read_json(path).get("starts")
-    listed = isinstance(starts, list) and starts
-    if not listed or not all(isinstance(s, dict) and isinstance(s.get("recipe"), dict) for s in starts):
+    listed = isinstance(starts, list) and all(isinstance(s, dict) and isinstance(s.get("recipe"), dict) for s in starts)
+    if not starts or not listed:
         raise ValueError(f"{str(path)!r} holds no list of the run's starts")
     return starts
 
