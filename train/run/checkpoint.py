@@ -40,11 +40,11 @@ import torch
 from torch import Tensor, nn
 
 from ...model.config import ModelConfig
+from ...model.accounting import account
 from ...model.tables import RowTable
 from ..data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from ..distributed.world import ALONE, World
 from ..files import flush, naming, read_json, read_tensors, tensor_shapes, write_tensors
-from ..measure.cost import accounts
 from ..optim import Optimizers
 from ..recipe import Recipe
 from ..settings import PLANTED
@@ -274,7 +274,7 @@ def check_size(folder: Path, config: ModelConfig) -> None:
         from ..distributed.checkpoint import shapes
     else:
         shapes = tensor_shapes
-    held, needed = sum(shape.numel() for shape in shapes(path).values()), accounts(config, 0).total_with_mtp
+    held, needed = sum(shape.numel() for shape in shapes(path).values()), account(config).total_with_mtp
     if needed > held:
         raise ValueError(f"{str(path)!r} is not of its recipe's model: {held:,} numbers, where that has {needed:,}")
 
