@@ -301,7 +301,7 @@ def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The table in a JSON file. Raises ValueError where it holds something else, or a key twice."""
+    """The object in a JSON file. Raises ValueError, naming it, where there is something else, or a key twice."""
     return naming(path, lambda: _parse(Path(path).read_text("utf-8"), ".json")["model"])
 
 
@@ -319,7 +319,10 @@ def naming(path: str | Path, function: Callable[..., Any], *arguments: Any) -> A
 def _parse(text: str, suffix: str) -> dict[str, Any]:
     if suffix == ".toml":
         return tomllib.loads(text)
-    found = json.loads(text, object_pairs_hook=_distinct)
+    try:
+        found = json.loads(text, object_pairs_hook=_distinct)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is cut off, or no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{shown(found)} is no JSON object")
     return {"model": found}

@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import ModelConfig
+from ..config import ModelConfig, read_json
 from ..dialect import to_huggingface
 from ..lineage import LineageConfig, LineageTransformer
 from ..lineage import names as lineage_names
 from ..lineage.config import KINDS
 from ..transformer import Transformer
 from . import formats, names
-from .files import read_object
 
 Config = Any  # ModelConfig or LineageConfig
 
@@ -34,7 +33,7 @@ class Family(NamedTuple):
 
 def family_of(path: Path) -> Family:
     """That of a config.json. Raises ValueError where it is no JSON object."""
-    return LINEAGE if read_object(path).get("model_type") in KINDS else V4
+    return LINEAGE if read_json(path).get("model_type") in KINDS else V4
 
 
 def family_of_model(model: Any) -> Family:

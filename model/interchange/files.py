@@ -16,16 +16,16 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import read_json
+from ..disk import flush, write_tensors
 from . import place
 from .names import Index, listed
 
@@ -103,7 +103,7 @@ class Folder:
             return {}
         if not path.is_file():
             raise ValueError(f"{path} is no file")
-        places = read_object(path).get("weight_map")
+        places = read_json(path).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise ValueError(f"{path} is no index of shards: weight_map has to be a table of tensors and their files")
         if not places:
@@ -137,17 +137,6 @@ class Folder:
         raise FileNotFoundError(f"{self.path} has no {WEIGHTS}")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises ValueError if it is none, or says a key twice."""
-    try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is no JSON object, but {type(value).__name__}")
-    return value
-
-
 def write(
     folder: str | Path,
     config: Mapping[str, Any],
@@ -170,12 +159,13 @@ def write(
             held: dict[str, Tensor] = {}
             for name in names:
                 held |= make(name)
-            _write_tensors(new / file, held)
+            write_tensors(held, new / file)
             places |= dict.fromkeys(held, file)
             total += sum(tensor.nbytes for tensor in held.values())
         if len(shards) > 1:
             _write_json(new / SHARDS, {"metadata": {"total_size": total}, "weight_map": places})
-        place.flush(new.iterdir())
+        for path in new.iterdir():
+            flush(path)
         _keep_others(Path(folder), new)
 
 
@@ -194,18 +184,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """With the rights of config.json: the library gives a file to its owner alone."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-    shutil.copymode(path.parent / CONFIG, path)
-
-
 def _headers(file: Path) -> dict[str, Header]:
     tensors = _opened(file)
     views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  (the handle is no mapping)
@@ -217,11 +195,3 @@ def _opened(file: Path, device: str = "cpu") -> Any:
         return safe_open(file, "pt", device=device)
     except SafetensorError as error:
         raise ValueError(f"{file} is broken or cut off: {error}") from None
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{twice!r} is there twice")
-    return values

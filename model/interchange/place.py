@@ -1,8 +1,7 @@
 """Putting a folder into its place: at any moment it is the old one or the new one, whole, however its writer ends.
 
     PARENT/NAME                       what is read
-          /.NAME.writing-XXXXXXXX/    what a save has beside it, hidden
-              lock                    held by the writer; its death releases it
+          /.NAME.writing-XXXXXXXX/    what a save has beside it, hidden; locked by the writer, released by its death
               new/                    filled and flushed to the disk, then exchanged with NAME in one step (renameat2)
               old/                    NAME, on a file system that has no such step, between two renames
 
@@ -12,14 +11,15 @@ A save first removes what dead writers left. Where one died between its two rena
 
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ..disk import flush, lock
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _C = ctypes.CDLL(None, use_errno=True)
@@ -42,16 +42,16 @@ def replaced(folder: str | Path) -> Iterator[Path]:
             raise OSError(errno.EBUSY, "A mounted disk, or a working directory, is not replaced: choose a folder in it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         tidy(folder)
-        beside, lock = _open_beside(folder)
+        beside, held = _open_beside(folder)
         try:
             yield beside / "new"
             if folder.is_dir():
                 shutil.copymode(folder, beside / "new")
-            flush([beside / "new"])
+            flush(beside / "new")
             _exchange(beside / "new", folder, beside / "old")
-            flush([folder.parent])
+            flush(folder.parent)
         finally:
-            _clear(beside, lock, folder)
+            _clear(beside, held, folder)
     except BaseException as error:
         for parent in made:
             with suppress(OSError):
@@ -65,19 +65,9 @@ def tidy(folder: Path) -> None:
     """Removes what dead writers left beside a folder; where it is missing, it is what one of them had moved away."""
     for beside in folder.parent.glob(f".{glob.escape(folder.name)}.writing-" + "[a-z0-9_]" * 8):
         with suppress(OSError):
-            lock = _lock(beside)
-            if lock is not None:
-                _clear(beside, lock, folder)
-
-
-def flush(paths: Iterable[Path]) -> None:
-    """To the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            held = lock(beside)
+            if held is not None:
+                _clear(beside, held, folder)
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -93,28 +83,17 @@ def _open_beside(folder: Path) -> tuple[Path, int]:
     while True:
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
         with suppress(FileNotFoundError):  # another save took it for a dead one's, before it was locked
-            lock = _lock(beside)
-            if lock is not None:
+            held = lock(beside)
+            if held is not None:
                 (beside / "new").mkdir()
-                return beside, lock
+                return beside, held
 
 
-def _lock(beside: Path) -> int | None:
-    """The lock of a hidden folder, unless its writer lives."""
-    lock = os.open(beside / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _clear(beside: Path, lock: int, folder: Path) -> None:
+def _clear(beside: Path, held: int, folder: Path) -> None:
     if (beside / "old").is_dir() and not folder.exists():
         os.rename(beside / "old", folder)
     shutil.rmtree(beside, ignore_errors=True)
-    os.close(lock)
+    os.close(held)
 
 
 def _exchange(new: Path, folder: Path, old: Path) -> None:

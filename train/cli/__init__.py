@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
 def _said(error: Exception) -> str:
     """An error in one line: of the system's, where and what it is, and what to do; then its notes."""
     if isinstance(error, SafetensorError):
-        from ..files import os_error
+        from ...model.disk import os_error
 
         error = os_error(error)
     parts = [str(error)]

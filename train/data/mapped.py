@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import flush, lock, naming, read_json
+from ...model.config import read_json
+from ...model.disk import flush, lock, naming
 from .corpus import CHUNK, AnyDocument, Corpus
 from .tokenizers import BPETokenizer, Tokenizer, read_bpe, train_bpe
 

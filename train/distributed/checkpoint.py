@@ -15,7 +15,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..files import os_error, tensor_shapes
+from ...model.disk import os_error, tensor_shapes
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from ...model import Transformer
+from ...model.disk import whole, write_tensors
 from ...model.generation.sampling import Sampling
 from ...model.losses import LossShares, loss_counts, loss_shares
 from ..data.source import Source
 from ..data.tokenizers import load_tokenizer
-from ..files import whole, write_tensors
 from ..recipe import Recipe
 from ..run import metrics
 from ..run.checkpoint import Progress, fit, require_run

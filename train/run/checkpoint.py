@@ -40,11 +40,11 @@ import torch
 from torch import Tensor, nn
 
 from ...model.accounting import account
-from ...model.config import ModelConfig
+from ...model.config import ModelConfig, read_json
+from ...model.disk import flush, naming, read_tensors, tensor_shapes, write_tensors
 from ...model.tables import RowTable
 from ..data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from ..distributed.world import ALONE, World
-from ..files import flush, naming, read_json, read_tensors, tensor_shapes, write_tensors
 from ..optim import Optimizers
 from ..recipe import Recipe
 from ..settings import PLANTED

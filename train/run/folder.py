@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from ...model.disk import lock, naming
 from ..distributed.world import World
-from ..files import lock, naming
 
 LOCK = ".writer"
 RUNS = Path("runs")

@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 import torch
 
 from ...model import Transformer, generate
+from ...model.disk import whole
 from ..data.rows import Batch
 from ..data.source import Source
 from ..data.tokenizers import ByteTokenizer, Tokenizer, canonical_ids
 from ..distributed.shard import shard, split_by_mesh, whole_model
 from ..distributed.world import ALONE, Nowhere, World, choose_device, own_device
-from ..files import whole
 from ..optim import build_optimizer
 from ..recipe import Recipe, differences
 from . import checkpoint, graph, metrics, provenance

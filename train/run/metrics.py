@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import naming, whole
+from ...model.disk import naming, whole
 
 FILE = "metrics.jsonl"
 OF_ALL = ("tokens", "seconds", "tokens_per_second", "peak_memory_gib")

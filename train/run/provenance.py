@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ...model.config import read_json
+from ...model.disk import whole
 from ..data.source import Source
-from ..files import read_json, whole
 from ..recipe import Recipe
 
 FILE = "run.json"

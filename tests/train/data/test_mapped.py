@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from abyssal.model.disk import lock
 from abyssal.train.data import mapped
 from abyssal.train.data.corpus import Corpus, Document, load_corpus
 from abyssal.train.data.mapped import cache_folder, tokenised, trained_tokenizer
 from abyssal.train.data.rows import held_out, stream, train_rows
 from abyssal.train.data.tokenizers import ByteTokenizer, Tokenizer
-from abyssal.train.files import lock
 
 
 class Triples(Tokenizer):

@@ -1,6 +1,7 @@
 """A run's folder: one writer, names that never collide, foreign things left alone, files that are broken named."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -16,10 +17,10 @@ import torch
 from patience import wait_for
 
 import abyssal
-from abyssal.train import files
+from abyssal.model import disk
+from abyssal.model.disk import lock
 from abyssal.train.cli import main
 from abyssal.train.distributed.world import ALONE
-from abyssal.train.files import lock
 from abyssal.train.run import checkpoint, folder, loop, metrics, provenance
 from abyssal.train.run.folder import _Held
 from abyssal.train.start import train
@@ -81,6 +82,22 @@ def test_a_lock_that_was_removed_meanwhile_is_none(tmp_path):
     (tmp_path / "file").unlink()
     with pytest.raises(FileNotFoundError):
         lock(tmp_path / "file")
+    os.close(held)
+
+
+@pytest.mark.parametrize("code", disk.WITHOUT_LOCKS)
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, code):
+    """As some of clusters are; and those of NFS lock a file exclusively only if it is open for writing."""
+    (tmp_path / "file").touch()
+    held = lock(tmp_path / "file")
+    assert fcntl.fcntl(held, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"file' cannot be locked here \(.*\): let one process at a time write there"):
+        os.close(lock(tmp_path / "file"))
     os.close(held)
 
 
@@ -167,8 +184,8 @@ def moments(text: bytes, change, name: str = "exp_avg") -> bytes:
 
 BROKEN = {
     "{}": ("checkpoint.json", lambda text: b"{}", "has no 'recipe'"),
-    "[]": ("checkpoint.json", lambda text: b"[]", "holds no JSON object"),
-    "no text": ("checkpoint.json", lambda text: b"\xff\xfe", "no JSON"),
+    "[]": ("checkpoint.json", lambda text: b"[]", "is no JSON object"),
+    "no text": ("checkpoint.json", lambda text: b"\xff\xfe", "utf-8"),
     "cut": ("checkpoint.json", lambda text: text[:99], "cut off"),
     "empty": ("checkpoint.json", lambda text: b"", "cut off"),
     "version": (
@@ -189,14 +206,14 @@ BROKEN = {
     "moments gone": ("optimizer.safetensors", lambda text: None, "has no optimizer.safetensors"),
     "random gone": ("random.safetensors", lambda text: None, "random.safetensors': no such file"),
     "random foreign": ("random.safetensors", lambda text: text.replace(b'"cpu"', b'"gpu"'), "random generators"),
-    "deep": ("checkpoint.json", lambda text: b"[" * 100_000, "no JSON"),
+    "deep": ("checkpoint.json", lambda text: b"[" * 100_000, "nested too deeply"),
     "recipe": ("checkpoint.json", lambda text: other(text, recipe=None), "recipe=None"),
     "model": ("checkpoint.json", lambda text: other(text, recipe={"model": 5}), "model=5"),
     "data": ("checkpoint.json", lambda text: other(text, data=5), "data=5"),
     "seconds": ("checkpoint.json", lambda text: text.replace(b'"seconds": ', b'"seconds": -'), "is broken"),
     "no progress": ("checkpoint.json", lambda text: other(text, progress={}), "progress={}"),
     "other step": ("checkpoint.json", lambda text: text.replace(b'"step": 2', b'"step": 1'), "its step is 1"),
-    "deep run": ("../../run.json", lambda text: b"[" * 100_000, "no JSON"),
+    "deep run": ("../../run.json", lambda text: b"[" * 100_000, "nested too deeply"),
     "no recipe": ("../../run.json", lambda text: b'{"starts": [{"recipe": []}]}', "no list of the run's starts"),
     "run": ("../../run.json", lambda text: b'{"starts": []}', "no list of the run's starts"),
     "run cut": ("../../run.json", lambda text: text[:50], "cut off"),
@@ -307,8 +324,8 @@ def test_a_full_disk_ends_a_run_with_what_to_do_and_loses_nothing(full, tiny, wh
         if len(writes) == full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(path)] if path else []))
 
-    save, write = files.save_file, metrics._line
-    monkeypatch.setattr(files, "save_file", lambda tensors, path: room(path) or save(tensors, path))
+    save, write = disk.save_file, metrics._line
+    monkeypatch.setattr(disk, "save_file", lambda tensors, path, **kept: room(path) or save(tensors, path, **kept))
     monkeypatch.setattr(metrics, "_line", lambda record: room(None) or write(record))
     out = tmp_path / "run"
     sets = [f"data.source={tiny().data.source}", "data.sequence_length=48", "data.batch_size=2", "data.held_out_rows=3"]

@@ -2,19 +2,19 @@
 
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Size, Tensor
 
+WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _NUMBER = re.compile(r"os error (\d+)")
 
 
@@ -49,7 +49,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(dict(tensors), path)
+        save_file(dict(tensors), path, metadata={"format": "pt"})  # transformers asks for this
     except SafetensorError as error:
         raise os_error(error, path) from error
     path.chmod(mode)
@@ -79,17 +79,6 @@ def tensor_shapes(path: Path) -> dict[str, Size]:
         raise ValueError(f"{str(path)!r} is cut off, or no safetensors file: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, which names the file, where there is no such thing in it."""
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is cut off, or no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object: {str(values)[:40]}")
-    return values
-
-
 def os_error(error: BaseException, path: Path | None = None) -> OSError:
     """The system's error that a library tells of in words, with its notes."""
     number, where = _NUMBER.search(str(error)), str(path) if path else None
@@ -112,11 +101,18 @@ def flush(path: Path) -> None:
 def lock(path: Path) -> int | None:
     """A descriptor that locks a file or folder until it is closed, or the process ends; None where another does.
 
+    A file is opened for writing, without which NFS locks none. Where the file system has no locks, a warning says so.
     Raises FileNotFoundError where `path` is not there, or no longer.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            unlocked = f"{str(path)!r} cannot be locked here ({error.strerror})"
+            warnings.warn(f"{unlocked}: let one process at a time write there", stacklevel=2)
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
     except BlockingIOError:
