@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -25,18 +27,22 @@ import torch
 from lively import lively
 from patience import wait_for
 from requests_fuzz import fuzz
+from starlette.requests import Request
 
 from abyssal.model import generate
 from abyssal.model.text.constrain import json_schema, tool_calls
 from abyssal.train.data.tokenizers import ByteTokenizer
 from abyssal.train.talk.dialogue import prompt
 from abyssal.train.talk.serve.app import Limits
+from abyssal.train.talk.serve.app import Server as Endpoints
 from abyssal.train.talk.serve.errors import ApiError
 from abyssal.train.talk.serve.fields import parse_object
 from abyssal.train.talk.serve.grammars import Grammars
-from abyssal.train.talk.serve.prepare import grammar_of
+from abyssal.train.talk.serve.prepare import grammar_of, prepare_chat
 from abyssal.train.talk.serve.request import read_chat
+from abyssal.train.talk.serve.respond import respond
 from abyssal.train.talk.serve.run import PrintableFormatter, bind, build_server, is_local
+from abyssal.train.talk.serve.worker import Worker
 from abyssal.train.talk.voice import Voice
 
 BYTES = ByteTokenizer()
@@ -739,6 +745,27 @@ def test_clients_that_go_away_free_their_places(voice, caplog):
         assert post(address, messages=HI).status_code == 200
     assert caplog.text.count("client gone") == 4
     assert (turned_away[0].status_code, turned_away[0].json()["error"]["code"]) == (429, "queue_full")
+
+
+@processes
+def test_a_stream_whose_client_has_gone_before_it_begins(voice):
+    """The server's library then never asks for the first chunk: nothing in the stream could tidy up."""
+    limits, worker, grammars = Limits(), Worker(4), Grammars(BYTES)
+    server, submitted = Endpoints(voice, limits, worker, grammars), []
+    worker.submit = submitted.append
+
+    async def go() -> None:
+        work, held = await server._prepared(lambda body: prepare_chat(voice, asked({"const": 7}), 50), b"", math.inf)
+        request = Request({"type": "http"}, receive=lambda: asyncio.sleep(0, {"type": "http.disconnect"}))
+        response = await respond(request, worker, replace(work, stream=True), held, math.inf)
+        assert followers() and not submitted[0].cancelled
+        await response({"type": "http"}, request.receive, lambda message: asyncio.sleep(0))
+
+    asyncio.run(go())
+    assert submitted[0].cancelled
+    wait_for(lambda: not followers())
+    grammars.close()
+    worker.close()
 
 
 def test_a_request_that_takes_too_long(voice):

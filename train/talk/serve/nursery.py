@@ -9,6 +9,7 @@ library. So each request's is followed in a process of its own, which may be kil
 A follower answers ("done", value), ("refused", an ApiError's fields) or ("broken", traceback).
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -56,11 +57,12 @@ def main() -> None:
         number, command = COMMAND.unpack(message)
         if command == FORK:
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until the child is in the table
-            child = os.fork()
-            if not child:
-                server.close()
-                _follow_and_exit(Connection(sockets[0]), tokenizer)
-            children[number] = child
+            with contextlib.suppress(OSError):  # no more processes: the server sees the socket closed
+                child = os.fork()
+                if not child:
+                    server.close()
+                    _follow_and_exit(Connection(sockets[0]), tokenizer)
+                children[number] = child
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             os.close(sockets[0])
         elif number in children:

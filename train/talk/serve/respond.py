@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -76,7 +77,8 @@ class _Exchange:
     async def response(self) -> Response:
         if self.work.stream:
             headers = {"Cache-Control": "no-cache"}
-            return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers)
+            freed = BackgroundTask(self._free)  # a stream whose client has gone already is never begun
+            return StreamingResponse(self._events(), media_type="text/event-stream", headers=headers, background=freed)
         return await self._whole()
 
     async def _whole(self) -> Response:
@@ -119,6 +121,10 @@ class _Exchange:
     def _finished(self) -> None:
         self.outcome = ", ".join(answer.finish_reason for answer in self.answers)
 
+    def _free(self) -> None:
+        self.worker.cancel(self.job)
+        _end(self.held)
+
     @contextmanager
     def _recorded(self) -> Iterator[None]:
         """Frees the job's place however this ends, and writes how it did."""
@@ -128,8 +134,7 @@ class _Exchange:
             self.outcome = str(error.code)
             raise
         finally:
-            self.worker.cancel(self.job)
-            _end(self.held)
+            self._free()
             begun = self.job.begun or time.monotonic()
             waited, ran = begun - self.job.arrived, time.monotonic() - begun
             counts = f"{self.work.prompt_tokens} + {sum(answer.tokens for answer in self.answers)} tokens"
