@@ -40,7 +40,6 @@ ADVICE = {
     errno.EISDIR: "give a file",
     errno.EEXIST: "choose another name",
     errno.ENAMETOOLONG: "choose a shorter one",
-    errno.ENOLCK: "choose a place whose file system has locks",
 }
 
 
