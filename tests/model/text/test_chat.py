@@ -199,7 +199,7 @@ def test_turns_of_odd_messages(messages, turn):
     [
         ("", "arguments", "true", ""),
         (" {", "arguments", "true", " {"),
-        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}", "arguments", "true", None),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "arguments", "true", None),
         ('{"a": ' + "1" * 5000 + "}", "arguments", "true", None),
         ('{"a": 1, "a": -0.0}', "a", "false", "-0.0"),
         ('{"a": 1E2}', "a", "false", "100.0"),

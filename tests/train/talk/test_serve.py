@@ -536,6 +536,11 @@ def test_a_nursery_that_is_lost_is_started_again():
     with contextlib.suppress(ApiError):  # this one may find out
         follows(grammars)
     follows(grammars)
+    (nursery,) = below(os.getpid())
+    kill([nursery], signal.SIGKILL)
+    wait_for(lambda: Path(f"/proc/{nursery}/stat").read_text().split()[2] == "Z")
+    grammars._nursery._process.poll = lambda: None  # its end is not known yet, only that its socket is closed
+    follows(grammars)
     grammars.close()
 
 

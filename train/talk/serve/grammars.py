@@ -6,7 +6,6 @@ Whatever a grammar does to that process, or to the library in it, costs one requ
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -187,16 +186,25 @@ class _Nursery:
             ours, theirs = socket.socketpair()
         except OSError as error:
             raise ApiError(503, f"no grammar can be made now: {error.strerror}", code="overloaded") from None
+        lost = self._process
         with theirs:
-            self.command(number, FORK, [theirs.fileno()])
+            if lost is not None and not self.command(number, FORK, [theirs.fileno()]):
+                lost.kill()
+                lost.wait()  # only then it is started again
+                self.start()
+                self.command(number, FORK, [theirs.fileno()])
         return Connection(ours.detach())
 
-    def command(self, number: int, command: bytes, files: Sequence[int] = ()) -> None:
-        """Without effect for a process that is no more."""
+    def command(self, number: int, command: bytes, files: Sequence[int] = ()) -> bool:
+        """Whether it was sent: without effect for a follower that is no more, and false if this process is not."""
         with self._sending:
-            if self._socket is not None and not self.closed:
-                with contextlib.suppress(OSError):  # it is lost, and its children: whoever reads from them will see
-                    socket.send_fds(self._socket, [COMMAND.pack(number, command)], files)
+            if self._socket is None or self.closed:
+                return False
+            try:
+                socket.send_fds(self._socket, [COMMAND.pack(number, command)], files)
+            except OSError:
+                return False
+            return True
 
     def close(self) -> None:
         """Ends it, and with it its children."""

@@ -91,7 +91,9 @@ def _follow_and_exit(connection: Connection, tokenizer: Tokenizer) -> None:
 
 def _limit(connection: Connection) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries that break say so at length
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # the server's socket, which is to close with the nursery
+    os.dup2(nothing, 2)  # libraries that break say so at length
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statm = Path("/proc/self/statm")
     if statm.exists():
