@@ -352,7 +352,8 @@ def main() -> None:
         which: thirds([row[i] for row in server.memory if row[0] == "mixed"]) for i, which in ((1, "own"), (2, "all"))
     }
     requests = sum(map(sum, (counter.values() for counter in siege.statuses.values())))
-    odd_lines = [line for line in server.lines if "Traceback" in line or not line.rstrip("\n").isprintable()]
+    odd = [i for i, line in enumerate(server.lines) if "Traceback" in line or not line.rstrip("\n").isprintable()]
+    odd_lines = [server.lines[i : i + 20] for i in odd]
     bars = {
         "no fault": not siege.faults,
         f"within {SLOWER} of the quiet time": max(slower.values()) <= SLOWER,

@@ -529,6 +529,24 @@ def kill(processes, number):
 
 
 @processes
+def test_followers_that_end_together_leave_their_nursery_alone(grammars):
+    """It learns of their ends between two commands, never by a signal in the middle of one, or of another signal."""
+
+    async def many():
+        return await asyncio.gather(*(grammars.make(asked({"const": 7}), 5) for _ in range(8)))
+
+    held = asyncio.run(many())
+    nursery = grammars._nursery._process.pid
+    caught = next(line for line in Path(f"/proc/{nursery}/status").read_text().splitlines() if "SigCgt" in line)
+    assert not int(caught.split()[1], 16) >> signal.SIGCHLD - 1 & 1
+    kill(below(nursery), signal.SIGKILL)
+    for each in held:
+        each.close()
+    follows(grammars)
+    assert grammars._nursery._process.pid == nursery
+
+
+@processes
 def test_a_nursery_that_is_lost_is_started_again():
     grammars = Grammars(BYTES)
     follows(grammars)
@@ -536,10 +554,9 @@ def test_a_nursery_that_is_lost_is_started_again():
     with contextlib.suppress(ApiError):  # this one may find out
         follows(grammars)
     follows(grammars)
-    (nursery,) = below(os.getpid())
-    kill([nursery], signal.SIGKILL)
-    wait_for(lambda: Path(f"/proc/{nursery}/stat").read_text().split()[2] == "Z")
     process = grammars._nursery._process
+    kill([process.pid], signal.SIGKILL)
+    wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "Z")
     process.poll = lambda: process.returncode  # nobody has waited for it yet: all that shows is its closed socket
     follows(grammars)
     grammars.close()

@@ -12,6 +12,7 @@ A follower answers ("done", value), ("refused", an ApiError's fields) or ("broke
 import contextlib
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -34,6 +35,7 @@ FORK, SLOW, KILL = b"f", b"s", b"k"
 READY = b"r"
 MAKING = 5  # seconds of processor time to make a grammar; real ones take milliseconds
 FOLLOWING = 10, 0.01  # to follow it: for a text, and for each of its tokens
+REAPED = 0.2  # seconds after which a child that has ended is seen
 MEMORY = 256 * 2**20  # bytes that one may take beyond what the nursery has
 
 
@@ -49,21 +51,21 @@ def main() -> None:
     Constraint(json_schema(True), tokenizer)  # makes the vocabulary that all followers share
     server.send(READY)
     children: dict[int, int] = {}
-    signal.signal(signal.SIGCHLD, lambda *_: _reap(children))
     while True:
+        _reap(children)
+        if children and not select.select([server], [], [], REAPED)[0]:
+            continue
         message, sockets, _, _ = socket.recv_fds(server, COMMAND.size, 1)
         if not message:
             break
         number, command = COMMAND.unpack(message)
         if command == FORK:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until the child is in the table
             with contextlib.suppress(OSError):  # no more processes: the server sees the socket closed
                 child = os.fork()
                 if not child:
                     server.close()
                     _follow_and_exit(Connection(sockets[0]), tokenizer)
                 children[number] = child
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
             os.close(sockets[0])
         elif number in children:
             if command == SLOW:
@@ -75,7 +77,10 @@ def main() -> None:
 
 
 def _reap(children: dict[int, int]) -> None:
-    """Forgets the children that have ended; their process ids may be others' from then on."""
+    """Forgets the children that have ended; their process ids may be others' from then on.
+
+    Here alone: as the handler of a signal it would change the table under whoever looks at it, itself included.
+    """
     for number, child in list(children.items()):
         if os.waitpid(child, os.WNOHANG)[0]:
             del children[number]
@@ -90,7 +95,6 @@ def _follow_and_exit(connection: Connection, tokenizer: Tokenizer) -> None:
 
 
 def _limit(connection: Connection) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)  # the server's socket, which is to close with the nursery
     os.dup2(nothing, 2)  # libraries that break say so at length
