@@ -550,9 +550,15 @@ def test_followers_that_end_together_leave_their_nursery_alone(grammars):
 def test_a_nursery_that_is_lost_is_started_again():
     grammars = Grammars(BYTES)
     follows(grammars)
-    kill(below(os.getpid()), signal.SIGKILL)
-    with contextlib.suppress(ApiError):  # this one may find out
-        follows(grammars)
+    lost = grammars._nursery._process.pid
+    kill([lost], signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        asks = pool.submit(follows, grammars)
+        time.sleep(0.2)
+        kill([lost], signal.SIGKILL)
+        with pytest.raises(ApiError, match="was lost: try again") as caught:
+            asks.result()
+    assert caught.value.status == 503
     follows(grammars)
     process = grammars._nursery._process
     kill([process.pid], signal.SIGKILL)

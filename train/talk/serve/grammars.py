@@ -76,7 +76,7 @@ class Held(Constraint):
         self._nursery, self._number, self._closed = nursery, next(NUMBERS), False
 
     def make(self, asked: ChatRequest, tokens: int) -> None:
-        self._connection = self._nursery.fork(self._number)
+        self._connection, self._from = self._nursery.fork(self._number)
         if self._closed:
             self.close()
         self._put(asked, tokens)
@@ -121,6 +121,8 @@ class Held(Constraint):
     def _lost(self) -> ApiError:
         if self._nursery.closed:
             return shutting_down()
+        if self._nursery.lost(self._from):
+            return ApiError(503, "the process that follows grammars was lost: try again", code="overloaded")
         limits = f"over {MAKING} seconds of processor time or {MEMORY // 2**20} MiB"
         message = f"no grammar can be made of this: it takes {limits}, or breaks the library that makes it"
         return invalid(self.param, message, "unsupported_schema")
@@ -179,8 +181,11 @@ class _Nursery:
                 raise RuntimeError("the process that makes grammars has not started")
             self._socket = ours
 
-    def fork(self, number: int) -> Connection:
-        """The connection to a new process. Raises ApiError if there are no more file descriptors."""
+    def fork(self, number: int) -> tuple[Connection, Any]:
+        """The connection to a new process, and which process it came from.
+
+        Raises ApiError if there are no more file descriptors.
+        """
         try:
             self.start()
             ours, theirs = socket.socketpair()
@@ -193,7 +198,17 @@ class _Nursery:
                 lost.wait()  # only then it is started again
                 self.start()
                 self.command(number, FORK, [theirs.fileno()])
-        return Connection(ours.detach())
+        return Connection(ours.detach()), self._process
+
+    def lost(self, process: Any) -> bool:
+        """Whether this process is no more: whatever ended it, followers that were not forked yet ended with it."""
+        with self._sending:
+            if process is not self._process or self._socket is None:
+                return True
+            try:
+                return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except OSError as error:
+                return not isinstance(error, BlockingIOError)
 
     def command(self, number: int, command: bytes, files: Sequence[int] = ()) -> bool:
         """Whether it was sent: without effect for a follower that is no more, and false if this process is not."""
