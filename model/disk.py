@@ -2,13 +2,17 @@
 
 import errno
 import fcntl
+import glob
+import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -31,17 +35,56 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of `path` once it is whole and on the disk."""
-    folder = path.with_name(f".{path.name}.writing")  # a folder: the libraries that write have leftovers of their own
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    """Where to write what takes the place of `path` once it is whole and on the disk; the later of two writers wins."""
+    for left, dead in left_beside(path):
+        _remove(left, dead)
+    try:
+        folder, held = open_beside(path)  # a folder: the libraries that write have leftovers of their own
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with naming(path):
             yield folder / path.name
             flush(folder / path.name)
             os.replace(folder / path.name, path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder, held)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    with whole(path) as writing:
+        writing.write_text(text, "utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Likewise, of JSON."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def open_beside(path: Path) -> tuple[Path, int]:
+    """A new hidden folder beside `path`, and its lock, which ends with this process."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.writing-", dir=path.parent))
+        with suppress(FileNotFoundError):  # another writer took it for a dead one's, before it was locked
+            held = lock(folder)
+            if held is not None:
+                return folder, held
+
+
+def left_beside(path: Path) -> Iterator[tuple[Path, int]]:
+    """Such folders that processes left when they died, locked now by this one."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.writing-" + "[a-z0-9_]" * 8):
+        with suppress(OSError):
+            held = lock(folder)
+            if held is not None:
+                yield folder, held
+
+
+def _remove(folder: Path, held: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(held)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

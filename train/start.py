@@ -81,10 +81,8 @@ def never_saved(run: Path) -> dict[str, Any] | None:
     begun = provenance.recipe(run)
     if begun is None or checkpoint.checkpoints(run):
         return None
-    recipe, parent = Recipe.from_dict(begun), run / checkpoint.FOLDER
-    due = 0 if recipe.stability else recipe.train.checkpoint_every or recipe.train.steps
-    done = metrics.read(run)[-1:] if (run / metrics.FILE).exists() else []
-    if (parent.is_symlink() and not parent.exists()) or [*parent.glob("step-*")] or any(r["step"] > due for r in done):
+    parent = run / checkpoint.FOLDER
+    if provenance.saved(run) or (parent.is_symlink() and not parent.exists()) or [*parent.glob("step-*")]:
         raise FileNotFoundError(f"{str(parent)!r}: its checkpoints are out of reach, or not whole: put them back")
     return begun
 

@@ -11,15 +11,13 @@ A save first removes what dead writers left. Where one died between its two rena
 
 import ctypes
 import errno
-import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..disk import flush, lock
+from ..disk import flush, left_beside, open_beside
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _C = ctypes.CDLL(None, use_errno=True)
@@ -42,8 +40,9 @@ def replaced(folder: str | Path) -> Iterator[Path]:
             raise OSError(errno.EBUSY, "A mounted disk, or a working directory, is not replaced: choose a folder in it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         tidy(folder)
-        beside, held = _open_beside(folder)
+        beside, held = open_beside(folder)
         try:
+            (beside / "new").mkdir()
             yield beside / "new"
             if folder.is_dir():
                 shutil.copymode(folder, beside / "new")
@@ -63,11 +62,9 @@ def replaced(folder: str | Path) -> Iterator[Path]:
 
 def tidy(folder: Path) -> None:
     """Removes what dead writers left beside a folder; where it is missing, it is what one of them had moved away."""
-    for beside in folder.parent.glob(f".{glob.escape(folder.name)}.writing-" + "[a-z0-9_]" * 8):
+    for beside, held in left_beside(folder):
         with suppress(OSError):
-            held = lock(beside)
-            if held is not None:
-                _clear(beside, held, folder)
+            _clear(beside, held, folder)
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -76,17 +73,6 @@ def link(source: str | Path, target: str | Path) -> None:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # a file system without links
         shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _open_beside(folder: Path) -> tuple[Path, int]:
-    """The hidden folder of this save with an empty `new`, and its lock."""
-    while True:
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
-        with suppress(FileNotFoundError):  # another save took it for a dead one's, before it was locked
-            held = lock(beside)
-            if held is not None:
-                (beside / "new").mkdir()
-                return beside, held
 
 
 def _clear(beside: Path, held: int, folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...model.disk import write_text
 from .suite import Measure
 from .summary import values_of
 
@@ -40,7 +41,7 @@ def write_page(folder: Path, page: Path, order: Sequence[str]) -> Path:
         raise FileNotFoundError(f"{str(folder)!r} holds no results of {', '.join(order)}")
     every = [json.loads(path.read_text("utf-8")) for path in paths]
     pictures = Path(os.path.relpath(folder, page.parent))
-    page.write_text("\n".join([HEAD, _overview(every), *(_section(found, pictures) for found in every)]), "utf-8")
+    write_text(page, "\n".join([HEAD, _overview(every), *(_section(found, pictures) for found in every)]))
     return page
 
 

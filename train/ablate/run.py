@@ -10,7 +10,6 @@ last checkpoint, and suites that need the same run share it.
 
 import json
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ import torch
 from filelock import FileLock
 
 from ...model import Transformer
+from ...model.disk import write_json
 from ..run import checkpoint, metrics, provenance
 from ..run.tables import places
 from ..start import never_saved, train
@@ -131,7 +131,7 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
         never_saved(folder)  # or else its checkpoints are out of reach
         shutil.rmtree(folder)
     summary = train(job.recipe, folder, folder if begun else None, shown=False, prepare=VARIANTS[job.variant])
-    records, start = metrics.read(folder), json.loads((folder / provenance.FILE).read_text("utf-8"))["starts"][-1]
+    records, start = metrics.read(folder), provenance.starts(folder)[-1]
     model = _built(job)
     return {
         "key": job.key,
@@ -167,11 +167,3 @@ def _built(job: Job) -> Transformer:
         model = Transformer(job.recipe.model)
     VARIANTS[job.variant](model)
     return model
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}")
-    writing.write_text(json.dumps(values, indent=1) + "\n", "utf-8")
-    os.replace(writing, path)

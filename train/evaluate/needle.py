@@ -12,7 +12,6 @@ the seed, a needle from its own place in the plan: more trials or lengths leave 
 b prompts and controls · k tokens of the code · v vocabulary
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from ...model import Transformer
+from ...model.disk import write_json
 from ...model.generation.prefill import prefill
 from ..data.corpus import Corpus
 from ..data.tokenizers import BOS
@@ -254,7 +254,7 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     out.mkdir(parents=True, exist_ok=True)
     facts = {"checkpoint": str(folder), "source": recipe.data.source, "trials": trials, "seed": seed}
     window = recipe.model.sliding_window
-    (out / FILE).write_text(json.dumps({**facts, "window": window, **report.to_dict()}, indent=1) + "\n", "utf-8")
+    write_json(out / FILE, {**facts, "window": window, **report.to_dict()})
     print(f"\nfound and margin in nats, by depth and length\n{table(report)}\n\n{summary(report)}\n{out / FILE}")
     try:
         place = checkpoints.run_of(folder) or folder

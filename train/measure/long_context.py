@@ -12,7 +12,6 @@ b batch (1) · t tokens
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from ...model import ModelConfig, Transformer
 from ...model.accounting import cache_bytes
 from ...model.cache import Cache, Step
 from ...model.decode import decoder
+from ...model.disk import write_json
 from ...model.generation.prefill import chunk_tokens
 from ...model.kinds import HEAVY, SLIDING, SPARSE
 from ..data.corpus import load_corpus
@@ -258,7 +258,7 @@ def _run(options: argparse.Namespace) -> None:
     print(report(result))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result.to_dict(), indent=1) + "\n", "utf-8")
+        write_json(options.out, result.to_dict())
         print(f"\n{options.out}")
 
 

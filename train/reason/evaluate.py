@@ -4,12 +4,13 @@ Each run sits the same examination, at temperature 1 and greedily. Runs of one r
 the table: mean, and the range from the worst seed to the best.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...model.config import read_json
+from ...model.disk import write_json, write_text
 from ..data.tokenizers import load_tokenizer
 from ..run import checkpoint, metrics, provenance
 from ..run.load import load_trained
@@ -35,18 +36,22 @@ def run(runs: Sequence[Path | str], problems: int, out: Path | str | None = None
     """
     stored = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_file() else None
     if stored:
-        found: dict[str, Any] = json.loads(stored.read_text("utf-8"))
+        found = read_json(stored)
     else:
         found = {"problems": problems, "runs": [_examined(path, problems) for path in runs]}
-    for other in found["runs"]:
-        if other["tasks"] != found["runs"][0]["tasks"]:
-            raise ValueError(f"{other['folder']!r} has tasks {other['tasks']}: allowed are those of the first run")
+    try:
+        for other in found["runs"]:
+            if other["tasks"] != found["runs"][0]["tasks"]:
+                raise ValueError(f"{other['folder']!r} has tasks {other['tasks']}: allowed are those of the first run")
+        page, tables = markdown(found), [table(found, temperature) for temperature in TEMPERATURES]
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(f"{str(stored or runs[0])!r} holds no results of abyssal eval reasoning") from None
     out = Path(out) if out else stored.parent if stored else Path(runs[0])
     out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    (out / PAGE).write_text(markdown(found), "utf-8")
-    for temperature in TEMPERATURES:
-        print(table(found, temperature) + "\n")
+    write_json(out / FILE, found)
+    write_text(out / PAGE, page)
+    for text in tables:
+        print(text + "\n")
     return out / FILE
 
 
@@ -68,7 +73,7 @@ def _examined(path: Path | str, problems: int) -> dict[str, Any]:
         for temperature in TEMPERATURES
     }
     records = metrics.read(run_folder)
-    start = json.loads((run_folder / provenance.FILE).read_text("utf-8"))["starts"][-1]
+    start = provenance.starts(run_folder)[-1]
     return {
         "folder": run_folder.resolve().name,
         "recipe": recipe.name if len(reason.modes) > 1 else f"{recipe.name}, {reason.modes[0]} only",

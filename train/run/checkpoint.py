@@ -152,7 +152,8 @@ def tidy(run: Path, keep: int) -> None:
 
 def _folders(run: Path, name: re.Pattern[str]) -> list[Path]:
     """Folders beside the checkpoints whose whole names are like that."""
-    found = (run / FOLDER).glob("*")
+    parent = run / FOLDER
+    found = list(parent.iterdir()) if parent.is_dir() else []
     return [path for path in found if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
@@ -167,6 +168,8 @@ def remove(folder: Path) -> None:
 def go_back(run: Path, step: int) -> Path:
     """The newest checkpoint of the run from before step `step`, or else its oldest; later ones are removed."""
     found = checkpoints(run)
+    if not found:
+        raise FileNotFoundError(f"{str(run / FOLDER)!r} holds no checkpoint any more to go back to")
     target = max((path for path in found if step_of(path) < step), key=step_of, default=found[0])
     for path in reversed(found):
         if step_of(path) > step_of(target):

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from ...model import Transformer, generate
-from ...model.disk import whole
+from ...model.disk import write_text
 from ..data.rows import Batch
 from ..data.source import Source
 from ..data.tokenizers import ByteTokenizer, Tokenizer, canonical_ids
@@ -305,6 +305,8 @@ class Run:
             tokenizer=self.source.tokenizer,
             data=self.source.digest,
         )
+        if self.world.first:
+            provenance.mark_saved(self.out)
         return self.saved
 
     def finish(self) -> Summary:
@@ -315,8 +317,7 @@ class Run:
         sample = self.sample()
         self.held()
         if sample:
-            with whole(self.out / SAMPLE) as writing:
-                writing.write_text(sample, "utf-8")
+            write_text(self.out / SAMPLE, sample)
         steps, report = self.recipe.train.steps, self.source.report(self.scores)
         return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample)
 

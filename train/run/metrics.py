@@ -22,13 +22,14 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from ...model.disk import naming, whole
+from ...model.disk import naming, write_text
 
 FILE = "metrics.jsonl"
 OF_ALL = ("tokens", "seconds", "tokens_per_second", "peak_memory_gib")
@@ -71,12 +72,27 @@ class MetricsFile:
         kept = up_to(source or folder, step)
         if len(kept) < step:
             warnings.warn(f"{str((source or folder) / FILE)!r} has {len(kept)} of {step} steps so far", stacklevel=2)
-        with whole(self.path) as writing:
-            writing.write_text("".join(map(_line, kept)), "utf-8")
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open as long as the run)
+        write_text(self.path, "".join(map(_line, kept)))
+        self.folder = os.stat(folder)
+        self.file = self._open()
+
+    def _open(self) -> TextIO:
+        return open(self.path, "a", encoding="utf-8")  # stays open as long as the run
+
+    def _follow(self) -> None:
+        """Goes on in the file that has come into this one's place: an editor's, or none."""
+        with suppress(FileNotFoundError):  # the folder, too: that is the run's affair
+            if not os.path.samestat(os.stat(self.path.parent), self.folder):
+                return
+            if self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                return
+            warnings.warn(f"{str(self.path)!r} was replaced or removed: lines are added to what is there", stacklevel=3)
+            self.file.close()
+            self.file = self._open()
 
     def write(self, record: dict[str, Any]) -> None:
         with naming(self.path):
+            self._follow()
             self.file.write(_line(record))
             self.file.flush()
 

@@ -1,7 +1,6 @@
 """run.json: what made a run, so that it can be made again: recipe, data, source, versions, machine."""
 
 import hashlib
-import json
 import platform
 import re
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from ...model.config import read_json
-from ...model.disk import whole
+from ...model.disk import write_json
 from ..data.source import Source
 from ..recipe import Recipe
 
@@ -35,7 +34,7 @@ def write(
 ) -> None:
     """Writes run.json, or adds this start, with what it has changed, to the `starts` of a resumed run's."""
     path = folder / FILE
-    earlier = _starts(path) if path.is_file() else []
+    earlier = starts(folder) if path.is_file() else []
     start = {
         "step": step,
         "changed": list(changed),
@@ -49,22 +48,34 @@ def write(
         "machine": machine(device),
         "processes": processes,
     }
-    with whole(path) as writing:
-        writing.write_text(json.dumps({"starts": [*earlier, start]}, indent=1) + "\n", "utf-8")
+    write_json(path, {**(read_json(path) if earlier else {}), "starts": [*earlier, start]})
+
+
+def mark_saved(folder: Path) -> None:
+    """Says in run.json that the run has had a checkpoint: it never starts over then."""
+    path = folder / FILE
+    values = read_json(path)
+    if not values.get("saved"):
+        write_json(path, {"saved": True, **values})
+
+
+def saved(folder: Path) -> bool:
+    """Whether the run in that folder has ever had a checkpoint."""
+    return bool(read_json(folder / FILE).get("saved"))
 
 
 def recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe of the latest start of the run in that folder, None if there is no run."""
-    path = folder / FILE
-    return _starts(path)[-1]["recipe"] if path.is_file() else None
+    return starts(folder)[-1]["recipe"] if (folder / FILE).is_file() else None
 
 
-def _starts(path: Path) -> list[Any]:
-    starts = read_json(path).get("starts")
-    listed = isinstance(starts, list) and all(isinstance(s, dict) and isinstance(s.get("recipe"), dict) for s in starts)
-    if not starts or not listed:
-        raise ValueError(f"{str(path)!r} holds no list of the run's starts")
-    return starts
+def starts(folder: Path) -> list[dict[str, Any]]:
+    """What was written at each start of the run in that folder. Raises ValueError where it is broken."""
+    found = read_json(folder / FILE).get("starts")
+    listed = isinstance(found, list) and all(isinstance(s, dict) and isinstance(s.get("recipe"), dict) for s in found)
+    if not found or not listed:
+        raise ValueError(f"{str(folder / FILE)!r} holds no list of the run's starts")
+    return found
 
 
 def source() -> dict[str, Any]:

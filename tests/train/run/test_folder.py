@@ -387,3 +387,60 @@ def test_a_run_of_another_kind_cannot_go_on(run, recipe, tiny):
     other = type(recipe).from_dict({**values, "reason": {"tasks": ["addition-1"]}})
     with pytest.raises(ValueError, match=r"is of a run without \[reason\]: start a new one with train\.init"):
         train(other, run, resume=run, shown=False)
+
+
+def test_of_two_who_write_a_file_at_once_the_later_one_wins(tmp_path):
+    path = tmp_path / "x.json"
+    dead, held = disk.open_beside(path)
+    os.close(held)  # as its process' end does
+    with disk.whole(path) as first:
+        assert not dead.exists()
+        with disk.whole(path) as second:
+            first.write_text("1", "utf-8")
+            second.write_text("2", "utf-8")
+        assert path.read_text("utf-8") == "2"
+    assert path.read_text("utf-8") == "1" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("how", ["edited", "removed", "folder moved"])
+def test_lines_go_on_in_the_file_that_is_there(how, tmp_path):
+    """An editor replaces a file; and what is another's folder by now gets no line."""
+    out = tmp_path / "run"
+    out.mkdir()
+    file = metrics.MetricsFile(out)
+    file.write({"step": 1})
+    path = out / metrics.FILE
+    if how == "edited":
+        (out / "new").write_text(path.read_text("utf-8") + '{"step": 2}\n', "utf-8")
+        (out / "new").rename(path)
+    elif how == "removed":
+        path.unlink()
+    else:
+        out.rename(tmp_path / "elsewhere")
+        out.mkdir()
+    if how == "folder moved":
+        file.write({"step": 3})
+    else:
+        with pytest.warns(UserWarning, match=r"metrics\.jsonl' was replaced or removed: lines are added"):
+            file.write({"step": 3})
+    file.write({"step": 4})
+    file.close()
+    steps = {"edited": [1, 2, 3, 4], "removed": [3, 4], "folder moved": [1, 3, 4]}[how]
+    assert [
+        record["step"] for record in metrics.read(tmp_path / "elsewhere" if how == "folder moved" else out)
+    ] == steps
+    assert how != "folder moved" or not list(out.iterdir())
+
+
+def test_a_run_that_has_nowhere_to_go_back_to_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"checkpoints' holds no checkpoint any more to go back to"):
+        checkpoint.go_back(tmp_path, 3)
+
+
+def test_checkpoints_that_cannot_be_listed_are_no_missing_ones(run, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(PermissionError, match="checkpoints"):
+        checkpoint.find(run)

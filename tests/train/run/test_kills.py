@@ -83,12 +83,13 @@ def test_stopped_here_it_goes_on_to_the_same_bits(recipe, whole, tmp_path, monke
 
 def test_a_removed_checkpoint_is_gone_at_once(recipe, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    first = train(recipe, out, stop_at=2, shown=False).checkpoint
+    train(recipe, out, stop_at=1, shown=False)
+    newest = train(recipe, out, resume=out, stop_at=2, shown=False).checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", half_done)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.remove(first)
-    assert checkpoint.checkpoints(out) == []
+            checkpoint.remove(newest)
+    assert [path.name for path in checkpoint.checkpoints(out)] == ["step-000001"]
     assert train(recipe, out, resume=out, shown=False).progress.step == 3
     assert not list((out / checkpoint.FOLDER).glob(".*")), "what was left is swept up"
     assert kills.records(out) == kills.records(whole.out)
@@ -142,6 +143,7 @@ def dangling(folder):
     ("lose", "metrics_too"),
     [
         (lambda folder: folder.rename(folder.with_name("aside")), False),
+        (lambda folder: folder.rename(folder.with_name("aside")), True),
         (lambda folder: [path.rename(path.parent.with_name(path.name)) for path in folder.iterdir()], False),
         (dangling, False),
         (dangling, True),

@@ -5,7 +5,6 @@ They are named OP-DEVICE, or OP-SHAPES-DEVICE where shapes were asked for.
 
 import importlib
 import importlib.util
-import json
 import re
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ....model.disk import write_json
 from ...run import folder as folders
 from ...run import provenance
 from ..roofline import DTYPES, Peak, datasheet
@@ -97,7 +97,7 @@ def run(
                 setting = Setting(sizes, n, getattr(torch, kind), on, data, base=package)
                 result["rows"] += _rows(module, setting, name, result, others, patience)
                 result["provenance"]["clocks"]["after"] = clocks(on)
-                path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+                write_json(path, result)
     print(f"\nnumbers  {path}\npicture  {_try_draw(path) if drawn else 'not asked for'}")
     return path
 

@@ -5,7 +5,6 @@ number is the mean over the faster half of the turns.
 """
 
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ....model import Transformer
+from ....model.disk import write_json
 from ...run import folder as folders
 from ...run import provenance
 from ..bench.measure import measured_peak
@@ -59,7 +59,7 @@ def run(
     result["decode"], decode_trace = profile_decode(preset, model, on, repeats, peak, folder)
     print("\n" + report.decode_table(result["decode"]), flush=True)
     path = folder / "profile.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_json(path, result)
     print(f"\nnumbers  {path}\npicture  {_try_draw(path)}\ntraces   {training_trace}\n         {decode_trace}")
     return path
 
