@@ -180,6 +180,17 @@ def test_info_of_a_broken_checkpoint_is_one_line(capsys, tmp_path):
         assert "model.safetensors is broken or cut off" in captured and captured.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", ["DefaultCPUAllocator: can't allocate memory: you\ntried", "CUDA out of memory."])
+def test_a_full_memory_is_one_line(words, capsys, monkeypatch):
+    def refuse(path):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("abyssal.train.run.checkpoint.find", refuse)
+    assert main(["generate", "somewhere"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"abyssal generate: not enough memory: {words}\n".replace("you\n", "you ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -196,6 +207,9 @@ def test_info_of_a_broken_checkpoint_is_one_line(capsys, tmp_path):
         (["eval", "nowhere"], "is no checkpoint"),
         (["plot", "nowhere"], "holds no metrics.jsonl"),
         (["info", "v5"], "'v5' is no configuration"),
+        (["info", "nano", "--context", "9" * 400], "is no number of tokens"),
+        (["train", "nano", "--out", "/proc/self/fd/self"], "'/proc/self/fd/self'"),
+        (["serve", "--random", "nano", "--max-body", "inf"], "max-body=inf: allowed are positive"),
         (
             ["train", "nano", "--out", f"{__file__}/run"],
             "test_cli.py/run': not a directory; a part of the path is a file",

@@ -3,13 +3,12 @@
 Error bars and bands are 95 % intervals of the mean over seeds (Student's t); points are single seeds.
 """
 
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..plots.style import BLUE, GREEN, GREY, ORANGE, PINK, canvas, save
-from .summary import values_of
+from .summary import read_summary, values_of
 from .verdict import interval
 
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9")
@@ -21,8 +20,9 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
+        ValueError: it is no suite's.
     """
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    found = read_summary(Path(path))
     panels = found["panels"]
     width = sum(1.7 if panel["kind"] == "distance" else 1.0 for panel in panels)
     figure = canvas(max(10.5, 4.4 * width), 5.0)

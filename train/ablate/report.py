@@ -1,6 +1,5 @@
 """Tables and the page of results, from the suites' JSON alone: every number in them is computed."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from ...model.disk import write_text
 from .suite import Measure
-from .summary import values_of
+from .summary import read_summary, values_of
 
 HEAD = """# What held, and what did not
 
@@ -39,7 +38,7 @@ def write_page(folder: Path, page: Path, order: Sequence[str]) -> Path:
     paths = [folder / f"{name}.json" for name in order if (folder / f"{name}.json").is_file()]
     if not paths:
         raise FileNotFoundError(f"{str(folder)!r} holds no results of {', '.join(order)}")
-    every = [json.loads(path.read_text("utf-8")) for path in paths]
+    every = [read_summary(path) for path in paths]
     pictures = Path(os.path.relpath(folder, page.parent))
     write_text(page, "\n".join([HEAD, _overview(every), *(_section(found, pictures) for found in every)]))
     return page

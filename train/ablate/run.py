@@ -8,9 +8,10 @@ KEY is a digest of the run's recipe and variant. A run that has a result is skip
 last checkpoint, and suites that need the same run share it.
 """
 
-import json
 import multiprocessing
+import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -22,6 +23,7 @@ import torch
 from filelock import FileLock
 
 from ...model import Transformer
+from ...model.config import read_json
 from ...model.disk import write_json
 from ..run import checkpoint, metrics, provenance
 from ..run.tables import places
@@ -50,7 +52,7 @@ def run_suite(
 
     Raises:
         ValueError: a seed, size or override that is not allowed, or fewer than one worker.
-        RuntimeError: a worker process died; what is finished stays, and the same command goes on.
+        ChildProcessError: a worker process died; what is finished stays, and the same command goes on.
         TrainingDiverged: a run met a number that is not finite.
     """
     if workers < 1:
@@ -61,11 +63,31 @@ def run_suite(
     with Progress(suite.name, planned, out / RUNS, shown) as progress:
         for job, result in execute(planned, out / RUNS, workers, progress):
             progress.done(job, result)
-    results = [json.loads((out / RUNS / job.key / RESULT).read_text("utf-8")) for job in planned]
+    results = [_read(out / RUNS / job.key / RESULT) for job in planned]
+    _check_contents(planned, results, out / RUNS)
     found = summarise(suite, size, list(overrides), planned, results)
     found["wall_seconds"] = round(time.perf_counter() - began, 1)
     write_json(out / f"{suite.name}.json", found)
-    return json.loads((out / f"{suite.name}.json").read_text("utf-8"))
+    return read_json(out / f"{suite.name}.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A run's result. Raises ValueError where the file holds none."""
+    result = read_json(path)
+    if not isinstance(result.get("measures"), dict) or not isinstance(result.get("provenance"), dict):
+        raise ValueError(f"{str(path)!r} holds no result of a run: remove it to run that again")
+    return result
+
+
+def _check_contents(planned: Sequence[Job], results: Sequence[dict[str, Any]], runs: Path) -> None:
+    """Raises ValueError where runs of the same data read other contents: no verdict compares them."""
+    first: dict[str, tuple[str, str]] = {}
+    for job, result in zip(planned, results):
+        digest = result["provenance"]["data"]["digest"]
+        key, known = first.setdefault(f"{job.recipe.data} {job.recipe.planted}", (job.key, digest))
+        if known != digest:
+            there = f"{str(runs / key)!r} and {str(runs / job.key)!r}"
+            raise ValueError(f"{there} have read other contents of {job.recipe.data.source!r}: remove the older one")
 
 
 def execute(planned: Sequence[Job], runs: Path, workers: int, progress: Progress) -> Iterator[tuple[Job, Any]]:
@@ -76,7 +98,7 @@ def execute(planned: Sequence[Job], runs: Path, workers: int, progress: Progress
             progress.starts(job)
             yield job, run_job(job, runs)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     running: dict[Future[Any], Job] = {}
     try:
         while waiting or running:
@@ -96,11 +118,23 @@ def execute(planned: Sequence[Job], runs: Path, workers: int, progress: Progress
         raise
 
 
+def _end_with_parent() -> None:
+    """This process ends when the one that started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _result(job: Job, future: Future[Any]) -> Any:
     try:
         return future.result()
     except BrokenProcessPool:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"the process of {job.arm} with seed {job.seed} died (killed, or out of memory); the same command goes on"
         ) from None
 
@@ -117,7 +151,7 @@ def run_job(job: Job, runs: Path) -> dict[str, Any]:
     try:
         with FileLock(runs / f".{job.key}.lock"):
             path = folder / RESULT
-            result = json.loads(path.read_text("utf-8")) if path.is_file() else _train(job, folder)
+            result = _read(path) if path.is_file() else _train(job, folder)
             _probe(job, folder, result)
             write_json(path, result)
             return result

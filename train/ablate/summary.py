@@ -5,12 +5,15 @@ The summary is JSON and holds all that picture and page need: texts, numbers of 
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ...model.config import read_json
 from .suite import Arm, Job, Suite
 from .verdict import Spread, judge
 
+NAMES = ("suite", "title", "question", "caveat", "measures", "panels", "arms", "claims", "scale", "provenance")
 REACH = "reach"  # the share of its steps after which an arm has the baseline's final score
 
 
@@ -48,6 +51,15 @@ def summarise(
         },
         "provenance": _provenance(results),
     }
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The JSON of a suite. Raises ValueError where the file holds something else."""
+    found = read_json(path)
+    missing = [name for name in NAMES if name not in found]
+    if missing:
+        raise ValueError(f"{str(path)!r} holds no results of a suite: {missing[0]!r} is missing")
+    return found
 
 
 def values_of(arm: dict[str, Any], measure: str) -> list[float]:

@@ -24,7 +24,8 @@ FAMILIES = (train, generate, chat, serve, evaluate, constrained, reasoning, insp
 COMMANDS: dict[str, Command] = {name: command for family in FAMILIES for name, command in family.COMMANDS.items()}
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
-EXPECTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError, SafetensorError)
+EXPECTED = (ValueError, TypeError, OSError, ModuleNotFoundError, FloatingPointError, SafetensorError, MemoryError)
+FULL = ("allocate memory", "out of memory")  # in torch's words: it has no class for that, but on a GPU
 
 # what to do about an error of the system; about others its words say enough
 ADVICE = {
@@ -72,8 +73,9 @@ def _run(options: argparse.Namespace) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
-    except EXPECTED as error:
-        if options.traceback or (isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout)):
+    except (*EXPECTED, RuntimeError) as error:
+        expected = isinstance(error, EXPECTED) or _is_full(error)
+        if not expected or options.traceback or (isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout)):
             raise
         _give_up(sys.stdout)
         print(f"abyssal {options.command}: {visible(_said(error))}", file=sys.stderr)
@@ -84,13 +86,17 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in FULL)
+
+
 def _said(error: Exception) -> str:
     """An error in one line: of the system's, where and what it is, and what to do; then its notes."""
     if isinstance(error, SafetensorError):
         from ...model.disk import os_error
 
         error = os_error(error)
-    parts = [str(error)]
+    parts = [" ".join(f"not enough memory: {error}".split())] if _is_full(error) else [str(error)]
     if isinstance(error, OSError) and error.strerror:
         where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, str | bytes) else ""
         parts = [f"{where}{error.strerror[:1].lower()}{error.strerror[1:]}"]

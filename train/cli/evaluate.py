@@ -31,7 +31,8 @@ def _eval(options: argparse.Namespace) -> None:
     if data.tokenizer != "bytes":
         data = replace(data, tokenizer=str(find(options.checkpoint)))
     source = open_source(replace(recipe, data=data, reason=None, grpo=None))
-    assert isinstance(source, TextSource)
+    if not isinstance(source, TextSource):
+        raise ValueError(f"source={data.source!r}: allowed are texts")
     scores, rows = source.evaluate(model, getattr(torch, recipe.train.dtype)), source.held_out
     print(shown(source.describe(), sys.stdout))
     print(f"held-out bytes           {source.held_out_bytes():,} in {len(rows.rows)} of {rows.stream.rows} rows")

@@ -31,7 +31,7 @@ def _serve(options: argparse.Namespace) -> None:
         queue=options.queue,
         timeout=options.timeout,
         max_new_tokens=options.max_new_tokens,
-        max_body=int(options.max_body * 2**20),
+        max_body=options.max_body * 2**20,
         thinking=options.thinking,
         local_only=is_local(options.host),
     )

@@ -268,6 +268,6 @@ def count(text: str) -> int:
     """A number of tokens such as 4096, 128K or 1M, in powers of two. Raises ValueError for anything else."""
     factor = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
     digits = text[:-1] if factor > 1 else text
-    if not digits.isdigit():
+    if not digits.isdigit() or len(digits) > 15:
         raise ValueError(f"{text!r} is no number of tokens: allowed are such as 4096, 128K or 1M")
     return int(digits) * factor

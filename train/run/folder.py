@@ -74,7 +74,7 @@ class _Held:
         self.folder = out or fresh(name)
         self.made[:0] = [] if out else [self.folder]
         try:
-            self.folder.resolve().as_posix().encode()
+            os.path.realpath(self.folder).encode()
             with naming(self.folder):
                 self.descriptor = self._lock()
         except UnicodeEncodeError:

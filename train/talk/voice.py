@@ -82,6 +82,10 @@ def random_voice(
 
 
 def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int | None) -> Voice:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"name={name!r}: allowed are names in UTF-8") from None
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if context is not None and not 2 <= context <= longest:
         raise ValueError(f"context={context}: allowed are 2 to the model's max_position_embeddings={longest}")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -269,6 +270,12 @@ def test_two_workers_find_what_one_finds_and_an_interrupt_ends_them(done, tmp_pa
     assert first.poll() is None, first.stderr.read()
     os.kill(first.pid, signal.SIGINT)  # the parent alone: it ends its workers itself
     assert first.wait(patience.SECONDS) == 130
+    killed = command(tmp_path, *words)
+    wait_for(lambda: len(below(killed.pid)) > 2, killed)  # two workers, and what tracks their resources
+    workers = below(killed.pid)
+    killed.kill()
+    killed.wait()
+    wait_for(lambda: not any(map(lives, workers)))
     second = command(tmp_path, *words)
     text, errors = second.communicate(timeout=patience.SECONDS)
     assert second.returncode == 0, errors
@@ -276,6 +283,40 @@ def test_two_workers_find_what_one_finds_and_an_interrupt_ends_them(done, tmp_pa
     for name, arm in done[1]["arms"].items():
         assert [run["measures"] for run in found["arms"][name]["runs"]] == [run["measures"] for run in arm["runs"]]
     assert "few are better" in text and (tmp_path / "out" / "small.png").stat().st_size > 10_000
+
+
+def below(process):
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def lives(process):
+    """Whether it computes still; one that nobody waits for has ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_runs_that_read_other_contents_are_not_compared(done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    path = out / RUNS / jobs(suite(), [1])[0].key / RESULT
+    result = json.loads(path.read_text("utf-8"))
+    result["provenance"]["data"]["digest"] = "another"
+    path.write_text(json.dumps(result), "utf-8")
+    with pytest.raises(ValueError, match=r"have read other contents of 'planted:recall': remove the older one"):
+        run_suite(suite(), out, seeds=(0, 1), workers=1, shown=False)
+    path.write_text("[]", "utf-8")
+    with pytest.raises(ValueError, match=r"result\.json: \[\] is no JSON object"):
+        run_suite(suite(), out, seeds=(0, 1), workers=1, shown=False)
+    path.write_text("{}", "utf-8")
+    with pytest.raises(ValueError, match=r"result\.json' holds no result of a run: remove it to run that again"):
+        run_suite(suite(), out, seeds=(0, 1), workers=1, shown=False)
+    (out / "small.json").write_text("{}", "utf-8")
+    for show in (draw, lambda path: write_page(out, tmp_path / "page.md", ["small"])):
+        with pytest.raises(ValueError, match=r"small\.json' holds no results of a suite: 'suite' is missing"):
+            show(out / "small.json")
 
 
 def test_the_command_lists_and_refuses(capsys, tmp_path):

@@ -43,7 +43,7 @@ from abyssal.train.talk.serve.request import read_chat
 from abyssal.train.talk.serve.respond import respond
 from abyssal.train.talk.serve.run import PrintableFormatter, bind, build_server, is_local
 from abyssal.train.talk.serve.worker import Worker
-from abyssal.train.talk.voice import Voice
+from abyssal.train.talk.voice import Voice, random_voice
 
 BYTES = ByteTokenizer()
 HI = [{"role": "user", "content": "hi"}]
@@ -826,5 +826,8 @@ def test_addresses():
     with bind("127.0.0.1", 0) as taken, refused:
         bind("127.0.0.1", taken.getsockname()[1])
     for field in ("queue", "timeout", "max_new_tokens", "max_body"):
-        with pytest.raises(ValueError, match=f"{field.replace('_', '-')}=0: allowed are positive"):
-            Limits(**{field: 0})
+        for value in (0, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"{field.replace('_', '-')}={value}: allowed are positive"):
+                Limits(**{field: value})
+    with pytest.raises(ValueError, match=r"name='a\\udcff': allowed are names in UTF-8"):
+        random_voice("nano", name="a\udcff")

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import pty
 import re
 import sys
 import time
@@ -19,7 +20,7 @@ from abyssal.train.start import train
 from abyssal.train.talk.dialogue import Answer, Delta, Manner, prompt
 from abyssal.train.talk.terminal.conversation import Conversation
 from abyssal.train.talk.terminal.screen import Screen, visible
-from abyssal.train.talk.terminal.talk import DECLINED, ROUNDS, Talk
+from abyssal.train.talk.terminal.talk import DECLINED, ROUNDS, Talk, read_line
 from abyssal.train.talk.terminal.tools import load_tools
 from abyssal.train.talk.voice import Voice, open_voice
 
@@ -228,6 +229,44 @@ def test_interrupts_at_the_prompt_are_answered(voice):
     screen = Screen(io.StringIO(), io.StringIO())
     Talk(Conversation(voice, Manner()), {}, screen, ask).run()
     assert "/quit or the end of input leaves" in screen.remarks.getvalue()
+
+
+@pytest.fixture
+def keyboard(monkeypatch):
+    """What is typed at the terminal that is standard input."""
+    outer, inner = pty.openpty()
+    with open(inner, encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        yield lambda text: os.write(outer, text.encode())
+    os.close(outer)
+
+
+def test_what_was_pasted_before_a_tool_is_shown_does_not_allow_it(keyboard, voice, tools, monkeypatch):
+    scripted(monkeypatch, calling(call("add", a=1)), "no<｜end▁of▁sentence｜>")
+    asked = []
+
+    def ask(question):
+        if question == "> " and asked:
+            return None
+        asked.append(question)
+        if question != "> ":
+            keyboard("n\n")
+        return read_line("")
+
+    keyboard("hi\ny\n")
+    session = Talk(Conversation(voice, Manner(), tools=[tools["add"].schema]), tools, Screen(*2 * [io.StringIO()]), ask)
+    session.run()
+    assert asked == ["> ", "run it? y/N "] and session.conversation.messages[2]["content"] == DECLINED
+
+
+def test_lines_of_a_terminal(keyboard, capsys):
+    """Its longest is the beginning of a longer one; and a question is seen wherever answers go."""
+    keyboard("short\n")
+    assert read_line("? ") == "short" and capsys.readouterr() == ("", "? ")
+    keyboard("x" * 3000)
+    keyboard("x" * 3000 + "\n")
+    with pytest.raises(ValueError, match="not sent: a terminal lets 4095 bytes of a line through"):
+        read_line("? ")
 
 
 @pytest.mark.parametrize(("out", "want"), [

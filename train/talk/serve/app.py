@@ -4,7 +4,9 @@ POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/mode
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -30,6 +32,7 @@ log = logging.getLogger("abyssal.serve")
 
 LOCAL_NAMES = ("", "localhost", "127.0.0.1", "[::1]")
 BODY_SECONDS = 30.0  # for a body to arrive
+LARGE = 2**16  # bytes of a body; of such one is read at a time, for nothing else goes on meanwhile
 CLIENT_GONE = 499  # a status that nobody reads
 
 
@@ -44,13 +47,13 @@ class Limits:
     queue: int = 64  # requests that may wait
     timeout: float = 300.0  # seconds from a request's arrival to the end of its answer
     max_new_tokens: int = 1024  # of an answer where the request names no number
-    max_body: int = 4 * 2**20  # bytes of a request
+    max_body: float = 4 * 2**20  # bytes of a request
     thinking: bool = False  # think where the request does not say
     local_only: bool = True  # answer only to this machine's own names, so that no web page elsewhere can ask
 
     def __post_init__(self) -> None:
         for name in ("queue", "timeout", "max_new_tokens", "max_body"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name.replace('_', '-')}={getattr(self, name)}: allowed are positive numbers")
 
 
@@ -83,6 +86,7 @@ class Server:
     def __init__(self, voice: Voice, limits: Limits, worker: Worker, grammars: Grammars) -> None:
         self.voice, self.limits, self.worker, self.grammars = voice, limits, worker, grammars
         self.began = time.time()
+        self.large = asyncio.Semaphore(1)
 
     async def chat(self, request: Request) -> Response:
         def prepare(body: bytes) -> Work:
@@ -109,7 +113,8 @@ class Server:
     ) -> tuple[Work, Held | None]:
         try:
             async with asyncio.timeout_at(deadline):
-                work = await asyncio.to_thread(prepare, body)
+                async with self.large if len(body) > LARGE else contextlib.nullcontext():
+                    work = await asyncio.to_thread(prepare, body)
                 held = None if work.held is None else await self.grammars.make(work.held, work.tokens)
                 return work, held
         except TimeoutError:
@@ -152,7 +157,9 @@ class Server:
                 async for part in request.stream():
                     body += part
                     if len(body) > self.limits.max_body:
-                        raise ApiError(413, f"the body has over {self.limits.max_body:,} bytes", code="body_too_large")
+                        raise ApiError(
+                            413, f"the body has over {self.limits.max_body:,.0f} bytes", code="body_too_large"
+                        )
         except TimeoutError:
             raise ApiError(408, "the body has not arrived in time", code="timeout") from None
         return bytes(body)

@@ -5,9 +5,11 @@ was said until then stays in the conversation. So does a turn whose tool has run
 """
 
 import json
+import os
 import sys
+import termios
 from collections.abc import Callable, Mapping
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from .screen import Remarks, Screen
 from .tools import SECONDS, Tool
 from .visible import brief
 
+LONGEST = 4095  # bytes of a line that is typed: Linux's terminals leave out the rest
 ROUNDS = 8  # answers in a row that call tools
 DECLINED = "error: the user declined this call"
 INTERRUPTED = "error: the user interrupted this call"
@@ -24,14 +27,30 @@ HELP = "/reset forgets the conversation   /save FILE writes it as JSON   /quit e
 
 
 def read_line(question: str) -> str | None:
-    """A line from the user; None at the end. The question is shown on a terminal only."""
+    """A line from the user; None at the end. The question is shown to who sits at a terminal, where stdout is none too.
+
+    Raises:
+        ValueError: a line that the terminal has cut.
+    """
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    if not sys.stdout.isatty():
+        print(question, end="", file=sys.stderr, flush=True)
+        question = ""
+    try:
+        line = input(question)
+    except EOFError:
+        return None
+    if len(os.fsencode(line)) >= LONGEST:
+        raise ValueError(f"not sent: a terminal lets {LONGEST} bytes of a line through; give a longer one by a pipe")
+    return line
+
+
+def forget_typed() -> None:
+    """What was typed or pasted before a question is no answer to it."""
     if sys.stdin.isatty():
-        try:
-            return input(question)
-        except EOFError:
-            return None
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
 
 
 class Talk:
@@ -55,6 +74,9 @@ class Talk:
                 line = self.ask("> ")
             except KeyboardInterrupt:
                 self.screen.remark("\n/quit or the end of input leaves")
+                continue
+            except ValueError as error:
+                self.screen.remark(str(error))
                 continue
             if line is None or line.strip() == "/quit":
                 return
@@ -147,7 +169,10 @@ class Talk:
     def ask_to_run(self, function: Mapping[str, str]) -> str | None:
         arguments = function["arguments"].replace("\n", " ")  # all of them, and no line that could be ours
         self.screen.remark(f"the model wants to call {function['name']}({arguments})")
-        return self.ask("run it? y/N ")
+        forget_typed()
+        with suppress(ValueError):
+            return self.ask("run it? y/N ")
+        return ""
 
     def run_tool(self, function: Mapping[str, str]) -> str:
         with redirect_stdout(Remarks(self.screen)), redirect_stderr(Remarks(self.screen)):
