@@ -102,11 +102,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        FileNotFoundError: there is none.
+        OSError: there is none, or none that may be read.
         ValueError: it is broken.
     """
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    path.open("rb").close()  # of what cannot be read the library says that it is not there
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -114,7 +113,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def tensor_shapes(path: Path) -> dict[str, Size]:
-    """Names and shapes of a safetensors file's tensors. Raises ValueError where it is broken."""
+    """Names and shapes of a safetensors file's tensors. Raises as `read_tensors`."""
+    path.open("rb").close()
     try:
         with safe_open(path, "pt") as file:
             return {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -145,9 +145,10 @@ def lock(path: Path) -> int | None:
     """A descriptor that locks a file or folder until it is closed, or the process ends; None where another does.
 
     A file is opened for writing, without which NFS locks none. Where the file system has no locks, a warning says so.
-    Raises FileNotFoundError where `path` is not there, or no longer.
+    Raises FileNotFoundError where `path` is not there, or no longer, and other OSErrors for links.
     """
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    kind = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    descriptor = os.open(path, kind | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

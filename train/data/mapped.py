@@ -11,6 +11,7 @@ meanwhile, so that whoever writes next knows which are left by the dead, and rem
 digests; a folder in which one does not fit is written anew.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -56,9 +57,11 @@ class Tokenised:
 
 def cache_folder() -> Path:
     """$ABYSSAL_CACHE, else abyssal in $XDG_CACHE_HOME, else ~/.cache/abyssal."""
-    if os.environ.get(CACHE):
-        return Path(os.path.expanduser(os.environ[CACHE]))
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "abyssal"
+    chosen = os.environ.get(CACHE)
+    folder = Path(os.path.expanduser(chosen or os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+    if str(folder).startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, f"no such home; the environment variable {CACHE} names a folder", folder)
+    return folder if chosen else folder / "abyssal"
 
 
 def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> Tokenised:

@@ -84,6 +84,7 @@ class Run:
         if recipe.train.graph:
             graph.check(recipe, self.device, world)
         self.dtype = getattr(torch, recipe.train.dtype)
+        _check_sample(recipe, source.tokenizer)
         if resumed:
             _check_same_tokenizer(self.source.tokenizer, resumed)
         if resumed and not prepare:
@@ -426,6 +427,16 @@ def _compress_vocabulary(model: Transformer, tokenizer: Tokenizer | None) -> Non
     lookup = canonical_ids(tokenizer, model.config.vocab_size)
     for layer in memory.layers:
         model.layers[layer].engram.set_canonical(lookup)
+
+
+def _check_sample(recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+    """Raises ValueError where the text at the end would be longer than the model reads: told now, not then."""
+    count, most = recipe.train.sample_tokens, recipe.model.max_position_embeddings
+    if count and tokenizer and len(tokenizer.encode(recipe.train.sample_prompt)) + 1 + count > most:
+        raise ValueError(
+            f"train.sample_tokens={count} behind train.sample_prompt: together at most {most - 1} are allowed"
+            f" (model.max_position_embeddings={most})"
+        )
 
 
 def _check_same_tokenizer(tokenizer: Tokenizer | None, resumed: Path) -> None:

@@ -202,6 +202,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == Path("/somewhere/abyssal")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "abyssal"
+    monkeypatch.setenv("ABYSSAL_CACHE", "~no-such-user/x")
+    with pytest.raises(FileNotFoundError, match="no such home; the environment variable ABYSSAL_CACHE names a folder"):
+        cache_folder()
 
 
 def test_a_tokenizer_is_trained_on_training_documents_and_once(texts, monkeypatch):

@@ -23,6 +23,7 @@ from abyssal.train.cli import main
 from abyssal.train.distributed.world import ALONE
 from abyssal.train.run import checkpoint, folder, loop, metrics, provenance
 from abyssal.train.run.folder import _Held
+from abyssal.train.run.load import load_trained
 from abyssal.train.start import train
 
 HOLDER = """
@@ -444,3 +445,42 @@ def test_checkpoints_that_cannot_be_listed_are_no_missing_ones(run, monkeypatch)
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(PermissionError, match="checkpoints"):
         checkpoint.find(run)
+
+
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_gives_way_to_the_newest(run, monkeypatch):
+    oldest, newest = checkpoint.checkpoints(run)
+    find, found = checkpoint.find, [oldest, newest]
+    monkeypatch.setattr(checkpoint, "find", lambda path: found.pop(0))
+    monkeypatch.setattr(checkpoint, "check_size", lambda folder, config: oldest.exists() and checkpoint.remove(oldest))
+    load_trained(run)
+    assert not found and find(run) == newest
+    monkeypatch.setattr(checkpoint, "find", find)
+    (newest / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model"):
+        load_trained(run)
+
+
+def test_a_text_at_the_end_that_the_model_cannot_read_is_told_at_the_start(tiny, tmp_path):
+    most = tiny().model.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"train\.sample_tokens={most - 4} behind train\.sample_prompt: together at"):
+        train(tiny(f"train.sample_tokens={most - 4}", "train.sample_prompt='def '"), tmp_path / "x", shown=False)
+
+
+def test_a_lock_is_no_link_to_others_files_and_waits_for_no_pipe(tmp_path):
+    (tmp_path / "others").write_text("theirs", "utf-8")
+    (tmp_path / "link").symlink_to("others")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="symbolic"):
+        lock(tmp_path / "link")
+    os.close(lock(tmp_path / "pipe"))
+
+
+def test_weights_that_may_not_be_read_are_not_missing(tmp_path, monkeypatch):
+    def refuse(path, mode="r"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    safetensors.save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(Path, "open", refuse)
+    for read in (disk.read_tensors, disk.tensor_shapes):
+        with pytest.raises(PermissionError, match=r"x\.safetensors"):
+            read(tmp_path / "x.safetensors")
