@@ -174,7 +174,10 @@ def _search(
             continue
         masks = {key: key[1][0] for key in after}
         seen.update(before)
-        new_first = sorted(after, key=lambda key: (seen[masks[key]], _size(masks[key])))
+        # alone, letters come first: an escaped one is shortened to itself
+        new_first = sorted(
+            after, key=lambda key: (seen[masks[key]], _size(masks[key]), width == 1 and key[1][1] != "letter")
+        )
         level = {key: after[key] for key in new_first[:width]}
     return None
 

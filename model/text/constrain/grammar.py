@@ -13,8 +13,9 @@ from typing import Any
 
 from .schema import REPETITIONS, Document, GrammarError, check_json, least, repetitions, shown
 
-SPACED = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
-FLEXIBLE = {"whitespace_flexible": True}
+PLAIN = {"json_allowed_escapes": 'nrbtf\\"'}  # no \u: each text has one spelling, so no name is written as another
+SPACED = {**PLAIN, "item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
+FLEXIBLE = {**PLAIN, "whitespace_flexible": True}
 HINTS = 32  # expressions to find short texts for
 RULES = 2_000_000  # characters that a grammar may have: each parameter's schema has what it refers to with it
 
@@ -64,7 +65,7 @@ def json_schema(schema: Mapping[str, Any] | bool, any_whitespace: bool = False) 
     """JSON values that a schema allows (draft 2020-12).
 
     Properties come in the schema's order. What llguidance does not know (`not`, `if`, `uniqueItems`, unknown formats)
-    is an error, never left out.
+    is an error, never left out. Control characters that JSON writes as numbers are not written.
 
     Args:
         schema: as Python values.

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from fractions import Fraction
 from typing import Any
 from urllib.parse import quote, unquote
@@ -21,7 +22,7 @@ Pointer = tuple[str, ...]  # from the document to one of its schemas, as in #/pr
 Pointers = tuple[Pointer, ...]
 
 # What is too much, and what it would cost. The library reads JSON 128 levels deep, and calls itself once for each name
-# that an object requires; an object's grammar holds every name that may come next (at most 2,000 in the library).
+# that an object requires; for every name that may come next its parser holds four items (ITEMS in `walk`).
 BYTES = 200_000  # of a schema, or of all tools' parameters
 DEPTH = 100  # objects and lists within each other
 ENTRIES = 1_000  # of an object or list of schemas, and names in `required`: seconds and a stack beyond
@@ -41,8 +42,8 @@ TYPE, NAMES, LIST, ANY = (
     "a list of values, at least one",
     "any value",
 )
-COUNT, NUMBER, POSITIVE, TEXT = "a whole number from 0 on", "a number", "a number above 0", "a text"
-EXPRESSION = "a regular expression"
+COUNT, POSITIVE, TEXT = "a whole number from 0 on", "a number above 0", "a text"
+NUMBER, EXPRESSION = "a number between -2^63 and 2^63", "a regular expression"
 SHAPES = {
     **dict.fromkeys(("items", "additionalProperties"), SCHEMA),
     **dict.fromkeys(("anyOf", "oneOf", "allOf", "prefixItems"), SCHEMAS),
@@ -54,7 +55,7 @@ SHAPES = {
 }
 REFUSED = {"not", "if", "then", "else", "dependentSchemas", "dependentRequired", "propertyNames", "contains"}
 REFUSED |= {"minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties", "uniqueItems", "$dynamicRef"}
-REFUSED |= {"dependencies", "$recursiveRef"}  # of older drafts; for what else they say see `drafts`
+REFUSED |= {"dependencies", "$recursiveRef", "divisibleBy", "disallow", "extends"}  # of older drafts; see `drafts`
 DEFINED = ("$defs", "definitions")
 KNOWN = (SHAPES.keys() | REFUSED) - set(DEFINED)
 TYPES = ("null", "boolean", "number", "integer", "string", "array", "object")
@@ -214,7 +215,7 @@ class Document:
             elif shape == NAMED:
                 made[key] = {name: self._renamed(part, numbers, within) for name, part in value.items()}
             elif shape == NUMBER:
-                made[key] = _inward(value, 1 if "inimum" in key else -1)
+                made[key] = _inward(value, 1 if "inimum" in key else -1, key.startswith("exclusive"))
             elif shape is not None:
                 made[key] = value
         return made
@@ -249,8 +250,12 @@ class Document:
             if wrong := pattern_error(pattern):
                 raise self.error(pointer, f"pattern {shown(pattern)}: {wrong}")
         for value in [*schema.get("enum", ()), schema.get("const")]:
-            if any(isinstance(part, int) and int(float(part)) != part for part in _leaves(value)):
-                raise self.error(pointer, f"const or enum: {shown(value)} holds a whole number that no float64 is")
+            if wrong := _constant_error(value):
+                raise self.error(pointer, f"const or enum: {shown(value)} holds {wrong}")
+        most = len(set(schema.get("required", ()))) + 1
+        if schema.get("minProperties", 0) > most:
+            reason = "the names that are required and one more, as others may come twice"
+            raise self.error(pointer, f"minProperties={schema['minProperties']}: at most {most} is allowed, {reason}")
 
     def _check_multiples(self) -> None:
         given = [
@@ -369,6 +374,9 @@ def pattern_error(pattern: str) -> str:
     for found in TOKEN.finditer(pattern):
         if found["class"] and re.search(r"\[|&&|--|~~", re.sub(r"\\.", "", found["class"])):
             return f"the class [{found['class']}] has a sign of sets ([, &&, -- or ~~), which is to be escaped"
+    signs = ("*" if found["least"] else found[0] if len(found[0]) == 1 else "x" for found in TOKEN.finditer(pattern))
+    if re.search(r"[*+?][*+]|\(\?>", "".join(signs)):
+        return "possessive repetitions (a*+) and atomic groups ((?>a)) mean something else: allowed is (?:a*)+"
     if repetitions(pattern) > REPETITIONS:
         return f"more than {REPETITIONS} repetitions"
     return ""
@@ -432,11 +440,21 @@ TESTS: dict[str, Callable[[Any], bool]] = {
     LIST: lambda value: _is_list(value) and len(value) > 0,
     ANY: lambda value: True,
     COUNT: _is_whole,
-    NUMBER: _is_number,
+    NUMBER: lambda value: _is_number(value) and abs(value) < 2**63,  # the library clamps others
     POSITIVE: lambda value: _is_number(value) and value > 0,
     TEXT: lambda value: isinstance(value, str),
     EXPRESSION: lambda value: isinstance(value, str),
 }
+
+
+def _constant_error(value: Any) -> str:
+    """What a value holds that cannot be written."""
+    for part in _leaves(value):
+        if isinstance(part, int) and int(float(part)) != part:
+            return "a whole number that no float64 is"
+        if isinstance(part, str) and re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", part):
+            return "a control character that JSON has no letter for"
+    return ""
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -449,8 +467,17 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(part)
 
 
-def _inward(bound: float, direction: int) -> float:
-    """A bound as a float64, where the library would take the nearest: the next on the allowed side."""
+UP, DOWN = (Context(prec=15, rounding=way, Emin=-36) for way in (ROUND_CEILING, ROUND_FLOOR))  # down to 1e-50
+
+
+def _inward(bound: float, direction: int, exclusive: bool) -> float:
+    """A bound as the library reads it, where it would take one nearby: the next on the allowed side.
+
+    It reads 15 digits as they are, and its expressions nest once for each digit. An exclusive bound it allows where the
+    other one is farther from 0 and less than 1 away, and of integers from 2^53 on.
+    """
     near = float(bound)
-    inside = near >= bound if direction > 0 else near <= bound
-    return near if inside else math.nextafter(near, direction * math.inf)
+    outside = near < bound if direction > 0 else near > bound
+    if outside or (exclusive and near == bound and (near * direction >= 0 or abs(near) >= 2**53)):
+        near = math.nextafter(near, direction * math.inf)
+    return int(near) if near.is_integer() else float((UP if direction > 0 else DOWN).create_decimal(repr(near)))

@@ -140,12 +140,16 @@ class Walk:
         """Writes the tokens that may come next as row `row` of int32 [b, w].
 
         Raises:
-            DeadEndError: there are none.
+            DeadEndError: there are none, and no way to the end is known.
         """
         library = _llguidance()
         library.numpy.fill_next_token_bitmask(self._matcher, words, row)
         if not self._matcher.is_accepting() and (self._matcher.is_stopped() or not words[row].any()):
-            raise self._dead_end()
+            if self.way is None:
+                raise self._dead_end()
+            words[row] = 0
+            words.view(np.uint32)[row, self.way[0] // 32] = 1 << self.way[0] % 32
+            return
         self.constraint.vocabulary.spelling.exclude(self._tail, words[row])
 
     def take(self, token: int) -> int:
@@ -163,7 +167,7 @@ class Walk:
         self._tail = self.constraint.vocabulary.tail(self._tail, token)
         if not self.complete:
             self._taken.append(token)
-            if not self._matcher.consume_token(token):
+            if not self._matcher.consume_token(token) and self.way is None:
                 raise self._dead_end()
         return token
 
@@ -254,6 +258,7 @@ class Guide:
 LOOKED_FOR = 512  # tokens of the shortest text, even if fewer are allowed: to say how many it takes
 LONGEST_HINT = 64
 PARTS = 100  # of a grammar, those that are alike once: a search for each
+ITEMS = 5_000  # of the library's parser at a time: more end a text, on the way that is known
 
 
 class _Vocabulary:
@@ -275,7 +280,8 @@ class _Vocabulary:
         """The library's, with nothing written yet."""
         library = _llguidance()
         compiled = library.LLMatcher.grammar_from_lark(lark)
-        return library.LLMatcher(self.library_tokenizer, compiled, log_level=0)
+        limits = library.LLParserLimits(max_items_in_row=ITEMS)
+        return library.LLMatcher(self.library_tokenizer, compiled, log_level=0, limits=limits)
 
     def tail(self, text: bytes, token: int) -> bytes:
         """The end of a text after one more token, as much as a special string may begin in."""

@@ -195,6 +195,75 @@ def test_reasoning_first():
     assert BYTES.special["</think>"] in allowed(walk) and BYTES.special["<think>"] not in allowed(walk)
 
 
+# where the library allows more than a schema -------------------------------------------------------------------------
+
+ADMIN = {"type": "object", "properties": {"admin": {"const": False}}}
+
+
+@pytest.mark.parametrize("schema, right, wrong", [
+    (ADMIN, '{"admin":false,"x":1}', r'{"\u0061dmin":true}'),
+    ({"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}, '{"a":1}', r'{"a":1,"\u0061":"x"}'),
+    ({"type": "object", "patternProperties": {"^x": {"type": "integer"}}}, '{"x":1}', r'{"\u0078":"s"}'),
+    ({"properties": {"\n": False}, "additionalProperties": {"type": "string"}}, '{"a":"s"}', r'{"\u000a":"s"}'),
+    ({"allOf": [ADMIN, {"required": ["b"]}]}, '{"b":1}', r'{"b":1,"admi\u006e":true}'),
+], ids=str)  # fmt: skip
+def test_no_name_is_written_as_another(schema, right, wrong):
+    judge = jsonschema.Draft202012Validator(schema)
+    assert judge.is_valid(json.loads(right)) and not judge.is_valid(json.loads(wrong)), "the table"
+    for any_whitespace in (False, True):
+        constraint = Constraint(json_schema(schema, any_whitespace), BYTES, finish=False)
+        assert accepts(constraint, right) and not accepts(constraint, wrong)
+    call = Constraint(tool_calls(tool(properties={"p": {"type": "object", **schema}}), "f"), BYTES, finish=False)
+    written = tool_text([{"name": "f", "arguments": {"p": {"~": 1}}}])[: -len(EOS)]
+    assert accepts(call, written.replace('{"~": 1}', right)) and not accepts(call, written.replace('{"~": 1}', wrong))
+
+
+def test_long_tokens_write_no_name_as_another():
+    tokens = Few(b"{", b'"', b'"\\u0061', b"a", b"x\\u", b"x\\n", b"\\")
+    walk = Constraint(json_schema({"type": "object", "properties": {"a": {"const": 1}}}), tokens, finish=False).walk(9)
+    walk.take(0)
+    assert allowed(walk, 9) == [1]
+    walk.take(1)
+    assert allowed(walk, 9) == [0, 1, 3, 5, 6]
+
+
+def test_names_that_may_come_twice_do_not_count():
+    counted = {"type": "object", "required": ["a"], "minProperties": 2}
+    constraint = Constraint(json_schema(counted), BYTES, finish=False)
+    assert accepts(constraint, '{"a":1,"b":2}') and not accepts(constraint, '{"a":1}')
+    for beside in ({"required": []}, {"minProperties": 3}, {"required": ["a", "a"], "minProperties": 3}):
+        with pytest.raises(GrammarError, match=r"minProperties=.: at most \d is allowed"):
+            json_schema({**counted, "patternProperties": {"^c": {}}, **beside})
+
+
+@pytest.mark.parametrize("schema, edge", [
+    ({"exclusiveMinimum": 0, "maximum": 0.25}, 0), ({"exclusiveMinimum": 99, "maximum": 99.5}, 99),
+    ({"minimum": -1.5, "exclusiveMaximum": -1}, -1), ({"minimum": -0.5, "exclusiveMaximum": 0}, 0),
+    ({"allOf": [{"exclusiveMinimum": 5}, {"maximum": 5.5}]}, 5), ({"minimum": 99.00000000000001, "maximum": 99.5}, 99),
+    ({"type": "integer", "exclusiveMinimum": 2**53}, 2**53), ({"type": "integer", "exclusiveMaximum": -4}, -4),
+    ({"type": "integer", "exclusiveMaximum": 2**53 + 4}, 2**53 + 4), ({"exclusiveMaximum": 1, "minimum": 0}, 1),
+    ({"exclusiveMinimum": -1, "exclusiveMaximum": 1}, -1), ({"type": "integer", "maximum": 2**53 - 1}, 2**53 - 1),
+], ids=str)  # fmt: skip
+def test_numbers_at_their_bounds(schema, edge):
+    schema = {"type": "number", **schema}
+    constraint = Constraint(json_schema(schema), BYTES, finish=False)
+    judge = jsonschema.Draft202012Validator(schema)
+    near = [edge + step for step in (0, 1, -1, 0.1, -0.1, 0.5, -0.5, 2, -2, 4, -4)]
+    texts = [f"{value:.1f}".removesuffix(".0") if abs(edge) < 2**52 else str(int(value)) for value in near]
+    texts += ["-0", "-0.0", "0." + 400 * "0" + "1"]
+    got = [text for text in texts if accepts(constraint, text)]
+    assert got and all(judge.is_valid(json.loads(text)) for text in got)
+    plain = [text for text in texts[:-3] if not math.isclose(float(text), edge, rel_tol=1e-15)]
+    assert [text for text in plain if text in got] == [text for text in plain if judge.is_valid(json.loads(text))]
+
+
+@pytest.mark.parametrize("pattern", [r"^a\*+$", "^[*+]+$", "^a*?$", "^a{1,2}?$", "^(a*)+$", r"^a+\++$", r"^\(?>$"])
+def test_patterns_that_only_look_possessive(pattern):
+    constraint = Constraint(json_schema({"type": "string", "pattern": pattern}), BYTES, finish=False)
+    for text in ("a", "aa", "a*", "a**", "++", "a+", "a++", "(>", ">", "b"):
+        assert accepts(constraint, f'"{text}"') == (re.search(pattern, text) is not None)
+
+
 # tool calls ----------------------------------------------------------------------------------------------------------
 
 EOS = "<｜end▁of▁sentence｜>"
@@ -568,6 +637,11 @@ MALFORMED = [
     ("enum", [math.nan], "finite"),
     ("const", 2**53 + 1, "float64"), ("pattern", "[a&&b]", "signs? of sets"), ("not", {}, "not: allowed are"),
     ("dependencies", {}, "dependencies"), ("$dynamicRef", "#", "dynamicRef"),
+    ("divisibleBy", 2, "divisibleBy: allowed are"), ("disallow", "null", "disallow: allowed are"),
+    ("extends", {"type": "null"}, "extends: allowed are"), ("const", ["\x01"], "control character"),
+    ("enum", ["a", "\x7f"], "control character"), ("minimum", 1e19, r"between -2\^63"),
+    ("exclusiveMaximum", -(2**63), r"between -2\^63"), ("pattern", "^a*+a$", "possessive"),
+    ("pattern", "a{2}{3}", "possessive"), ("pattern", "(?>a|ab)c", "atomic"),
 ]  # fmt: skip
 
 
@@ -715,6 +789,33 @@ def test_each_token_leaves_a_way_to_the_end():
         assert walk.way == [] and len(text) <= budget
         jsonschema.validate(json.loads(BYTES.decode(text)), SCHEMAS["nested objects"])
         assert forced > 0
+
+
+def optional(names):
+    properties = {name: {"type": "integer"} for name in names}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def test_many_names_may_come_next():
+    walk = Constraint(json_schema(optional(f"p{i}" for i in range(1000))), BYTES).walk(60)
+    for byte in b'{"p':
+        assert byte in allowed(walk) and walk.take(byte) == byte
+    assert allowed(walk) == [*b"0123456789"]
+
+
+def test_where_the_library_gives_up_the_way_is_taken():
+    schema = {"anyOf": [optional(f"{letter}{i}" for i in range(900)) for letter in "ab"]}
+    walk = Constraint(json_schema(schema), BYTES).walk(60)
+    start = allowed(walk)
+    walk.take(ord("{"))
+    assert allowed(walk) == [ord("}")]
+    walk.back()
+    assert allowed(walk) == start
+    for token in (*b"{}", BYTES.eos):
+        assert token in allowed(walk) and walk.take(token) == token
+    assert walk.complete
+    with pytest.raises(DeadEndError, match="cannot go on"):
+        Constraint(json_schema(schema), BYTES, finish=False).walk(60).take(ord("{"))
 
 
 def test_a_model_that_ends_in_time_is_left_alone():
