@@ -11,7 +11,6 @@ at a document's first token. Table rows start as N(0, initializer_range^2), a ch
 b batch · t tokens · n streams · d width · m memory width · r table rows
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ..kernels import engram_gate, engram_hash, engram_multipliers, engram_prime
 from .cache import LayerCache
 from .config import EngramConfig, ModelConfig
 from .kept import KeepingModule
-from .layout import Layout, make_layout
+from .layout import Layout, make_layout, remembered
 from .tables import make_table
 
 
@@ -42,13 +41,13 @@ class Engram(KeepingModule):
         self.moduli = tuple(map(tuple, moduli[memory.layers.index(layer)]))  # [order][head], all distinct
         self.multipliers = tuple(multipliers.tolist())
         rows = sum(map(sum, self.moduli))
-        self.register_buffer("canonical", torch.arange(config.vocab_size) % self.classes)
+        self.register_buffer("canonical", torch.empty(config.vocab_size, dtype=torch.int64))
         self.table = make_table(rows, memory.head_dim)
         self.wkv = nn.Linear(width, (n + 1) * d, bias=False)
-        self.h_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
-        self.k_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
+        self.h_norm = nn.Parameter(torch.empty(n, d, dtype=torch.float32))
+        self.k_norm = nn.Parameter(torch.empty(n, d, dtype=torch.float32))
         if memory.kernel_size:
-            self.conv_norm = nn.Parameter(torch.ones(n, d, dtype=torch.float32))
+            self.conv_norm = nn.Parameter(torch.empty(n, d, dtype=torch.float32))
             self.conv = nn.Parameter(torch.empty(memory.kernel_size, n, d))
         self._read: tuple[Tensor, int, int] | None = None
         self._set = 0  # how often `canonical` has been set: compiled code is made anew then
@@ -57,8 +56,13 @@ class Engram(KeepingModule):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.table.weight, std=self.std)
         nn.init.normal_(self.wkv.weight, std=self.std)
+        nn.init.ones_(self.h_norm)
+        nn.init.ones_(self.k_norm)
         if self.memory.kernel_size:
+            nn.init.ones_(self.conv_norm)
             nn.init.zeros_(self.conv)
+        self.canonical.copy_(torch.arange(len(self.canonical)) % self.classes)
+        self._set += 1
 
     def set_canonical(self, lookup: Tensor) -> None:
         """Sets the tokenizer compression: lookup int64 [vocabulary] to canonical ids (`compress_vocabulary` makes one).
@@ -77,6 +81,15 @@ class Engram(KeepingModule):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         self._set += 1
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "canonical":
+            self._set += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read of `canonical`: the versions of a copy's tensors begin anew."""
+        return {**self.__dict__, "_read": None}
 
     def forward(self, streams: Tensor, ids: Tensor, layout: Layout, cache: LayerCache | None = None) -> Tensor:
         embedded = self.table(self.rows(ids, layout, cache))  # [b, t, m]
@@ -132,7 +145,7 @@ class Engram(KeepingModule):
         return out
 
 
-@functools.lru_cache(maxsize=64)
+@remembered
 def _hashing(
     multipliers: tuple[int, ...], moduli: tuple[tuple[int, ...], ...], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

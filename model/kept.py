@@ -8,11 +8,14 @@ A module names those of its own tensors in `KEPT`; `kept` is the list of a whole
 1 would not move by an update of 0.001, nor a scale of mHC by one of 1e-5; the release has all of them in float32.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_HIDDEN = re.compile(r"^parametrizations\.|\.original\d*$|_orig$")  # where torch.nn.utils parametrize and prune put one
 
 
 class KeepingModule(nn.Module):
@@ -21,11 +24,10 @@ class KeepingModule(nn.Module):
     KEPT: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for child in self.children() if recurse else ():
-            child._apply(fn)
-        own = [self._parameters.get(name, self._buffers.get(name)) for name in self.KEPT]
-        found = {id(part) for tensor in own if tensor is not None for part in (tensor, tensor.grad)}
-        return super()._apply(lambda x: wide(fn(x), x) if id(x) in found else fn(x), recurse=False)
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        own = [tensor for name, tensor in tensors if _HIDDEN.sub("", name) in self.KEPT]
+        found = {id(part) for tensor in own for part in (tensor, tensor.grad)}
+        return super()._apply(lambda x: wide(fn(x), x) if id(x) in found else fn(x), recurse)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self.KEPT:

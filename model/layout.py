@@ -8,6 +8,7 @@ Everything that attention, compression and n-grams need to know about that is wo
 b batch · t tokens · p compressed entries of a row, t // m at most
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,7 @@ def make_layout(ids: Tensor, documents: Tensor | None) -> Layout:
 
     Raises:
         ValueError: as `check_documents`; values on a GPU are not waited for, an assertion of the device ends it.
+        RuntimeError: the same, in compiled code.
     """
     t = ids.shape[1]
     rows = torch.arange(t, device=ids.device)[None]
@@ -78,21 +80,33 @@ def make_layout(ids: Tensor, documents: Tensor | None) -> Layout:
     return Layout(positions=(rows - start).clamp_min(0), start=start, real=real)
 
 
+def remembered(work_out: Callable[..., Any]) -> Callable[..., Any]:
+    """`work_out`, once for the same arguments; anew where code is compiled or exported, whose tensors end with it."""
+    once = functools.lru_cache(maxsize=64)(work_out)
+
+    @functools.wraps(work_out)
+    def recalled(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:  # but a fake one
+            return work_out(*arguments)
+        return once(*arguments)
+
+    return recalled
+
+
 def check_documents(documents: Tensor, ids: Tensor) -> None:
     """Whether `documents` may go with ids [b, t].
 
     Raises:
         ValueError: another shape or type, an id below -1, or a document in more than one piece.
+        RuntimeError: such values in compiled code.
     """
     if documents.shape != ids.shape:
         raise ValueError(f"documents has shape {tuple(documents.shape)}: it must be that of ids, {tuple(ids.shape)}")
     if documents.dtype != torch.int64:
         raise ValueError(f"documents has dtype {documents.dtype}: it must be torch.int64")
-    if torch.compiler.is_compiling():
-        return
     heads = torch.where(_opens(documents), documents, -1).sort(1).values
     again = (heads[:, 1:] == heads[:, :-1]) & (heads[:, 1:] >= 0)
-    if not documents.is_cpu:
+    if not documents.is_cpu or torch.compiler.is_compiling():
         allowed = "documents: allowed are ids >= 0, each in one piece of a row, and -1 for padding"
         torch._assert_async((documents >= -1).all() & ~again.any(), allowed)
         return
@@ -107,12 +121,12 @@ def check_documents(documents: Tensor, ids: Tensor) -> None:
 
 def check_reach(layout: Layout, longest: int) -> None:
     """Raises ValueError for a document of more than `longest` tokens (max_position_embeddings); of packed ones on a
-    GPU, an assertion of the device does.
+    GPU, an assertion of the device does, of those in compiled code a RuntimeError.
     """
     positions = layout.positions
-    if positions.shape[1] <= longest or (torch.compiler.is_compiling() and layout.real is not None):
+    if positions.shape[1] <= longest:
         return
-    if layout.real is not None and not positions.is_cpu:
+    if layout.real is not None and (not positions.is_cpu or torch.compiler.is_compiling()):
         torch._assert_async((positions < longest).all(), f"documents: allowed is max_position_embeddings={longest}")
         return
     tokens = positions.shape[1] if layout.real is None else int(positions.max()) + 1

@@ -23,7 +23,11 @@ class RMSNorm(KeepingModule):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         if rotation is None:

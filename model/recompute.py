@@ -23,9 +23,15 @@ from .block import Block
 
 
 def recomputed(blocks: Iterable[Block], run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """`run(*arguments, **options)`, which calls `blocks`; again in the backward pass, if there is one."""
+    """`run(*arguments, **options)`, which calls `blocks`; again in the backward pass, if there is one.
+
+    Raises:
+        RuntimeError: in one compiled graph; where torch.compile may break it, Python goes on here.
+    """
     if not torch.is_grad_enabled():
         return run(*arguments, **options)
+    if torch.compiler.is_compiling():
+        raise RuntimeError("recompute: one graph cannot work layers out again; compile without fullgraph, or set 0")
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _without_counting(blocks)

@@ -5,14 +5,12 @@ compress_rope_theta with YaRN, for queries, window keys, entries, index queries 
 output.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..kernels import rope_frequencies, rope_rotation
-from .config import ModelConfig
-from .layout import Entries, Layout
+from .config import ModelConfig, RopeScaling
+from .layout import Entries, Layout, remembered
 
 
 def token_rotation(config: ModelConfig, layer: int, layout: Layout) -> Tensor:
@@ -32,13 +30,16 @@ def frequencies(config: ModelConfig, layer: int) -> Tensor:
     return _frequencies(config, config.compress_ratio(layer) > 0, torch.device("cpu"))
 
 
+@remembered
+def scaled_frequencies(width: int, theta: float, yarn: RopeScaling | None, device: torch.device) -> Tensor:
+    """`rope_frequencies`, on the device once and for all: a copy there makes the host wait."""
+    return rope_frequencies(width, theta, **(yarn.arguments() if yarn else {})).to(device)
+
+
 def _rotation(config: ModelConfig, compressed: bool, positions: Tensor) -> Tensor:
     return rope_rotation(positions, _frequencies(config, compressed, positions.device))
 
 
-@functools.lru_cache(maxsize=64)
 def _frequencies(config: ModelConfig, compressed: bool, device: torch.device) -> Tensor:
-    """On the device once and for all: a copy there makes the host wait."""
     theta, yarn = (config.compress_rope_theta, config.rope_scaling) if compressed else (config.rope_theta, None)
-    on_host = rope_frequencies(config.qk_rope_head_dim, theta, **(yarn.arguments() if yarn else {}))
-    return on_host.to(device)
+    return scaled_frequencies(config.qk_rope_head_dim, theta, yarn, device)

@@ -235,9 +235,9 @@ def make_table(rows: int, width: int) -> nn.Module:
 
 
 @contextmanager
-def row_tables(place: str = "resident", folder: Path | str | None = None) -> Iterator[None]:
-    """Models that are built inside have a `RowTable` in each Engram."""
-    token = _make.set(lambda rows, width: RowTable(rows, width, place, folder))
+def row_tables(place: str | None = "resident", folder: Path | str | None = None) -> Iterator[None]:
+    """Models that are built inside have a `RowTable` in each Engram; with place None, a `Table`, as outside."""
+    token = _make.set(Table if place is None else lambda rows, width: RowTable(rows, width, place, folder))
     try:
         yield
     finally:

@@ -108,7 +108,8 @@ class Transformer(nn.Module):
             IndexError: a token id outside the vocabulary, in ids or in targets.
 
         Values on a GPU are not looked at, as that would wait for it: `check_batch` looks at them on the host.
-        There, such an id ends in an assertion of the device, such a target in a loss of NaN.
+        There, such an id ends in an assertion of the device, such a target in a loss of NaN. In compiled code on a CPU
+        such values end in a RuntimeError or an IndexError of torch's.
         """
         self._check(ids, targets, logits_to_keep)
         if cache is not None:

@@ -12,15 +12,16 @@ Reading and writing go tensor by tensor: memory holds the model and one shard.
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..foreign import refuse_foreign
 from ..kept import kept
+from ..tables import row_tables
 from . import formats
 from .counts import check_counts, check_numbers
 from .families import Config, Family, family_of, family_of_model
@@ -47,7 +48,8 @@ def load_pretrained(
 
     Tensors go one by one to `device` (default: the CPU). `dtype` None keeps the file's types, with bfloat16 for
     quantised tensors, which holds them exactly; otherwise floating tensors are cast. Norms, mHC, sinks, slot biases and
-    gate biases are float32 at least, whatever the file has. Without MTP tensors the model has no MTP block.
+    gate biases are float32 at least, whatever the file has. Without MTP tensors the model has no MTP block. Engram's
+    tables are among the weights, also inside `row_tables`.
 
     Raises:
         FileNotFoundError: the folder has no config.json or no safetensors weights, or a shard is missing.
@@ -56,8 +58,7 @@ def load_pretrained(
             configuration that is refused.
     """
     stored = Stored(folder)
-    with torch.device("meta"):
-        model = stored.family.model(stored.config)
+    model = _empty(stored.family, stored.config)
     state = {name: stored.tensor(name, dtype, torch.device(device or "cpu")) for name in stored.in_file_order()}
     stored.folder.close()
     model.load_state_dict(state, assign=True)
@@ -82,16 +83,19 @@ def save_pretrained(
             experts, all else FP8). See `formats`.
 
     Raises:
-        ValueError: an unknown layout or number format, or a model that the layout or the format cannot hold.
+        ValueError: an unknown layout or number format, or a model that the layout or the format cannot hold; a model
+            with other tensors than its configuration says, which `load_pretrained` would refuse.
         OSError: the folder cannot be written, or the disk is full; it is what it was.
     """
-    state = model.state_dict()
+    plain: Any = getattr(model, "_orig_mod", model)  # torch.compile(model) holds it
+    family, state = family_of_model(plain), plain.state_dict()
+    _check_model(family, plain.config, state)
     _save(
         folder,
-        family_of_model(model),
-        model.config,
+        family,
+        plain.config,
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()},
-        lambda name, index: state[name][index].detach().cpu(),
+        lambda name, index: state[name][index].detach().to("cpu", copy=True),  # weights may share memory
         (layout, weights, max_shard_size),
     )
 
@@ -127,7 +131,11 @@ class Stored:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Folder(folder)
-        headers = self.folder.headers
+        with self.folder.unchanged():
+            self._understand(self.folder.headers)
+
+    def _understand(self, headers: Mapping[str, Header]) -> None:
+        """Whose tensors they are, and in which parts they are stored."""
         self.family = family_of(self.folder.path / CONFIG)
         self.layout = self.family.layout_of(headers)
         refuse_foreign(str(self.folder.path), headers)
@@ -199,13 +207,7 @@ class Stored:
         """Every stored tensor is wanted, every wanted one is stored, in the right shape and kind."""
         wanted = {part: (name, place) for name, parts in self.parts.items() for part, place in parts.items()}
         needed = [*wanted, *(scale for part, scale in self.scales.items() if part in wanted)]
-        found = {
-            "missing": [name for name in needed if name not in headers],
-            "unexpected": [name for name in headers if name not in set(needed)],
-        }
-        if any(found.values()):
-            said = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names)
-            raise ValueError(f"the checkpoint's tensors are not the configuration's: {said}")
+        _check_names("checkpoint", headers, needed)
         for part, (name, place) in wanted.items():
             shape = shape_of(self.shapes[name], place)
             header = headers[part]
@@ -232,8 +234,7 @@ class Stored:
 def _shapes(family: Family, config: Config) -> tuple[dict[str, tuple[int, ...]], dict[str, bool], set[str]]:
     """Our tensors' shapes, which of them hold floats, and which no cast narrows."""
     try:
-        with torch.device("meta"):
-            model = family.model(config)
+        model = _empty(family, config)
     except (RuntimeError, TypeError):  # more values than an integer counts
         sizes = {key: value for key, value in config.to_dict().items() if isinstance(value, int)}
         largest = max(sizes, key=sizes.__getitem__)
@@ -241,6 +242,35 @@ def _shapes(family: Family, config: Config) -> tuple[dict[str, tuple[int, ...]],
     state = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return shapes, {name: tensor.is_floating_point() for name, tensor in state.items()}, kept(model)
+
+
+def _empty(family: Family, config: Config) -> "Transformer | LineageTransformer":
+    with torch.device("meta"), row_tables(None):
+        return family.model(config)
+
+
+def _check_model(family: Family, config: Config, state: Mapping[str, Tensor]) -> None:
+    """A model's tensors are those that the configuration needs, in shape and kind."""
+    shapes, is_float, _ = _shapes(family, config)
+    _check_names("model", state, shapes)
+    for name, tensor in state.items():
+        allowed = tuple(_FLOATS.values()) if is_float[name] else (torch.int64, torch.int32)
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{name} is {tensor.dtype}: allowed are {', '.join(map(str, allowed))}")
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: the configuration needs {shapes[name]}")
+
+
+def _check_names(whose: str, names: Collection[str], needed: Collection[str]) -> None:
+    """There is each tensor that the configuration needs, and no other."""
+    wanted = set(needed)
+    found = {
+        "missing": [name for name in needed if name not in names],
+        "unexpected": [name for name in names if name not in wanted],
+    }
+    if any(found.values()):
+        said = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names)
+        raise ValueError(f"the {whose}'s tensors are not the configuration's: {said}")
 
 
 def _save(

@@ -16,7 +16,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ class Folder:
     Raises:
         FileNotFoundError: the folder has no config.json or no safetensors weights, or a shard is missing.
         ValueError: a broken or cut-off file, an index that is none, leads out of the folder, promises a tensor that its
-            file does not hold, or does not list a `model.safetensors` beside it; pickled weights alone.
+            file does not hold, or does not list a `model.safetensors` beside it; pickled weights alone; the folder was
+            replaced by another one meanwhile.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,13 +62,8 @@ class Folder:
         self._open: tuple[Path, str, Any] | None = None
         self._written = self._stamp()
         self.headers: dict[str, Header] = {}
-        places = self._weight_map()
-        for file in sorted(set(places.values())) or [WEIGHTS]:
-            found = _headers(self.path / file)
-            self.headers |= {name: h for name, h in found.items() if not places or places.get(name) == file}
-        lost = [name for name in places if name not in self.headers]
-        if lost:
-            raise ValueError(f"{SHARDS} promises tensors that their files do not hold: {listed(lost)}")
+        with self.unchanged():
+            self._read_headers()
 
     def nbytes(self) -> int:
         """Bytes of the weight files."""
@@ -81,19 +78,44 @@ class Folder:
         file = self.headers[name].file
         if self._open is None or self._open[:2] != (file, str(device)):
             self._open = None  # the last file is closed before the next is mapped
-            self._open = file, str(device), _opened(file, str(device))
-            if self._stamp() != self._written:
-                raise ValueError(f"{self.path} was written anew while it was read: read it again")
+            with self.unchanged():
+                self._open = file, str(device), _opened(file, str(device))
         handle = self._open[2]
         return handle.get_slice(name)[index] if index else handle.get_tensor(name)
 
     def close(self) -> None:
         self._open = None
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raises ValueError where the folder is another one than at first, whatever that may have broken within."""
+        try:
+            yield
+        except Exception:
+            self._check_unchanged()
+            raise
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if self._stamp() != self._written:
+            raise ValueError(f"{self.path} was written anew while it was read: read it again")
+
     def _stamp(self) -> tuple[int, ...]:
         """Another number after every save: each writes its own config.json."""
-        found = (self.path / CONFIG).stat()
+        try:
+            found = (self.path / CONFIG).stat()
+        except FileNotFoundError:  # between the two renames of a save
+            return ()
         return found.st_dev, found.st_ino, found.st_mtime_ns
+
+    def _read_headers(self) -> None:
+        places = self._weight_map()
+        for file in sorted(set(places.values())) or [WEIGHTS]:
+            found = _headers(self.path / file)
+            self.headers |= {name: h for name, h in found.items() if not places or places.get(name) == file}
+        lost = [name for name in places if name not in self.headers]
+        if lost:
+            raise ValueError(f"{SHARDS} promises tensors that their files do not hold: {listed(lost)}")
 
     def _weight_map(self) -> dict[str, str]:
         """Tensor to file, from the index; empty where there is one file."""

@@ -8,17 +8,17 @@ part of it: checkpoints' tensors of it are left out.
 b batch · t tokens · d width · v vocabulary · l layers
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels import cross_entropy, rope_frequencies, rope_rotation
+from ...kernels import cross_entropy, rope_rotation
 from ..cache import Step, sent
 from ..layout import check_reach, make_layout
 from ..moe import shares, update_biases
 from ..norm import RMSNorm
+from ..rotary import scaled_frequencies
 from ..transformer import IGNORED, Output, Transformer
 from .attention import IndexSignal, LatentAttention, Reach
 from .cache import LatentCache
@@ -135,9 +135,11 @@ class LineageTransformer(nn.Module):
         return self.norm(x), signals
 
     def _reach(self, positions, start, end, causal: bool, past: int = 0) -> Reach:
-        rotation = rope_rotation(positions, _frequencies(self.config, positions.device))
-        if self.config.rope_scaling:
-            rotation = rotation * self.config.rope_scaling.rotary
+        c = self.config
+        frequencies = scaled_frequencies(c.qk_rope_head_dim, c.rope_theta, c.rope_scaling, positions.device)
+        rotation = rope_rotation(positions, frequencies)
+        if c.rope_scaling:
+            rotation = rotation * c.rope_scaling.rotary
         return Reach(positions, start, end, causal, rotation, past)
 
     def _learn(self, out: Output, x, targets, signals: list[tuple[IndexSignal | None, LoadSignal | None]]) -> None:
@@ -153,10 +155,3 @@ class LineageTransformer(nn.Module):
             out.metrics["captured"] = torch.stack([s.captured for s in index])  # type: ignore[union-attr]
         weights = {"lm": 1.0, "balance": c.balance_loss_weight, "index": c.index_loss_weight}
         out.loss = sum(weights[name] * part for name, part in out.losses.items())  # type: ignore[assignment]
-
-
-@functools.lru_cache(maxsize=64)
-def _frequencies(config: LineageConfig, device: torch.device) -> Tensor:
-    """On the device once and for all: a copy there makes the host wait."""
-    scaling = config.rope_scaling.arguments() if config.rope_scaling else {}
-    return rope_frequencies(config.qk_rope_head_dim, config.rope_theta, **scaling).to(device)

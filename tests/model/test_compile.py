@@ -1,5 +1,7 @@
 """torch.compile(model): the same logits, losses and gradients, in one graph where no cache is involved."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from lively import draw_ids
@@ -8,6 +10,7 @@ from torch.testing import assert_close
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.lineage import LineageConfig, LineageTransformer
 
+pytestmark = pytest.mark.filterwarnings("error:Dynamo detected a call to a .functools.lru_cache")
 V3 = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "n_routed_experts": 4}
 V3 |= {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 8}
 V3 |= {
@@ -38,10 +41,14 @@ def nano(layers: int = 3, **changes) -> Transformer:
     return Transformer(ModelConfig.from_dict({**values, **changes}))
 
 
+def lineage(kind: str, **values) -> LineageTransformer:
+    return LineageTransformer(LineageConfig.from_dict({"model_type": kind, **values}))
+
+
 MODELS = {
     "v4": nano,
-    "v3": lambda: LineageTransformer(LineageConfig.from_dict({"model_type": "deepseek_v3", **V3})),
-    "v3.2": lambda: LineageTransformer(LineageConfig.from_dict({"model_type": "deepseek_v32", **V3, **INDEXER})),
+    "v3": lambda **changes: lineage("deepseek_v3", **V3, **changes),
+    "v3.2": lambda **changes: lineage("deepseek_v32", **V3, **INDEXER, **changes),
 }
 
 
@@ -98,6 +105,19 @@ def test_other_classes_of_tokens_are_seen():
     model.load_state_dict(state)
     assert_close(compiled(ids).logits, model(ids).logits)
     assert (model(ids).logits - before).abs().max() > 1e-3
+    model.layers[0].engram.canonical = torch.arange(260).roll(7)
+    assert_close(compiled(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_try_to_export_leaves_nothing_behind(name):
+    """Whether it succeeds is torch's to say; models of the same configuration run afterwards."""
+    memory = {**ModelConfig.load("nano").to_dict()["engram"], "layers": [0], "seed": 7}
+    changes = {"engram": memory, "num_nextn_predict_layers": 0, "layers": 1} if name == "v4" else {}
+    model, ids = MODELS[name](**changes, rope_theta=10007.0).eval(), draw_ids(1, 19, top=50)  # seen by no other test
+    with suppress(Exception):
+        torch.export.export(model, (ids,), strict=False)
+    assert model(ids).logits.isfinite().all()
 
 
 @torch.no_grad()
@@ -108,3 +128,25 @@ def test_a_cache_may_be_given():
     compiled, cache = torch.compile(model, backend="aot_eager"), model.new_cache(1, 12)
     got = torch.cat([compiled(part, cache=cache).logits for part in ids.split([10, 1, 1], 1)], 1)
     assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_documents_are_looked_at(backend):
+    yarn = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 8}
+    sizes = {"engram": None, "num_nextn_predict_layers": 0, "max_position_embeddings": 16, "rope_scaling": yarn}
+    compiled, ids = torch.compile(nano(1, **sizes), backend=backend, fullgraph=True), draw_ids(1, 24, top=250)
+    pieces = {"one piece": [0] * 8 + [1] * 8 + [0] * 8, "ids >= 0": [0] * 12 + [-5] * 12, "=16": [0] * 20 + [1] * 4}
+    for says, documents in pieces.items():
+        with pytest.raises(RuntimeError, match=says):
+            compiled(ids, targets=ids, documents=torch.tensor([documents]))
+    compiled(ids, targets=ids, documents=torch.tensor([[0] * 12 + [1] * 12])).loss.backward()
+
+
+def test_recompute_breaks_the_graph():
+    torch.manual_seed(0)
+    model, ids = nano(1, engram=None, num_nextn_predict_layers=0), draw_ids(2, 19, top=250)
+    model.recompute = 1
+    with pytest.raises(Exception, match="recompute: one graph cannot work layers out again"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids, targets=ids)
+    got = outcome(model, torch.compile(model, backend="aot_eager"), ids=ids, targets=ids)
+    assert_close(got, outcome(model, model, ids=ids, targets=ids), rtol=1e-5, atol=1e-7)

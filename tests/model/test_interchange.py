@@ -366,12 +366,27 @@ def test_lengths_of_headers(tmp_path, length):
         load_pretrained(folder)
 
 
-def test_a_folder_that_is_replaced_while_it_is_read(tmp_path):
+@pytest.mark.parametrize("limit", [20_000, 10**9])
+def test_a_folder_that_is_replaced_while_it_is_read(tmp_path, limit):
     folder = write(tmp_path / "x", tiny(), "official", limit=20_000)
     stored = Stored(folder)
-    write(folder, tiny(), "official", limit=20_000)
+    write(folder, tiny(), "official", limit=limit)
     with pytest.raises(ValueError, match="x was written anew while it was read"):
         stored.tensor("embed.weight")
+
+
+@pytest.mark.parametrize("module, step", [(interchange.files, "_headers"), (interchange, "refuse_foreign")])
+def test_a_folder_that_is_replaced_before_all_is_known(tmp_path, monkeypatch, module, step):
+    """Its shards are gone, or the configuration is of another model than the headers."""
+    folder, before = write(tmp_path / "x", tiny(), "official", limit=20_000), getattr(module, step)
+
+    def after_another_save(*arguments):
+        write(folder, tiny(n_routed_experts=4), "official")
+        return before(*arguments)
+
+    monkeypatch.setattr(module, step, after_another_save)
+    with pytest.raises(ValueError, match="x was written anew while it was read"):
+        load_pretrained(folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -908,6 +923,47 @@ def test_a_model_survives_saving_and_loading(tmp_path, layout):
     assert ModelConfig.load(tmp_path / "double" / "config.json").torch_dtype == "float64"
     kinds = {name: p.dtype for name, p in half.named_parameters()}
     assert kinds["embed.weight"] == torch.bfloat16 and kinds["layers.0.hc_attn.fn"] == torch.float32
+
+
+def fewer_experts(model):
+    experts = model.layers[1].ffn.experts
+    experts.w13 = torch.nn.Parameter(experts.w13.detach()[:4])
+
+
+def one_more(model):
+    model.layers[1].attn.wq_a.bias = torch.nn.Parameter(torch.zeros(10))
+
+
+def one_less(model):
+    model.layers[1].attn.wq_a = torch.nn.Identity()
+
+
+def no_numbers(model):
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().to(torch.complex64))
+
+
+@pytest.mark.parametrize("change, says", [
+    (fewer_experts, r"layers\.1\.ffn\.experts\.w13 has shape \(4, 14, 24\): the configuration needs \(5, 14, 24\)"),
+    (one_more, r"1 unexpected: layers\.1\.attn\.wq_a\.bias"), (one_less, r"1 missing: layers\.1\.attn\.wq_a\.weight"),
+    (no_numbers, r"head\.weight is torch\.complex64: allowed are torch\.float64"),
+])  # fmt: skip
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path, layout, change, says):
+    model = Transformer(tiny())
+    save_pretrained(model, tmp_path / "x", layout)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    change(model)
+    with pytest.raises(ValueError, match=says):
+        save_pretrained(model, tmp_path / "x", layout)
+    assert_equal(load_pretrained(tmp_path / "x").state_dict(), state)
+
+
+def test_weights_that_share_memory_and_compiled_models(tmp_path):
+    model = Transformer(tiny())
+    model.head.weight = model.embed.weight
+    model.norm.weight = torch.nn.Parameter(torch._neg_view(model.norm.weight.detach()))
+    save_pretrained(torch.compile(model), tmp_path / "x")
+    assert_equal(load_pretrained(tmp_path / "x").state_dict(), model.state_dict())
 
 
 def test_a_checkpoint_without_mtp_loads_as_a_model_without_it(tmp_path, peer):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.utils import parametrize, prune
 
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.kept import kept
@@ -74,6 +75,15 @@ def test_casts_spare_it(model, cast):
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.dtype == parameter.dtype, name
     assert model(torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_casts_spare_it_also_where_torch_hides_it(model):
+    parametrize.register_parametrization(model.layers[0].attn_norm, "weight", torch.nn.Identity())
+    prune.identity(model.layers[1].attn_norm, "weight")
+    before = [model.layers[i].attn_norm.weight.detach().clone() for i in range(2)]
+    model.bfloat16()
+    assert all(torch.equal(model.layers[i].attn_norm.weight, before[i]) for i in range(2))
+    assert model.layers[1].attn_norm.weight_orig.dtype == torch.float32
 
 
 def test_whatever_the_default_is(model):

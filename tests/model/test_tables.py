@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from abyssal.model import ModelConfig, Transformer, generate
+from abyssal.model import ModelConfig, Transformer, generate, load_pretrained, save_pretrained
 from abyssal.model.tables import RowTable, Table, row_tables
 
 PLACES = ("resident", "host", "mapped")
@@ -308,6 +308,16 @@ def test_inference_is_that_of_a_whole_table(place, tmp_path):
     assert torch.equal(plain(ids).logits, model(ids).logits)
     texts = [list(generate(m, ids[:1], max_new_tokens=12, temperature=0.7, seed=1)) for m in (plain, model)]
     assert [int(t) for t in texts[0]] == [int(t) for t in texts[1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [*PLACES, "file"])
+def test_a_folder_is_loaded_and_saved_with_whole_tables(place, tmp_path):
+    plain, model, ids = build().eval(), build(place, tmp_path), draw(1, 12)
+    model.load_state_dict(plain.state_dict())
+    with row_tables(place, tmp_path):
+        save_pretrained(model, tmp_path / "x", "official")
+        assert torch.equal(load_pretrained(tmp_path / "x").eval()(ids).logits, plain(ids).logits)
 
 
 def test_a_state_that_does_not_fit_is_refused(tmp_path):

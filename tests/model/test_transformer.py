@@ -1,5 +1,6 @@
 """The whole model: first losses, gradients everywhere, causality, streams that separate, errors."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -216,3 +217,29 @@ def test_every_config_key_is_read():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(nano())
+
+
+def test_reset_parameters_fills_every_tensor_of_its_module():
+    with torch.device("meta"):
+        model = nano()
+    model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(7777)
+    for module in model.modules():
+        getattr(module, "reset_parameters", lambda: None)()
+    assert not [name for name, tensor in model.state_dict().items() if (tensor == 7777).any()]
+    assert torch.equal(model.layers[1].engram.canonical, torch.arange(260))
+
+
+@torch.no_grad()
+def test_a_copy_reads_its_own_classes_of_tokens():
+    model, ids, lookup = nano().eval(), draw(1, 12), torch.arange(260).flip(0)
+    model.layers[1].engram.wkv.weight.mul_(20)
+    for _ in range(3):
+        model.layers[1].engram.set_canonical(torch.arange(260))
+    model(ids)
+    other, fresh = copy.deepcopy(model), nano().eval()
+    while other.layers[1].engram.canonical._version < model.layers[1].engram.canonical._version:
+        other.layers[1].engram.set_canonical(lookup)
+    fresh.load_state_dict(other.state_dict())
+    assert torch.equal(other(ids).logits, fresh(ids).logits)

@@ -110,7 +110,7 @@ def test_logits_that_are_not_finite(value):
 @pytest.mark.parametrize("settings, message", [
     ({"temperature": -0.1}, "temperature=-0.1"), ({"temperature": math.inf}, "temperature=inf"),
     ({"temperature": math.nan}, "temperature=nan"), ({"top_k": math.inf}, "top_k=inf"),
-    ({"top_k": math.nan}, "top_k=nan"),
+    ({"top_k": math.nan}, "top_k=nan"), ({"top_k": 3.0}, "top_k=3.0"),
     ({"top_p": math.nan}, "top_p=nan"), ({"top_p": math.inf}, "top_p=inf"), ({"min_p": math.nan}, "min_p=nan"),
     ({"min_p": -math.inf}, "min_p=-inf"), ({"top_k": -1}, "top_k=-1"), ({"top_k": 2.5}, "top_k=2.5"),
     ({"top_p": 0}, "top_p=0"), ({"top_p": 1.1}, "top_p=1.1"), ({"min_p": 1}, "min_p=1"),
