@@ -36,6 +36,10 @@ def naming(path: Path) -> Iterator[None]:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where to write what takes the place of `path` once it is whole and on the disk; the later of two writers wins."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a device, or a folder, which says so itself
+        yield path
+        return
     for left, dead in left_beside(path):
         _remove(left, dead)
     try:
@@ -66,7 +70,7 @@ def write_json(path: Path, values: Any) -> None:
 def open_beside(path: Path) -> tuple[Path, int]:
     """A new hidden folder beside `path`, and its lock, which ends with this process."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.writing-", dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=_hidden(path), dir=path.parent))
         with suppress(FileNotFoundError):  # another writer took it for a dead one's, before it was locked
             held = lock(folder)
             if held is not None:
@@ -74,12 +78,21 @@ def open_beside(path: Path) -> tuple[Path, int]:
 
 
 def left_beside(path: Path) -> Iterator[tuple[Path, int]]:
-    """Such folders that processes left when they died, locked now by this one."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.writing-" + "[a-z0-9_]" * 8):
+    """Such folders that processes left when they died, locked now by this one; without locks nobody knows which."""
+    for folder in path.parent.glob(glob.escape(_hidden(path)) + "[a-z0-9_]" * 8):
         with suppress(OSError):
             held = lock(folder)
-            if held is not None:
+            again = None if held is None else lock(folder)
+            if again is not None:
+                os.close(again)
+                os.close(held)
+            elif held is not None:
                 yield folder, held
+
+
+def _hidden(path: Path) -> str:
+    """How their names begin, in at most 255 bytes with what follows."""
+    return os.fsdecode(os.fsencode(f".{path.name}")[:230]) + ".writing-"
 
 
 def _remove(folder: Path, held: int) -> None:

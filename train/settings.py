@@ -130,9 +130,7 @@ class TrainConfig(Table):
     name = "train"
     steps: int = _positive(1000, "optimizer steps; the learning-rate schedule is laid over them")
     minutes: float = _not_negative(0.0, "hard limit of training time, resumed parts included; 0 = none")
-    seed: int = key(
-        0, "of the initial weights and of the order of the data", "from 0 below 2^31", lambda value: 0 <= value < 2**31
-    )
+    seed: int = _not_negative(0, "of the initial weights and of the order of the data")
     init: str = key("", "run or checkpoint whose weights the run starts from, of the same [model]; '' = new weights")
     dtype: str = _choice(
         "float32",

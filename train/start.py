@@ -81,9 +81,14 @@ def never_saved(run: Path) -> dict[str, Any] | None:
     begun = provenance.recipe(run)
     if begun is None or checkpoint.checkpoints(run):
         return None
-    parent = run / checkpoint.FOLDER
-    if provenance.saved(run) or (parent.is_symlink() and not parent.exists()) or [*parent.glob("step-*")]:
-        raise FileNotFoundError(f"{str(parent)!r}: its checkpoints are out of reach, or not whole: put them back")
+    recipe, parent, saved = Recipe.from_dict(begun), run / checkpoint.FOLDER, provenance.saved(run)
+    if saved is None:
+        due = 0 if recipe.stability else recipe.train.checkpoint_every or recipe.train.steps
+        saved = (run / metrics.FILE).exists() and any(record["step"] > due for record in metrics.read(run)[-1:])
+    if saved or (parent.is_symlink() and not parent.exists()) or [*parent.glob("step-*")]:
+        raise FileNotFoundError(
+            f"{str(parent)!r}: its checkpoints are out of reach, or not whole: put them back, or resume another's"
+        )
     return begun
 
 

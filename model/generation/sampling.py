@@ -44,7 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: allowed are 0 (greedy) and positive numbers")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not hasattr(self.top_k, "__index__") or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}: allowed are 0 (off) and positive integers")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: allowed is more than 0 up to 1 (off)")

@@ -958,6 +958,13 @@ def test_a_model_that_could_not_be_loaded_is_not_saved(tmp_path, layout, change,
     assert_equal(load_pretrained(tmp_path / "x").state_dict(), state)
 
 
+def test_a_model_without_its_mtp_block_is_saved(tmp_path):
+    model = Transformer(tiny())
+    model.mtp = torch.nn.ModuleList()
+    save_pretrained(model, tmp_path / "x", "official")
+    assert not load_pretrained(tmp_path / "x").config.num_nextn_predict_layers
+
+
 def test_weights_that_share_memory_and_compiled_models(tmp_path):
     model = Transformer(tiny())
     model.head.weight = model.embed.weight

@@ -127,16 +127,19 @@ class GrpoRun(Run):
                 [prompt(question, mode, self.tokenizer) for question, mode in asked],
                 max_new_tokens=self.reason.max_new_tokens,
                 sampling=self.sampling,
-                seed=self.recipe.train.seed << 32 | step,
+                seed=self._seed(step),
                 stop=self.tokenizer.eos,
                 keep_routing=self.grpo.keep_routing,
                 keep_mask=self.grpo.keep_sampling_mask,
             )
 
+    def _seed(self, step: int) -> int:
+        return (self.recipe.train.seed << 32 | step) % 2**63
+
     def learn(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> dict[str, float]:
         """The optimizer steps on a batch, each with its share of the completions; means for the metrics."""
         rows = self.worth_learning(advantage)
-        order = torch.Generator().manual_seed(self.recipe.train.seed << 32 | phase.step)
+        order = torch.Generator().manual_seed(self._seed(phase.step))
         rows = rows[torch.randperm(len(rows), generator=order)]
         shares = [share for share in rows.tensor_split(self.grpo.updates) if len(share)]
         sums = dict.fromkeys(MEASURED, 0.0)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -48,20 +49,26 @@ def write(
         "machine": machine(device),
         "processes": processes,
     }
-    write_json(path, {**(read_json(path) if earlier else {}), "starts": [*earlier, start]})
+    write_json(path, {"saved": False, **(read_json(path) if earlier else {}), "starts": [*earlier, start]})
 
 
 def mark_saved(folder: Path) -> None:
     """Says in run.json that the run has had a checkpoint: it never starts over then."""
     path = folder / FILE
-    values = read_json(path)
-    if not values.get("saved"):
-        write_json(path, {"saved": True, **values})
+    try:
+        values = read_json(path)
+        if not values.get("saved"):
+            write_json(path, {**values, "saved": True})
+    except (OSError, ValueError) as error:
+        warnings.warn(f"run.json cannot say that there is a checkpoint: {error}", stacklevel=2)
 
 
-def saved(folder: Path) -> bool:
-    """Whether the run in that folder has ever had a checkpoint."""
-    return bool(read_json(folder / FILE).get("saved"))
+def saved(folder: Path) -> bool | None:
+    """Whether the run in that folder has ever had a checkpoint, one elsewhere that it began from included.
+
+    None of runs of earlier versions, which did not say.
+    """
+    return starts(folder)[-1]["step"] > 0 or read_json(folder / FILE).get("saved")
 
 
 def recipe(folder: Path) -> dict[str, Any] | None:

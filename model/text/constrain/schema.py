@@ -43,7 +43,7 @@ TYPE, NAMES, LIST, ANY = (
     "any value",
 )
 COUNT, POSITIVE, TEXT = "a whole number from 0 on", "a number above 0", "a text"
-NUMBER, EXPRESSION = "a number between -2^63 and 2^63", "a regular expression"
+NUMBER, EXPRESSION = "a number", "a regular expression"
 SHAPES = {
     **dict.fromkeys(("items", "additionalProperties"), SCHEMA),
     **dict.fromkeys(("anyOf", "oneOf", "allOf", "prefixItems"), SCHEMAS),
@@ -215,7 +215,7 @@ class Document:
             elif shape == NAMED:
                 made[key] = {name: self._renamed(part, numbers, within) for name, part in value.items()}
             elif shape == NUMBER:
-                made[key] = _inward(value, 1 if "inimum" in key else -1, key.startswith("exclusive"))
+                made[key] = _inward(value, _direction(key), key.startswith("exclusive"))
             elif shape is not None:
                 made[key] = value
         return made
@@ -243,6 +243,8 @@ class Document:
             shape = SHAPES.get(key)
             if shape is not None and not TESTS[shape](value):
                 raise self.error(pointer, f"{key}={shown(value)}: allowed is {shape}")
+            if shape == NUMBER and value * _direction(key) > WRITTEN:
+                raise self.error(pointer, f"{key}={shown(value)}: no number beyond 2^63 is written")
             size = len(value) if shape in (SCHEMAS, NAMED, NAMES, LIST) else 0
             if key not in DEFINED and size > LENGTHS.get(key, ENTRIES):
                 raise self.error(pointer, f"{key} has {size} entries: at most {LENGTHS.get(key, ENTRIES)} are allowed")
@@ -440,7 +442,7 @@ TESTS: dict[str, Callable[[Any], bool]] = {
     LIST: lambda value: _is_list(value) and len(value) > 0,
     ANY: lambda value: True,
     COUNT: _is_whole,
-    NUMBER: lambda value: _is_number(value) and abs(value) < 2**63,  # the library clamps others
+    NUMBER: _is_number,
     POSITIVE: lambda value: _is_number(value) and value > 0,
     TEXT: lambda value: isinstance(value, str),
     EXPRESSION: lambda value: isinstance(value, str),
@@ -467,7 +469,13 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(part)
 
 
+WRITTEN = 2**63 - 1024  # the largest float64 among the whole numbers that the library has
 UP, DOWN = (Context(prec=15, rounding=way, Emin=-36) for way in (ROUND_CEILING, ROUND_FLOOR))  # down to 1e-50
+
+
+def _direction(key: str) -> int:
+    """Where numbers lie that a bound allows: 1 above it, -1 below it."""
+    return 1 if "inimum" in key else -1
 
 
 def _inward(bound: float, direction: int, exclusive: bool) -> float:
@@ -476,6 +484,8 @@ def _inward(bound: float, direction: int, exclusive: bool) -> float:
     It reads 15 digits as they are, and its expressions nest once for each digit. An exclusive bound it allows where the
     other one is farther from 0 and less than 1 away, and of integers from 2^53 on.
     """
+    if bound * direction <= -WRITTEN:
+        return -WRITTEN * direction
     near = float(bound)
     outside = near < bound if direction > 0 else near > bound
     if outside or (exclusive and near == bound and (near * direction >= 0 or abs(near) >= 2**53)):

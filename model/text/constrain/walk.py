@@ -140,16 +140,12 @@ class Walk:
         """Writes the tokens that may come next as row `row` of int32 [b, w].
 
         Raises:
-            DeadEndError: there are none, and no way to the end is known.
+            DeadEndError: there are none; or too many for the library, which no schema tells beforehand.
         """
         library = _llguidance()
         library.numpy.fill_next_token_bitmask(self._matcher, words, row)
         if not self._matcher.is_accepting() and (self._matcher.is_stopped() or not words[row].any()):
-            if self.way is None:
-                raise self._dead_end()
-            words[row] = 0
-            words.view(np.uint32)[row, self.way[0] // 32] = 1 << self.way[0] % 32
-            return
+            raise self._dead_end()
         self.constraint.vocabulary.spelling.exclude(self._tail, words[row])
 
     def take(self, token: int) -> int:
@@ -167,7 +163,7 @@ class Walk:
         self._tail = self.constraint.vocabulary.tail(self._tail, token)
         if not self.complete:
             self._taken.append(token)
-            if not self._matcher.consume_token(token) and self.way is None:
+            if not self._matcher.consume_token(token):
                 raise self._dead_end()
         return token
 
@@ -258,7 +254,7 @@ class Guide:
 LOOKED_FOR = 512  # tokens of the shortest text, even if fewer are allowed: to say how many it takes
 LONGEST_HINT = 64
 PARTS = 100  # of a grammar, those that are alike once: a search for each
-ITEMS = 5_000  # of the library's parser at a time: more end a text, on the way that is known
+ITEMS = 5_000  # of the library's parser at a time: a text that needs more fails
 
 
 class _Vocabulary:

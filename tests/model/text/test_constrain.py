@@ -639,8 +639,8 @@ MALFORMED = [
     ("dependencies", {}, "dependencies"), ("$dynamicRef", "#", "dynamicRef"),
     ("divisibleBy", 2, "divisibleBy: allowed are"), ("disallow", "null", "disallow: allowed are"),
     ("extends", {"type": "null"}, "extends: allowed are"), ("const", ["\x01"], "control character"),
-    ("enum", ["a", "\x7f"], "control character"), ("minimum", 1e19, r"between -2\^63"),
-    ("exclusiveMaximum", -(2**63), r"between -2\^63"), ("pattern", "^a*+a$", "possessive"),
+    ("enum", ["a", "\x7f"], "control character"), ("minimum", 1e19, "no number beyond"),
+    ("exclusiveMaximum", -(2**63), "no number beyond"), ("pattern", "^a*+a$", "possessive"),
     ("pattern", "a{2}{3}", "possessive"), ("pattern", "(?>a|ab)c", "atomic"),
 ]  # fmt: skip
 
@@ -803,19 +803,11 @@ def test_many_names_may_come_next():
     assert allowed(walk) == [*b"0123456789"]
 
 
-def test_where_the_library_gives_up_the_way_is_taken():
+def test_where_the_library_gives_up_no_answer_is_made_up():
     schema = {"anyOf": [optional(f"{letter}{i}" for i in range(900)) for letter in "ab"]}
-    walk = Constraint(json_schema(schema), BYTES).walk(60)
-    start = allowed(walk)
-    walk.take(ord("{"))
-    assert allowed(walk) == [ord("}")]
-    walk.back()
-    assert allowed(walk) == start
-    for token in (*b"{}", BYTES.eos):
-        assert token in allowed(walk) and walk.take(token) == token
-    assert walk.complete
-    with pytest.raises(DeadEndError, match="cannot go on"):
-        Constraint(json_schema(schema), BYTES, finish=False).walk(60).take(ord("{"))
+    for finish in (True, False):
+        with pytest.raises(DeadEndError, match="cannot go on: "):
+            Constraint(json_schema(schema), BYTES, finish=finish).walk(60).take(ord("{"))
 
 
 def test_a_model_that_ends_in_time_is_left_alone():

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from abyssal.train.distributed.world import ALONE
 from abyssal.train.run import checkpoint, folder, loop, metrics, provenance
 from abyssal.train.run.folder import _Held
 from abyssal.train.run.load import load_trained
-from abyssal.train.start import train
+from abyssal.train.start import never_saved, train
 
 HOLDER = """
 import sys, time
@@ -401,6 +402,56 @@ def test_of_two_who_write_a_file_at_once_the_later_one_wins(tmp_path):
             second.write_text("2", "utf-8")
         assert path.read_text("utf-8") == "2"
     assert path.read_text("utf-8") == "1" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_written_where_its_link_leads_whatever_its_name_and_a_device_stays_one(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to("target")
+    disk.write_text(tmp_path / "link", "1")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text("utf-8") == "1"
+    disk.write_text(tmp_path / ("ä" * 127), "2")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    monkeypatch.setattr(disk, "flush", None)
+    disk.write_text(tmp_path / "pipe", "3")
+    assert os.read(reader, 9) == b"3" and len(list(tmp_path.iterdir())) == 4
+    os.close(reader)
+
+
+def test_without_locks_nobody_is_taken_for_dead(tmp_path, monkeypatch):
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked here"), disk.whole(tmp_path / "x") as first:
+        disk.write_text(tmp_path / "x", "2")
+        first.write_text("1", "utf-8")
+    assert (tmp_path / "x").read_text("utf-8") == "1" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_json_that_is_gone_ends_no_training(tmp_path):
+    with pytest.warns(UserWarning, match=r"run\.json cannot say that there is a checkpoint"):
+        provenance.mark_saved(tmp_path)
+
+
+def test_a_run_that_began_from_anothers_checkpoint_does_not_start_over(run, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "branch"
+    longer = replace(recipe, train=replace(recipe.train, steps=9, checkpoint_every=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(longer, out, resume=run, stop_at=3, shown=False)
+    with pytest.raises(FileNotFoundError, match="put them back, or resume another's"):
+        train(longer, out, resume=out, shown=False)
+
+
+def test_runs_of_earlier_versions_do_not_say_that_they_were_saved(run):
+    values = json.loads((run / "run.json").read_text("utf-8"))
+    assert values.pop("saved") is True
+    (run / "run.json").write_text(json.dumps(values), "utf-8")
+    assert provenance.saved(run) is None
+    (run / checkpoint.FOLDER).rename(run / "aside")
+    with pytest.raises(FileNotFoundError, match="out of reach"):
+        never_saved(run)
 
 
 @pytest.mark.parametrize("how", ["edited", "removed", "folder moved"])

@@ -189,15 +189,15 @@ class _Nursery:
         try:
             self.start()
             ours, theirs = socket.socketpair()
-        except OSError as error:
-            raise ApiError(503, f"no grammar can be made now: {error.strerror}", code="overloaded") from None
-        lost = self._process
-        with theirs:
-            if lost is not None and not self.command(number, FORK, [theirs.fileno()]):
-                lost.kill()
-                lost.wait()  # only then it is started again
-                self.start()
-                self.command(number, FORK, [theirs.fileno()])
+            with theirs:
+                lost = self._process
+                if lost is not None and not self.command(number, FORK, [theirs.fileno()]):
+                    lost.kill()
+                    lost.wait()  # only then it is started again
+                    self.start()
+                    self.command(number, FORK, [theirs.fileno()])
+        except (OSError, RuntimeError) as error:
+            raise ApiError(503, f"no grammar can be made now: {error}", code="overloaded") from None
         return Connection(ours.detach()), self._process
 
     def lost(self, process: Any) -> bool:

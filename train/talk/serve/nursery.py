@@ -48,6 +48,8 @@ def main() -> None:
         tokenizer = Connection(os.dup(0), writable=False).recv()
     except EOFError:
         return
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # followers are to hold none of the server's sockets, which close with this process
     Constraint(json_schema(True), tokenizer)  # makes the vocabulary that all followers share
     server.send(READY)
     children: dict[int, int] = {}
@@ -95,9 +97,7 @@ def _follow_and_exit(connection: Connection, tokenizer: Tokenizer) -> None:
 
 
 def _limit(connection: Connection) -> None:
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)  # the server's socket, which is to close with the nursery
-    os.dup2(nothing, 2)  # libraries that break say so at length
+    os.dup2(0, 2)  # libraries that break say so at length
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statm = Path("/proc/self/statm")
     if statm.exists():
