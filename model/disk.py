@@ -82,12 +82,14 @@ def left_beside(path: Path) -> Iterator[tuple[Path, int]]:
     for folder in path.parent.glob(glob.escape(_hidden(path)) + "[a-z0-9_]" * 8):
         with suppress(OSError):
             held = lock(folder)
-            again = None if held is None else lock(folder)
-            if again is not None:
+            if held is None:
+                continue
+            again = lock(folder)
+            if again is None:
+                yield folder, held
+            else:
                 os.close(again)
                 os.close(held)
-            elif held is not None:
-                yield folder, held
 
 
 def _hidden(path: Path) -> str:
