@@ -10,7 +10,9 @@ from torch.testing import assert_close
 from abyssal.model import ModelConfig, Transformer
 from abyssal.model.lineage import LineageConfig, LineageTransformer
 
-pytestmark = pytest.mark.filterwarnings("error:Dynamo detected a call to a .functools.lru_cache")
+# what decodes in numpy, in step.py, may remember what it likes: dynamo goes around it
+REMEMBERED = r"Dynamo detected a call to a .functools\.lru_cache.-wrapped function at .(?!step\.py)"
+pytestmark = pytest.mark.filterwarnings(f"error:{REMEMBERED}")
 V3 = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "n_routed_experts": 4}
 V3 |= {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2, "q_lora_rank": 8}
 V3 |= {
