@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +119,10 @@ def test_logits_that_are_not_finite(value):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+def test_whole_numbers_of_numpy_are_such():
+    assert Sampling(top_k=np.int64(5)).top_k == 5
 
 
 def test_pick_is_exact_at_the_borders():

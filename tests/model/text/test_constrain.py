@@ -803,6 +803,18 @@ def test_many_names_may_come_next():
     assert allowed(walk) == [*b"0123456789"]
 
 
+@pytest.mark.parametrize("kind", ["integer", "number"])
+@pytest.mark.parametrize(
+    "bounds",
+    [{"minimum": 0, "maximum": 2**64 - 1}, {"minimum": -(2**63), "maximum": 2**63 - 1}, {"maximum": 1e20}],
+)
+def test_bounds_of_64_bits_are_kept_to_as_far_as_numbers_are_written(kind, bounds):
+    walk = Constraint(json_schema({"type": kind, **bounds}), BYTES).walk(40)
+    for digit in str(2**63 - 1024).encode():
+        assert digit in allowed(walk) and walk.take(digit) == digit
+    assert BYTES.eos in allowed(walk) and ord("0") not in allowed(walk)
+
+
 def test_where_the_library_gives_up_no_answer_is_made_up():
     schema = {"anyOf": [optional(f"{letter}{i}" for i in range(900)) for letter in "ab"]}
     for finish in (True, False):

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -363,3 +364,13 @@ def test_examinations_count_right_answers(model, monkeypatch):
     assert exam.mean_right(scores["chat"]) == 0.375
     assert len(seen) == 4 and {s["temperature"] for s in seen} == {0.5} and len({s["seed"] for s in seen[:2]}) == 2
     assert all(s["max_new_tokens"] == 6 and s["stop"] == [tokenizer.eos] for s in seen)
+
+
+def test_any_seed_that_torch_takes_is_one(tiny):
+    """Each of them gives every step another generator; of small ones the numbers are as they were."""
+    assert tiny("train.seed=3000000000").train.seed == 3_000_000_000
+    for seed in (7, 3_000_000_000, 2**62):
+        run = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(seed=seed)))
+        found = [GrpoRun._seed(run, step) for step in range(3)]
+        assert len(set(found)) == 3 and all(torch.Generator().manual_seed(each) for each in found)
+        assert seed > 7 or found[2] == 7 << 32 | 2
