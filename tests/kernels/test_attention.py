@@ -40,7 +40,7 @@ def launch(emulated, monkeypatch):
 def use_tiles(launch, monkeypatch, keys):
     """Steps of 16 keys, tiles of so many."""
     blocks = launch.Blocks(16, 16, 4, 1)
-    table = launch.Tiles(blocks, blocks, blocks, blocks, launch.Owned(keys, 16, 16, 4, 1))
+    table = launch.Tiles(*5 * [blocks], launch.Owned(keys, 16, 16, 4, 1))
     monkeypatch.setattr(launch, "tiles_for", lambda q: table)
 
 
@@ -255,10 +255,7 @@ def hold_all(inputs, engine, dtype, **options):
 
 @of_triton
 @pytest.mark.parametrize("case", [name for name, inputs in CASES.items() if "index" in inputs])
-def test_picks_the_other_way(engine, case, device, launch, monkeypatch):
-    """By rows where counts are the choice, and by counts where rows are."""
-    _, entries, _, slots = *CASES[case]["compressed"].shape[:2], *CASES[case]["index"].shape[1:]
-    monkeypatch.setattr(launch, "DENSE", 0 if entries <= launch.DENSE * slots else 1000)
+def test_picks_in_both_ways(engine, case, form, device):
     hold_all(CASES[case], engine, torch.float32, device=device)
 
 
@@ -496,12 +493,13 @@ def test_before_the_first_entry_as_with_room_for_some(engine):
 
 @of_triton
 def test_splits_cover_all_keys(engine, launch):
-    assert {
-        launch.kernels.first_key.fn(split + 1, 5) - launch.kernels.first_key.fn(split, 5) for split in range(24)
-    } == {5, 10}
+    assert {launch.decode.first_key.fn(split + 1, 5) - launch.decode.first_key.fn(split, 5) for split in range(24)} == {
+        5,
+        10,
+    }
     for n in [*range(4000), 1 << 18]:
         splits = launch.splits_of(n)
-        first, last = (launch.kernels.first_key.fn(split, launch.SPLIT) for split in (splits - 1, splits))
+        first, last = (launch.decode.first_key.fn(split, launch.SPLIT) for split in (splits - 1, splits))
         assert first < n <= last or n == splits == 0
     assert launch.splits_of(launch.SPLIT << 11) == 72
 
@@ -547,11 +545,11 @@ def test_chunks_keep_to_the_budget(engine, launch, shape, k, p):
 
 @pytest.fixture
 def by_keys(launch, monkeypatch):
-    """The kind of each launch that makes gradients of keys, and whether it adds with atomics."""
-    calls, run = [], launch._by_keys
-    monkeypatch.setattr(
-        launch, "_by_keys", lambda *a, atomic=False: calls.append((a[2].kind, atomic)) or run(*a, atomic=atomic)
-    )
+    """What makes gradients of keys, call by call."""
+    calls = []
+    for name in ("window", "range", "picks"):
+        run = getattr(launch, f"_add_{name}")
+        monkeypatch.setattr(launch, f"_add_{name}", lambda *a, name=name, run=run: calls.append(name) or run(*a))
     return calls
 
 
@@ -563,8 +561,8 @@ def test_each_gradient_alone(engine, form, by_keys, needed):
     by_keys.clear()
     alone = results(engine, inputs, fixed={"q", "kv", "compressed", "sink"} - {needed})
     assert alone.keys() == {"0", "1", f"d{needed}"} and same(alone, everything, alone)
-    ours = {"kv": ["window"], "compressed": ["list" if form == "rows" else "range"]}
-    assert [kind for kind, _ in by_keys] == ours.get(needed, [])
+    ours = {"kv": ["window"], "compressed": ["picks" if form == "rows" else "range"]}
+    assert by_keys == ours.get(needed, [])
 
 
 @of_triton
@@ -573,7 +571,7 @@ def test_atomics_change_nothing_but_the_order(engine, by_keys, monkeypatch):
     by_keys.clear()
     monkeypatch.setenv("ABYSSAL_ATOMICS", "1")
     got = results(engine, sparse())
-    assert by_keys == [("window", False), ("list", True)] and all(distance(got[n], want[n]) < 1e-6 for n in want)
+    assert by_keys == ["window", "picks"] and all(distance(got[n], want[n]) < 1e-6 for n in want)
     monkeypatch.setenv("ABYSSAL_ATOMICS", "yes")
     with pytest.raises(ValueError, match="ABYSSAL_ATOMICS='yes'"):
         results(engine, sparse())

@@ -6,7 +6,9 @@ from unittest import mock
 
 import torch
 
-PRODUCTS = {"attention_forward", "attention_backward", "keys_backward"}
+PRODUCTS = {
+    "attention_tile", "attention_picks", "attention_split", "queries_tile", "queries_picks", "keys_tile", "keys_picks"
+}  # fmt: skip
 
 
 def attention(h: int, d: int, window: int, k: int, dtype: torch.dtype, documents: bool = False) -> None:
@@ -15,7 +17,7 @@ def attention(h: int, d: int, window: int, k: int, dtype: torch.dtype, documents
     """
     from abyssal.kernels.attention.triton import launch
 
-    t, p = 64, 8 * k
+    t, p = 64, 72 * k
     q, kv, compressed = (
         torch.empty(1, t, h, d, dtype=dtype),
         torch.empty(1, t, d, dtype=dtype),
@@ -60,7 +62,13 @@ CASES = {
     "attention, bf16, documents, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, bf16, True)),
     "attention, fp16, h=64 d=512 k=512": (["sm_90"], lambda: attention(64, 512, 128, 512, fp16)),
     "attention, fp32, h=64 d=512 k=512": (NVIDIA, lambda: attention(64, 512, 128, 512, fp32)),
+    "attention, bf16, h=8 d=128 k=256": (MAIN, lambda: attention(8, 128, 128, 256, bf16)),
+    "attention, bf16, documents, h=8 d=128 k=256": (["sm_90"], lambda: attention(8, 128, 128, 256, bf16, True)),
+    "attention, bf16, h=64 d=128 k=256": (["sm_90"], lambda: attention(64, 128, 128, 256, bf16)),
+    "attention, bf16, h=12 d=256 k=256": (MAIN, lambda: attention(12, 256, 128, 256, bf16)),
+    "attention, bf16, h=32 d=512 k=512": (["sm_90"], lambda: attention(32, 512, 128, 512, bf16)),
     "attention, bf16, h=4 d=64 k=32": (MAIN, lambda: attention(4, 64, 32, 32, bf16)),
+    "attention, bf16, h=1 d=32 k=32": (["sm_90"], lambda: attention(1, 32, 32, 32, bf16)),
     "attention, fp32, h=4 d=64 k=32": (NVIDIA, lambda: attention(4, 64, 32, 32, fp32)),
     "attention, bf16, h=6 d=16 k=5": (MAIN, lambda: attention(6, 16, 8, 5, bf16)),
     "attention, bf16, h=6 d=40 k=5": (["sm_90"], lambda: attention(6, 40, 8, 5, bf16)),
@@ -74,10 +82,6 @@ ATOMIC_CASES = {"attention with atomics, bf16, h=64 d=512 k=512"}  # that are me
 
 
 def check_hopper(row: dict[str, Any]) -> None:
-    """Of a half-precision product on sm_90."""
+    """Of a half-precision product on sm_90: see test_speed.py for what its instructions are."""
     if "one query" not in row["case"] and ("h=64" in row["case"] or "h=128" in row["case"]):
-        assert row["hgmma"] > 0 and row["registers"] <= 255, row
-        if row["kernel"] == "attention_forward":
-            assert 128 << 10 <= row["shared"] <= 192 << 10, row
-        if row["kernel"] != "attention_backward":  # the keys of a step come while the step before is multiplied
-            assert row["async"] >= 16, row
+        assert row["hgmma"] > 0 and row["registers"] <= 255 and row["async"] >= 8, row

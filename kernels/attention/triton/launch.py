@@ -1,11 +1,12 @@
 """Forward and backward of attention as launches: no host synchronisation, every grid a function of shapes.
 
     forward    q, kv, compressed, sink -> out, lse
-    backward   for each chunk of queries: dq, <do, out>, and p and ds of each (query, head) on the keys that it sees;
-               from them dkv and dcompressed, tiles of keys over queries in order; chunks are added in order
+    backward   <do, o>; for each chunk of queries: dq, and p and ds of each (query, head) on the keys that it sees; from
+               them dkv and dcompressed, tiles of keys over queries in order; chunks are added in order
 
-For dcompressed an index is used in two ways. Where entries are few (`DENSE`) it becomes counts, and they are treated as
-a range. Else each (query, slot) gets a row of its own, and `scatter_sum` adds up those of an entry.
+A list of picks is read in two ways. Where entries are few (`_how`) it becomes counts, and they are treated as a range,
+whose tiles many queries share. Else each query reads its own; for dcompressed each (query, slot) gets a row, and
+`scatter_sum` adds up those of an entry.
 
 b batch · t queries · n queries of a chunk · s window rows · p entries · k picks · h heads · d head dim
 """
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from ...triton.launch import architecture, in_rows, next_power, on_device, registers
 from ...triton.scatter import atomics, entry_lists, scatter_sum
-from . import kernels
+from . import backward as gradients
+from . import decode, seen
+from . import forward as kernels
 
 BUDGET = 1 << 30  # bytes of p, ds and rows of picks: a chunk is as many queries as that holds
 CHUNK = 64  # queries that a chunk, or a program's share of them, is a multiple of
@@ -26,27 +29,28 @@ FEW = 4  # queries of a sequence up to which each is shared among programs; by t
 # that is decoded has the same bits in any batch
 SPLIT = 128  # keys of a program's share, see `first_key`
 AT_ONCE = 512  # slots of a list
-DENSE = 4  # entries per pick up to which to look at all of them is less work than to give each pick a row
+DENSE = 4  # entries per pick up to which to look at all of them is less work, see `_how`
+COUNTED = 8192  # entries of a query that are counted at once, at most
 PROGRAMS = 256  # that occupy a large GPU
 FINITE = 1e30  # stands for an infinite sink
 
 
 # blocks of each kernel on each architecture --------------------------------------------------------------------------
 # One fixed choice, so that no query depends on the rest of its batch. Chosen by compiling: no register spills, shared
-# memory within the limit, wgmma on Hopper, which needs 64 heads.
+# memory within the limit, on Hopper wgmma in its full width, which needs 64 rows (tests/support/speed.py).
 
 
 class Blocks(NamedTuple):
-    """Of a kernel with one query to a program: heads, keys of a step, warps, pipeline stages."""
+    """Of a kernel that goes by query: (query, head) rows, keys of a step, warps, pipeline stages."""
 
-    heads: int
+    rows: int
     keys: int
     warps: int
     stages: int
 
 
 class Owned(NamedTuple):
-    """Of the kernel with one tile of keys to a program: keys, (query, head) rows of a step, channels, warps, stages."""
+    """Of a kernel with one tile of keys to a program: keys, (query, head) rows of a step, channels, warps, stages."""
 
     keys: int
     rows: int
@@ -56,39 +60,47 @@ class Owned(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The table of one architecture."""
+    """The table of one architecture and width."""
 
-    forward: Blocks
-    few: Blocks  # the same of few queries
-    backward: Blocks  # dq; its keys divide those of `owned`
-    counted: Blocks  # the same with counts, which take a few registers more
-    owned: Owned  # dkv
+    tile: Blocks
+    picks: Blocks
+    split: Blocks
+    tile_backward: Blocks  # its keys divide those of `owned`
+    picks_backward: Blocks
+    owned: Owned
 
 
-HALF = {  # bf16 and fp16, chosen for d = 512
-    "sm_80": Tiles(
-        Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Owned(64, 64, 128, 8, 2)
+FEW_ROWS = Blocks(16, 32, 4, 2)
+NARROW = 128  # channels up to which a table of its own holds
+HALF = {  # bf16 and fp16, of more channels, up to 512, and of few
+    "sm_80": (
+        Tiles(*2 * [Blocks(32, 32, 8, 2)], FEW_ROWS, *2 * [Blocks(32, 32, 8, 1)], Owned(64, 64, 128, 8, 2)),
+        Tiles(*2 * [Blocks(64, 32, 4, 2)], FEW_ROWS, *2 * [Blocks(32, 32, 4, 2)], Owned(64, 64, 128, 8, 2)),
     ),
-    "sm_89": Tiles(
-        Blocks(32, 32, 8, 1), Blocks(16, 32, 4, 2), Blocks(32, 16, 8, 1), Blocks(32, 16, 8, 1), Owned(64, 64, 128, 8, 1)
+    "sm_89": (
+        Tiles(*2 * [Blocks(32, 32, 8, 1)], FEW_ROWS, *2 * [Blocks(32, 16, 8, 1)], Owned(64, 64, 128, 8, 1)),
+        Tiles(*2 * [Blocks(64, 32, 4, 2)], FEW_ROWS, *2 * [Blocks(32, 32, 4, 2)], Owned(64, 64, 128, 8, 1)),
     ),
-    "sm_90": Tiles(
-        Blocks(64, 32, 8, 2), Blocks(16, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Owned(64, 64, 256, 8, 2)
+    "sm_90": (
+        Tiles(*2 * [Blocks(64, 64, 8, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 8, 2)], Owned(128, 64, 256, 8, 2)),
+        Tiles(*2 * [Blocks(64, 64, 4, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 4, 2)], Owned(128, 64, 128, 8, 2)),
     ),
-    "sm_100": Tiles(
-        Blocks(64, 32, 8, 2), Blocks(16, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Owned(64, 64, 256, 8, 2)
+    "sm_100": (
+        Tiles(*2 * [Blocks(64, 32, 8, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 8, 1)], Owned(64, 64, 256, 8, 2)),
+        Tiles(*2 * [Blocks(64, 64, 4, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 4, 2)], Owned(64, 64, 128, 8, 2)),
     ),
-    "hip": Tiles(
-        Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)
+    "hip": (
+        Tiles(*2 * [Blocks(16, 32, 4, 1)], Blocks(16, 32, 4, 1), *2 * [Blocks(16, 32, 4, 1)], Owned(64, 32, 128, 4, 1)),
+        Tiles(*2 * [Blocks(32, 32, 4, 1)], Blocks(16, 32, 4, 1), *2 * [Blocks(32, 32, 4, 1)], Owned(64, 32, 128, 4, 1)),
     ),
 }
-_SMALL = Blocks(16, 16, 4, 1)
-SINGLE = Tiles(Blocks(16, 16, 8, 1), _SMALL, _SMALL, _SMALL, Owned(32, 16, 64, 4, 1))  # float32 takes no tensor cores
+_PLAIN = Blocks(16, 16, 8, 1)  # float32 takes no tensor cores
+SINGLE = Tiles(_PLAIN, _PLAIN, Blocks(16, 16, 4, 1), _PLAIN, _PLAIN, Owned(32, 16, 64, 4, 1))
 
 
 def tiles_for(q: Tensor) -> Tiles:
-    """The table for this dtype on the current device."""
-    return HALF[architecture()] if q.itemsize == 2 else SINGLE
+    """The table for this dtype and width on the current device."""
+    return HALF[architecture()][q.shape[-1] <= NARROW] if q.itemsize == 2 else SINGLE
 
 
 # inputs --------------------------------------------------------------------------------------------------------------
@@ -96,7 +108,7 @@ def tiles_for(q: Tensor) -> Tiles:
 
 class Mask(NamedTuple):
     """Which keys queries see: `window` rows from `window_start [b|1, t]` on, and entries from `start` to `end` [b|1, t]
-    or those of `picks [b, t, k]`.
+    or those of `picks [b, t, k]`; once prepared, how many slots of a list are used, or how often each entry was picked.
     """
 
     window: int
@@ -104,6 +116,8 @@ class Mask(NamedTuple):
     start: Tensor | None = None
     end: Tensor | None = None
     picks: Tensor | None = None
+    used: Tensor | None = None  # [b, t]
+    counts: Tensor | None = None  # [b, t, width]
 
 
 class Inputs(NamedTuple):
@@ -118,44 +132,91 @@ class Inputs(NamedTuple):
     entries: str = ""
 
     @property
+    def bounds(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """window_start, start, end."""
+        return self.mask[1:4]
+
+    @property
     def sizes(self) -> dict[str, Any]:
-        """Shapes, and what else all kernels that go by query are told."""
+        """Shapes, and what else kernels are told of them."""
         _, t, h, d = self.q.shape
         p, entry_rows = (0, 0) if (x := self.compressed) is None else (x.shape[1], x.stride(0) // d)
-        k = 0 if self.mask.picks is None else self.mask.picks.shape[2]
-        flags = {"ENTRIES": self.entries, "DOCUMENTS": self.mask.window_start is not None}
-        rows = {"kv_rows": self.kv.stride(0) // d, "entry_rows": entry_rows}
-        shapes = {"t": t, "s": self.kv.shape[1], "p": p, "k": k, "h": h, "d": d, **rows}
-        return {**shapes, "window": self.mask.window, "scale": self.scale, **flags}
+        bound_rows = t if any(x is not None and len(x) > 1 for x in self.bounds) else 0
+        rows = {"kv_rows": self.kv.stride(0) // d, "entry_rows": entry_rows, "bound_rows": bound_rows}
+        return {"t": t, "s": self.kv.shape[1], "p": p, "k": self.picks_each, "h": h, "d": d, **rows}
 
-    def prepared(self) -> "Inputs":
-        """All contiguous but keys of a cache, bounds [b, t]; lists of many queries end with the last slot that holds a
-        pick.
+    @property
+    def picks_each(self) -> int:
+        return 0 if self.mask.picks is None else self.mask.picks.shape[2]
+
+    def prepared(self, lists: str) -> "Inputs":
+        """All contiguous but keys of a cache, bounds alike [b, t] or [1, t]; `lists` of picks as they are ("list"),
+        with their used slots ("used") or as "counts".
         """
-        b, t = self.q.shape[:2]
+        t = self.q.shape[1]
         picks, compressed = self.mask.picks, None if self.compressed is None else in_rows(self.compressed)
-        first, start, end = (None if x is None else x.expand(b, t).contiguous() for x in self.mask[1:4])
-        picks = None if picks is None else picks.contiguous()
-        entries = "range" if picks is None else "list"
+        entries = "range" if picks is None else "counts" if lists == "counts" else "list"
         if compressed is None or compressed.shape[1] == 0 or (picks is not None and picks.shape[2] == 0):
-            compressed = start = end = picks = None
-            entries = "none"
-        if picks is not None and t > FEW:
-            end = picks.new_empty(b, t, dtype=torch.int32)
-            with on_device(self.q):
-                kernels.used_slots[b * t,](picks, end, picks.shape[2], AT_ONCE=AT_ONCE)
-        mask = Mask(self.mask.window, first, start, end, picks)
-        tensors = self.q.contiguous(), in_rows(self.kv), compressed, self.sink.contiguous()
-        return Inputs(*tensors, mask, self.scale, entries)
+            compressed, picks, entries = None, None, "none"
+        picks = None if picks is None else picks.contiguous()
+        mask = self.mask._replace(picks=picks)
+        if entries != "range":
+            mask = mask._replace(start=None, end=None)
+        x = self._replace(q=self.q.contiguous(), kv=in_rows(self.kv), compressed=compressed, mask=mask, entries=entries)
+        if picks is not None and lists != "list":
+            mask = x._counted(picks) if lists == "counts" else x._measured(picks)
+        rows = max([len(bound) for bound in mask[1:4] if bound is not None], default=1)
+        alike = (None if bound is None else bound.expand(rows, t).contiguous() for bound in mask[1:4])
+        return x._replace(sink=self.sink.contiguous(), mask=Mask(mask.window, *alike, *mask[4:]))
+
+    def _measured(self, picks: Tensor) -> Mask:
+        b, t, k = picks.shape
+        used = picks.new_empty(b, t, dtype=torch.int32)
+        with on_device(self.q):
+            seen.used_slots[b * t,](picks, used, k, AT_ONCE=AT_ONCE)
+        return self.mask._replace(used=used)
+
+    def _counted(self, picks: Tensor) -> Mask:
+        (b, t, k), p = picks.shape, self.sizes["p"]
+        width = _rounded(p, seen.UNIT.value)
+        block = next_power(width, AT_ONCE)
+        counts = self.q.new_empty(b, t, width, dtype=torch.float16 if self.q.itemsize == 2 else torch.float32)
+        start, end = (picks.new_empty(b, t, dtype=torch.int32) for _ in range(2))
+        with on_device(self.q):
+            seen.count_picks[b * t,](picks, counts, start, end, p, k, width, P=block, AT_ONCE=AT_ONCE, num_warps=8)
+        return self.mask._replace(start=start, end=end, counts=counts)
 
 
-def _by_query(x: Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
-    """Programs of a query, and their blocks; little work takes few warps."""
-    h, width = x.sizes["h"], next_power(x.sizes["d"], 16)
-    heads = min(next_power(h, 16), b.heads)
-    warps = b.warps if heads * width * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
-    blocks = {"D": width, "BH": heads, "TK": b.keys}
-    return triton.cdiv(h, heads), {**blocks, "num_stages": b.stages, **registers(warps)}
+def _how(x: Inputs, queries: int) -> str:
+    """How lists are read where a product holds so many queries: as counts if to look at all entries is less work.
+    float16 counts up to 2,048 exactly.
+    """
+    if x.compressed is None or x.mask.picks is None or atomics():
+        return "used"
+    p, k = x.compressed.shape[1], x.picks_each
+    return "counts" if p <= min(DENSE * max(queries // 2, 1) * k, COUNTED) and k <= 2048 else "used"
+
+
+def _shape(x: Inputs, b: Blocks, tile: bool) -> dict[str, int]:
+    """D, BQ and BH of a product. Heads of more than 256 channels are of one query: to read a tile again for the sake of
+    a key that is not finite takes more registers than there are.
+    """
+    (_, _, h, d), alone = x.q.shape, not tile
+    width = next_power(d, 16)
+    heads = min(next_power(h), b.rows)
+    if alone or width > 256 or heads == b.rows:
+        return {"D": width, "BQ": 1, "BH": max(heads, 16)}
+    return {"D": width, "BQ": b.rows // heads, "BH": heads}
+
+
+def _blocks(x: Inputs, b: Blocks, tile: bool = True) -> tuple[int, dict[str, int]]:
+    """Programs of a tile or query, and their blocks; little work takes few warps."""
+    shape = _shape(x, b, tile)
+    rows = shape["BQ"] * shape["BH"]
+    warps = b.warps if rows * shape["D"] * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
+    blocks = shape if tile else {"D": shape["D"], "BH": shape["BH"]}
+    options = {"TK": b.keys, "num_stages": b.stages, **registers(warps)}
+    return triton.cdiv(x.q.shape[2], shape["BH"]), {**blocks, **options}
 
 
 # forward -------------------------------------------------------------------------------------------------------------
@@ -163,34 +224,52 @@ def _by_query(x: Inputs, b: Blocks) -> tuple[int, dict[str, int]]:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`out [b, t, h, d]` and the log-sum-exp `[b, t, h]`, which counts the sink."""
-    x = inputs.prepared()
+    few = inputs.q.shape[1] <= FEW and (inputs.compressed is not None or inputs.mask.window > SPLIT)
+    queries = _shape(inputs, tiles_for(inputs.q).tile, True)["BQ"]
+    x = inputs.prepared("list" if few else _how(inputs, queries) if queries > 1 else "used")
     out, lse = x.q.new_empty(x.q.shape), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
-    few = x.sizes["t"] <= FEW and (inputs.compressed is not None or x.mask.window > SPLIT)
     with on_device(x.q):
-        if few:
-            _forward_by_splits(x, out, lse)
-        else:
-            _forward(x, tiles_for(x.q).forward, out, lse, (1, 0), SPLIT=0)
+        (_by_splits if few else _by_lists if x.entries == "list" else _by_tiles)(x, out, lse)
     return out, lse
 
 
-def _forward(x: Inputs, b: Blocks, out: Tensor, lse: Tensor, splits: tuple[int, int], SPLIT: int) -> None:
-    """Launches `attention_forward` for so many splits in all, so many of the window."""
-    groups, blocks = _by_query(x, b)
-    kernels.attention_forward[x.sizes["t"] * len(x.q) * groups, splits[0]](
-        x.q, x.kv, x.compressed, x.sink, *x.mask[1:], out, lse,
-        window_splits=splits[1], SPLIT=SPLIT, **x.sizes, **blocks,
+def _told(x: Inputs, *left_out: str) -> dict[str, Any]:
+    """What kernels are told of the inputs."""
+    flags = {"window": x.mask.window, "scale": x.scale, "DOCUMENTS": x.mask.window_start is not None}
+    return {key: value for key, value in {**x.sizes, **flags}.items() if key not in left_out}
+
+
+def _by_tiles(x: Inputs, out: Tensor, lse: Tensor) -> None:
+    (b, t, _, _), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).tile)
+    kernels.attention_tile[b * triton.cdiv(t, blocks["BQ"]) * groups,](
+        x.q, x.kv, x.compressed, x.sink, *x.bounds, x.mask.counts, out, lse,
+        width=_width(x), ENTRIES=x.entries, **_told(x, "k"), **blocks,
     )  # fmt: skip
 
 
-def _forward_by_splits(x: Inputs, out: Tensor, lse: Tensor) -> None:
+def _by_lists(x: Inputs, out: Tensor, lse: Tensor) -> None:
+    groups, blocks = _blocks(x, tiles_for(x.q).picks, tile=False)
+    kernels.attention_picks[x.q.shape[0] * x.q.shape[1] * groups,](
+        x.q, x.kv, x.compressed, x.sink, x.mask.window_start, x.mask.picks, x.mask.used, out, lse,
+        **_told(x), **blocks,
+    )  # fmt: skip
+
+
+def _width(x: Inputs) -> int:
+    return 0 if x.mask.counts is None else x.mask.counts.shape[2]
+
+
+def _by_splits(x: Inputs, out: Tensor, lse: Tensor) -> None:
     """The keys of a query shared among programs. No bit depends on how many entries there are, but on those seen."""
-    h, d = x.sizes["h"], x.sizes["d"]
+    (b, t, h, d), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).split, tile=False)
     of_window = splits_of(min(x.mask.window, x.sizes["s"]))
     splits = of_window + splits_of(x.sizes["k" if x.entries == "list" else "p"])
     parts, tops = lse.new_empty(splits, *out.shape), lse.new_empty(splits, 2, *lse.shape)
-    _forward(x, tiles_for(x.q).few, parts, tops, (splits, of_window), SPLIT)
-    kernels.combine_splits[lse.numel(),](
+    decode.attention_split[b * t * groups, splits](
+        x.q, x.kv, x.compressed, *x.bounds, x.mask.picks, parts, tops,
+        window_splits=of_window, ENTRIES=x.entries, SPLIT=SPLIT, **_told(x), **blocks,
+    )  # fmt: skip
+    decode.combine_splits[lse.numel(),](
         parts, tops, x.sink, out, lse, splits, h=h, d=d, D=next_power(d), AT_ONCE=8, num_warps=4
     )
 
@@ -224,12 +303,11 @@ class Gradients(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """Of forward, with the gradient of `out` and room for <do, out>."""
+    """Of forward, with the gradient of `out` and <do, out>."""
 
-    out: Tensor
     lse: Tensor
-    dout: Tensor
     delta: Tensor
+    dout: Tensor
 
 
 class _Chunk(NamedTuple):
@@ -238,35 +316,32 @@ class _Chunk(NamedTuple):
     first: int
     n: int
     dout: Tensor  # [b, t, h, d]
-    pairs: Tensor | None  # [b, n, 2, h, slots] p and ds, by kv row from the first tile that is seen, then by entry
+    pairs: Tensor  # [b, n, 2, h, slots] p and ds, by kv row from the first tile that is seen, then by entry
 
 
 class _Work(NamedTuple):
-    """How a launch of `keys_backward` is divided: tiles of keys from the first on, of each owner (a sequence, or a
-    query with its list), by queries in splits of `span`.
-    """
+    """How a launch of `keys_tile` is divided: tiles of keys from the first on, by queries in splits of `span`."""
 
-    kind: str  # its KIND
+    own: bool  # rows of kv, else entries
     tiles: int
-    owners: int
-    first_tile: int = 0
-    splits: int = 1
-    span: int = 1
+    first_tile: int
+    splits: int
+    span: int
 
 
 def backward(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
     """Gradients of `forward`, given what it returned and the gradient of `out`."""
     q, kv, compressed, sink = inputs[:4]
-    x = _by_counts(inputs.prepared())
-    dq, delta = q.new_empty(q.shape) if needs.q else None, lse.new_empty(lse.shape)
+    x = inputs.prepared(_how(inputs, _shape(inputs, tiles_for(q).tile_backward, True)["BQ"]))
+    dq = q.new_empty(q.shape) if needs.q else None
     dkv = kv.new_zeros(kv.shape, dtype=torch.float32) if needs.kv else None
     dcompressed = None
     if compressed is not None and needs.compressed:
         dcompressed = compressed.new_zeros(compressed.shape, dtype=torch.float32)
     if x.compressed is None:
         needs = needs._replace(compressed=False)
-    outputs = _Outputs(out.contiguous(), lse.contiguous(), dout.contiguous(), delta)
     with on_device(q):
+        outputs = _outputs(out.contiguous(), lse.contiguous(), dout.contiguous())
         for first, n in _chunks(x):
             chunk = _queries(x, outputs, dq, first, n, need_keys=needs.kv or needs.compressed)
             if dkv is not None:
@@ -279,19 +354,18 @@ def backward(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, needs: Need
     return Gradients(dq, dkv, dcompressed, dsink)
 
 
+def _outputs(out: Tensor, lse: Tensor, dout: Tensor) -> _Outputs:
+    delta, d, rows = lse.new_empty(lse.shape), out.shape[-1], lse.numel()
+    gradients.inner_rows[triton.cdiv(rows, 32),](
+        dout, out, delta, rows, d, ROWS=32, PART=min(next_power(d, 16), 64), num_warps=4
+    )
+    return _Outputs(lse, delta, dout)
+
+
 def _sink(sink: Tensor, outputs: _Outputs) -> Tensor:
     """dsink = - sum exp(sink - lse) <do, out>: the sink is a key of value 0."""
     share = (sink.float().clamp(-FINITE, FINITE) - outputs.lse.clamp(-FINITE, FINITE)).exp()
     return -(share * outputs.delta).sum((0, 1)).to(sink.dtype)
-
-
-def _by_counts(x: Inputs) -> Inputs:
-    """With a list of picks replaced by counts where that is less work."""
-    picks = x.mask.picks
-    if picks is None or x.entries != "list" or atomics() or x.sizes["p"] > DENSE * x.sizes["k"]:
-        return x
-    start, end = torch.where(picks < 0, x.sizes["p"], picks).amin(-1), picks.amax(-1) + 1
-    return x._replace(mask=x.mask._replace(start=start, end=end), entries="counts")
 
 
 def _slots(x: Inputs) -> tuple[int, int]:
@@ -308,33 +382,31 @@ def _chunks(x: Inputs) -> list[tuple[int, int]]:
     """First query and number of queries of each chunk: equal shares that stay within the budget."""
     b, t, h, d = x.q.shape
     each = 2 * h * sum(_slots(x)) * x.q.itemsize
-    each += {"list": x.sizes["k"] * d * x.q.itemsize, "counts": x.sizes["p"] * 4}.get(x.entries, 0)
+    each += x.sizes["k"] * d * x.q.itemsize if x.entries == "list" else 0
     most = max(BUDGET // (each * max(b, 1)) // CHUNK, 1) * CHUNK
     share = _rounded(triton.cdiv(t, max(triton.cdiv(t, most), 1)), CHUNK)
     return [(first, min(share, t - first)) for first in range(0, t, max(share, 1))]
 
 
 def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int, need_keys: bool) -> _Chunk:
-    """dq and delta of a chunk, and its p and ds: zero where gradients of keys read what is not seen."""
-    (b, _, h, _), tiles, (window_slots, slots) = x.q.shape, tiles_for(x.q), _slots(x)
-    groups, blocks = _by_query(x, tiles.counted if x.entries == "counts" else tiles.backward)
-    pairs = counts = None
-    if need_keys:
-        pairs = x.q.new_empty(b, n, 2, h, window_slots + slots)
-        if x.entries in ("range", "counts"):
-            pairs.zero_()
-        elif x.mask.window_start is not None:
-            pairs[..., :window_slots] = 0
-    if x.entries == "counts":
-        sizes = {"chunk": first, "n": n, **{key: x.sizes[key] for key in "tpk"}}
-        counts = outputs.delta.new_zeros(b, n, x.sizes["p"], dtype=torch.int32)
-        kernels.count_picks[b * n,](x.mask.picks, counts, **sizes, AT_ONCE=AT_ONCE)
-    kernels.attention_backward[b * n * groups,](
-        x.q, x.kv, x.compressed, *x.mask[1:], counts, outputs.out, outputs.lse, outputs.dout, dq, outputs.delta, pairs,
-        first, n, (window_slots + slots) // tiles.owned.keys, **x.sizes, NEED_Q=dq is not None, NEED_KEYS=need_keys,
-        WINDOW_SLOTS=window_slots, KEYS=tiles.owned.keys,
-        PART=min(blocks["D"], 64), **blocks,
-    )  # fmt: skip
+    """dq of a chunk, and its p and ds."""
+    (b, _, h, d), tiles, (window_slots, slots) = x.q.shape, tiles_for(x.q), _slots(x)
+    lists = x.entries == "list"
+    groups, blocks = _blocks(x, tiles.picks_backward if lists else tiles.tile_backward, tile=not lists)
+    pairs = x.q.new_empty(b, n, 2, h, window_slots + slots) if need_keys else x.q
+    given = (x.q, x.kv, x.compressed)
+    left = *outputs, x.q if dq is None else dq, pairs, first, n, window_slots + slots
+    flags = {"need_q": int(dq is not None), "need_keys": int(need_keys), "WINDOW_SLOTS": window_slots}
+    flags |= {"KEYS": tiles.owned.keys, "JOINED": x.q.itemsize == 2 and d > NARROW}
+    if lists:
+        gradients.queries_picks[b * n * groups,](
+            *given, x.mask.window_start, x.mask.picks, x.mask.used, *left, **_told(x), **flags, **blocks
+        )
+    else:
+        gradients.queries_tile[b * triton.cdiv(n, blocks["BQ"]) * groups,](
+            *given, *x.bounds, x.mask.counts, *left, width=_width(x), ENTRIES=x.entries, **_told(x, "k"), **flags,
+            **blocks,
+        )  # fmt: skip
     return _Chunk(first, n, outputs.dout, pairs)
 
 
@@ -345,7 +417,7 @@ def _add_window(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     seers = keys + x.mask.window - 1  # queries that see something of a tile
     span = _rounded(triton.cdiv(seers, 4), CHUNK)
     tiles, splits = triton.cdiv(last, keys) - first, triton.cdiv(seers, span)
-    parts = _parts(x, chunk, _Work("window", tiles, len(into), first_tile=first, splits=splits, span=span))
+    parts = _parts(x, chunk, _Work(True, tiles, first, splits, span))
     into[:, first * keys : last] += parts[:, : last - first * keys]
 
 
@@ -355,42 +427,38 @@ def _add_range(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     tiles = triton.cdiv(x.sizes["p"], b.keys)
     programs = tiles * triton.cdiv(x.sizes["d"], b.columns)
     span = _rounded(triton.cdiv(chunk.n, triton.cdiv(PROGRAMS, programs)), CHUNK)
-    splits = triton.cdiv(chunk.n, span)
-    into += _parts(x, chunk, _Work("range", tiles, len(into), splits=splits, span=span))[:, : x.sizes["p"]]
+    into += _parts(x, chunk, _Work(False, tiles, 0, triton.cdiv(chunk.n, span), span))[:, : x.sizes["p"]]
 
 
 def _add_picks(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     """Adds the chunk's part of dcompressed `[b, p, d]`: rows for its picks, then the sum of each entry's."""
-    b, k, picks = len(into), x.sizes["k"], x.mask.picks
+    b, k, picks, d = len(into), x.sizes["k"], x.mask.picks, x.sizes["d"]
     assert picks is not None
-    work = _Work("list", triton.cdiv(k, tiles_for(x.q).owned.keys), b * chunk.n)
-    if atomics():
-        _by_keys(x, chunk, work, into, atomic=True)
-        return
-    rows = x.q.new_empty(b, chunk.n, k, x.sizes["d"])
-    _by_keys(x, chunk, work, rows)
-    scatter_sum(rows, entry_lists(picks[:, chunk.first : chunk.first + chunk.n], x.sizes["p"]), into)
+    rows = into if atomics() else x.q.new_empty(b, chunk.n, k, d)
+    owned, heads = tiles_for(x.q).owned, next_power(x.sizes["h"], 16)
+    columns = owned.columns // 2 if atomics() else owned.columns  # sums that are added lie in another order before
+    columns = max(min(columns, next_power(d, 16), columns * owned.rows // heads), 16)
+    sizes = {key: x.sizes[key] for key in ("t", "p", "k", "h", "d")}
+    gradients.keys_picks[b * chunk.n * triton.cdiv(d, columns),](
+        x.q, chunk.dout, chunk.pairs, picks, x.mask.used, rows, chunk.first, chunk.n, sum(_slots(x)) // owned.keys,
+        **sizes, ATOMIC=atomics(), WINDOW_SLOTS=_slots(x)[0], KEYS=owned.keys, HEADS=heads, COLUMNS=columns,
+        num_stages=owned.stages, **registers(owned.warps),
+    )  # fmt: skip
+    if not atomics():
+        scatter_sum(rows, entry_lists(picks[:, chunk.first : chunk.first + chunk.n], x.sizes["p"]), into)
 
 
 def _parts(x: Inputs, chunk: _Chunk, work: _Work) -> Tensor:
     """Gradients `[b, tiles of keys, d]` in float32; those of splits are added in order."""
-    keys = work.tiles * tiles_for(x.q).owned.keys
-    parts = x.q.new_empty(work.splits, work.owners, keys, x.sizes["d"], dtype=torch.float32)
-    _by_keys(x, chunk, work, parts)
-    return parts[0] if work.splits == 1 else parts.sum(0)
-
-
-def _by_keys(x: Inputs, chunk: _Chunk, work: _Work, out: Tensor, atomic: bool = False) -> None:
-    """Launches `keys_backward`."""
-    b: Owned = tiles_for(x.q).owned
-    rows = min(b.rows, next_power(x.sizes["h"], 16)) if work.kind == "list" else b.rows
-    columns = min(b.columns, next_power(x.sizes["d"], 16))
-    sizes = {key: x.sizes[key] for key in ("t", "p", "k", "h", "d", "window")}
-    bounds = x.mask[2:4] if work.kind == "range" else (None, None)
-    kernels.keys_backward[work.owners * work.splits * work.tiles, triton.cdiv(x.sizes["d"], columns)](
-        x.q, chunk.dout, chunk.pairs, *bounds, x.mask.picks if atomic else None, out,
-        work.first_tile, work.tiles, work.splits, work.span,
-        chunk.first, chunk.n, sum(_slots(x)) // b.keys, past=x.sizes["s"] - x.sizes["t"], **sizes,
-        KIND=work.kind, ATOMIC=atomic, WINDOW_SLOTS=_slots(x)[0], KEYS=b.keys, ROWS=rows, COLUMNS=columns,
-        num_stages=b.stages, **registers(b.warps, 1 if x.q.itemsize == 2 else 4),
+    owned, d, b = tiles_for(x.q).owned, x.sizes["d"], len(x.q)
+    parts = x.q.new_empty(work.splits, b, work.tiles * owned.keys, d, dtype=torch.float32)
+    columns = min(owned.columns, next_power(d, 16))
+    sizes = {key: x.sizes[key] for key in ("t", "p", "bound_rows", "h", "d")}
+    gradients.keys_tile[b * work.splits * work.tiles * triton.cdiv(d, columns),](
+        x.q, chunk.dout, chunk.pairs, *x.bounds, parts, work.first_tile, work.tiles, work.splits, work.span,
+        chunk.first, chunk.n, sum(_slots(x)) // owned.keys, past=x.sizes["s"] - x.sizes["t"], **sizes,
+        window=x.mask.window, OWN=work.own, DOCUMENTS=x.mask.window_start is not None, WINDOW_SLOTS=_slots(x)[0],
+        KEYS=owned.keys, ROWS=owned.rows, COLUMNS=columns,
+        num_stages=owned.stages, **registers(owned.warps, 1 if x.q.itemsize == 2 else 4),
     )  # fmt: skip
+    return parts[0] if work.splits == 1 else parts.sum(0)

@@ -1,0 +1,335 @@
+"""Gradients of attention. A program of `queries_*`: a tile, or one query, as in forward, for dq; it leaves p and ds of
+each (query, head) in memory. A program of `keys_*`: a tile of keys, or the picks of one query, for dkv. No atomics
+but where they are asked for; sums in one fixed order.
+
+    p = exp(s - lse),   ds = scale p (do k^T - <do, o>),   dq = ds k,   dkv = p^T do + ds^T q
+
+What one kernel leaves and another takes: pairs [b n, 2, h, slots], first the rows of a query's window, from a multiple
+of KEYS on, so that tiles of keys lie alike for all queries; then its entries, or the slots of its list. Both sides go
+by the same units of UNIT keys: of those that hold a seen key every number is written, and no other is read.
+
+dq lies in an `if`: Triton lets a product whose sum goes on in the loop run beside the next step, and the assembler,
+which sees that step clear its own sums meanwhile, would wait for each instruction of every product.
+
+b batch · t queries · n queries of a chunk · s window rows · p entries · k picks · h heads · d head dim
+D power of two that holds d · BQ, BH queries and heads of a program · TK keys of a step · KEYS, ROWS, COLUMNS of dkv
+"""
+
+import triton
+import triton.language as tl
+
+from .seen import (
+    BOUNDS,
+    LENGTHS,
+    UNIT,
+    column_of,
+    entries,
+    finite_rows,
+    first_row,
+    least,
+    load_counts,
+    load_rows,
+    most,
+    picked,
+    query_of_rows,
+    rows_of,
+    source,
+    spoiled,
+    steps_of,
+)  # fmt: skip
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# queries -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def inner_rows(x, y, out, rows, d: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
+    """out [rows] = <x, y> of rows, summed over parts of their channels in order. A kernel of its own: its sums lie in
+    registers as its loads do, and another kernel would take their layout over.
+    """
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, PART)[None, :]
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, d, PART):
+        at, inside = row[:, None] * d + first + column, (row < rows)[:, None] & (first + column < d)
+        a, b = tl.load(x + at, mask=inside, other=0.0), tl.load(y + at, mask=inside, other=0.0)
+        total += tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
+    tl.store(out + row, total, mask=row < rows)
+
+
+@triton.jit
+def _q_and_do(
+    q, dout, first, stop, group, before, h, d: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
+    JOINED: tl.constexpr
+):  # fmt: skip
+    """Rows of q and of dout [BQ BH, D]; JOINED, one above the other: eight warps of Hopper multiply 128 rows."""
+    pair = tl.arange(0, 2 * BQ * BH if JOINED else BQ * BH)
+    _, real, place = rows_of(pair % (BQ * BH), first, stop, group, before, h, BQ, BH)
+    if JOINED:
+        of_q = load_rows(q + place * d, real & (pair < BQ * BH), d, D)
+        at, inside = place[:, None] * d + tl.arange(0, D)[None, :], (real & (pair >= BQ * BH))[:, None]
+        qs = tl.load(dout + at, mask=inside & (tl.arange(0, D) < d)[None, :], other=of_q)
+        do = qs
+    else:
+        qs, do = load_rows(q + place * d, real, d, D), load_rows(dout + place * d, real, d, D)
+    return qs, do
+
+
+@triton.jit
+def _p_and_ds(
+    qs, do, keys, seen, many, norm, d_o, scale, COUNTED: tl.constexpr, JOINED: tl.constexpr
+):  # fmt: skip
+    """p and ds of a step of keys, zero where it is not seen."""
+    if JOINED:
+        both = tl.dot(qs, keys.T).reshape(2, qs.shape[0] // 2, keys.shape[0])
+        logits, dp = tl.split(both.permute(1, 2, 0))
+    else:
+        logits, dp = tl.dot(qs, keys.T, input_precision="ieee"), tl.dot(do, keys.T, input_precision="ieee")
+    ps = tl.where(seen, tl.exp2(logits * (scale * LOG2E) - norm[:, None]), 0.0)
+    if COUNTED:
+        ps *= many
+    return ps, tl.where(seen, ps * (dp - d_o[:, None]) * scale, 0.0).to(keys.dtype)
+
+
+@triton.jit
+def _first_slot(row, window, KEYS: tl.constexpr):
+    """The row of kv that lies in slot 0 of a query's p and ds."""
+    return tl.maximum(row - window + 1, 0) // KEYS * KEYS
+
+
+@triton.jit
+def _kept(key, low, high):
+    """Whether p and ds of a key are kept for a query that sees those from low to before high."""
+    return (key >= low // UNIT * UNIT) & (key < tl.cdiv(high, UNIT) * UNIT)
+
+
+@triton.jit
+def _read_tile(
+    qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys, d: tl.constexpr,
+    ENTRIES: tl.constexpr, JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr,
+    D: tl.constexpr, BQ: tl.constexpr, TK: tl.constexpr, CLEAN: tl.constexpr
+):  # fmt: skip
+    """dq of a tile, which leaves its p and ds; what it sees as in forward, steps from multiples of TK on."""
+    kv, compressed = memory
+    counts, of_query, queries, width = counted
+    row, first, low, high = seen_by
+    origin, last, begin, stop = reach
+    pairs, of_row, to_ds, slot, real = kept
+    dqs, of_rows, of_entries = tl.zeros((norm.shape[0], D), tl.float32), origin // TK * TK, begin // TK * TK
+    steps = steps_of(of_rows, last, TK)
+    for i in tl.range(0, steps + steps_of(of_entries, stop, TK), disable_licm=True):
+        own = i < steps
+        key = tl.where(own, of_rows + i * TK, of_entries + (i - steps) * TK) + tl.arange(0, TK)
+        fine = (key >= tl.where(own, origin, begin)) & (key < tl.where(own, last, stop))
+        at = source(own, kv, compressed, ENTRIES) + key.to(tl.int64) * d
+        if CLEAN:
+            fine = finite_rows(at, fine, d, 8)
+        keys, many = load_rows(at, fine, d, D), 1.0
+        from_key, to_key = tl.where(own, first, low), tl.where(own, row + 1, high)
+        seen = (key[None, :] >= from_key) & (key[None, :] < to_key)
+        if ENTRIES == "counts":
+            if BQ == 1:
+                many = tl.load(counts + key[None, :], mask=fine[None, :] & (not own), other=1.0).to(tl.float32)
+            else:
+                each = load_counts(counts, key, queries, tl.where(own, 0, width // UNIT * UNIT), BQ)
+                many = tl.where(own, 1.0, tl.dot(of_query, each, input_precision="ieee"))
+            seen = seen & (many > 0)
+        ps, ds = _p_and_ds(qs, do, keys, seen, many, norm, d_o, scale, ENTRIES == "counts", JOINED)
+        if need_q:
+            dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
+        if need_keys:
+            to = pairs + (of_row + tl.where(own, key[None, :] - slot, WINDOW_SLOTS + key[None, :]))
+            here = real[:, None] & _kept(key[None, :], from_key, to_key)
+            tl.store(to, ps, mask=here)
+            tl.store(to + to_ds, ds, mask=here)
+    return dqs
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q", "need_keys"], do_not_specialize_on_alignment=BOUNDS)
+def queries_tile(
+    q, kv, compressed, window_start, start, end, counts, lse, delta, dout, dq, pairs,
+    chunk, n, slots, t, s, p, kv_rows, entry_rows, bound_rows, width, window, scale, need_q, need_keys,
+    h: tl.constexpr, d: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr, JOINED: tl.constexpr,
+    WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
+):  # fmt: skip
+    """dq, p and ds of BQ queries of the chunk for BH heads. ENTRIES: "none", "range" or "counts"."""
+    groups, tiles = tl.cdiv(h, BH), tl.cdiv(n, BQ)
+    group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
+    batch, first_query, after = (tile // tiles).to(tl.int64), chunk + tile % tiles * BQ, chunk + n
+    pair = tl.arange(0, BQ * BH)
+    head, real, place = rows_of(pair, first_query, after, group, batch * t, h, BQ, BH)
+    qs, do = _q_and_do(q, dout, first_query, after, group, batch * t, h, d, D, BQ, BH, JOINED)
+    norm, d_o = tl.load(lse + place, mask=real, other=0.0) * LOG2E, tl.load(delta + place, mask=real, other=0.0)
+    query = column_of(first_query, BQ, BH)
+    row, bound = s - t + query, batch * bound_rows + query
+    first = first_row(window_start, bound, row, window, query < after, DOCUMENTS)
+    low, high = entries(start, end, bound, p, query < after, ENTRIES)
+    origin, last, begin, stop = least(first, BQ), tl.minimum(s - t + first_query + BQ, s), 0, 0
+    kv += batch * kv_rows * d
+    if ENTRIES != "none":
+        compressed += batch * entry_rows * d
+        begin, stop = least(low, BQ), most(high, BQ)
+    counted = 0, 0, 0, 0
+    if ENTRIES == "counts":
+        of_query = query_of_rows(counts.dtype.element_ty, BQ, BH) if BQ > 1 else 0
+        counted = counts + (batch * t + first_query) * width, of_query, after - first_query, width
+    slots = slots if JOINED else slots // KEYS * KEYS  # of products that are split, p and ds lie one by one: stores
+    # that are known to be aligned would take them in another layout, and all that leads to them twice
+    pairs += (batch * n + first_query - chunk) * 2 * h * slots
+    memory, seen_by, reach = (kv, compressed), (row, first, low, high), (origin, last, begin, stop)
+    kept = pairs, ((pair // BH * 2 * h + head) * slots)[:, None], h * slots, _first_slot(row, window, KEYS), real
+    dqs = _read_tile(
+        qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys,
+        d, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, False
+    )  # fmt: skip
+    if BQ > 1 and tl.max((spoiled(dqs) & (tl.abs(norm) < float("inf"))).to(tl.int32)) > 0:
+        dqs = _read_tile(
+            qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys,
+            d, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, True
+        )  # fmt: skip
+    column = tl.arange(0, D)[None, :]
+    tl.store(dq + place[:, None] * d + column, dqs, mask=real[:, None] & (column < d) & (need_q != 0))
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q", "need_keys"], do_not_specialize_on_alignment=BOUNDS)
+def queries_picks(
+    q, kv, compressed, window_start, index, used, lse, delta, dout, dq, pairs,
+    chunk, n, slots, t, s, p, k, kv_rows, entry_rows, bound_rows, window, scale, need_q, need_keys,
+    h: tl.constexpr, d: tl.constexpr, DOCUMENTS: tl.constexpr, JOINED: tl.constexpr,
+    WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
+    TK: tl.constexpr
+):  # fmt: skip
+    """The same of one query and its list of picks."""
+    groups = tl.cdiv(h, BH)
+    group, i_query = tl.program_id(0) % groups, tl.program_id(0) // groups
+    batch, query = (i_query // n).to(tl.int64), chunk + i_query % n
+    head, real, place = rows_of(tl.arange(0, BH), query, query + 1, group, batch * t, h, 1, BH)
+    qs, do = _q_and_do(q, dout, query, query + 1, group, batch * t, h, d, D, 1, BH, JOINED)
+    norm, d_o = tl.load(lse + place, mask=real, other=0.0) * LOG2E, tl.load(delta + place, mask=real, other=0.0)
+    row = s - t + query
+    first = first_row(window_start, batch * bound_rows + query, row, window, True, DOCUMENTS)
+    origin, slot = first // TK * TK, _first_slot(row, window, KEYS)
+    index, last = index + (batch * t + query) * k, tl.load(used + batch * t + query)
+    kv += batch * kv_rows * d
+    compressed += batch * entry_rows * d
+    slots = slots if JOINED else slots // KEYS * KEYS  # see `queries_tile`
+    pairs += i_query.to(tl.int64) * 2 * h * slots
+    dqs, steps = tl.zeros((BH, D), tl.float32), steps_of(origin, row + 1, TK)
+    entry = picked(index, -steps, last, TK)
+    for i in tl.range(0, steps + tl.cdiv(last, TK), disable_licm=True):
+        own = i < steps
+        key = tl.where(own, origin + i * TK + tl.arange(0, TK), entry)
+        seen = (key >= tl.where(own, first, 0)) & (key < tl.where(own, row + 1, p))
+        keys = load_rows(source(own, kv, compressed, "list") + key.to(tl.int64) * d, seen, d, D)
+        entry = picked(index, i + 1 - steps, last, TK)  # a step ahead: addresses wait for them
+        ps, ds = _p_and_ds(qs, do, keys, seen[None, :], 1.0, norm, d_o, scale, False, JOINED)
+        if need_q:
+            dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
+        if need_keys:
+            at = tl.where(own, origin - slot + i * TK, WINDOW_SLOTS + (i - steps) * TK) + tl.arange(0, TK)
+            to = pairs + (head[:, None] * slots + at[None, :])
+            tl.store(to, ps, mask=real[:, None])
+            tl.store(to + h * slots, ds, mask=real[:, None])
+    column = tl.arange(0, D)[None, :]
+    tl.store(dq + place[:, None] * d + column, dqs, mask=real[:, None] & (column < d) & (need_q != 0))
+
+
+# keys ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _who_sees(start, end, before, begin, stop, key, KEYS: tl.constexpr, STEP: tl.constexpr):
+    """Of the queries from begin to stop, the first and the last + 1 whose range meets the tile of keys."""
+    first, last = stop, begin
+    for at in range(begin, stop, STEP):
+        query = at + tl.arange(0, STEP)
+        low = tl.load(start + before + query, mask=query < stop, other=0)
+        high = tl.load(end + before + query, mask=query < stop, other=0)
+        sees = (high > key) & (low < key + KEYS)
+        first = tl.minimum(first, tl.min(tl.where(sees, query, stop), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(sees, query + 1, begin), axis=0))
+    return first, last
+
+
+@triton.jit(
+    do_not_specialize=[*LENGTHS, "first_tile", "tiles", "splits", "span", "slot_tiles", "past"],
+    do_not_specialize_on_alignment=BOUNDS,
+)
+def keys_tile(
+    q, dout, pairs, window_start, start, end, out, first_tile, tiles, splits, span,
+    chunk, n, slot_tiles, t, past, p, bound_rows, window, h: tl.constexpr, d: tl.constexpr,
+    OWN: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW_SLOTS: tl.constexpr,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """out [splits, b, tiles KEYS, d]: p^T do + ds^T q of a tile of keys, rows of kv (OWN) or entries of a range, and
+    COLUMNS channels, over the (query, head) rows of one split of the chunk's queries, ascending.
+    """
+    parts = tl.cdiv(d, COLUMNS)
+    work, column = tl.program_id(0) // parts, tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    tile, split, batch = work % tiles, work // tiles % splits, (work // (tiles * splits)).to(tl.int64)
+    first_key = (first_tile + tile) * KEYS
+    key, inside = (first_key + tl.arange(0, KEYS))[None, :], (column < d)[None, :]
+    if OWN:
+        begin = first_key - past + split * span
+        stop = tl.minimum(begin + span, chunk + n)
+        begin = tl.maximum(begin, chunk)
+    else:
+        begin, stop = chunk + split * span, tl.minimum(chunk + split * span + span, chunk + n)
+        begin, stop = _who_sees(start, end, batch * bound_rows, begin, stop, first_key, KEYS, 128)
+    q += batch * t * h * d
+    dout += batch * t * h * d
+    slots, total = slot_tiles * KEYS, tl.zeros((KEYS, COLUMNS), tl.float32)
+    for at in range(begin * h, stop * h, ROWS):
+        pair = at + tl.arange(0, ROWS)
+        real, query = (pair < stop * h)[:, None], (pair // h)[:, None]
+        bound, row = batch * bound_rows + query, past + query
+        if OWN:
+            low, high = first_row(window_start, bound, row, window, real, DOCUMENTS), row + 1
+            slot = key - _first_slot(row, window, KEYS)
+        else:
+            low, high = entries(start, end, bound, p, real, "range")
+            slot = WINDOW_SLOTS + key
+        kept = real & _kept(key, low, high)
+        share = pairs + ((batch * n + query - chunk) * 2 * h + (pair % h)[:, None]) * slots + slot
+        rows = pair.to(tl.int64)[:, None] * d + column[None, :]
+        do, ps = tl.load(dout + rows, mask=real & inside, other=0.0), tl.load(share, mask=kept, other=0.0)
+        qs, ds = tl.load(q + rows, mask=real & inside, other=0.0), tl.load(share + h * slots, mask=kept, other=0.0)
+        total = tl.dot(ps.T, do, total, input_precision="ieee")
+        total = tl.dot(ds.T, qs, total, input_precision="ieee")
+    batches = tl.num_programs(0) // (parts * tiles * splits)
+    at = ((split * batches + batch) * tiles + tile) * KEYS + tl.arange(0, KEYS)
+    tl.store(out + at[:, None] * d + column[None, :], total, mask=inside)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "slot_tiles"], do_not_specialize_on_alignment=BOUNDS)
+def keys_picks(
+    q, dout, pairs, index, used, out, chunk, n, slot_tiles, t, p, k, h: tl.constexpr, d: tl.constexpr,
+    ATOMIC: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """out [b n, k, d]: p^T do + ds^T q of the picks of one query and COLUMNS channels, or, ATOMIC, added to the entries
+    out [b, p, d] in any order. Rows behind the used slots are left as they are.
+    """
+    parts = tl.cdiv(d, COLUMNS)
+    i_query, column = tl.program_id(0) // parts, tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    batch, head, inside = (i_query // n).to(tl.int64), tl.arange(0, HEADS), (column < d)[None, :]
+    query, slots = batch * t + chunk + i_query % n, slot_tiles * KEYS
+    rows, real = (query * h + head)[:, None] * d + column[None, :], (head < h)[:, None]
+    do, qs = tl.load(dout + rows, mask=real & inside, other=0.0), tl.load(q + rows, mask=real & inside, other=0.0)
+    pairs += ((i_query.to(tl.int64) * 2 * h + head) * slots)[:, None] + WINDOW_SLOTS
+    last = tl.load(used + query)
+    for first in range(0, last, KEYS):
+        slot = first + tl.arange(0, KEYS)
+        kept = real & (slot < tl.cdiv(last, UNIT) * UNIT)[None, :]
+        ps = tl.load(pairs + slot[None, :], mask=kept, other=0.0)
+        ds = tl.load(pairs + h * slots + slot[None, :], mask=kept, other=0.0)
+        total = tl.dot(ps.T, do, input_precision="ieee")
+        total = tl.dot(ds.T, qs, total, input_precision="ieee")
+        if ATOMIC:
+            entry = tl.load(index + query * k + slot, mask=slot < last, other=-1)
+            at = out + (batch * p + entry)[:, None] * d + column[None, :]
+            tl.atomic_add(at, total, mask=inside & ((entry >= 0) & (entry < p))[:, None], sem="relaxed")
+        else:
+            at = out + (i_query.to(tl.int64) * k + slot)[:, None] * d + column[None, :]
+            tl.store(at, total, mask=inside & (slot < last)[:, None])

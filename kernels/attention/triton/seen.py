@@ -1,0 +1,170 @@
+"""What a query sees, for all kernels of attention: rows of its window, then entries by a range, counts or a list.
+
+A tile is BQ queries by BH of their heads: ROWS rows of one product. What differs between its queries is a column
+[ROWS, 1] here, or a number where BQ is 1: a number that was loaded is known to be that of the whole warp, and loops
+that it ends keep registers free.
+
+t queries · s window rows · p entries · k picks · d head dim · D power of two that holds d
+"""
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_hip
+
+UNIT = tl.constexpr(16)  # keys that are kept or left out together in p and ds: what lies side by side is copied at once
+LENGTHS = ["chunk", "n", "t", "s", "p", "k", "kv_rows", "entry_rows", "bound_rows"]  # no kernel of its own for 1 or 16
+BOUNDS = ["window_start", "start", "end", "index", "used"]  # are read one by one: nor for their alignment
+
+
+@triton.jit
+def load_rows(at, real, d: tl.constexpr, D: tl.constexpr):
+    """Rows of d channels at these addresses as [rows, D], zero where not real: what is not seen is not read either."""
+    column = tl.arange(0, D)[None, :]
+    real = real[:, None] if d == D else real[:, None] & (column < d)
+    return tl.load(at[:, None] + column, mask=real, other=0.0)
+
+
+@triton.jit
+def rows_of(pair, first, stop, group, before, h, BQ: tl.constexpr, BH: tl.constexpr):
+    """Of the pairs of a tile whose queries go from the first to before stop: head, which are real, row of q [b t h, d];
+    `before`, the queries of the sequences before this one.
+    """
+    query, head = first + pair // BH, group * BH + pair % BH
+    return head, (query < stop) & (head < h), (before + query) * h + head
+
+
+@triton.jit
+def column_of(first, BQ: tl.constexpr, BH: tl.constexpr):
+    """The query of each row of a tile."""
+    return first if BQ == 1 else (first + tl.arange(0, BQ * BH) // BH)[:, None]
+
+
+@triton.jit
+def least(x, BQ: tl.constexpr):
+    """Of the queries of a tile."""
+    return x if BQ == 1 else tl.min(x)
+
+
+@triton.jit
+def most(x, BQ: tl.constexpr):
+    """Of the queries of a tile."""
+    return x if BQ == 1 else tl.max(x)
+
+
+@triton.jit
+def first_row(window_start, bound, row, window, real, DOCUMENTS: tl.constexpr):
+    """The first row of kv that a query sees; window_start[bound] is that of its document."""
+    first = tl.maximum(row - window + 1, 0)
+    if DOCUMENTS:
+        first = tl.maximum(first, tl.load(window_start + bound, mask=real, other=0).to(tl.int32))
+    return first
+
+
+@triton.jit
+def entries(start, end, bound, p, real, ENTRIES: tl.constexpr):
+    """The entries that a query sees, from and to before."""
+    first, last = p, 0
+    if ENTRIES != "none":
+        first = tl.maximum(tl.load(start + bound, mask=real, other=p), 0).to(tl.int32)
+        last = tl.minimum(tl.load(end + bound, mask=real, other=0), p).to(tl.int32)
+    return first, last
+
+
+@triton.jit
+def steps_of(first, last, TK: tl.constexpr):
+    """How many steps of TK keys it takes from first to before last."""
+    return tl.cdiv(tl.maximum(last - first, 0), TK)
+
+
+@triton.jit
+def source(own, kv, compressed, ENTRIES: tl.constexpr):
+    """Where the keys of a step lie: a scalar, as triton 3.8 reads from a block of chosen pointers two bytes at a time.
+    On AMD the choice is between numbers: triton 3.6 fails on one between pointers.
+    """
+    base = kv
+    if ENTRIES != "none":
+        if is_hip():
+            base = tl.where(own, kv.to(tl.int64), compressed.to(tl.int64)).to(kv.dtype)
+        else:
+            base = tl.where(own, kv, compressed)
+    return base
+
+
+# counts --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def query_of_rows(dtype: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr):
+    """[ROWS, 16 or more]: 1 where the row is one of the query's. A product with it spreads what belongs to queries over
+    their heads, exactly, and where products lie in registers.
+    """
+    QUERIES: tl.constexpr = BQ if BQ > 16 else 16
+    return ((tl.arange(0, BQ * BH) // BH)[:, None] == tl.arange(0, QUERIES)[None, :]).to(dtype)
+
+
+@triton.jit
+def load_counts(counts, key, queries, width, BQ: tl.constexpr):
+    """Counts [16 or more, TK] of a tile's queries, of which there are so many, for keys up to the width."""
+    QUERIES: tl.constexpr = BQ if BQ > 16 else 16
+    query = tl.arange(0, QUERIES)[:, None]
+    real = (query < queries) & (query < BQ) & (key < width)[None, :]
+    return tl.load(counts + (query * width + key[None, :]), mask=real, other=0.0)
+
+
+# keys that are not finite --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def spoiled(x):
+    """Which rows of sums hold what is not finite."""
+    return tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, axis=1) > 0
+
+
+@triton.jit
+def finite_rows(at, real, d: tl.constexpr, PART: tl.constexpr):
+    """Which of the rows at these addresses are finite, looked at a few channels at a time."""
+    fine, column = real, tl.arange(0, PART)[None, :]
+    for first in range(0, d, PART):
+        x = tl.load(at[:, None] + first + column, mask=real[:, None] & (first + column < d), other=0.0)
+        fine = fine & ~spoiled(x.to(tl.float32))
+    return fine
+
+
+# lists of picks ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def picked(index, step, k, TK: tl.constexpr):
+    """The picks of a step of a list, -1 before and behind it."""
+    slot = step * TK + tl.arange(0, TK)
+    return tl.load(index + slot, mask=(slot >= 0) & (slot < k), other=-1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
+def used_slots(index, used, k, AT_ONCE: tl.constexpr):
+    """used [b t]: the slots of a query up to the last that holds a pick.
+
+    A kernel of its own because a number that is loaded is known to be that of the whole warp, and one that is reduced
+    is not: the loop that it ends would keep in registers what belongs into uniform ones.
+    """
+    query, last = tl.program_id(0).to(tl.int64), tl.zeros((AT_ONCE,), tl.int32)
+    for first in range(0, k, AT_ONCE):
+        slot = first + tl.arange(0, AT_ONCE)
+        entry = tl.load(index + query * k + slot, mask=slot < k, other=-1)
+        last = tl.where(entry >= 0, slot + 1, last)
+    tl.store(used + query, tl.max(last, axis=0))
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
+def count_picks(index, counts, start, end, p, k, width, P: tl.constexpr, AT_ONCE: tl.constexpr):
+    """counts [b t, width]: how often a query picked each of p entries; from start to before end lie all picks."""
+    query, entry = tl.program_id(0).to(tl.int64), tl.arange(0, P)
+    many = tl.zeros((P,), tl.int32)
+    for first in range(0, k, AT_ONCE):
+        slot = first + tl.arange(0, AT_ONCE)
+        pick = tl.load(index + query * k + slot, mask=slot < k, other=-1)
+        real = (pick >= 0) & (pick < p)
+        many += tl.histogram(tl.where(real, pick, 0).to(tl.int32), P, mask=real)
+    tl.store(counts + query * width + entry, many.to(counts.dtype.element_ty), mask=entry < width)
+    tl.store(start + query, tl.min(tl.where(many > 0, entry, P)))
+    tl.store(end + query, tl.max(tl.where(many > 0, entry + 1, 0)))
