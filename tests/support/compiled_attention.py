@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 PRODUCTS = {
-    "attention_tile", "attention_picks", "attention_split", "queries_tile", "queries_picks", "keys_tile", "keys_picks"
+    "attention_tile", "attention_list", "attention_split", "queries_tile", "queries_list", "keys_tile", "keys_list"
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from .seen import (
     BOUNDS,
     LENGTHS,
     UNIT,
+    all_rows,
     column_of,
     entries,
     finite_rows,
@@ -30,7 +31,6 @@ from .seen import (
     load_counts,
     load_rows,
     most,
-    picked,
     query_of_rows,
     rows_of,
     source,
@@ -101,7 +101,7 @@ def _first_slot(row, window, KEYS: tl.constexpr):
 @triton.jit
 def _kept(key, low, high):
     """Whether p and ds of a key are kept for a query that sees those from low to before high."""
-    return (key >= low // UNIT * UNIT) & (key < tl.cdiv(high, UNIT) * UNIT)
+    return (key >= low // UNIT * UNIT) & (key < tl.where(low < high, tl.cdiv(high, UNIT) * UNIT, 0))
 
 
 @triton.jit
@@ -120,9 +120,9 @@ def _read_tile(
     steps = steps_of(of_rows, last, TK)
     for i in tl.range(0, steps + steps_of(of_entries, stop, TK), disable_licm=True):
         own = i < steps
-        key = tl.where(own, of_rows + i * TK, of_entries + (i - steps) * TK) + tl.arange(0, TK)
+        first_key, step = tl.where(own, of_rows + i * TK, of_entries + (i - steps) * TK), tl.arange(0, TK)
+        at, key = source(own, kv, compressed, ENTRIES) + first_key.to(tl.int64) * d + step * d, first_key + step
         fine = (key >= tl.where(own, origin, begin)) & (key < tl.where(own, last, stop))
-        at = source(own, kv, compressed, ENTRIES) + key.to(tl.int64) * d
         if CLEAN:
             fine = finite_rows(at, fine, d, 8)
         keys, many = load_rows(at, fine, d, D), 1.0
@@ -138,7 +138,7 @@ def _read_tile(
         ps, ds = _p_and_ds(qs, do, keys, seen, many, norm, d_o, scale, ENTRIES == "counts", JOINED)
         if need_q:
             dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
-        if need_keys:
+        if need_keys and not CLEAN:
             to = pairs + (of_row + tl.where(own, key[None, :] - slot, WINDOW_SLOTS + key[None, :]))
             here = real[:, None] & _kept(key[None, :], from_key, to_key)
             tl.store(to, ps, mask=here)
@@ -193,45 +193,53 @@ def queries_tile(
     tl.store(dq + place[:, None] * d + column, dqs, mask=real[:, None] & (column < d) & (need_q != 0))
 
 
+@triton.jit
+def _clear(pairs, head, to_ds, slots, slot, first, row, real):
+    """Zeros beside a window, for what of its units a query does not see."""
+    for key in tl.static_range(2):
+        at = (first if key == 0 else row) // UNIT * UNIT + tl.arange(0, UNIT)
+        to = pairs + (head[:, None] * slots + at[None, :] - slot)
+        nothing = real[:, None] & ((at < first) | (at > row))[None, :]
+        tl.store(to, 0.0, mask=nothing)
+        tl.store(to + to_ds, 0.0, mask=nothing)
+
+
 @triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q", "need_keys"], do_not_specialize_on_alignment=BOUNDS)
-def queries_picks(
-    q, kv, compressed, window_start, index, used, lse, delta, dout, dq, pairs,
-    chunk, n, slots, t, s, p, k, kv_rows, entry_rows, bound_rows, window, scale, need_q, need_keys,
-    h: tl.constexpr, d: tl.constexpr, DOCUMENTS: tl.constexpr, JOINED: tl.constexpr,
-    WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
-    TK: tl.constexpr
+def queries_list(
+    q, kv, lists, ends, lse, delta, dout, dq, pairs,
+    chunk, n, slots, t, s, rows, width, window, scale, need_q, need_keys, h: tl.constexpr, d: tl.constexpr,
+    JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
 ):  # fmt: skip
-    """The same of one query and its list of picks."""
+    """The same of one query and its list of rows of kv [b, rows, d]."""
     groups = tl.cdiv(h, BH)
     group, i_query = tl.program_id(0) % groups, tl.program_id(0) // groups
     batch, query = (i_query // n).to(tl.int64), chunk + i_query % n
     head, real, place = rows_of(tl.arange(0, BH), query, query + 1, group, batch * t, h, 1, BH)
     qs, do = _q_and_do(q, dout, query, query + 1, group, batch * t, h, d, D, 1, BH, JOINED)
     norm, d_o = tl.load(lse + place, mask=real, other=0.0) * LOG2E, tl.load(delta + place, mask=real, other=0.0)
-    row = s - t + query
-    first = first_row(window_start, batch * bound_rows + query, row, window, True, DOCUMENTS)
-    origin, slot = first // TK * TK, _first_slot(row, window, KEYS)
-    index, last = index + (batch * t + query) * k, tl.load(used + batch * t + query)
-    kv += batch * kv_rows * d
-    compressed += batch * entry_rows * d
-    slots = slots if JOINED else slots // KEYS * KEYS  # see `queries_tile`
+    own, end = tl.load(ends + 2 * (batch * t + query)), tl.load(ends + 2 * (batch * t + query) + 1)
+    lists += (batch * t + query) * width
+    kv += batch * rows * d
+    row, slots = s - t + query, slots if JOINED else slots // KEYS * KEYS  # see `queries_tile`
+    slot, first = _first_slot(row, window, KEYS), row + 1 - own
     pairs += i_query.to(tl.int64) * 2 * h * slots
-    dqs, steps = tl.zeros((BH, D), tl.float32), steps_of(origin, row + 1, TK)
-    entry = picked(index, -steps, last, TK)
-    for i in tl.range(0, steps + tl.cdiv(last, TK), disable_licm=True):
-        own = i < steps
-        key = tl.where(own, origin + i * TK + tl.arange(0, TK), entry)
-        seen = (key >= tl.where(own, first, 0)) & (key < tl.where(own, row + 1, p))
-        keys = load_rows(source(own, kv, compressed, "list") + key.to(tl.int64) * d, seen, d, D)
-        entry = picked(index, i + 1 - steps, last, TK)  # a step ahead: addresses wait for them
+    if need_keys:
+        _clear(pairs, head, h * slots, slots, slot, first, row, real & (own > 0))
+    dqs, stop, step = tl.zeros((BH, D), tl.float32), own + tl.cdiv(end - own, UNIT) * UNIT, tl.arange(0, TK)
+    key = tl.load(lists + step)
+    for i in tl.range(0, tl.cdiv(stop, TK), disable_licm=True):
+        seen, keys = key < rows - 1, all_rows(kv + key.to(tl.int64) * d, d, D)
+        key = tl.load(lists + (i + 1) * TK + step)  # a step ahead: addresses wait for them
         ps, ds = _p_and_ds(qs, do, keys, seen[None, :], 1.0, norm, d_o, scale, False, JOINED)
         if need_q:
             dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
         if need_keys:
-            at = tl.where(own, origin - slot + i * TK, WINDOW_SLOTS + (i - steps) * TK) + tl.arange(0, TK)
-            to = pairs + (head[:, None] * slots + at[None, :])
-            tl.store(to, ps, mask=real[:, None])
-            tl.store(to + h * slots, ds, mask=real[:, None])
+            at = i * TK + step
+            here = real[:, None] & (at < stop)[None, :]
+            to = pairs + (head[:, None] * slots + (at + tl.where(at < own, first - slot, WINDOW_SLOTS - own))[None, :])
+            tl.store(to, ps, mask=here)
+            tl.store(to + h * slots, ds, mask=here)
     column = tl.arange(0, D)[None, :]
     tl.store(dq + place[:, None] * d + column, dqs, mask=real[:, None] & (column < d) & (need_q != 0))
 
@@ -304,8 +312,8 @@ def keys_tile(
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "slot_tiles"], do_not_specialize_on_alignment=BOUNDS)
-def keys_picks(
-    q, dout, pairs, index, used, out, chunk, n, slot_tiles, t, p, k, h: tl.constexpr, d: tl.constexpr,
+def keys_list(
+    q, dout, pairs, index, ends, out, chunk, n, slot_tiles, t, p, k, h: tl.constexpr, d: tl.constexpr,
     ATOMIC: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """out [b n, k, d]: p^T do + ds^T q of the picks of one query and COLUMNS channels, or, ATOMIC, added to the entries
@@ -318,7 +326,7 @@ def keys_picks(
     rows, real = (query * h + head)[:, None] * d + column[None, :], (head < h)[:, None]
     do, qs = tl.load(dout + rows, mask=real & inside, other=0.0), tl.load(q + rows, mask=real & inside, other=0.0)
     pairs += ((i_query.to(tl.int64) * 2 * h + head) * slots)[:, None] + WINDOW_SLOTS
-    last = tl.load(used + query)
+    last = tl.load(ends + 2 * query + 1) - tl.load(ends + 2 * query)
     for first in range(0, last, KEYS):
         slot = first + tl.arange(0, KEYS)
         kept = real & (slot < tl.cdiv(last, UNIT) * UNIT)[None, :]

@@ -19,6 +19,7 @@ from .seen import (
     BOUNDS,
     LENGTHS,
     UNIT,
+    all_rows,
     column_of,
     entries,
     finite_rows,
@@ -27,7 +28,6 @@ from .seen import (
     load_counts,
     load_rows,
     most,
-    picked,
     query_of_rows,
     rows_of,
     source,
@@ -63,20 +63,35 @@ def _divided(own, qs, keys):
 
 
 @triton.jit
-def _added(top, total, o, logits, many, values, COUNTED: tl.constexpr):
-    """m, l and o with one more step of keys."""
+def empty_sum(top, D: tl.constexpr, TK: tl.constexpr):
+    """l of the sink alone: of wide heads key by key, as several warps share them, until the end."""
+    MANY: tl.constexpr = TK if D > 128 else 1
+    return tl.full((top.shape[0], MANY), 1 / MANY, tl.float32)
+
+
+@triton.jit
+def _added(top, total, o, logits, many, values, always, COUNTED: tl.constexpr):
+    """m, l and o with one more step of keys; l key by key, until the end.
+
+    What is in an `if` comes behind the copies of the next step, which then run beside this product: a condition that
+    holds `always` does it, as long as the compiler does not know.
+    """
     higher = tl.maximum(top, tl.max(logits, axis=1))
     ps, fade = tl.exp2(logits - higher[:, None]), tl.exp2(top - higher)
     if COUNTED:
         ps *= many
-    o = tl.dot(ps.to(values.dtype), values, o * fade[:, None], input_precision="ieee")
-    return higher, total * fade + tl.sum(ps, axis=1), o
+    if always:
+        o = tl.dot(ps.to(values.dtype), values, o * fade[:, None], input_precision="ieee")
+    if total.shape[1] == 1:
+        ps = tl.sum(ps, axis=1)[:, None]
+    return higher, total * fade[:, None] + ps, o
 
 
 @triton.jit
 def _read_tile(
-    qs, memory, counted, seen_by, reach, top, scale,
-    d: tl.constexpr, ENTRIES: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, TK: tl.constexpr, CLEAN: tl.constexpr
+    qs, memory, counted, seen_by, reach, top, scale, always,
+    d: tl.constexpr, ENTRIES: tl.constexpr,
+    D: tl.constexpr, BQ: tl.constexpr, TK: tl.constexpr, STAGES: tl.constexpr, CLEAN: tl.constexpr
 ):  # fmt: skip
     """m, l and o of a tile. Its queries see rows of kv from `first` to `row`, and entries from `low` to before `high`;
     all of them together from the origin to before the last, and from begin to stop.
@@ -85,13 +100,13 @@ def _read_tile(
     counts, of_query, queries, width = counted
     row, first, low, high = seen_by
     origin, last, begin, stop = reach
-    total, o = tl.full(top.shape, 1.0, tl.float32), tl.zeros((top.shape[0], D), tl.float32)
+    total, o = empty_sum(top, D, TK), tl.zeros((top.shape[0], D), tl.float32)
     steps = steps_of(origin, last, TK)
-    for i in tl.range(0, steps + steps_of(begin, stop, TK), disable_licm=True):
+    for i in tl.range(0, steps + steps_of(begin, stop, TK), disable_licm=True, num_stages=STAGES):
         own = i < steps
-        key = tl.where(own, origin + i * TK, begin + (i - steps) * TK) + tl.arange(0, TK)
+        first_key, step = tl.where(own, origin + i * TK, begin + (i - steps) * TK), tl.arange(0, TK)
+        at, key = source(own, kv, compressed, ENTRIES) + first_key.to(tl.int64) * d + step * d, first_key + step
         real = key < tl.where(own, last, stop)
-        at = source(own, kv, compressed, ENTRIES) + key.to(tl.int64) * d
         fine = finite_rows(at, real, d, 8) if CLEAN else real
         keys = load_rows(at, fine, d, D)
         logits = _divided(own, qs, keys) * scale
@@ -104,8 +119,8 @@ def _read_tile(
         if CLEAN:
             logits += tl.where(fine, 0.0, float("nan"))[None, :]
         logits = tl.where(seen, logits, float("-inf"))
-        top, total, o = _added(top, total, o, logits, many, keys, ENTRIES == "counts")
-    return top, total, o
+        top, total, o = _added(top, total, o, logits, many, keys, always, ENTRIES == "counts")
+    return top, tl.sum(total, axis=1), o
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
@@ -113,7 +128,7 @@ def attention_tile(
     q, kv, compressed, sink, window_start, start, end, counts, out, lse,
     t, s, p, kv_rows, entry_rows, bound_rows, width, window, scale, h: tl.constexpr, d: tl.constexpr,
     DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
-    TK: tl.constexpr
+    TK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """out and lse of BQ queries for BH heads. ENTRIES: "none", "range", or "counts" of them within a range.
 
@@ -141,46 +156,43 @@ def attention_tile(
         counted = counts + (batch * t + first_query) * width, of_query, t - first_query, width
     memory, seen_by, reach = (kv, compressed), (row, first, low, high), (origin, last, begin, stop)
     start_at, scale = rest * LOG2E, scale * LOG2E
-    top, total, o = _read_tile(qs, memory, counted, seen_by, reach, start_at, scale, d, ENTRIES, D, BQ, TK, False)
+    top, total, o = _read_tile(
+        qs, memory, counted, seen_by, reach, start_at, scale, t > 0, d, ENTRIES, D, BQ, TK, STAGES, False
+    )
     broken = spoiled(o)
     if BQ == 1:
         total = tl.where(broken, float("nan"), total)
     elif tl.max(broken.to(tl.int32)) > 0:
-        top, total, o = _read_tile(qs, memory, counted, seen_by, reach, start_at, scale, d, ENTRIES, D, BQ, TK, True)
+        top, total, o = _read_tile(
+            qs, memory, counted, seen_by, reach, start_at, scale, t > 0, d, ENTRIES, D, BQ, TK, STAGES, True
+        )
     column = tl.arange(0, D)[None, :]
-    tl.store(out + place[:, None] * d + column, o / total[:, None], mask=real[:, None] & (column < d))
+    tl.store(out + place[:, None] * d + column, o * (1 / total)[:, None], mask=real[:, None] & (column < d))
     tl.store(lse + place, log_sum_exp(top, total, rest), mask=real)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
-def attention_picks(
-    q, kv, compressed, sink, window_start, index, used, out, lse,
-    t, s, p, k, kv_rows, entry_rows, bound_rows, window, scale, h: tl.constexpr, d: tl.constexpr,
-    DOCUMENTS: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
+def attention_list(
+    q, kv, sink, lists, ends, out, lse, t, rows, width, scale, h: tl.constexpr, d: tl.constexpr,
+    D: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """out and lse of one query for BH heads: its window, then the used slots of its list."""
+    """out and lse of one query for BH heads: its list of rows of kv [b, rows, d], see `list_keys`."""
     groups = tl.cdiv(h, BH)
     group, query = tl.program_id(0) % groups, tl.program_id(0) // groups
-    batch, row = (query // t).to(tl.int64), s - t + query % t
     head, real, place = rows_of(tl.arange(0, BH), query, query + 1, group, tl.zeros((), tl.int64), h, 1, BH)
     qs, rest = load_rows(q + place * d, real, d, D), logit_of_sink(sink, head, real)
-    first = first_row(window_start, batch * bound_rows + query % t, row, window, True, DOCUMENTS)
-    index, last = index + query.to(tl.int64) * k, tl.load(used + query)
-    top, total, o = rest * LOG2E, tl.full((BH,), 1.0, tl.float32), tl.zeros((BH, D), tl.float32)
-    kv += batch * kv_rows * d
-    compressed += batch * entry_rows * d
+    lists, end = lists + query.to(tl.int64) * width, tl.load(ends + 2 * query + 1)
+    kv += (query // t).to(tl.int64) * rows * d
+    top, total, o = rest * LOG2E, empty_sum(rest, D, TK), tl.zeros((BH, D), tl.float32)
     scale *= LOG2E
-    steps = steps_of(first, row + 1, TK)
-    entry = picked(index, -steps, last, TK)
-    for i in tl.range(0, steps + tl.cdiv(last, TK), disable_licm=True):
-        own = i < steps
-        key = tl.where(own, first + i * TK + tl.arange(0, TK), entry)
-        seen = (key >= 0) & (key < tl.where(own, row + 1, p))
-        keys = load_rows(source(own, kv, compressed, "list") + key.to(tl.int64) * d, seen, d, D)
-        entry = picked(index, i + 1 - steps, last, TK)  # a step ahead: addresses wait for them
-        logits = tl.where(seen[None, :], _divided(own, qs, keys) * scale, float("-inf"))
-        top, total, o = _added(top, total, o, logits, 1.0, keys, False)
-    total = tl.where(spoiled(o), float("nan"), total)
+    step = tl.arange(0, TK)
+    key = tl.load(lists + step)
+    for i in tl.range(0, tl.cdiv(end, TK), disable_licm=True, num_stages=STAGES):
+        seen, keys = key < rows - 1, all_rows(kv + key.to(tl.int64) * d, d, D)
+        key = tl.load(lists + (i + 1) * TK + step)  # a step ahead: addresses wait for them
+        logits = tl.where(seen[None, :], _divided(i == 0, qs, keys) * scale, float("-inf"))
+        top, total, o = _added(top, total, o, logits, 1.0, keys, t > 0, False)
+    total = tl.where(spoiled(o), float("nan"), tl.sum(total, axis=1))
     column = tl.arange(0, D)[None, :]
-    tl.store(out + place[:, None] * d + column, o / total[:, None], mask=real[:, None] & (column < d))
+    tl.store(out + place[:, None] * d + column, o * (1 / total)[:, None], mask=real[:, None] & (column < d))
     tl.store(lse + place, log_sum_exp(top, total, rest), mask=real)

@@ -29,6 +29,7 @@ FEW = 4  # queries of a sequence up to which each is shared among programs; by t
 # that is decoded has the same bits in any batch
 SPLIT = 128  # keys of a program's share, see `first_key`
 AT_ONCE = 512  # slots of a list
+AHEAD = 64  # that a step takes of a list, or fetches of the next one, at most
 DENSE = 4  # entries per pick up to which to look at all of them is less work, see `_how`
 COUNTED = 8192  # entries of a query that are counted at once, at most
 PROGRAMS = 256  # that occupy a large GPU
@@ -41,12 +42,15 @@ FINITE = 1e30  # stands for an infinite sink
 
 
 class Blocks(NamedTuple):
-    """Of a kernel that goes by query: (query, head) rows, keys of a step, warps, pipeline stages."""
+    """Of a kernel that goes by query: (query, head) rows, keys of a step, warps, pipeline stages, and how many programs
+    a multiprocessor is to hold the registers of.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    programs: int = 1
 
 
 class Owned(NamedTuple):
@@ -63,10 +67,10 @@ class Tiles(NamedTuple):
     """The table of one architecture and width."""
 
     tile: Blocks
-    picks: Blocks
+    list: Blocks
     split: Blocks
     tile_backward: Blocks  # its keys divide those of `owned`
-    picks_backward: Blocks
+    list_backward: Blocks
     owned: Owned
 
 
@@ -83,7 +87,7 @@ HALF = {  # bf16 and fp16, of more channels, up to 512, and of few
     ),
     "sm_90": (
         Tiles(*2 * [Blocks(64, 64, 8, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 8, 2)], Owned(128, 64, 256, 8, 2)),
-        Tiles(*2 * [Blocks(64, 64, 4, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 4, 2)], Owned(128, 64, 128, 8, 2)),
+        Tiles(*2 * [Blocks(64, 32, 4, 3, 3)], FEW_ROWS, *2 * [Blocks(64, 32, 4, 2)], Owned(128, 64, 128, 8, 2)),
     ),
     "sm_100": (
         Tiles(*2 * [Blocks(64, 32, 8, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 8, 1)], Owned(64, 64, 256, 8, 2)),
@@ -108,7 +112,7 @@ def tiles_for(q: Tensor) -> Tiles:
 
 class Mask(NamedTuple):
     """Which keys queries see: `window` rows from `window_start [b|1, t]` on, and entries from `start` to `end` [b|1, t]
-    or those of `picks [b, t, k]`; once prepared, how many slots of a list are used, or how often each entry was picked.
+    or those of `picks [b, t, k]`; once prepared, what each query reads, or how often it picked each entry.
     """
 
     window: int
@@ -116,7 +120,8 @@ class Mask(NamedTuple):
     start: Tensor | None = None
     end: Tensor | None = None
     picks: Tensor | None = None
-    used: Tensor | None = None  # [b, t]
+    lists: Tensor | None = None  # [b, t, width], see `list_keys`
+    ends: Tensor | None = None  # [b, t, 2]
     counts: Tensor | None = None  # [b, t, width]
 
 
@@ -130,6 +135,7 @@ class Inputs(NamedTuple):
     mask: Mask
     scale: float
     entries: str = ""
+    rows: Tensor | None = None  # of kv, of compressed, and one of zeros, where lists name them
 
     @property
     def bounds(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -146,14 +152,19 @@ class Inputs(NamedTuple):
         return {"t": t, "s": self.kv.shape[1], "p": p, "k": self.picks_each, "h": h, "d": d, **rows}
 
     @property
+    def listed(self) -> dict[str, int]:
+        """Rows that lists name, and how many they may name of them."""
+        assert self.rows is not None and self.mask.lists is not None
+        return {"rows": self.rows.shape[1], "width": self.mask.lists.shape[2]}
+
+    @property
     def picks_each(self) -> int:
         return 0 if self.mask.picks is None else self.mask.picks.shape[2]
 
     def prepared(self, lists: str) -> "Inputs":
         """All contiguous but keys of a cache, bounds alike [b, t] or [1, t]; `lists` of picks as they are ("list"),
-        with their used slots ("used") or as "counts".
+        as "lists" of all that a query reads, or as "counts".
         """
-        t = self.q.shape[1]
         picks, compressed = self.mask.picks, None if self.compressed is None else in_rows(self.compressed)
         entries = "range" if picks is None else "counts" if lists == "counts" else "list"
         if compressed is None or compressed.shape[1] == 0 or (picks is not None and picks.shape[2] == 0):
@@ -163,18 +174,31 @@ class Inputs(NamedTuple):
         if entries != "range":
             mask = mask._replace(start=None, end=None)
         x = self._replace(q=self.q.contiguous(), kv=in_rows(self.kv), compressed=compressed, mask=mask, entries=entries)
+        x = x._alike()
         if picks is not None and lists != "list":
-            mask = x._counted(picks) if lists == "counts" else x._measured(picks)
-        rows = max([len(bound) for bound in mask[1:4] if bound is not None], default=1)
-        alike = (None if bound is None else bound.expand(rows, t).contiguous() for bound in mask[1:4])
-        return x._replace(sink=self.sink.contiguous(), mask=Mask(mask.window, *alike, *mask[4:]))
+            x = x._replace(mask=x._counted(picks) if lists == "counts" else x._listed(picks))._alike()
+        if compressed is not None and x.mask.lists is not None:
+            x = x._replace(rows=torch.cat([x.kv, compressed, compressed.new_zeros(len(x.q), 1, x.q.shape[-1])], 1))
+        return x._replace(sink=self.sink.contiguous())
 
-    def _measured(self, picks: Tensor) -> Mask:
-        b, t, k = picks.shape
-        used = picks.new_empty(b, t, dtype=torch.int32)
+    def _alike(self) -> "Inputs":
+        """All bounds for one sequence or for each."""
+        mask, t = self.mask, self.q.shape[1]
+        rows = max([len(bound) for bound in self.bounds if bound is not None], default=1)
+        alike = (None if bound is None else bound.expand(rows, t).contiguous() for bound in self.bounds)
+        return self._replace(mask=Mask(mask.window, *alike, *mask[4:]))
+
+    def _listed(self, picks: Tensor) -> Mask:
+        (b, t, k), window = picks.shape, self.mask.window
+        lists, ends = (picks.new_empty(b, t, n, dtype=torch.int32) for n in (_rounded(window + k, AHEAD) + AHEAD, 2))
+        sizes = {key: self.sizes[key] for key in ("t", "s", "p", "k", "bound_rows")}
+        start = self.mask.window_start
         with on_device(self.q):
-            seen.used_slots[b * t,](picks, used, k, AT_ONCE=AT_ONCE)
-        return self.mask._replace(used=used)
+            seen.list_keys[b * t,](
+                start, picks, lists, ends, **sizes, width=lists.shape[2], window=window,
+                DOCUMENTS=start is not None, AT_ONCE=AT_ONCE,
+            )  # fmt: skip
+        return self.mask._replace(lists=lists, ends=ends)
 
     def _counted(self, picks: Tensor) -> Mask:
         (b, t, k), p = picks.shape, self.sizes["p"]
@@ -183,7 +207,10 @@ class Inputs(NamedTuple):
         counts = self.q.new_empty(b, t, width, dtype=torch.float16 if self.q.itemsize == 2 else torch.float32)
         start, end = (picks.new_empty(b, t, dtype=torch.int32) for _ in range(2))
         with on_device(self.q):
-            seen.count_picks[b * t,](picks, counts, start, end, p, k, width, P=block, AT_ONCE=AT_ONCE, num_warps=8)
+            seen.count_picks[b * t,](
+                picks, counts, start, end, p, k, width,
+                P=block, AT_ONCE=min(next_power(k, 4), AT_ONCE), num_warps=4 if block <= 4 * AT_ONCE else 8,
+            )  # fmt: skip
         return self.mask._replace(start=start, end=end, counts=counts)
 
 
@@ -192,19 +219,19 @@ def _how(x: Inputs, queries: int) -> str:
     float16 counts up to 2,048 exactly.
     """
     if x.compressed is None or x.mask.picks is None or atomics():
-        return "used"
+        return "lists"
     p, k = x.compressed.shape[1], x.picks_each
-    return "counts" if p <= min(DENSE * max(queries // 2, 1) * k, COUNTED) and k <= 2048 else "used"
+    return "counts" if p <= min(DENSE * max(queries // 2, 1) * k, COUNTED) and k <= 2048 else "lists"
 
 
 def _shape(x: Inputs, b: Blocks, tile: bool) -> dict[str, int]:
-    """D, BQ and BH of a product. Heads of more than 256 channels are of one query: to read a tile again for the sake of
-    a key that is not finite takes more registers than there are.
+    """D, BQ and BH of a product. Wide heads are of one query: to read a tile again for the sake of a key that is not
+    finite takes more registers than there are.
     """
     (_, _, h, d), alone = x.q.shape, not tile
     width = next_power(d, 16)
     heads = min(next_power(h), b.rows)
-    if alone or width > 256 or heads == b.rows:
+    if alone or width > NARROW or heads == b.rows:
         return {"D": width, "BQ": 1, "BH": max(heads, 16)}
     return {"D": width, "BQ": b.rows // heads, "BH": heads}
 
@@ -215,7 +242,10 @@ def _blocks(x: Inputs, b: Blocks, tile: bool = True) -> tuple[int, dict[str, int
     rows = shape["BQ"] * shape["BH"]
     warps = b.warps if rows * shape["D"] * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
     blocks = shape if tile else {"D": shape["D"], "BH": shape["BH"]}
-    options = {"TK": b.keys, "num_stages": b.stages, **registers(warps)}
+    options = {"TK": b.keys, "num_stages": b.stages, **registers(warps, b.programs)}
+    options |= {
+        key: n // 8 * 8 for key, n in options.items() if key == "maxnreg" and b.programs > 1
+    }  # are given by eight
     return triton.cdiv(x.q.shape[2], shape["BH"]), {**blocks, **options}
 
 
@@ -226,7 +256,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`out [b, t, h, d]` and the log-sum-exp `[b, t, h]`, which counts the sink."""
     few = inputs.q.shape[1] <= FEW and (inputs.compressed is not None or inputs.mask.window > SPLIT)
     queries = _shape(inputs, tiles_for(inputs.q).tile, True)["BQ"]
-    x = inputs.prepared("list" if few else _how(inputs, queries) if queries > 1 else "used")
+    x = inputs.prepared("list" if few else _how(inputs, queries) if queries > 1 else "lists")
     out, lse = x.q.new_empty(x.q.shape), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
     with on_device(x.q):
         (_by_splits if few else _by_lists if x.entries == "list" else _by_tiles)(x, out, lse)
@@ -243,15 +273,15 @@ def _by_tiles(x: Inputs, out: Tensor, lse: Tensor) -> None:
     (b, t, _, _), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).tile)
     kernels.attention_tile[b * triton.cdiv(t, blocks["BQ"]) * groups,](
         x.q, x.kv, x.compressed, x.sink, *x.bounds, x.mask.counts, out, lse,
-        width=_width(x), ENTRIES=x.entries, **_told(x, "k"), **blocks,
+        width=_width(x), ENTRIES=x.entries, STAGES=blocks["num_stages"], **_told(x, "k"), **blocks,
     )  # fmt: skip
 
 
 def _by_lists(x: Inputs, out: Tensor, lse: Tensor) -> None:
-    groups, blocks = _blocks(x, tiles_for(x.q).picks, tile=False)
-    kernels.attention_picks[x.q.shape[0] * x.q.shape[1] * groups,](
-        x.q, x.kv, x.compressed, x.sink, x.mask.window_start, x.mask.picks, x.mask.used, out, lse,
-        **_told(x), **blocks,
+    (b, t, h, d), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).list, tile=False)
+    kernels.attention_list[b * t * groups,](
+        x.q, x.rows, x.sink, x.mask.lists, x.mask.ends, out, lse,
+        **x.listed, t=t, scale=x.scale, h=h, d=d, STAGES=blocks["num_stages"], **blocks,
     )  # fmt: skip
 
 
@@ -392,20 +422,20 @@ def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int
     """dq of a chunk, and its p and ds."""
     (b, _, h, d), tiles, (window_slots, slots) = x.q.shape, tiles_for(x.q), _slots(x)
     lists = x.entries == "list"
-    groups, blocks = _blocks(x, tiles.picks_backward if lists else tiles.tile_backward, tile=not lists)
+    groups, blocks = _blocks(x, tiles.list_backward if lists else tiles.tile_backward, tile=not lists)
     pairs = x.q.new_empty(b, n, 2, h, window_slots + slots) if need_keys else x.q
-    given = (x.q, x.kv, x.compressed)
     left = *outputs, x.q if dq is None else dq, pairs, first, n, window_slots + slots
     flags = {"need_q": int(dq is not None), "need_keys": int(need_keys), "WINDOW_SLOTS": window_slots}
     flags |= {"KEYS": tiles.owned.keys, "JOINED": x.q.itemsize == 2 and d > NARROW}
     if lists:
-        gradients.queries_picks[b * n * groups,](
-            *given, x.mask.window_start, x.mask.picks, x.mask.used, *left, **_told(x), **flags, **blocks
+        sizes = {key: value for key, value in _told(x).items() if key in ("t", "s", "window", "scale", "h", "d")}
+        gradients.queries_list[b * n * groups,](
+            x.q, x.rows, x.mask.lists, x.mask.ends, *left, **x.listed, **sizes, **flags, **blocks
         )
     else:
         gradients.queries_tile[b * triton.cdiv(n, blocks["BQ"]) * groups,](
-            *given, *x.bounds, x.mask.counts, *left, width=_width(x), ENTRIES=x.entries, **_told(x, "k"), **flags,
-            **blocks,
+            x.q, x.kv, x.compressed, *x.bounds, x.mask.counts, *left,
+            width=_width(x), ENTRIES=x.entries, **_told(x, "k"), **flags, **blocks,
         )  # fmt: skip
     return _Chunk(first, n, outputs.dout, pairs)
 
@@ -439,8 +469,8 @@ def _add_picks(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     columns = owned.columns // 2 if atomics() else owned.columns  # sums that are added lie in another order before
     columns = max(min(columns, next_power(d, 16), columns * owned.rows // heads), 16)
     sizes = {key: x.sizes[key] for key in ("t", "p", "k", "h", "d")}
-    gradients.keys_picks[b * chunk.n * triton.cdiv(d, columns),](
-        x.q, chunk.dout, chunk.pairs, picks, x.mask.used, rows, chunk.first, chunk.n, sum(_slots(x)) // owned.keys,
+    gradients.keys_list[b * chunk.n * triton.cdiv(d, columns),](
+        x.q, chunk.dout, chunk.pairs, picks, x.mask.ends, rows, chunk.first, chunk.n, sum(_slots(x)) // owned.keys,
         **sizes, ATOMIC=atomics(), WINDOW_SLOTS=_slots(x)[0], KEYS=owned.keys, HEADS=heads, COLUMNS=columns,
         num_stages=owned.stages, **registers(owned.warps),
     )  # fmt: skip

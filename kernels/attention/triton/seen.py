@@ -12,8 +12,19 @@ import triton.language as tl
 from triton.language.target_info import is_hip
 
 UNIT = tl.constexpr(16)  # keys that are kept or left out together in p and ds: what lies side by side is copied at once
-LENGTHS = ["chunk", "n", "t", "s", "p", "k", "kv_rows", "entry_rows", "bound_rows"]  # no kernel of its own for 1 or 16
-BOUNDS = ["window_start", "start", "end", "index", "used"]  # are read one by one: nor for their alignment
+LENGTHS = [
+    "chunk",
+    "n",
+    "t",
+    "s",
+    "p",
+    "k",
+    "kv_rows",
+    "entry_rows",
+    "bound_rows",
+    "rows",
+]  # no kernel of its own for 1 or 16
+BOUNDS = ["window_start", "start", "end", "index", "lists", "ends"]  # are read one by one: nor for their alignment
 
 
 @triton.jit
@@ -22,6 +33,13 @@ def load_rows(at, real, d: tl.constexpr, D: tl.constexpr):
     column = tl.arange(0, D)[None, :]
     real = real[:, None] if d == D else real[:, None] & (column < d)
     return tl.load(at[:, None] + column, mask=real, other=0.0)
+
+
+@triton.jit
+def all_rows(at, d: tl.constexpr, D: tl.constexpr):
+    """The same where all are real."""
+    column = tl.arange(0, D)[None, :]
+    return tl.load(at[:, None] + column) if d == D else tl.load(at[:, None] + column, mask=column < d, other=0.0)
 
 
 @triton.jit
@@ -130,29 +148,37 @@ def finite_rows(at, real, d: tl.constexpr, PART: tl.constexpr):
     return fine
 
 
-# lists of picks ------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def picked(index, step, k, TK: tl.constexpr):
-    """The picks of a step of a list, -1 before and behind it."""
-    slot = step * TK + tl.arange(0, TK)
-    return tl.load(index + slot, mask=(slot >= 0) & (slot < k), other=-1).to(tl.int32)
+# lists ---------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
-def used_slots(index, used, k, AT_ONCE: tl.constexpr):
-    """used [b t]: the slots of a query up to the last that holds a pick.
+def list_keys(
+    window_start, index, lists, ends, t, s, p, k, bound_rows, width, window,
+    DOCUMENTS: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """lists [b t, width]: what a query reads of kv, compressed and a row of zeros, one behind the other: its window,
+    then what each slot of its picks holds, the zeros where that is nothing, and behind. ends [b t, 2]: how many of
+    them are its window, and how many all are up to the last pick.
 
-    A kernel of its own because a number that is loaded is known to be that of the whole warp, and one that is reduced
-    is not: the loop that it ends would keep in registers what belongs into uniform ones.
+    A kernel of its own for what it saves in a loop that waits for addresses; and because numbers that are loaded are
+    known to be those of the whole warp, as the one that ends the loop has to be.
     """
-    query, last = tl.program_id(0).to(tl.int64), tl.zeros((AT_ONCE,), tl.int32)
-    for first in range(0, k, AT_ONCE):
-        slot = first + tl.arange(0, AT_ONCE)
-        entry = tl.load(index + query * k + slot, mask=slot < k, other=-1)
-        last = tl.where(entry >= 0, slot + 1, last)
-    tl.store(used + query, tl.max(last, axis=0))
+    query, last = tl.program_id(0), tl.zeros((AT_ONCE,), tl.int32)
+    row, bound = s - t + query % t, (query // t).to(tl.int64) * bound_rows + query % t
+    first = first_row(window_start, bound, row, window, True, DOCUMENTS)
+    own = tl.maximum(row + 1 - first, 0)
+    lists += query.to(tl.int64) * width
+    for place in range(0, own, AT_ONCE):
+        at = place + tl.arange(0, AT_ONCE)
+        tl.store(lists + at, first + at, mask=at < own)
+    for slot in range(0, width - own, AT_ONCE):
+        slots = slot + tl.arange(0, AT_ONCE)
+        entry = tl.load(index + query.to(tl.int64) * k + slots, mask=slots < k, other=-1)
+        real = (entry >= 0) & (entry < p)
+        tl.store(lists + own + slots, tl.where(real, s + entry, s + p).to(tl.int32), mask=slots < width - own)
+        last = tl.where(real, slots + 1, last)
+    tl.store(ends + 2 * query, own)
+    tl.store(ends + 2 * query + 1, own + tl.max(last, axis=0))
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
