@@ -105,5 +105,5 @@ def test_a_run_that_would_not_see_a_fault_neither_passes_nor_is_kept(
 
 def test_the_list_of_launched_kernels():
     names = sanitized.launched_kernels()
-    assert {"attention.attention_forward", "kernels.sum_lists", "moe_route.count", "newton_schulz.symmetric"} <= names
+    assert {"attention.attention_tile", "kernels.sum_lists", "moe_route.count", "newton_schulz.symmetric"} <= names
     assert not any(name.endswith(("._keys", "._tile")) for name in names), "called by kernels alone"

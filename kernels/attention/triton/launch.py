@@ -190,7 +190,10 @@ class Inputs(NamedTuple):
 
     def _listed(self, picks: Tensor) -> Mask:
         (b, t, k), window = picks.shape, self.mask.window
-        lists, ends = (picks.new_empty(b, t, n, dtype=torch.int32) for n in (_rounded(window + k, AHEAD) + AHEAD, 2))
+        lists, ends = (
+            picks.new_empty(b, t, n, dtype=torch.int32)
+            for n in (_rounded(window + k + seen.UNIT.value, AHEAD) + AHEAD, 2)
+        )
         sizes = {key: self.sizes[key] for key in ("t", "s", "p", "k", "bound_rows")}
         start = self.mask.window_start
         with on_device(self.q):
@@ -203,13 +206,13 @@ class Inputs(NamedTuple):
     def _counted(self, picks: Tensor) -> Mask:
         (b, t, k), p = picks.shape, self.sizes["p"]
         width = _rounded(p, seen.UNIT.value)
-        block = next_power(width, AT_ONCE)
+        block = 1024 if width <= 1024 else COUNTED  # no kernel for each number of entries
         counts = self.q.new_empty(b, t, width, dtype=torch.float16 if self.q.itemsize == 2 else torch.float32)
         start, end = (picks.new_empty(b, t, dtype=torch.int32) for _ in range(2))
         with on_device(self.q):
             seen.count_picks[b * t,](
                 picks, counts, start, end, p, k, width,
-                P=block, AT_ONCE=min(next_power(k, 4), AT_ONCE), num_warps=4 if block <= 4 * AT_ONCE else 8,
+                P=block, AT_ONCE=min(AT_ONCE, 256), num_warps=4 if block <= 1024 else 8,
             )  # fmt: skip
         return self.mask._replace(start=start, end=end, counts=counts)
 

@@ -12,18 +12,7 @@ import triton.language as tl
 from triton.language.target_info import is_hip
 
 UNIT = tl.constexpr(16)  # keys that are kept or left out together in p and ds: what lies side by side is copied at once
-LENGTHS = [
-    "chunk",
-    "n",
-    "t",
-    "s",
-    "p",
-    "k",
-    "kv_rows",
-    "entry_rows",
-    "bound_rows",
-    "rows",
-]  # no kernel of its own for 1 or 16
+LENGTHS = "chunk n t s p k kv_rows entry_rows bound_rows rows".split()  # vary: no kernel of its own for 1 or 16
 BOUNDS = ["window_start", "start", "end", "index", "lists", "ends"]  # are read one by one: nor for their alignment
 
 
