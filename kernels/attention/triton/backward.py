@@ -60,12 +60,12 @@ def inner_rows(x, y, out, rows, d: tl.constexpr, ROWS: tl.constexpr, PART: tl.co
 
 @triton.jit
 def _q_and_do(
-    q, dout, first, stop, group, before, h, d: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
+    q, dout, queries, group, h, d: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
     JOINED: tl.constexpr
 ):  # fmt: skip
-    """Rows of q and of dout [BQ BH, D]; JOINED, one above the other: eight warps of Hopper multiply 128 rows."""
+    """Rows of a tile of q and dout [BQ BH, D]; JOINED, one above the other: eight warps of Hopper multiply 128 rows."""
     pair = tl.arange(0, 2 * BQ * BH if JOINED else BQ * BH)
-    _, real, place = rows_of(pair % (BQ * BH), first, stop, group, before, h, BQ, BH)
+    _, real, place = rows_of(pair % (BQ * BH), queries, group, h, BQ, BH)
     if JOINED:
         of_q = load_rows(q + place * d, real & (pair < BQ * BH), d, D)
         at, inside = place[:, None] * d + tl.arange(0, D)[None, :], (real & (pair >= BQ * BH))[:, None]
@@ -159,9 +159,11 @@ def queries_tile(
     group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
     batch, first_query, after = (tile // tiles).to(tl.int64), chunk + tile % tiles * BQ, chunk + n
     pair = tl.arange(0, BQ * BH)
-    head, real, place = rows_of(pair, first_query, after, group, batch * t, h, BQ, BH)
-    qs, do = _q_and_do(q, dout, first_query, after, group, batch * t, h, d, D, BQ, BH, JOINED)
-    norm, d_o = tl.load(lse + place, mask=real, other=0.0) * LOG2E, tl.load(delta + place, mask=real, other=0.0)
+    head, real, place = rows_of(pair, after - first_query, group, h, BQ, BH)
+    base = (batch * t + first_query) * h
+    qs, do = _q_and_do(q + base * d, dout + base * d, after - first_query, group, h, d, D, BQ, BH, JOINED)
+    norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
+    d_o = tl.load(delta + base + place, mask=real, other=0.0)
     query = column_of(first_query, BQ, BH)
     row, bound = s - t + query, batch * bound_rows + query
     first = first_row(window_start, bound, row, window, query < after, DOCUMENTS)
@@ -190,7 +192,7 @@ def queries_tile(
             d, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, True
         )  # fmt: skip
     column = tl.arange(0, D)[None, :]
-    tl.store(dq + place[:, None] * d + column, dqs, mask=real[:, None] & (column < d) & (need_q != 0))
+    tl.store(dq + base * d + (place[:, None] * d + column), dqs, mask=real[:, None] & (column < d) & (need_q != 0))
 
 
 @triton.jit
@@ -215,9 +217,11 @@ def queries_list(
     groups = tl.cdiv(h, BH)
     group, i_query = tl.program_id(0) % groups, tl.program_id(0) // groups
     batch, query = (i_query // n).to(tl.int64), chunk + i_query % n
-    head, real, place = rows_of(tl.arange(0, BH), query, query + 1, group, batch * t, h, 1, BH)
-    qs, do = _q_and_do(q, dout, query, query + 1, group, batch * t, h, d, D, 1, BH, JOINED)
-    norm, d_o = tl.load(lse + place, mask=real, other=0.0) * LOG2E, tl.load(delta + place, mask=real, other=0.0)
+    head, real, place = rows_of(tl.arange(0, BH), 1, group, h, 1, BH)
+    base = (batch * t + query) * h
+    qs, do = _q_and_do(q + base * d, dout + base * d, 1, group, h, d, D, 1, BH, JOINED)
+    norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
+    d_o = tl.load(delta + base + place, mask=real, other=0.0)
     own, end = tl.load(ends + 2 * (batch * t + query)), tl.load(ends + 2 * (batch * t + query) + 1)
     lists += (batch * t + query) * width
     kv += batch * rows * d
@@ -241,7 +245,7 @@ def queries_list(
             tl.store(to, ps, mask=here)
             tl.store(to + h * slots, ds, mask=here)
     column = tl.arange(0, D)[None, :]
-    tl.store(dq + place[:, None] * d + column, dqs, mask=real[:, None] & (column < d) & (need_q != 0))
+    tl.store(dq + base * d + (place[:, None] * d + column), dqs, mask=real[:, None] & (column < d) & (need_q != 0))
 
 
 # keys ----------------------------------------------------------------------------------------------------------------

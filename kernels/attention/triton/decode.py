@@ -34,7 +34,8 @@ def attention_split(
     groups = tl.cdiv(h, BH)
     group, query, split = tl.program_id(0) % groups, tl.program_id(0) // groups, tl.program_id(1)
     batch, row = (query // t).to(tl.int64), s - t + query % t
-    _, real, place = rows_of(tl.arange(0, BH), query, query + 1, group, tl.zeros((), tl.int64), h, 1, BH)
+    _, real, place = rows_of(tl.arange(0, BH), 1, group, h, 1, BH)
+    place += query.to(tl.int64) * h
     qs, bound = load_rows(q + place * d, real, d, D), batch * bound_rows + query % t
     first, last = first_row(window_start, bound, row, window, True, DOCUMENTS), row + 1
     if ENTRIES == "list":

@@ -137,8 +137,9 @@ def attention_tile(
     groups, tiles = tl.cdiv(h, BH), tl.cdiv(t, BQ)
     group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
     batch, first_query = (tile // tiles).to(tl.int64), tile % tiles * BQ
-    head, real, place = rows_of(tl.arange(0, BQ * BH), first_query, t, group, batch * t, h, BQ, BH)
-    qs, rest = load_rows(q + place * d, real, d, D), logit_of_sink(sink, head, real)
+    head, real, place = rows_of(tl.arange(0, BQ * BH), t - first_query, group, h, BQ, BH)
+    base = (batch * t + first_query) * h
+    qs, rest = load_rows(q + base * d + place * d, real, d, D), logit_of_sink(sink, head, real)
     query = column_of(first_query, BQ, BH)
     row, bound = s - t + query, batch * bound_rows + query
     first = first_row(window_start, bound, row, window, query < t, DOCUMENTS)
@@ -167,8 +168,10 @@ def attention_tile(
             qs, memory, counted, seen_by, reach, start_at, scale, t > 0, d, ENTRIES, D, BQ, TK, STAGES, True
         )
     column = tl.arange(0, D)[None, :]
-    tl.store(out + place[:, None] * d + column, o * (1 / total)[:, None], mask=real[:, None] & (column < d))
-    tl.store(lse + place, log_sum_exp(top, total, rest), mask=real)
+    tl.store(
+        out + base * d + (place[:, None] * d + column), o * (1 / total)[:, None], mask=real[:, None] & (column < d)
+    )
+    tl.store(lse + base + place, log_sum_exp(top, total, rest), mask=real)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
@@ -179,8 +182,9 @@ def attention_list(
     """out and lse of one query for BH heads: its list of rows of kv [b, rows, d], see `list_keys`."""
     groups = tl.cdiv(h, BH)
     group, query = tl.program_id(0) % groups, tl.program_id(0) // groups
-    head, real, place = rows_of(tl.arange(0, BH), query, query + 1, group, tl.zeros((), tl.int64), h, 1, BH)
-    qs, rest = load_rows(q + place * d, real, d, D), logit_of_sink(sink, head, real)
+    head, real, place = rows_of(tl.arange(0, BH), 1, group, h, 1, BH)
+    base = query.to(tl.int64) * h
+    qs, rest = load_rows(q + base * d + place * d, real, d, D), logit_of_sink(sink, head, real)
     lists, end = lists + query.to(tl.int64) * width, tl.load(ends + 2 * query + 1)
     kv += (query // t).to(tl.int64) * rows * d
     top, total, o = rest * LOG2E, empty_sum(rest, D, TK), tl.zeros((BH, D), tl.float32)
@@ -194,5 +198,7 @@ def attention_list(
         top, total, o = _added(top, total, o, logits, 1.0, keys, t > 0, False)
     total = tl.where(spoiled(o), float("nan"), tl.sum(total, axis=1))
     column = tl.arange(0, D)[None, :]
-    tl.store(out + place[:, None] * d + column, o * (1 / total)[:, None], mask=real[:, None] & (column < d))
-    tl.store(lse + place, log_sum_exp(top, total, rest), mask=real)
+    tl.store(
+        out + base * d + (place[:, None] * d + column), o * (1 / total)[:, None], mask=real[:, None] & (column < d)
+    )
+    tl.store(lse + base + place, log_sum_exp(top, total, rest), mask=real)

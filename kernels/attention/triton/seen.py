@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.target_info import is_hip
 
 UNIT = tl.constexpr(16)  # keys that are kept or left out together in p and ds: what lies side by side is copied at once
-LENGTHS = "chunk n t s p k kv_rows entry_rows bound_rows rows".split()  # vary: no kernel of its own for 1 or 16
+LENGTHS = ["chunk", "n", "t", "s", "p", "k", "kv_rows", "entry_rows", "bound_rows", "rows"]  # no kernel for 1 or 16
 BOUNDS = ["window_start", "start", "end", "index", "lists", "ends"]  # are read one by one: nor for their alignment
 
 
@@ -32,12 +32,10 @@ def all_rows(at, d: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def rows_of(pair, first, stop, group, before, h, BQ: tl.constexpr, BH: tl.constexpr):
-    """Of the pairs of a tile whose queries go from the first to before stop: head, which are real, row of q [b t h, d];
-    `before`, the queries of the sequences before this one.
-    """
-    query, head = first + pair // BH, group * BH + pair % BH
-    return head, (query < stop) & (head < h), (before + query) * h + head
+def rows_of(pair, queries, group, h, BQ: tl.constexpr, BH: tl.constexpr):
+    """Of the pairs of a tile of so many queries: head, which pairs are real, row of q behind the tile's first."""
+    head = group * BH + pair % BH
+    return head, (pair // BH < queries) & (head < h), pair // BH * h + head
 
 
 @triton.jit
