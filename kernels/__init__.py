@@ -28,6 +28,7 @@ else:
     )
     from .hyper import (
         Coefficients,
+        hyper_branch,
         hyper_coefficients,
         hyper_collapse,
         hyper_head_weights,
@@ -62,6 +63,7 @@ else:
         "engram_primes",
         "fake_quant",
         "hadamard",
+        "hyper_branch",
         "hyper_coefficients",
         "hyper_collapse",
         "hyper_head_weights",

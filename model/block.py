@@ -1,7 +1,7 @@
 """One layer: attention and mixture of experts, each between its own hyper-connection (V4 2; spec B.0).
 
     X = Sublayer(X, attention);  X = Sublayer(X, experts)
-    Sublayer(X, F):  u, mix = mHC(X);  y = F(RMSNorm(u));  X <- recombine(y, X, mix)
+    Sublayer(X, F):  u, mix = mHC(X);  y = F(RMSNorm(u));  X <- recombine(y, X, mix),  X by way of mix
 
 With Engram, the memory is added to the streams before the attention's hyper-connection.
 
@@ -59,7 +59,7 @@ class Block(nn.Module):
             streams = streams + self.engram(streams, ids, layout, cache)
         u, mix = self.hc_attn(streams)
         y, index = self.attn(self.attn_norm(u), layout, learn, cache)
-        streams = self.hc_attn.recombine(y, streams, mix)
+        streams = self.hc_attn.recombine(y, mix.streams, mix)
         u, mix = self.hc_ffn(streams)
         y, load = self.ffn(self.ffn_norm(u), ids, layout, learn, real)
-        return self.hc_ffn.recombine(y, streams, mix), Signals(index, load)
+        return self.hc_ffn.recombine(y, mix.streams, mix), Signals(index, load)

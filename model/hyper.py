@@ -15,16 +15,26 @@ b batch · t tokens · n streams · d width
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Coefficients, hyper_collapse, hyper_head_weights, hyper_read, hyper_recombine
+from ..kernels import Coefficients, hyper_branch, hyper_collapse, hyper_head_weights, hyper_recombine
 from .config import ModelConfig
 from .kept import KeepingModule
 
 SCALE = 0.01  # mHC paper, table 5
 OFF_DIAGONAL = -8.0
+
+
+class Mix(NamedTuple):
+    """What `recombine` needs: the coefficients, and the streams on their way past the sublayer (`hyper_branch`)."""
+
+    pre: Tensor
+    post: Tensor
+    comb: Tensor
+    streams: Tensor
 
 
 class HyperConnection(KeepingModule):
@@ -52,13 +62,14 @@ class HyperConnection(KeepingModule):
             post.zero_()
             comb.fill_(OFF_DIAGONAL)[:: n + 1] = 0.0
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Coefficients]:
-        """The sublayer's input [b, t, d] and the coefficients that `recombine` needs."""
-        return hyper_read(
+    def forward(self, streams: Tensor) -> tuple[Tensor, Mix]:
+        """The sublayer's input [b, t, d], and the rest."""
+        u, coefficients, streams = hyper_branch(
             streams, self.fn, self.base, self.scale, iterations=self.iterations, eps=self.eps, norm_eps=self.norm_eps
         )
+        return u, Mix(*coefficients, streams)
 
-    def recombine(self, output: Tensor, streams: Tensor, coefficients: Coefficients) -> Tensor:
+    def recombine(self, output: Tensor, streams: Tensor, coefficients: Mix | Coefficients) -> Tensor:
         """The streams after the sublayer, [b, t, n, d]."""
         return hyper_recombine(output, streams, coefficients.post, coefficients.comb)
 

@@ -100,6 +100,40 @@ def hyper_read(
     return module.hyper_read(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
 
 
+def hyper_branch(
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    *,
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Coefficients, Tensor]:
+    """`hyper_read` where the sublayer leaves the streams, and the streams on their way past it.
+
+    Whoever goes on with those, as `hyper_recombine` does, lets an engine add their gradient to its own while it writes
+    that: autograd's sum of the two would read both, and write, once more.
+
+    Args:
+        As of `hyper_coefficients`.
+
+    Returns:
+        `sum_j pre_j X_j`, the coefficients, and `streams`: the same values, not to be written to.
+
+    Raises:
+        ValueError: as `hyper_coefficients`.
+
+    Source: V4 eqs. 1-8.
+    """
+    _check_site(streams, fn, base, scale, iterations, eps)
+    module = implementation("hyper", backend, streams)
+    if hasattr(module, "hyper_branch"):
+        return module.hyper_branch(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)
+    return *module.hyper_read(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps), streams
+
+
 def hyper_collapse(streams: Tensor, pre: Tensor, *, backend: str | None = None) -> Tensor:
     """What the sublayer reads: `sum_j pre_j X_j`, accumulated in float32.
 

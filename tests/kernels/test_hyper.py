@@ -11,11 +11,19 @@ import numpy as np
 import pytest
 import torch
 from oracle import distance, hold
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.kernels import hyper
 from abyssal.kernels.hyper import eager as eager_engine
-from abyssal.kernels.hyper import hyper_coefficients, hyper_collapse, hyper_head_weights, hyper_read, hyper_recombine
+from abyssal.kernels.hyper import (
+    hyper_branch,
+    hyper_coefficients,
+    hyper_collapse,
+    hyper_head_weights,
+    hyper_read,
+    hyper_recombine,
+)
 from abyssal.kernels.hyper.step import HyperSite, hyper_head_step, hyper_recombine_step, hyper_step, sinkhorn_step
 
 f64, f32, bf16, fp16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -42,7 +50,7 @@ def by_triton(by_triton, emulated, monkeypatch):
         blocks = launch.Blocks(16, 32, 4, 2)
         monkeypatch.setattr(launch, "tiles_for", lambda rows: launch.Tiles(blocks, blocks))
         monkeypatch.setattr(launch, "panel", lambda n, d: (32, 1))
-        for name, value in {"SPLIT": 64, "TOKENS": 8, "GROUPS": 2, "STEPS": 1, "PARTS": 2}.items():
+        for name, value in {"SPLIT": 64, "TOKENS": 8, "PROGRAMS": 16, "STEPS": 1, "PARTS": 2}.items():
             monkeypatch.setattr(launch, name, value)
 
 
@@ -103,12 +111,18 @@ CASES = {
 }
 
 
-def sublayer(streams, fn, base, scale, y, *, at_once=True, backend=None, **options):
-    """Everything at one site; `at_once`: coefficients and collapse by `hyper_read`."""
-    if at_once:
-        collapsed, (pre, post, comb) = hyper_read(streams, fn, base, scale, backend=backend, **options)
+WAYS = ("branch", "read", "parts")
+
+
+def sublayer(streams, fn, base, scale, y, *, way="branch", backend=None, **options):
+    """Everything at one site: by `hyper_branch`, as models do, by `hyper_read`, or coefficients and collapse apart."""
+    weights, options = (fn, base, scale), {"backend": backend, **options}
+    if way == "branch":
+        collapsed, (pre, post, comb), streams = hyper_branch(streams, *weights, **options)
+    elif way == "read":
+        collapsed, (pre, post, comb) = hyper_read(streams, *weights, **options)
     else:
-        pre, post, comb = hyper_coefficients(streams, fn, base, scale, backend=backend, **options)
+        pre, post, comb = hyper_coefficients(streams, *weights, **options)
         collapsed = hyper_collapse(streams, pre, backend=backend)
     mixed = hyper_recombine(y, streams, post, comb, backend=backend)
     return {"pre": pre, "post": post, "comb": comb, "collapsed": collapsed, "mixed": mixed}
@@ -263,13 +277,25 @@ def test_autocast_changes_nothing_and_gradients_have_the_dtype_of_their_input(en
         assert distance(a.cpu(), b) < (5e-6 if a.dtype == f32 else 4e-3)
 
 
-def test_apart_and_at_once_are_the_same(engine, where):
+def test_all_ways_are_the_same(engine, where):
     arguments = leaves(site((2, 13), 4, 40), where)
     options = {"iterations": 3, "eps": 1e-5, "norm_eps": 1e-3, "backend": engine}
-    apart, at_once = (sublayer(*arguments, at_once=x, **options) for x in (False, True))
-    assert all(torch.equal(apart[name], at_once[name]) for name in apart)
-    for a, b in zip(gradients(apart, arguments), gradients(at_once, arguments)):
-        assert distance(a, b) < 2e-6
+    first, *others = (sublayer(*arguments, way=way, **options) for way in WAYS)
+    grads = gradients(first, arguments)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+        assert all(distance(a, b) < 2e-6 for a, b in zip(grads, gradients(other, arguments)))
+
+
+def test_the_streams_go_on_as_they_are_and_may_be_read_by_others(engine, where):
+    streams, *weights, _ = leaves(expanded(site((5,), 4, 24)), where)
+    with torch.no_grad():
+        assert hyper_branch(streams, *weights, backend=engine)[2].data_ptr() == streams.data_ptr()
+    u, _, passing = hyper_branch(streams, *weights, backend=engine)
+    assert passing.data_ptr() == streams.data_ptr() and torch.equal(passing, streams)
+    for results, plain in (([u, passing.sin()], [u, streams.sin()]), ([passing.sin()], [streams.sin()])):
+        got, want = (torch.autograd.grad([x.sum() for x in xs], streams, retain_graph=True) for xs in (results, plain))
+        assert distance(*got, *want) < 2e-6
 
 
 @pytest.mark.parametrize("result", ["pre", "post", "comb", "collapsed", "mixed"])
@@ -382,8 +408,8 @@ def test_without_gradient(lead, dtype):
     before = {name: x.clone() for name, x in given.items()}
     options = {"iterations": 3, "eps": 0.1, "norm_eps": 0.03}
     limits = NEAR | {"weights": 2e-6} if dtype == bf16 else {}
-    for at_once in (True, False):
-        hold(sublayer, given | options | {"at_once": at_once}, "eager", dtype, fixed=LEAVES, limits=limits)
+    for way in WAYS:
+        hold(sublayer, given | options | {"way": way}, "eager", dtype, fixed=LEAVES, limits=limits)
     hold(head, at_the_head(given), "eager", dtype, fixed=LEAVES, limits=limits)
     assert all(torch.equal(x, given[name]) for name, x in before.items()), "an input was written to"
 
@@ -460,6 +486,27 @@ def test_large_logits_do_not_overflow_in_a_step():
 # Triton ---------------------------------------------------------------------------------------------------------------
 
 
+class Additions(TorchDispatchMode):
+    """Of two tensors as large as the streams."""
+
+    count = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        found = call(*args, **kwargs or {})
+        self.count += "aten::add" in call.name() and found.numel() == 5 * 4 * 24
+        return found
+
+
+@needs_triton
+@pytest.mark.parametrize("way, count", [("branch", 0), ("read", 1)])
+def test_gradients_of_the_streams_are_added_while_they_are_written(by_triton, device, way, count):
+    arguments = leaves(site((5,), 4, 24), device)
+    mixed = sublayer(*arguments, way=way)["mixed"]
+    with Additions() as found:
+        torch.autograd.grad(mixed.sum(), arguments)
+    assert found.count == count
+
+
 @pytest.fixture
 def real_memory(monkeypatch, by_triton):
     """Fake tensors cannot be filled with NaN, and poisoned memory would fill gigabytes of a GPU."""
@@ -468,8 +515,8 @@ def real_memory(monkeypatch, by_triton):
 
 
 def block(streams, fn, base, scale, y):
-    u, (pre, post, comb) = hyper_read(streams * 1.1, fn, base, scale, iterations=3)
-    mixed = hyper_recombine(y + u.sin(), streams, post, comb)
+    u, (pre, post, comb), passing = hyper_branch(streams * 1.1, fn, base, scale, iterations=3)
+    mixed = hyper_recombine(y + u.sin(), passing, post, comb)
     out = hyper_collapse(mixed, hyper_head_weights(mixed, fn[:2], base[:2], scale[:1]))
     return out.cos().sum() + hyper_coefficients(mixed, fn, base, scale).comb.sum() + pre.sum()
 
@@ -512,26 +559,48 @@ def test_checkpointing_changes_nothing_and_backward_twice_adds_up(by_triton, dev
 
 
 @needs_triton
-@pytest.mark.parametrize("count", [1, 16, 37])
-def test_partial_sums_are_added_up(by_triton, device, count):
+def test_what_autograd_takes_for_the_passing_streams_is_one_zero(by_triton, device):
+    from abyssal.kernels.hyper import triton
+
+    streams, *weights, _ = leaves(site((35,), 2, 8), device, bf16)
+    link = triton._read(streams, *weights, 2, 1e-6, 1e-6, True)[-1]
+    assert link.shape == streams.shape and link.eq(0).all() and link.untyped_storage().nbytes() == streams.itemsize
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(27,), (3, 50)])
+@pytest.mark.parametrize("count", [1, 16, 37, 100])
+def test_partial_sums_are_added_up(by_triton, device, count, shape):
     from abyssal.kernels.hyper.triton import launch
 
-    parts = torch.randn(count, 3, 50, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     assert distance(launch._sum_parts(parts), parts.double().sum(0)) < 1e-6
     assert launch._sum_parts(parts, bf16).dtype == bf16
 
 
 @needs_triton
-@pytest.mark.parametrize("shift", [0, 1, 4, 8])
-def test_a_view_at_an_odd_address_is_read_from_an_even_one(device, shift):
-    """Compiled for another alignment, the projection adds in another order."""
-    from abyssal.kernels.hyper.triton import launch
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_squares_are_added_neighbour_by_neighbour(by_triton, device, shift):
+    """Wherever the streams begin: compiled for another alignment, registers hold other columns."""
+    from abyssal.kernels.hyper.triton import kernels
 
-    streams = torch.arange(shift + 24.0, device=device, dtype=bf16)[shift:].view(3, 2, 4)
-    one = torch.zeros(1, device=device)
-    found = launch.Site(streams, one, one, one, 2, 1e-6).contiguous().streams
-    assert found.data_ptr() % 16 == 0 and torch.equal(found, streams)
-    assert (found.data_ptr() == streams.data_ptr()) == (shift % 8 == 0)
+    t, w = 20, 64
+    u = 10 * torch.randn(shift + t * w, generator=torch.Generator().manual_seed(0)).to(device, bf16)
+    fn, partial = torch.zeros(2, w, device=device), torch.empty(1, t, 3, device=device)
+    blocks = {"SPLIT": w, "BT": 32, "BK": w, "M": 16, "PRECISION": "tf32x3"}
+    kernels.project[1, 1](u[shift:], fn, partial, t, w, 2, **blocks)
+    squares = u[shift:].view(t, w).float().square()
+    while squares.shape[1] > 1:
+        squares = squares[:, ::2] + squares[:, 1::2]
+    assert torch.equal(partial[0, :, 2:], squares) and partial[..., :2].eq(0).all()
+
+
+def test_three_parts_of_bfloat16_are_a_float32():
+    torch.manual_seed(0)
+    values, total = torch.randn(10**6).exp(), 0
+    for _ in range(3):
+        total = total + (values - total).bfloat16().float()
+    assert torch.equal(total, values)
 
 
 def test_three_products_of_tf32_keep_the_accuracy_of_float32():

@@ -25,7 +25,7 @@ def launches(part: dict) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "length", "forward", "backward"), [("small", 8, 2048, 1310, 1820), ("nano", 2, 100, 660, 920)]
+    ("name", "rows", "length", "forward", "backward"), [("small", 8, 2048, 1310, 1794), ("nano", 2, 100, 660, 908)]
 )
 def test_a_training_pass_waits_for_nothing_and_keeps_to_its_launches(name, rows, length, forward, backward):
     found = counted("train", name, str(rows), str(length))

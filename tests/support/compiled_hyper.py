@@ -17,8 +17,8 @@ def site(n: int, d: int, dtype: torch.dtype, t: int = 64, iterations: int = 20) 
     for m, parts, rounds in (((n + 2) * n, 3, iterations), (n, 1, 0)):
         fn, base, scale = torch.empty(m, n * d), torch.empty(m), torch.empty(parts)
         where = launch.Site(streams, fn, base, scale, rounds, 1e-6)
-        u, pre, post, comb, mix, r = launch.read(where, 1e-6, True)
-        upstream = launch.Upstream(u, pre, *((post, comb) if rounds else (None, None)))
+        u, pre, post, comb, mix, r, _ = launch.read(where, 1e-6, True)
+        upstream = launch.Upstream(u, pre, *((post, comb, streams) if rounds else (None, None, None)))
         launch.read_backward(upstream, where, launch.Saved(pre, mix, r), need_streams=True, need_fn=True)
         if rounds:
             launch.recombine_backward(launch.recombine(output, streams, post, comb), output, streams, post, comb)

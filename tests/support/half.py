@@ -14,7 +14,7 @@ import importlib
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,14 +79,20 @@ def picks(kept: list[Tensor], replay: bool):
 
 @contextmanager
 def _rounded(model: Transformer, enabled: bool):
-    """What mHC reads is rounded, its gradient is not."""
+    """What mHC reads is rounded, its gradient and the streams that go on are not."""
+    passing: dict[torch.nn.Module, Tensor] = {}
 
-    def rounded(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        streams = args[0]
+    def rounded(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        passing[module] = streams = args[0]
         return (streams + (streams.bfloat16().float() - streams).detach(), *args[1:])
 
-    readers = [module for module in model.modules() if isinstance(module, (HyperConnection, HyperHead))]
-    hooks = [module.register_forward_pre_hook(rounded) for module in readers if enabled]
+    def passed(module: torch.nn.Module, _: tuple[Tensor, ...], output: Any) -> Any:
+        streams = passing.pop(module)
+        return (output[0], output[1]._replace(streams=streams)) if isinstance(module, HyperConnection) else output
+
+    readers = [module for module in model.modules() if isinstance(module, (HyperConnection, HyperHead))] * enabled
+    hooks = [module.register_forward_pre_hook(rounded) for module in readers]
+    hooks += [module.register_forward_hook(passed) for module in readers]
     yield
     for hook in hooks:
         hook.remove()

@@ -92,11 +92,11 @@ def engram(t: int) -> None:
 
 
 def hyper(t: int) -> None:
-    from abyssal.kernels import hyper_collapse, hyper_head_weights, hyper_read, hyper_recombine
+    from abyssal.kernels import hyper_branch, hyper_collapse, hyper_head_weights, hyper_recombine
 
     streams, fn = leaf(1, t, 4, 512), leaf(24, 2048, dtype=whole)
-    u, found = hyper_read(streams, fn, leaf(24, dtype=whole), leaf(3, dtype=whole))
-    learn(hyper_recombine(u, streams, found.post, found.comb))
+    u, found, passing = hyper_branch(streams, fn, leaf(24, dtype=whole), leaf(3, dtype=whole))
+    learn(hyper_recombine(u, passing, found.post, found.comb))
     head = hyper_head_weights(streams, fn[:4].detach().requires_grad_(), leaf(4, dtype=whole), leaf(1, dtype=whole))
     learn(hyper_collapse(streams, head))
 

@@ -16,12 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Coefficients
 from ...model import Transformer
 from ...model.cache import LayerCache
 from ...model.config import EngramConfig, ModelConfig
 from ...model.engram import Engram
-from ...model.hyper import HyperConnection, HyperHead
+from ...model.hyper import HyperConnection, HyperHead, Mix
 from ...model.kinds import SPARSE
 from ...model.layout import Layout
 from ...model.tables import make_table
@@ -30,11 +29,11 @@ from ...model.tables import make_table
 class PlainResidual(nn.Module):
     """In the place of a hyper-connection of one stream: the sublayer reads x, and its output is added to x."""
 
-    def forward(self, streams: Tensor) -> tuple[Tensor, Coefficients]:
+    def forward(self, streams: Tensor) -> tuple[Tensor, Mix]:
         one = streams.new_ones(*streams.shape[:-2], 1)
-        return streams[..., 0, :], Coefficients(one, one, one[..., None])
+        return streams[..., 0, :], Mix(one, one, one[..., None], streams)
 
-    def recombine(self, output: Tensor, streams: Tensor, _: Coefficients) -> Tensor:
+    def recombine(self, output: Tensor, streams: Tensor, _: Mix) -> Tensor:
         return streams + output.unsqueeze(-2)
 
 

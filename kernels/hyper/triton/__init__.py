@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 
 from .. import Coefficients
 from . import launch
 
-__all__ = ["hyper_coefficients", "hyper_collapse", "hyper_head_weights", "hyper_read", "hyper_recombine"]
+__all__ = [
+    "hyper_branch", "hyper_coefficients", "hyper_collapse", "hyper_head_weights", "hyper_read", "hyper_recombine",
+]  # fmt: skip
 
 
 def hyper_coefficients(
@@ -31,8 +34,18 @@ def hyper_read(
     *, iterations: int = 20, eps: float = 1e-6, norm_eps: float = 1e-6,
 ) -> tuple[Tensor, Coefficients]:  # fmt: skip
     """See `kernels.hyper.hyper_read`."""
+    return hyper_branch(streams, fn, base, scale, iterations=iterations, eps=eps, norm_eps=norm_eps)[:2]
+
+
+def hyper_branch(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
+    *, iterations: int = 20, eps: float = 1e-6, norm_eps: float = 1e-6,
+) -> tuple[Tensor, Coefficients, Tensor]:  # fmt: skip
+    """See `kernels.hyper.hyper_branch`."""
     out = launch.Read(*_read(_flat(streams), fn, base, scale, iterations, eps, norm_eps, True))
-    return out.u.view(*streams.shape[:-2], streams.shape[-1]), _coefficients(out, streams)
+    u = out.u.view(*streams.shape[:-2], streams.shape[-1])
+    passing = _Passing.apply(streams, out.link.view(streams.shape)) if out.link.requires_grad else streams
+    return u, _coefficients(out, streams), passing
 
 
 def hyper_head_weights(
@@ -72,7 +85,7 @@ def _coefficients(out: launch.Read, streams: Tensor) -> Coefficients:
 def _read(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
     iterations: int, eps: float, norm_eps: float, collapsed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return launch.read(launch.Site(streams, fn, base, scale, iterations, eps), norm_eps, collapsed)
 
 
@@ -80,17 +93,18 @@ def _read(
 def _(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
     iterations: int, eps: float, norm_eps: float, collapsed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return launch.read_outputs(streams, fn, iterations, collapsed)
 
 
 @torch.library.custom_op("abyssal::hyper_read_backward", mutates_args=())
 def _read_backward(
-    du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dcomb: Tensor | None,
+    du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dcomb: Tensor | None, rest: Tensor | None,
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, pre: Tensor, mix: Tensor, r: Tensor,
     iterations: int, eps: float, need_streams: bool, need_fn: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    upstream, site = launch.Upstream(du, dpre, dpost, dcomb), launch.Site(streams, fn, base, scale, iterations, eps)
+    upstream = launch.Upstream(du, dpre, dpost, dcomb, rest)
+    site = launch.Site(streams, fn, base, scale, iterations, eps)
     found = launch.read_backward(upstream, site, launch.Saved(pre, mix, r), need_streams=need_streams, need_fn=need_fn)
     dstreams, dfn = (x.new_empty(0) if dx is None else dx for x, dx in zip((streams, fn), found))
     return dstreams, dfn, found.logits
@@ -98,7 +112,7 @@ def _read_backward(
 
 @_read_backward.register_fake
 def _(
-    du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dcomb: Tensor | None,
+    du: Tensor | None, dpre: Tensor | None, dpost: Tensor | None, dcomb: Tensor | None, rest: Tensor | None,
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, pre: Tensor, mix: Tensor, r: Tensor,
     iterations: int, eps: float, need_streams: bool, need_fn: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -108,25 +122,37 @@ def _(
 
 def _keep_read(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     streams, fn, base, scale, ctx.iterations, ctx.eps, _, ctx.collapsed = inputs
-    _, pre, _, _, mix, r = output
+    _, pre, _, _, mix, r, _ = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(streams, fn, base, scale, pre, mix, r)
 
 
 def _read_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    du, dpre, dpost, dcomb = grads[:4]
-    du = du if ctx.collapsed else None
-    if all(grad is None for grad in (du, dpre, dpost, dcomb)):
+    du, dpre, dpost, dcomb, _, _, rest = grads
+    upstream = du if ctx.collapsed else None, dpre, dpost, dcomb, rest
+    if all(grad is None for grad in upstream):
         return (None,) * 8
     needs = ctx.needs_input_grad
     _, _, base, scale, *_ = saved = ctx.saved_tensors
-    dstreams, dfn, dlogits = _read_backward(du, dpre, dpost, dcomb, *saved, ctx.iterations, ctx.eps, needs[0], needs[1])
+    dstreams, dfn, dlogits = _read_backward(*upstream, *saved, ctx.iterations, ctx.eps, needs[0], needs[1])
     dbase, dscale = (dlogits[: len(base)].to(base.dtype), dlogits[len(base) :][: len(scale)].to(scale.dtype))
     out = dstreams, dfn, dbase, dscale
     return *(grad if need else None for grad, need in zip(out, needs)), None, None, None, None
 
 
 _read.register_autograd(_read_gradients, setup_context=_keep_read)
+
+
+class _Passing(Function):
+    """The streams as they are; their gradient goes to `link`, through which `_read` gets it."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, link: Tensor) -> Tensor:
+        return streams.view_as(streams)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 # collapse ------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 memory.
 
 Every program owns what it writes and sums in one fixed order: no atomics, the same bits on each run, and for each token
-the same bits whatever the rest of the batch. All arithmetic is fp32.
+the same bits whatever the rest of the batch. All sums are fp32.
 
 t tokens · n streams (j source, k target) · d width · w = n d · m rows of the projection · P n as a power of two
 """
@@ -11,6 +11,29 @@ import triton
 import triton.language as tl
 
 # projection ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _times(x, y, total, PRECISION: tl.constexpr):
+    """total + x y, y in float32: a bfloat16 x meets it in three parts of its own precision, which lose nothing."""
+    if x.dtype == tl.bfloat16:
+        for _ in tl.static_range(3):
+            part = y.to(tl.bfloat16)
+            total = tl.dot(x, part, total)
+            y -= part.to(tl.float32)
+    else:
+        total = tl.dot(x.to(tl.float32), y, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _sum_columns(x):
+    """The sum of each row, neighbour by neighbour: the same bits however x lies in registers."""
+    for _ in tl.static_range(10):
+        if x.shape[1] > 1:
+            left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+            x = left + right
+    return tl.reshape(x, (x.shape[0],))
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -26,47 +49,47 @@ def project(
         at = start + tl.arange(0, BK)
         x = tl.load(u + token[:, None] * w + at[None, :], mask=(token < t)[:, None] & (at < w)[None, :], other=0.0)
         f = tl.load(fn + row[None, :] * w + at[:, None], mask=(row < m)[None, :] & (at < w)[:, None], other=0.0)
-        x = x.to(tl.float32)
-        product = tl.dot(x, f.to(tl.float32), product, input_precision=PRECISION)
-        squares += x * x
+        product = _times(x, f.to(tl.float32), product, PRECISION)
+        squares += x.to(tl.float32) * x.to(tl.float32)
     first = partial + (split.to(tl.int64) * t + token) * (m + 1)
     tl.store(first[:, None] + row[None, :], product, mask=(token < t)[:, None] & (row < m)[None, :])
-    tl.store(first + m, tl.sum(squares, axis=1), mask=token < t)
+    tl.store(first + m, _sum_columns(squares), mask=token < t)
 
 
 @triton.jit(do_not_specialize=["t", "steps"])
 def project_backward(
-    x, fn, scaled, shrink, du, pre, dx, parts, t, d: tl.constexpr, m: tl.constexpr, steps,
-    READ: tl.constexpr, DX: tl.constexpr, DFN: tl.constexpr, N: tl.constexpr,
+    x, fn, scaled, shrink, du, pre, rest, dx, parts, t, d: tl.constexpr, m: tl.constexpr, steps,
+    READ: tl.constexpr, REST: tl.constexpr, DX: tl.constexpr, DFN: tl.constexpr, N: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """dX_j = scaled fn_j + shrink X_j (+ pre_j du), and parts [groups, m, w] = scaled^T X over `steps` tiles of tokens:
-    BK columns of one stream."""
-    blocks = tl.cdiv(d, BK)
-    j, group = tl.program_id(0) // blocks, tl.program_id(1)
-    at = tl.program_id(0) % blocks * BK + tl.arange(0, BK)
+    """dX_j = scaled fn_j + shrink X_j (+ pre_j du) (+ rest_j), and parts [groups, m, w] = scaled^T X over `steps` tiles
+    of tokens: BK columns of one stream, beside the other streams' programs, which read the same of du."""
+    j, group = tl.program_id(0) % N, tl.program_id(1)
+    at = tl.program_id(0) // N * BK + tl.arange(0, BK)
     row = tl.arange(0, M)
     known = (row < m)[:, None] & (at < d)[None, :]
     weight = row[:, None] * (N * d) + j * d + at[None, :]
     f = tl.load(fn + weight, mask=known, other=0.0).to(tl.float32)
-    dfn = tl.zeros((M, BK), tl.float32)
+    dfn = tl.zeros((BK, M), tl.float32)
     for step in tl.range(group * steps, tl.minimum((group + 1) * steps, tl.cdiv(t, BT)), disable_licm=True):
         token = (step * BT + tl.arange(0, BT)).to(tl.int64)
         real = token < t
         inside = real[:, None] & (at < d)[None, :]
         where = token[:, None] * (N * d) + j * d + at[None, :]
         s = tl.load(scaled + token[:, None] * m + row[None, :], mask=real[:, None] & (row < m)[None, :], other=0.0)
-        xs = tl.load(x + where, mask=inside, other=0.0).to(tl.float32)
+        xs = tl.load(x + where, mask=inside, other=0.0)
         if DFN:
-            dfn = tl.dot(tl.trans(s), xs, dfn, input_precision=PRECISION)
+            dfn = _times(tl.trans(xs), s, dfn, PRECISION)
         if DX:
-            out = tl.dot(s, f, input_precision=PRECISION) + tl.load(shrink + token, mask=real, other=0.0)[:, None] * xs
+            out = tl.load(shrink + token, mask=real, other=0.0)[:, None] * xs.to(tl.float32)
             if READ:
                 weighted = tl.load(du + token[:, None] * d + at[None, :], mask=inside, other=0.0).to(tl.float32)
                 out += tl.load(pre + token * N + j, mask=real, other=0.0)[:, None] * weighted
-            tl.store(dx + where, out, mask=inside)
+            if REST:
+                out += tl.load(rest + where, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx + where, out + tl.dot(s, f, input_precision=PRECISION), mask=inside)
     if DFN:
-        tl.store(parts + group.to(tl.int64) * m * N * d + weight, dfn, mask=known)
+        tl.store(parts + group.to(tl.int64) * m * N * d + weight, tl.trans(dfn), mask=known)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -130,15 +153,16 @@ def _first_iterate(logits, inside, eps, N: tl.constexpr, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["t"])
 def coefficients(
-    partial, base, scale, pre, post, comb, mix, r, t, w, splits, iterations, eps, norm_eps,
+    partial, base, scale, pre, post, comb, mix, r, link, t, w, splits, iterations, eps, norm_eps,
     HEAD: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BT: tl.constexpr
 ):  # fmt: skip
     """pre, post, comb of BT tokens from the partial sums of the projection; mix [t, m] and r [t] for the gradient.
-    HEAD: pre alone."""
+    HEAD: pre alone. `link` is one zero."""
     m: tl.constexpr = N if HEAD else (N + 2) * N
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     root = tl.rsqrt(_summed(partial, token, m, token < t, t, m, splits) / w + norm_eps)
     tl.store(r + token, root, mask=token < t)
+    tl.store(link, 0.0, mask=tl.program_id(0) == 0)
 
     at, row, inside = _gate_rows(token, t, 0, N, P)
     x = _summed(partial, at, row, inside, t, m, splits) * root[:, None]

@@ -20,10 +20,10 @@ from ...triton.launch import architecture, next_power, on_device, registers
 from . import kernels
 
 SPLIT = 4096  # columns of the flattened streams that one program of the projection sums over
-GROUPS = 16  # at most so many partial sums of the projection's gradient,
-STEPS = 16  # each over at least so many tiles of tokens
+PROGRAMS = 1024  # of the projection's gradient, about so many: each sums over tiles of tokens,
+STEPS = 16  # at least so many
 TOKENS = 32  # of one block of coefficients
-PARTS = 256  # at most so many partial sums of the gradients of base and scale
+PARTS = 512  # at most so many partial sums of the gradients of base and scale
 
 
 class Blocks(NamedTuple):
@@ -46,12 +46,12 @@ class Tiles(NamedTuple):
 TABLE = {  # n <= 4: up to 32 rows of the projection
     "sm_80": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
     "sm_89": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
-    "sm_90": Tiles(Blocks(64, 64, 8, 3), Blocks(64, 64, 8, 2)),
+    "sm_90": Tiles(Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)),
     "sm_100": Tiles(Blocks(32, 64, 4, 3), Blocks(32, 64, 8, 2)),
     "hip": Tiles(Blocks(32, 64, 4, 2), Blocks(32, 32, 4, 2), "ieee"),
 }
 _WIDE = Tiles(Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 2))
-SINGLE = 32  # columns of float32 streams in the backward pass, at most: of more, Hopper spills
+SINGLE = 16  # tokens of float32 streams in the backward pass, at most: of more, Hopper spills
 WIDE = {  # more streams: up to 128 rows
     **dict.fromkeys(TABLE, _WIDE),
     "hip": _WIDE._replace(precision="ieee"),
@@ -65,7 +65,7 @@ def tiles_for(rows: int) -> Tiles:
 
 def panel(n: int, width: int) -> tuple[int, int]:
     """Columns of every stream that a program holds at once, and its warps: so that n (n + 1) sums fit in registers."""
-    most, each = {1: (1024, 8), 2: (1024, 8), 3: (512, 4), 4: (512, 4)}.get(n, (128, 1))
+    most, each = {1: (1024, 8), 2: (1024, 8), 3: (256, 4), 4: (256, 4)}.get(n, (128, 1))
     columns = min(1 << (width - 1).bit_length(), most)
     return columns, max(columns // (32 * each), 1)
 
@@ -81,13 +81,15 @@ class Site(NamedTuple):
     eps: float
 
     def contiguous(self) -> "Site":
-        """And streams at a multiple of 16 bytes: of others the compiler sums the squares in another order."""
         streams, fn, base, scale = (x.contiguous() for x in self[:4])
-        return Site(streams.clone() if streams.data_ptr() % 16 else streams, fn, base, scale, *self[4:])
+        return Site(streams, fn, base, scale, *self[4:])
 
 
 class Read(NamedTuple):
-    """What a sublayer reads, `u [t, d]`, and its coefficients; `mix [t, m]` and `r [t]` are kept for the gradient."""
+    """What a sublayer reads, `u [t, d]`, and its coefficients; `mix [t, m]` and `r [t]` are kept for the gradient.
+
+    link: one zero, [t, n, d] to autograd, where it is the streams that pass the sublayer by.
+    """
 
     u: Tensor
     pre: Tensor
@@ -95,6 +97,7 @@ class Read(NamedTuple):
     comb: Tensor
     mix: Tensor
     r: Tensor
+    link: Tensor
 
 
 class Upstream(NamedTuple):
@@ -104,6 +107,7 @@ class Upstream(NamedTuple):
     pre: Tensor | None
     post: Tensor | None
     comb: Tensor | None
+    link: Tensor | None
 
 
 class Saved(NamedTuple):
@@ -126,8 +130,9 @@ def read_outputs(streams: Tensor, fn: Tensor, iterations: int, collapsed: bool) 
     """Empty tensors for `read`. Without iterations, at the head, there are no post and comb."""
     (t, n, d), sub = streams.shape, iterations > 0
     shapes = (t, n), (t if sub else 0, n), (t if sub else 0, n, n), (t, len(fn)), (t,)
-    u = streams.new_empty(t if collapsed else 0, d)
-    return Read(u, *(streams.new_empty(shape, dtype=torch.float32) for shape in shapes))
+    u, link = streams.new_empty(t if collapsed else 0, d), streams.new_empty(1, 1, 1).expand(t, n, d)
+    pre, post, comb, mix, r = (streams.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return Read(u, pre, post, comb, mix, r, link)
 
 
 def read(site: Site, norm_eps: float, collapsed: bool) -> Read:
@@ -143,7 +148,7 @@ def read(site: Site, norm_eps: float, collapsed: bool) -> Read:
             PRECISION=table.precision, num_stages=b.stages, **registers(b.warps),
         )  # fmt: skip
         kernels.coefficients[triton.cdiv(t, TOKENS),](
-            partial, base, scale, out.pre, out.post, out.comb, out.mix, out.r, t, w, splits, iterations, eps, norm_eps,
+            partial, base, scale, *out[1:], t, w, splits, iterations, eps, norm_eps,
             HEAD=iterations == 0, N=n, P=next_power(n), BT=TOKENS, **registers(4),
         )  # fmt: skip
         if collapsed:
@@ -159,7 +164,7 @@ def read_backward(upstream: Upstream, site: Site, saved: Saved, *, need_streams:
         dread = None if u is None else collapse_backward(u, site.streams, saved.pre, need_streams=False)[1]
         scaled, shrink, logits = _coefficients_backward(upstream, dread, site, saved)
         dstreams = site.streams.new_empty(site.streams.shape) if need_streams else None
-        dfn = _project_backward(site, scaled, shrink, u, saved.pre, dstreams, need_fn)
+        dfn = _project_backward(upstream, site, saved.pre, scaled, shrink, dstreams, need_fn)
     return Gradients(dstreams, dfn, logits)
 
 
@@ -187,22 +192,24 @@ def _coefficients_backward(
 
 
 def _project_backward(
-    site: Site, scaled: Tensor, shrink: Tensor, du: Tensor | None, pre: Tensor, dstreams: Tensor | None, need_fn: bool
+    upstream: Upstream, site: Site, pre: Tensor, scaled: Tensor, shrink: Tensor, dstreams: Tensor | None, need_fn: bool
 ) -> Tensor | None:
     """Writes `dstreams` where it is given; the gradient of fn if it is needed."""
     if dstreams is None and not need_fn:
         return None
     (t, n, d), (m, w), table = site.streams.shape, site.fn.shape, tiles_for(len(site.fn))
-    b = table.backward
-    columns = min(b.columns, next_power(d, 16), b.columns if site.streams.itemsize == 2 else SINGLE)
-    groups = max(triton.cdiv(t, b.tokens), 1)
-    steps = max(triton.cdiv(groups, GROUPS), STEPS)
-    groups = triton.cdiv(groups, steps)
+    b, du, rest = table.backward, upstream.u, upstream.link
+    half, columns = site.streams.itemsize == 2, min(b.columns, next_power(d, 16))
+    tokens = b.tokens if half else min(b.tokens, SINGLE)
+    tiles, across = max(triton.cdiv(t, tokens), 1), n * triton.cdiv(d, columns)
+    steps = max(triton.cdiv(tiles, triton.cdiv(PROGRAMS, across)), STEPS)
+    groups = triton.cdiv(tiles, steps)
     parts = scaled.new_empty(groups, m, w) if need_fn else None
-    kernels.project_backward[n * triton.cdiv(d, columns), groups](
-        site.streams, site.fn, scaled, shrink, du, pre, dstreams, parts, t, d, m, steps,
-        READ=du is not None, DX=dstreams is not None, DFN=need_fn, N=n, BT=b.tokens, BK=columns, M=next_power(m, 16),
-        PRECISION=table.precision, num_stages=b.stages, **registers(b.warps),
+    kernels.project_backward[across, groups](
+        site.streams, site.fn, scaled, shrink, du, pre, rest, dstreams, parts, t, d, m, steps,
+        READ=du is not None, REST=rest is not None, DX=dstreams is not None, DFN=need_fn,
+        N=n, BT=tokens, BK=columns, M=next_power(m, 16), PRECISION=table.precision, num_stages=b.stages,
+        **registers(b.warps),
     )  # fmt: skip
     return None if parts is None else _sum_parts(parts, site.fn.dtype)
 
@@ -210,8 +217,9 @@ def _project_backward(
 def _sum_parts(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The sum over the first axis, in a fixed order."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    grid = (triton.cdiv(out.numel(), 128),)
-    kernels.sum_parts[grid](parts, out, len(parts), out.numel(), ROWS=16, COLUMNS=128)
+    rows, columns = (64, 32) if out.numel() <= 32 else (16, 128)
+    grid = (triton.cdiv(out.numel(), columns),)
+    kernels.sum_parts[grid](parts, out, len(parts), out.numel(), ROWS=rows, COLUMNS=columns)
     return out
 
 

@@ -66,11 +66,10 @@ OP = Op(
 
 def _site(kernels: ModuleType, backend: str) -> Run:
     def run(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        if hasattr(kernels, "hyper_read"):
-            read, found = kernels.hyper_read(streams, fn, base, scale, backend=backend)
+        if hasattr(kernels, "hyper_branch"):
+            read, found, streams = kernels.hyper_branch(streams, fn, base, scale, backend=backend)
         else:  # an older commit
-            found = kernels.hyper_coefficients(streams, fn, base, scale, backend=backend)
-            read = kernels.hyper_collapse(streams, found.pre, backend=backend)
+            read, found = kernels.hyper_read(streams, fn, base, scale, backend=backend)
         return (kernels.hyper_recombine(read, streams, found.post, found.comb, backend=backend),)
 
     return run
