@@ -40,7 +40,7 @@ def launch(emulated, monkeypatch):
 def use_tiles(launch, monkeypatch, keys):
     """Steps of 16 keys, tiles of so many."""
     blocks = launch.Blocks(16, 16, 4, 1)
-    table = launch.Tiles(*5 * [blocks], launch.Owned(keys, 16, 16, 4, 1))
+    table = launch.Tiles(blocks, blocks, blocks, launch.Owned(keys, 16, 16, 4, 1))
     monkeypatch.setattr(launch, "tiles_for", lambda q: table)
 
 

@@ -66,11 +66,9 @@ class Owned(NamedTuple):
 class Tiles(NamedTuple):
     """The table of one architecture and width."""
 
-    tile: Blocks
-    list: Blocks
+    forward: Blocks
     split: Blocks
-    tile_backward: Blocks  # its keys divide those of `owned`
-    list_backward: Blocks
+    backward: Blocks  # its keys divide those of `owned`
     owned: Owned
 
 
@@ -78,28 +76,28 @@ FEW_ROWS = Blocks(16, 32, 4, 2)
 NARROW = 128  # channels up to which a table of its own holds
 HALF = {  # bf16 and fp16, of more channels, up to 512, and of few
     "sm_80": (
-        Tiles(*2 * [Blocks(32, 32, 8, 2)], FEW_ROWS, *2 * [Blocks(32, 32, 8, 1)], Owned(64, 64, 128, 8, 2)),
-        Tiles(*2 * [Blocks(64, 32, 4, 2)], FEW_ROWS, *2 * [Blocks(32, 32, 4, 2)], Owned(64, 64, 128, 8, 2)),
+        Tiles(Blocks(32, 32, 8, 2), FEW_ROWS, Blocks(32, 32, 8, 1), Owned(64, 64, 128, 8, 2)),
+        Tiles(Blocks(64, 32, 4, 2), FEW_ROWS, Blocks(32, 32, 4, 2), Owned(64, 64, 128, 8, 2)),
     ),
     "sm_89": (
-        Tiles(*2 * [Blocks(32, 32, 8, 1)], FEW_ROWS, *2 * [Blocks(32, 16, 8, 1)], Owned(64, 64, 128, 8, 1)),
-        Tiles(*2 * [Blocks(64, 32, 4, 2)], FEW_ROWS, *2 * [Blocks(32, 32, 4, 2)], Owned(64, 64, 128, 8, 1)),
+        Tiles(Blocks(32, 32, 8, 1), FEW_ROWS, Blocks(32, 16, 8, 1), Owned(64, 64, 128, 8, 1)),
+        Tiles(Blocks(64, 32, 4, 2), FEW_ROWS, Blocks(32, 32, 4, 2), Owned(64, 64, 128, 8, 1)),
     ),
     "sm_90": (
-        Tiles(*2 * [Blocks(64, 64, 8, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 8, 2)], Owned(128, 64, 256, 8, 2)),
-        Tiles(*2 * [Blocks(64, 32, 4, 3, 3)], FEW_ROWS, *2 * [Blocks(64, 32, 4, 2)], Owned(128, 64, 128, 8, 2)),
+        Tiles(Blocks(64, 64, 8, 2), FEW_ROWS, Blocks(64, 32, 8, 2), Owned(128, 64, 256, 8, 2)),
+        Tiles(Blocks(64, 32, 4, 3, 3), FEW_ROWS, Blocks(64, 32, 4, 2), Owned(128, 64, 128, 8, 2)),
     ),
     "sm_100": (
-        Tiles(*2 * [Blocks(64, 32, 8, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 8, 1)], Owned(64, 64, 256, 8, 2)),
-        Tiles(*2 * [Blocks(64, 64, 4, 2)], FEW_ROWS, *2 * [Blocks(64, 32, 4, 2)], Owned(64, 64, 128, 8, 2)),
+        Tiles(Blocks(64, 32, 8, 2), FEW_ROWS, Blocks(64, 32, 8, 1), Owned(64, 64, 256, 8, 2)),
+        Tiles(Blocks(64, 64, 4, 2), FEW_ROWS, Blocks(64, 32, 4, 2), Owned(64, 64, 128, 8, 2)),
     ),
     "hip": (
-        Tiles(*2 * [Blocks(16, 32, 4, 1)], Blocks(16, 32, 4, 1), *2 * [Blocks(16, 32, 4, 1)], Owned(64, 32, 128, 4, 1)),
-        Tiles(*2 * [Blocks(32, 32, 4, 1)], Blocks(16, 32, 4, 1), *2 * [Blocks(32, 32, 4, 1)], Owned(64, 32, 128, 4, 1)),
+        Tiles(Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
+        Tiles(Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
     ),
 }
 _PLAIN = Blocks(16, 16, 8, 1)  # float32 takes no tensor cores
-SINGLE = Tiles(_PLAIN, _PLAIN, Blocks(16, 16, 4, 1), _PLAIN, _PLAIN, Owned(32, 16, 64, 4, 1))
+SINGLE = Tiles(_PLAIN, Blocks(16, 16, 4, 1), _PLAIN, Owned(32, 16, 64, 4, 1))
 
 
 def tiles_for(q: Tensor) -> Tiles:
@@ -186,7 +184,8 @@ class Inputs(NamedTuple):
         mask, t = self.mask, self.q.shape[1]
         rows = max([len(bound) for bound in self.bounds if bound is not None], default=1)
         alike = (None if bound is None else bound.expand(rows, t).contiguous() for bound in self.bounds)
-        return self._replace(mask=Mask(mask.window, *alike, *mask[4:]))
+        start, first, last = alike
+        return self._replace(mask=mask._replace(window_start=start, start=first, end=last))
 
     def _listed(self, picks: Tensor) -> Mask:
         (b, t, k), window = picks.shape, self.mask.window
@@ -258,7 +257,7 @@ def _blocks(x: Inputs, b: Blocks, tile: bool = True) -> tuple[int, dict[str, int
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`out [b, t, h, d]` and the log-sum-exp `[b, t, h]`, which counts the sink."""
     few = inputs.q.shape[1] <= FEW and (inputs.compressed is not None or inputs.mask.window > SPLIT)
-    queries = _shape(inputs, tiles_for(inputs.q).tile, True)["BQ"]
+    queries = _shape(inputs, tiles_for(inputs.q).forward, True)["BQ"]
     x = inputs.prepared("list" if few else _how(inputs, queries) if queries > 1 else "lists")
     out, lse = x.q.new_empty(x.q.shape), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
     with on_device(x.q):
@@ -273,7 +272,7 @@ def _told(x: Inputs, *left_out: str) -> dict[str, Any]:
 
 
 def _by_tiles(x: Inputs, out: Tensor, lse: Tensor) -> None:
-    (b, t, _, _), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).tile)
+    (b, t, _, _), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).forward)
     kernels.attention_tile[b * triton.cdiv(t, blocks["BQ"]) * groups,](
         x.q, x.kv, x.compressed, x.sink, *x.bounds, x.mask.counts, out, lse,
         width=_width(x), ENTRIES=x.entries, STAGES=blocks["num_stages"], **_told(x, "k"), **blocks,
@@ -281,7 +280,7 @@ def _by_tiles(x: Inputs, out: Tensor, lse: Tensor) -> None:
 
 
 def _by_lists(x: Inputs, out: Tensor, lse: Tensor) -> None:
-    (b, t, h, d), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).list, tile=False)
+    (b, t, h, d), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).forward, tile=False)
     kernels.attention_list[b * t * groups,](
         x.q, x.rows, x.sink, x.mask.lists, x.mask.ends, out, lse,
         **x.listed, t=t, scale=x.scale, h=h, d=d, STAGES=blocks["num_stages"], **blocks,
@@ -365,7 +364,7 @@ class _Work(NamedTuple):
 def backward(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, needs: Needs) -> Gradients:
     """Gradients of `forward`, given what it returned and the gradient of `out`."""
     q, kv, compressed, sink = inputs[:4]
-    x = inputs.prepared(_how(inputs, _shape(inputs, tiles_for(q).tile_backward, True)["BQ"]))
+    x = inputs.prepared(_how(inputs, _shape(inputs, tiles_for(q).backward, True)["BQ"]))
     dq = q.new_empty(q.shape) if needs.q else None
     dkv = kv.new_zeros(kv.shape, dtype=torch.float32) if needs.kv else None
     dcompressed = None
@@ -425,7 +424,7 @@ def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int
     """dq of a chunk, and its p and ds."""
     (b, _, h, d), tiles, (window_slots, slots) = x.q.shape, tiles_for(x.q), _slots(x)
     lists = x.entries == "list"
-    groups, blocks = _blocks(x, tiles.list_backward if lists else tiles.tile_backward, tile=not lists)
+    groups, blocks = _blocks(x, tiles.backward, tile=not lists)
     pairs = x.q.new_empty(b, n, 2, h, window_slots + slots) if need_keys else x.q
     left = *outputs, x.q if dq is None else dq, pairs, first, n, window_slots + slots
     flags = {"need_q": int(dq is not None), "need_keys": int(need_keys), "WINDOW_SLOTS": window_slots}
