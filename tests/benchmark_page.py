@@ -3,6 +3,7 @@
 python tests/benchmark_page.py              after `abyssal bench [OP] --out kernels/benchmarks`
 python tests/benchmark_page.py --from FOLDER        first file what `python tests/first_contact` measured on a GPU
 python tests/benchmark_page.py --compile [OP ...]   first compile the Triton configurations that ship: compiled.json
+python tests/benchmark_page.py --speed [OP ...]     first predict what an H100 takes for them: speed.json
 
 The record of another triton is made with that one first on the path:
 
@@ -14,6 +15,7 @@ import argparse
 import importlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +29,16 @@ import record  # noqa: E402
 
 SHOWN = "3.7.1", "sm_90"  # triton and architecture whose products the page lists one by one
 BOTH = "forward + backward"
+# of what is predicted, what the page shows
+PREDICTED = re.compile(
+    r"(v4-flash, (4096|65536|a token|a token after 131072)|small, 8 x 2048|main, 32768)(,.*)?$|8192$|of"
+)
 Rows = list[dict[str, Any]]
 
 
 def page(text: str) -> str:
     """The text with its tables written anew."""
-    for name, lines in (("compiled", compiled()), ("measured", measured())):
+    for name, lines in (("compiled", compiled()), ("speed", speed()), ("measured", measured())):
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)
         assert end in rest, f"{PAGE.name} has no {start.strip()} ... {end}"
@@ -64,6 +70,39 @@ def compiled() -> Iterator[str]:
                 counts = (row.get(name, "-") for name in ("hgmma", "mma", "async", "tma"))
                 yield line(op, row["case"], row["kernel"], row["warps"], row["registers"], kib(row["shared"]), *counts)
     yield ""
+
+
+def speed() -> Iterator[str]:
+    """What is predicted: ops at some of their shapes, and the kernels of whole passes."""
+    filed = record.speeds()
+    yield from table(
+        "op", "shape", "forward ms", "rate", "share", "backward ms", "rate", "share", "the longest", "its bound"
+    )
+    for op in aot.OPS:
+        rows = filed.get(op, {}).get("rows", [])
+        for case, stages in itertools.groupby(rows, key=lambda row: row["case"]):
+            if PREDICTED.search(case) or op == "quant":
+                both = list(stages)
+                cells = [
+                    cell for row in both for cell in (number(row["ms"]), predicted_rate(row), f"{row['share']:.0%}")
+                ]
+                longest = max(both, key=lambda row: row["ms"])
+                yield line(op, case, *cells, *[""] * (6 - len(cells)), f"`{longest['longest']}`", longest["bound"])
+    yield ""
+    for row in filed.get(record.PASSES, {}).get("rows", []):
+        parts = (f"{name.removesuffix(' ms')} {number(ms)}" for name, ms in row.items() if name.endswith(" ms"))
+        most = sorted(row["kernels"].items(), key=lambda item: item[1][2] - item[1][0])[:6]
+        kernels = (f"`{name}` {number(ms)} (at least {number(least)})" for name, (ms, _, least) in most)
+        yield f"- {row['case']}: {', '.join(parts)} ms. To gain most: {', '.join(kernels)}."
+    yield ""
+    for told, ops in grouped({op: f"triton {x['triton']} on {x['date']}" for op, x in filed.items()}).items():
+        yield f"By {told}: {', '.join(ops)}."
+    yield ""
+
+
+def predicted_rate(row: dict[str, Any]) -> str:
+    by_products = row["TFLOP/s"] / 798 > row["GB/s"] / 3000
+    return f"{row['TFLOP/s']:.0f} TF/s" if by_products else f"{row['GB/s']:,.0f} GB/s"
 
 
 def summary(rows: Rows) -> str:
@@ -184,6 +223,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", nargs="*", choices=aot.OPS, metavar="OP", help="of " + ", ".join(aot.OPS))
     parser.add_argument("--from", dest="contact", type=Path, metavar="FOLDER", help="of a first contact")
+    parser.add_argument("--speed", nargs="*", choices=[*aot.OPS, record.PASSES], metavar="OP", help="or passes")
     options = parser.parse_args()
     ops = options.compile
     if options.contact:
@@ -192,4 +232,7 @@ if __name__ == "__main__":
     for op in [] if ops is None else ops or aot.OPS:
         print(f"compiling {op}", flush=True)
         record.add(op)
+    for op in [] if options.speed is None else options.speed or [*aot.OPS, record.PASSES]:
+        print(f"predicting {op}", flush=True)
+        record.add_speed(op)
     PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")

@@ -9,6 +9,7 @@
     counted.waits                       where the host would wait for the device, and for what
     counted.kernels                     specialisations that Triton would compile
     counted.places                      (kernel of torch's, line that asked for it), with gpu(places=True)
+    counted.launched, counted.traffic   each launch and each kernel of torch's, with gpu(keep=True)
 
     python tests/support/counting.py train small 8 2048      a training step as JSON, twice (the second is warm)
     python tests/support/counting.py decode small 1 100 140  tokens behind a prompt; --places: and where from
@@ -20,13 +21,14 @@ is `LOW`, and a weight once per context, as the real one does.
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 from weakref import WeakSet
 
@@ -60,10 +62,15 @@ class Counted:
     kernels: dict[str, set[str]] = field(default_factory=dict)
     places: Counter[tuple[str, str]] | None = None
     calls: list[tuple[Any, ...]] = field(default_factory=list)  # of JITFunction._do_compile, for each of them
+    launched: list["Launched"] | None = None
+    traffic: list[tuple[str, int, int]] | None = None  # kernel of torch's, bytes of what it reads and writes, FLOPs
 
     def clear(self) -> None:
         for counts in (self.launches, self.aten, self.ops, self.waits, self.grids, self.places or {}):
             counts.clear()
+        for kept in (self.launched, self.traffic):
+            if kept is not None:
+                kept.clear()
 
     @property
     def specialisations(self) -> int:
@@ -82,8 +89,17 @@ class Counted:
         } | ({} if self.places is None else {"places": [f"{n} {' '.join(x)}" for x, n in self.places.most_common(60)]})
 
 
+class Launched(NamedTuple):
+    """`call` is that of JITFunction._do_compile for its kernel."""
+
+    name: str
+    call: tuple[Any, ...]
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+
 @contextlib.contextmanager
-def gpu(target: str = "sm_90", places: bool = False) -> Iterator[Counted]:
+def gpu(target: str = "sm_90", places: bool = False, keep: bool = False) -> Iterator[Counted]:
     """Counts what runs inside on meta tensors as if they were on a GPU of that architecture."""
     import triton
     from dryrun import gpu as driver
@@ -93,11 +109,13 @@ def gpu(target: str = "sm_90", places: bool = False) -> Iterator[Counted]:
 
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter's functions cannot be specialised"
     counted, autocast = Counted(places=Counter() if places else None), _Autocast()
+    if keep:
+        counted.launched, counted.traffic = [], []
 
     def compile(self: Any, key: Any, signature: Any, device: Any, *rest: Any) -> Any:
         counted.kernels.setdefault(self.__name__, set()).add(str(key))
         counted.calls.append((self, key, signature, device, *rest))
-        kernel = self.device_caches[device][0][key] = _Kernel(self.__name__, counted)
+        kernel = self.device_caches[device][0][key] = _Kernel(self.__name__, counted, counted.calls[-1])
         return kernel
 
     def choose(op: str, name: str, device: str, is_double: bool) -> str:
@@ -119,15 +137,19 @@ class _Kernel:
 
     function, packed_metadata, hash, metadata = 0, (), "", None
 
-    def __init__(self, name: str, counted: Counted) -> None:
-        self.name, self.counted = name, counted
+    def __init__(self, name: str, counted: Counted, call: tuple[Any, ...]) -> None:
+        self.name, self.counted, self.call = name, counted, call
 
     def launch_metadata(self, *_: Any) -> None:
         return None
 
-    def run(self, x: int, y: int, z: int, *_: Any) -> None:
+    def run(self, x: int, y: int, z: int, *values: Any) -> None:
         self.counted.launches[self.name] += 1
         self.counted.grids.append((self.name, (x, y, z)))
+        if self.counted.launched is not None:
+            names = self.call[0].arg_names
+            arguments = dict(zip(names, values[-len(names) :]))
+            self.counted.launched.append(Launched(self.name, self.call, (x, y, z), arguments))
 
 
 # what runs on the device ---------------------------------------------------------------------------------------------
@@ -182,10 +204,32 @@ class _Counting(TorchDispatchMode):
             self.counted.aten[short] += 1
             if self.counted.places is not None:
                 self.counted.places[short, _place()] += 1
+            if self.counted.traffic is not None and not (
+                short == "copy_" and _place() == "autograd"
+            ):  # a GPU's are taken
+                self.counted.traffic.append((short, *_work(short, args, tensors, out)))
         return out
 
     def _waits(self, what: str) -> None:
         self.counted.waits[what, _place()] += 1
+
+
+def extent(x: Tensor) -> int:
+    """Bytes of its elements, those that an expansion repeats once."""
+    return x.itemsize * math.prod(n for n, step in zip(x.shape, x.stride()) if step or not n)
+
+
+def _work(short: str, args: Any, tensors: list[Tensor], out: Any) -> tuple[int, int]:
+    """Bytes that an operator reads and writes, each tensor once (a sort: four passes), and FLOPs of a product."""
+    results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    read = tensors[1:] if short == "copy_" else [] if short in ("zero_", "fill_") else tensors
+    if short in ("embedding", "index", "index_select", "gather"):
+        read = results
+    moved = sum(map(extent, [*read, *results]))
+    factors = [x for x in args if isinstance(x, Tensor)][-2:]
+    product = short.startswith(("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"))
+    flops = 2 * factors[0].numel() * factors[1].shape[-1] if product else 0
+    return 4 * moved if short == "sort" else moved, flops
 
 
 def _place() -> str:
