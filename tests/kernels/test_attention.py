@@ -316,6 +316,8 @@ def test_a_broken_key_reaches_only_those_who_see_it(engine, form, entries, h, va
     inputs = make(1, t, h, 16, p=40, window=4, scale=0.1, **seen)
     clean = results(engine, inputs)
     inputs["kv"][0, 12, 3] = inputs["compressed"][0, 5, 7] = value
+    if entries == "few picks":
+        inputs["compressed"][0, 9, 2] = value  # between those that are picked
     broken = results(engine, inputs)
     sees = (query // 3 > 5 if picked is None else query == 4) | ((query >= 12) & (query < 16))
     for name in ("0", "1", "dq"):

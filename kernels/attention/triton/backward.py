@@ -125,13 +125,15 @@ def _read_tile(
         fine = (key >= tl.where(own, origin, begin)) & (key < tl.where(own, last, stop))
         if CLEAN:
             fine = finite_rows(at, fine, d, 8)
-        keys, many = load_rows(at, fine, d, D), 1.0
+        many = 1.0
+        if ENTRIES == "counts" and BQ == 1:  # what it did not pick is not read
+            many = tl.load(counts + key, mask=fine & (not own), other=1.0).to(tl.float32)
+            fine, many = fine & (many > 0), many[None, :]
+        keys = load_rows(at, fine, d, D)
         from_key, to_key = tl.where(own, first, low), tl.where(own, row + 1, high)
         seen = (key[None, :] >= from_key) & (key[None, :] < to_key)
         if ENTRIES == "counts":
-            if BQ == 1:
-                many = tl.load(counts + key[None, :], mask=fine[None, :] & (not own), other=1.0).to(tl.float32)
-            else:
+            if BQ > 1:
                 each = load_counts(counts, key, queries, tl.where(own, 0, width // UNIT * UNIT), BQ)
                 many = tl.where(own, 1.0, tl.dot(of_query, each, input_precision="ieee"))
             seen = seen & (many > 0)
@@ -186,7 +188,7 @@ def queries_tile(
         qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys,
         d, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, False
     )  # fmt: skip
-    if BQ > 1 and tl.max((spoiled(dqs) & (tl.abs(norm) < float("inf"))).to(tl.int32)) > 0:
+    if BQ > 1 and tl.max((spoiled(dqs) & (norm == norm)).to(tl.int32)) > 0:
         dqs = _read_tile(
             qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys,
             d, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, True
