@@ -168,7 +168,8 @@ class Inputs(NamedTuple):
         if compressed is None or compressed.shape[1] == 0 or (picks is not None and picks.shape[2] == 0):
             compressed, picks, entries = None, None, "none"
         picks = None if picks is None else picks.contiguous()
-        mask = self.mask._replace(picks=picks, window=min(self.mask.window, max(self.kv.shape[1], 1)))
+        most = next_power(self.kv.shape[1], 1024)  # of a window that is wider than the text; few numbers, few kernels
+        mask = self.mask._replace(picks=picks, window=min(self.mask.window, most))
         if entries != "range":
             mask = mask._replace(start=None, end=None)
         x = self._replace(q=self.q.contiguous(), kv=in_rows(self.kv), compressed=compressed, mask=mask, entries=entries)
