@@ -106,7 +106,7 @@ def _step_keys(kv: Tensor, compressed: Tensor | None, mask: Mask) -> list[Tensor
     assert mask.start is not None and mask.end is not None
     if mask.start.numel() > 1 or mask.end.numel() > 1:
         return None
-    return [rows, compressed[:, int(mask.start) : int(mask.end)]]
+    return [rows, compressed[:, max(int(mask.start), 0) : max(int(mask.end), 0)]]
 
 
 def _forward_step(q: Tensor, keys: list[Tensor], sink: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -224,8 +224,9 @@ def _with_entries(queries: slice, rows: slice, bias: Tensor, keys: Keys, mask: M
     """A block that sees window rows, of this bias, and entries."""
     if mask.picks is None:
         assert mask.start is not None and mask.end is not None
-        seen = visible_entries(mask.start, mask.end, queries)
-        bias = _with_sink(bias, _range_bias(seen, mask.start[:, queries], mask.end[:, queries]))
+        start, end = (x[:, queries].clamp(0, _visible(keys.compressed, mask)) for x in (mask.start, mask.end))
+        seen = visible_entries(start, end, slice(None))
+        bias = _with_sink(bias, _range_bias(seen, start, end))
         return Block(queries, rows, seen, bias, None)
     picks = mask.picks[:, queries]
     seen = slice(int(picks.clamp_min(0).min()), int(picks.max()) + 1)

@@ -253,6 +253,18 @@ def hold_all(inputs, engine, dtype, **options):
     return hold(attention, inputs, engine, dtype, kept=("sink",), limits=limits, **options)
 
 
+@pytest.mark.parametrize(
+    ("t", "dtype"), [(1, torch.float32), (2, torch.float32), (6, torch.float32), (6, torch.bfloat16)]
+)
+def test_bounds_far_outside(engine, t, dtype, device):
+    """Of a document, and of entries: also those that 32 bits would take for others."""
+    far, low = 1 << 62, 1 << 32
+    seen = bounds([[-3, far, low, 0, -far, low + 2][:t]], [[99, 9, far, 3 - low, low, low + 5][:t]])
+    starts = torch.tensor([[-far, low, far, -3, low + 1, 2][:t]])
+    hold_all(make(1, t, 2, 16, p=9, past=3, **seen), engine, dtype, device=device)
+    hold_all(make(1, t, 2, 16, p=9, past=3, **seen, window_start=starts), engine, dtype, device=device)
+
+
 @of_triton
 @pytest.mark.parametrize("case", [name for name, inputs in CASES.items() if "index" in inputs])
 def test_picks_in_both_ways(engine, case, form, device):
@@ -541,7 +553,7 @@ def test_chunks_keep_to_the_budget(engine, launch, shape, k, p):
     b, t, h, d = shape
     q, kv = (torch.empty(n, dtype=torch.bfloat16, device="meta") for n in (shape, (b, t, d)))
     index, compressed = torch.empty(b, t, k, device="meta"), torch.empty(b, p, d, device="meta")
-    inputs = launch.Inputs(q, kv, compressed, q[0, 0, :, 0], launch.Mask(128, picks=index), 1.0, "list")
+    inputs = launch.Inputs(q, kv, compressed, q[0, 0, :, 0], launch.Mask(128, picks=index), 1.0, "lists")
     chunks = launch._chunks(inputs)
     assert [first for first, _ in chunks] == [0, *itertools.accumulate(n for _, n in chunks)][:-1]
     assert sum(n for _, n in chunks) == t and all(n % launch.CHUNK == 0 for _, n in chunks[:-1])

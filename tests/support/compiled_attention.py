@@ -7,7 +7,8 @@ from unittest import mock
 import torch
 
 PRODUCTS = {
-    "attention_tile", "attention_list", "attention_split", "queries_tile", "queries_list", "keys_tile", "keys_list"
+    "attention_tile", "attention_list", "attention_split",
+    "queries_tile", "queries_list", "keys_tile", "keys_again", "keys_list",
 }  # fmt: skip
 
 

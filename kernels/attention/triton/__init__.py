@@ -1,7 +1,7 @@
 """Attention in Triton, as operators that torch.compile, autograd, autocast, checkpointing and CUDA graphs see whole.
 
-`kernels` holds the kernels, `launch` their order and blocks. Between forward and backward live the inputs, out and the
-log-sum-exp.
+`forward`, `backward` and `decode` hold the kernels, `seen` what they share, `launch` their order and blocks. Between
+forward and backward live the inputs, out and the log-sum-exp.
 
 b batch · t queries · h query heads · d head dim · s window rows · p compressed entries · k picked entries
 """

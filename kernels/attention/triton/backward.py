@@ -1,6 +1,6 @@
-"""Gradients of attention. A program of `queries_*`: a tile, or one query, as in forward, for dq; it leaves p and ds of
-each (query, head) in memory. A program of `keys_*`: a tile of keys, or the picks of one query, for dkv. No atomics
-but where they are asked for; sums in one fixed order.
+"""Gradients of attention. A program of `queries_*`: a tile, or one query, as in forward, for dq; of wide heads it
+leaves p and ds of each (query, head) in memory. A program of `keys_*`: a tile of keys, or the picks of one query, for
+dkv, with p and ds as they were left, or made again. No atomics but where they are asked for; sums in one fixed order.
 
     p = exp(s - lse),   ds = scale p (do k^T - <do, o>),   dq = ds k,   dkv = p^T do + ds^T q
 
@@ -65,14 +65,14 @@ def _q_and_do(
 ):  # fmt: skip
     """Rows of a tile of q and dout [BQ BH, D]; JOINED, one above the other: eight warps of Hopper multiply 128 rows."""
     pair = tl.arange(0, 2 * BQ * BH if JOINED else BQ * BH)
-    _, real, place = rows_of(pair % (BQ * BH), queries, group, h, BQ, BH)
+    _, real, place = rows_of(pair % (BQ * BH), queries, group, h, BH)
     if JOINED:
-        of_q = load_rows(q + place * d, real & (pair < BQ * BH), d, D)
+        of_q = load_rows(q, place, real & (pair < BQ * BH), d, D)
         at, inside = place[:, None] * d + tl.arange(0, D)[None, :], (real & (pair >= BQ * BH))[:, None]
         qs = tl.load(dout + at, mask=inside & (tl.arange(0, D) < d)[None, :], other=of_q)
         do = qs
     else:
-        qs, do = load_rows(q + place * d, real, d, D), load_rows(dout + place * d, real, d, D)
+        qs, do = load_rows(q, place, real, d, D), load_rows(dout, place, real, d, D)
     return qs, do
 
 
@@ -93,8 +93,8 @@ def _p_and_ds(
 
 
 @triton.jit
-def _first_slot(row, window, KEYS: tl.constexpr):
-    """The row of kv that lies in slot 0 of a query's p and ds."""
+def _row_of_slot_0(row, window, KEYS: tl.constexpr):
+    """The row of kv whose p and ds of a query lie in slot 0."""
     return tl.maximum(row - window + 1, 0) // KEYS * KEYS
 
 
@@ -106,62 +106,64 @@ def _kept(key, low, high):
 
 @triton.jit
 def _read_tile(
-    qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys, d: tl.constexpr,
-    ENTRIES: tl.constexpr, JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr,
+    qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, d: tl.constexpr,
+    KEEP: tl.constexpr, ENTRIES: tl.constexpr, JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr,
     D: tl.constexpr, BQ: tl.constexpr, TK: tl.constexpr, CLEAN: tl.constexpr
 ):  # fmt: skip
     """dq of a tile, which leaves its p and ds; what it sees as in forward, steps from multiples of TK on."""
     kv, compressed = memory
-    counts, of_query, queries, width = counted
+    counts, queries, width = counted
     row, first, low, high = seen_by
     origin, last, begin, stop = reach
-    pairs, of_row, to_ds, slot, real = kept
+    pairs, of_row, to_ds, row_0, real = kept
     dqs, of_rows, of_entries = tl.zeros((norm.shape[0], D), tl.float32), origin // TK * TK, begin // TK * TK
     steps = steps_of(of_rows, last, TK)
-    for i in tl.range(0, steps + steps_of(of_entries, stop, TK), disable_licm=True):
+    turns = steps + steps_of(of_entries, stop, TK)
+    for i in tl.range(0, tl.maximum(turns, 1) if CLEAN else turns, disable_licm=True):  # CLEAN: not 0, or none spoiled
         own = i < steps
         first_key, step = tl.where(own, of_rows + i * TK, of_entries + (i - steps) * TK), tl.arange(0, TK)
-        at, key = source(own, kv, compressed, ENTRIES) + first_key.to(tl.int64) * d + step * d, first_key + step
-        fine = (key >= tl.where(own, origin, begin)) & (key < tl.where(own, last, stop))
+        x, key = source(own, kv, compressed, ENTRIES) + first_key.to(tl.int64) * d, first_key + step
+        fine = (step >= tl.where(own, origin, begin) - first_key) & (step < tl.where(own, last, stop) - first_key)
         if CLEAN:
-            fine = finite_rows(at, fine, d, 8)
+            fine = finite_rows(x, step, fine, d, 8)
         many = 1.0
         if ENTRIES == "counts" and BQ == 1:  # what it did not pick is not read
             many = tl.load(counts + key, mask=fine & (not own), other=1.0).to(tl.float32)
             fine, many = fine & (many > 0), many[None, :]
-        keys = load_rows(at, fine, d, D)
+        keys = load_rows(x, step, fine, d, D)
         from_key, to_key = tl.where(own, first, low), tl.where(own, row + 1, high)
-        seen = (key[None, :] >= from_key) & (key[None, :] < to_key)
+        seen = (step[None, :] >= from_key - first_key) & (step[None, :] < to_key - first_key)
         if ENTRIES == "counts":
             if BQ > 1:
-                each = load_counts(counts, key, queries, tl.where(own, 0, width // UNIT * UNIT), BQ)
+                each = load_counts(counts, key, queries, tl.where(own, 0, width // UNIT * UNIT), BQ)  # whole UNITs
+                of_query = query_of_rows(counts.dtype.element_ty, BQ, norm.shape[0] // BQ)
                 many = tl.where(own, 1.0, tl.dot(of_query, each, input_precision="ieee"))
             seen = seen & (many > 0)
         ps, ds = _p_and_ds(qs, do, keys, seen, many, norm, d_o, scale, ENTRIES == "counts", JOINED)
         if need_q:
             dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
-        if need_keys and not CLEAN:
-            to = pairs + (of_row + tl.where(own, key[None, :] - slot, WINDOW_SLOTS + key[None, :]))
+        if KEEP and not CLEAN:
+            to = pairs + (of_row + tl.where(own, key[None, :] - row_0, WINDOW_SLOTS + key[None, :]))
             here = real[:, None] & _kept(key[None, :], from_key, to_key)
             tl.store(to, ps, mask=here)
             tl.store(to + to_ds, ds, mask=here)
     return dqs
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q", "need_keys"], do_not_specialize_on_alignment=BOUNDS)
+@triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q"], do_not_specialize_on_alignment=BOUNDS)
 def queries_tile(
     q, kv, compressed, window_start, start, end, counts, lse, delta, dout, dq, pairs,
-    chunk, n, slots, t, s, p, kv_rows, entry_rows, bound_rows, width, window, scale, need_q, need_keys,
-    h: tl.constexpr, d: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr, JOINED: tl.constexpr,
-    WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
+    chunk, n, slots, t, s, p, kv_rows, entry_rows, bound_rows, width, window, scale, need_q,
+    h: tl.constexpr, d: tl.constexpr, KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr,
+    JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
 ):  # fmt: skip
-    """dq, p and ds of BQ queries of the chunk for BH heads. ENTRIES: "none", "range" or "counts"."""
+    """dq of BQ queries of the chunk for BH heads, and their p and ds (KEEP). ENTRIES: "none", "range" or "counts"."""
     groups, tiles = tl.cdiv(h, BH), tl.cdiv(n, BQ)
     group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
     batch, first_query, after = (tile // tiles).to(tl.int64), chunk + tile % tiles * BQ, chunk + n
     pair = tl.arange(0, BQ * BH)
-    head, real, place = rows_of(pair, after - first_query, group, h, BQ, BH)
+    head, real, place = rows_of(pair, after - first_query, group, h, BH)
     base = (batch * t + first_query) * h
     qs, do = _q_and_do(q + base * d, dout + base * d, after - first_query, group, h, d, D, BQ, BH, JOINED)
     norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
@@ -175,51 +177,50 @@ def queries_tile(
     if ENTRIES != "none":
         compressed += batch * entry_rows * d
         begin, stop = least(low, BQ), most(high, BQ)
-    counted = 0, 0, 0, 0
+    counted = 0, 0, 0
     if ENTRIES == "counts":
-        of_query = query_of_rows(counts.dtype.element_ty, BQ, BH) if BQ > 1 else 0
-        counted = counts + (batch * t + first_query) * width, of_query, after - first_query, width
+        counted = counts + (batch * t + first_query) * width, after - first_query, width
     slots = slots if JOINED else slots // KEYS * KEYS  # of products that are split, p and ds lie one by one: stores
     # that are known to be aligned would take them in another layout, and all that leads to them twice
     pairs += (batch * n + first_query - chunk) * 2 * h * slots
     memory, seen_by, reach = (kv, compressed), (row, first, low, high), (origin, last, begin, stop)
-    kept = pairs, ((pair // BH * 2 * h + head) * slots)[:, None], h * slots, _first_slot(row, window, KEYS), real
+    kept = pairs, ((pair // BH * 2 * h + head) * slots)[:, None], h * slots, _row_of_slot_0(row, window, KEYS), real
     dqs = _read_tile(
-        qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys,
-        d, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, False
+        qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q,
+        d, KEEP, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, False
     )  # fmt: skip
-    if BQ > 1 and tl.max((spoiled(dqs) & (norm == norm)).to(tl.int32)) > 0:
+    if BQ > 1 and tl.max(spoiled(dqs).to(tl.int32)) > 0:
         dqs = _read_tile(
-            qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q, need_keys,
-            d, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, True
+            qs, do, norm, d_o, memory, counted, seen_by, reach, kept, scale, need_q,
+            d, KEEP, ENTRIES, JOINED, WINDOW_SLOTS, D, BQ, TK, True
         )  # fmt: skip
     column = tl.arange(0, D)[None, :]
     tl.store(dq + base * d + (place[:, None] * d + column), dqs, mask=real[:, None] & (column < d) & (need_q != 0))
 
 
 @triton.jit
-def _clear(pairs, head, to_ds, slots, slot, first, row, real):
+def _clear(pairs, head, to_ds, slots, row_0, first, row, real):
     """Zeros beside a window, for what of its units a query does not see."""
     for key in tl.static_range(2):
         at = (first if key == 0 else row) // UNIT * UNIT + tl.arange(0, UNIT)
-        to = pairs + (head[:, None] * slots + at[None, :] - slot)
+        to = pairs + (head[:, None] * slots + at[None, :] - row_0)
         nothing = real[:, None] & ((at < first) | (at > row))[None, :]
         tl.store(to, 0.0, mask=nothing)
         tl.store(to + to_ds, 0.0, mask=nothing)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q", "need_keys"], do_not_specialize_on_alignment=BOUNDS)
+@triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q"], do_not_specialize_on_alignment=BOUNDS)
 def queries_list(
     q, kv, lists, ends, lse, delta, dout, dq, pairs,
-    chunk, n, slots, t, s, rows, width, window, scale, need_q, need_keys, h: tl.constexpr, d: tl.constexpr,
-    JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
+    chunk, n, slots, t, s, rows, width, window, scale, need_q, h: tl.constexpr, d: tl.constexpr,
+    KEEP: tl.constexpr, JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
 ):  # fmt: skip
     """The same of one query and its list of rows of kv [b, rows, d]."""
     groups = tl.cdiv(h, BH)
     group, i_query = tl.program_id(0) % groups, tl.program_id(0) // groups
     batch, query = (i_query // n).to(tl.int64), chunk + i_query % n
-    head, real, place = rows_of(tl.arange(0, BH), 1, group, h, 1, BH)
+    head, real, place = rows_of(tl.arange(0, BH), 1, group, h, BH)
     base = (batch * t + query) * h
     qs, do = _q_and_do(q + base * d, dout + base * d, 1, group, h, d, D, 1, BH, JOINED)
     norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
@@ -228,22 +229,22 @@ def queries_list(
     lists += (batch * t + query) * width
     kv += batch * rows * d
     row, slots = s - t + query, slots if JOINED else slots // KEYS * KEYS  # see `queries_tile`
-    slot, first = _first_slot(row, window, KEYS), row + 1 - own
+    row_0, first = _row_of_slot_0(row, window, KEYS), row + 1 - own
     pairs += i_query.to(tl.int64) * 2 * h * slots
-    if need_keys:
-        _clear(pairs, head, h * slots, slots, slot, first, row, real & (own > 0))
+    if KEEP:
+        _clear(pairs, head, h * slots, slots, row_0, first, row, real & (own > 0))
     dqs, stop, step = tl.zeros((BH, D), tl.float32), own + tl.cdiv(end - own, UNIT) * UNIT, tl.arange(0, TK)
     key = tl.load(lists + step)
     for i in tl.range(0, tl.cdiv(stop, TK), disable_licm=True):
-        seen, keys = key < rows - 1, all_rows(kv + key.to(tl.int64) * d, d, D)
+        seen, keys = key < rows - 1, all_rows(kv, key.to(tl.int64), d, D)
         key = tl.load(lists + (i + 1) * TK + step)  # a step ahead: addresses wait for them
         ps, ds = _p_and_ds(qs, do, keys, seen[None, :], 1.0, norm, d_o, scale, False, JOINED)
         if need_q:
             dqs = tl.dot(ds, keys, dqs, input_precision="ieee")
-        if need_keys:
+        if KEEP:
             at = i * TK + step
             here = real[:, None] & (at < stop)[None, :]
-            to = pairs + (head[:, None] * slots + (at + tl.where(at < own, first - slot, WINDOW_SLOTS - own))[None, :])
+            to = pairs + (head[:, None] * slots + (at + tl.where(at < own, first - row_0, WINDOW_SLOTS - own))[None, :])
             tl.store(to, ps, mask=here)
             tl.store(to + h * slots, ds, mask=here)
     column = tl.arange(0, D)[None, :]
@@ -267,6 +268,33 @@ def _who_sees(start, end, before, begin, stop, key, KEYS: tl.constexpr, STEP: tl
     return first, last
 
 
+@triton.jit
+def _split_of_queries(start, end, before, key, split, span, first, stop, past, OWN: tl.constexpr, KEYS: tl.constexpr):
+    """The queries of this split that may see a tile of keys: from, to before. OWN: splits count from the first that
+    sees the tile; else from the first of all, and end where no range meets it.
+    """
+    if OWN:
+        begin = key - past + split * span
+        stop = tl.minimum(begin + span, stop)
+        begin = tl.maximum(begin, first)
+    else:
+        begin, stop = first + split * span, tl.minimum(first + split * span + span, stop)
+        begin, stop = _who_sees(start, end, before, begin, stop, key, KEYS, 128)
+    return begin, stop
+
+
+@triton.jit
+def _own_or_entries(
+    window_start, start, end, bound, row, window, p, real, OWN: tl.constexpr, DOCUMENTS: tl.constexpr
+):  # fmt: skip
+    """Which rows of kv (OWN) or entries queries see: from, to before."""
+    if OWN:
+        low, high = first_row(window_start, bound, row, window, real, DOCUMENTS), row + 1
+    else:
+        low, high = entries(start, end, bound, p, real, "range")
+    return low, high
+
+
 @triton.jit(
     do_not_specialize=[*LENGTHS, "first_tile", "tiles", "splits", "span", "slot_tiles", "past"],
     do_not_specialize_on_alignment=BOUNDS,
@@ -285,13 +313,9 @@ def keys_tile(
     tile, split, batch = work % tiles, work // tiles % splits, (work // (tiles * splits)).to(tl.int64)
     first_key = (first_tile + tile) * KEYS
     key, inside = (first_key + tl.arange(0, KEYS))[None, :], (column < d)[None, :]
-    if OWN:
-        begin = first_key - past + split * span
-        stop = tl.minimum(begin + span, chunk + n)
-        begin = tl.maximum(begin, chunk)
-    else:
-        begin, stop = chunk + split * span, tl.minimum(chunk + split * span + span, chunk + n)
-        begin, stop = _who_sees(start, end, batch * bound_rows, begin, stop, first_key, KEYS, 128)
+    begin, stop = _split_of_queries(
+        start, end, batch * bound_rows, first_key, split, span, chunk, chunk + n, past, OWN, KEYS
+    )  # fmt: skip
     q += batch * t * h * d
     dout += batch * t * h * d
     slots, total = slot_tiles * KEYS, tl.zeros((KEYS, COLUMNS), tl.float32)
@@ -299,12 +323,8 @@ def keys_tile(
         pair = at + tl.arange(0, ROWS)
         real, query = (pair < stop * h)[:, None], (pair // h)[:, None]
         bound, row = batch * bound_rows + query, past + query
-        if OWN:
-            low, high = first_row(window_start, bound, row, window, real, DOCUMENTS), row + 1
-            slot = key - _first_slot(row, window, KEYS)
-        else:
-            low, high = entries(start, end, bound, p, real, "range")
-            slot = WINDOW_SLOTS + key
+        low, high = _own_or_entries(window_start, start, end, bound, row, window, p, real, OWN, DOCUMENTS)
+        slot = key - _row_of_slot_0(row, window, KEYS) if OWN else WINDOW_SLOTS + key
         kept = real & _kept(key, low, high)
         share = pairs + ((batch * n + query - chunk) * 2 * h + (pair % h)[:, None]) * slots + slot
         rows = pair.to(tl.int64)[:, None] * d + column[None, :]
@@ -315,6 +335,57 @@ def keys_tile(
     batches = tl.num_programs(0) // (parts * tiles * splits)
     at = ((split * batches + batch) * tiles + tile) * KEYS + tl.arange(0, KEYS)
     tl.store(out + at[:, None] * d + column[None, :], total, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[*LENGTHS, "first_tile", "tiles", "splits", "span", "past"],
+    do_not_specialize_on_alignment=BOUNDS,
+)
+def keys_again(
+    q, x, lse, delta, dout, window_start, start, end, counts, out, first_tile, tiles, splits, span,
+    t, past, p, rows, bound_rows, width, window, scale, h: tl.constexpr, d: tl.constexpr,
+    OWN: tl.constexpr, DOCUMENTS: tl.constexpr, COUNTED: tl.constexpr,
+    D: tl.constexpr, KEYS: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr
+):  # fmt: skip
+    """The same where heads are narrow: of x, which is kv or the entries, p and ds are made again. To write and read
+    them would take longer than two products of few channels.
+    """
+    work, step = tl.program_id(0), tl.arange(0, KEYS)
+    tile, split, batch = work % tiles, work // tiles % splits, (work // (tiles * splits)).to(tl.int64)
+    first_key, groups = (first_tile + tile) * KEYS, tl.cdiv(h, BH)
+    key, after = (first_key + step)[:, None], t + past if OWN else p
+    keys = load_rows(x + (batch * rows + first_key) * d, step, first_key + step < after, d, D)
+    begin, stop = _split_of_queries(start, end, batch * bound_rows, first_key, split, span, 0, t, past, OWN, KEYS)
+    total = tl.zeros((KEYS, D), tl.float32)
+    if COUNTED:
+        of_query = query_of_rows(counts.dtype.element_ty, BQ, BH).T
+    for i in range(0, tl.cdiv(stop - begin, BQ) * groups):
+        first_query = begin + i // groups * BQ
+        _, real, place = rows_of(tl.arange(0, BQ * BH), stop - first_query, i % groups, h, BH)
+        query, base = (first_query + tl.arange(0, BQ * BH) // BH)[None, :], (batch * t + first_query) * h
+        qs, do = load_rows(q + base * d, place, real, d, D), load_rows(dout + base * d, place, real, d, D)
+        norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
+        d_o = tl.load(delta + base + place, mask=real, other=0.0)
+        ps = tl.exp2(tl.dot(keys, qs.T, input_precision="ieee") * (scale * LOG2E) - norm[None, :])
+        if COUNTED:
+            counted = counts + (batch * t + first_query) * width
+            each = load_counts(counted, first_key + step, stop - first_query, width, BQ)
+            many = tl.dot(each.T, of_query, input_precision="ieee")
+            seen, ps = real[None, :] & (many > 0), ps * many
+        else:
+            bound, row = batch * bound_rows + query, past + query
+            low, high = _own_or_entries(
+                window_start, start, end, bound, row, window, p, real[None, :], OWN, DOCUMENTS
+            )  # fmt: skip
+            seen = real[None, :] & (key >= low) & (key < high)
+        dp = tl.dot(keys, do.T, input_precision="ieee")
+        ps = tl.where(seen, ps, 0.0)
+        ds = tl.where(seen, ps * (dp - d_o[None, :]) * scale, 0.0).to(qs.dtype)
+        total = tl.dot(ps.to(do.dtype), do, total, input_precision="ieee")
+        total = tl.dot(ds, qs, total, input_precision="ieee")
+    batches, column = tl.num_programs(0) // (tiles * splits), tl.arange(0, D)[None, :]
+    at = (((split * batches + batch) * tiles + tile) * KEYS + step)[:, None]
+    tl.store(out + (at * d + column), total, mask=column < d)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "slot_tiles"], do_not_specialize_on_alignment=BOUNDS)

@@ -34,11 +34,11 @@ def attention_split(
     groups = tl.cdiv(h, BH)
     group, query, split = tl.program_id(0) % groups, tl.program_id(0) // groups, tl.program_id(1)
     batch, row = (query // t).to(tl.int64), s - t + query % t
-    _, real, place = rows_of(tl.arange(0, BH), 1, group, h, 1, BH)
+    _, real, place = rows_of(tl.arange(0, BH), 1, group, h, BH)
     place += query.to(tl.int64) * h
-    qs, bound = load_rows(q + place * d, real, d, D), batch * bound_rows + query % t
+    qs, bound = load_rows(q, place, real, d, D), batch * bound_rows + query % t
     first, last = first_row(window_start, bound, row, window, True, DOCUMENTS), row + 1
-    if ENTRIES == "list":
+    if ENTRIES == "picks":
         low, high = 0, k
         index += query.to(tl.int64) * k
     else:
@@ -56,10 +56,10 @@ def attention_split(
         own = i < steps
         key = tl.where(own, first + i * TK, low + (i - steps) * TK) + tl.arange(0, TK)
         seen = key < tl.where(own, last, high)
-        if ENTRIES == "list":
-            entry = tl.load(index + key, mask=seen & (not own), other=-1).to(tl.int32)
+        if ENTRIES == "picks":
+            entry = tl.load(index + key, mask=seen & (not own), other=-1)
             key, seen = tl.where(own, key, entry), tl.where(own, seen, (entry >= 0) & (entry < p))
-        keys = load_rows(source(own, kv, compressed, ENTRIES) + key.to(tl.int64) * d, seen, d, D)
+        keys = load_rows(source(own, kv, compressed, ENTRIES), key.to(tl.int64), seen, d, D)
         logits = tl.dot(qs, keys.T, input_precision="ieee") * (scale * LOG2E)
         logits = tl.where(logits == float("-inf"), float("nan"), logits)  # an infinite key spoils all that see it
         logits = tl.where(seen[None, :], logits, float("-inf"))
@@ -82,8 +82,8 @@ def combine_splits(
     """out and lse of one query and head from its splits, in their order; one without keys adds exactly nothing."""
     place, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     column = tl.arange(0, D)
-    rest = logit_of_sink(sink, tl.program_id(0) % h, True)
-    top, total, o = rest * LOG2E, tl.full((), 1.0, tl.float32), tl.zeros((D,), tl.float32)
+    sink_logit = logit_of_sink(sink, tl.program_id(0) % h, True)
+    top, total, o = sink_logit * LOG2E, tl.full((), 1.0, tl.float32), tl.zeros((D,), tl.float32)
     for first in range(0, splits, AT_ONCE):
         split = (first + tl.arange(0, AT_ONCE)).to(tl.int64)
         at = tops + 2 * split * rows + place
@@ -96,4 +96,4 @@ def combine_splits(
         o = o * fade + tl.sum(os * shares[:, None], axis=0)
         top, total = higher, total * fade + tl.sum(totals * shares, axis=0)
     tl.store(out + place * d + column, o / total, mask=column < d)
-    tl.store(lse + place, log_sum_exp(top, total, rest))
+    tl.store(lse + place, log_sum_exp(top, total, sink_logit))

@@ -41,30 +41,30 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def logit_of_sink(sink, head, real):
-    rest = tl.load(sink + head, mask=real, other=0.0).to(tl.float32)
-    return tl.minimum(tl.maximum(rest, -FINITE), FINITE)
+    logit = tl.load(sink + head, mask=real, other=0.0).to(tl.float32)
+    return tl.minimum(tl.maximum(logit, -FINITE), FINITE)
 
 
 @triton.jit
-def log_sum_exp(top, total, rest):
+def log_sum_exp(top, total, sink_logit):
     """ln(total 2^top), exactly the sink where there is nothing else."""
-    alone = (total == 1) & (top == rest * LOG2E)
-    value = tl.where(alone, rest, (top + tl.log2(total)) / LOG2E)
+    alone = (total == 1) & (top == sink_logit * LOG2E)
+    value = tl.where(alone, sink_logit, (top + tl.log2(total)) / LOG2E)
     return tl.where(tl.abs(value) >= FINITE, value * float("inf"), value)
 
 
 @triton.jit
-def _divided(own, qs, keys):
-    """q k^T, divided among all warps. Triton gives a product that meets the next one where it is made to warps in rows,
-    of which 64 are too few for two warpgroups: they would make each element twice. What leaves a branch it divides.
+def _logits(either, qs, keys):
+    """q k^T; both branches are the same. Triton gives a product that meets the next one where it is made to warps in
+    rows, of which 64 are too few for two warpgroups: each element would be made twice. What leaves a branch, all share.
     """
     xs = keys.T
-    return tl.dot(qs, xs, input_precision="ieee") if own else tl.dot(qs, xs, input_precision="ieee")  # noqa: RUF034
+    return tl.dot(qs, xs, input_precision="ieee") if either else tl.dot(qs, xs, input_precision="ieee")  # noqa: RUF034
 
 
 @triton.jit
 def empty_sum(top, D: tl.constexpr, TK: tl.constexpr):
-    """l of the sink alone: of wide heads key by key, as several warps share them, until the end."""
+    """l of the sink alone, 1. Wide heads keep a sum for each key of a step: warps add theirs at the end alone."""
     MANY: tl.constexpr = TK if D > 128 else 1
     return tl.full((top.shape[0], MANY), 1 / MANY, tl.float32)
 
@@ -105,15 +105,17 @@ def _read_tile(
     for i in tl.range(0, steps + steps_of(begin, stop, TK), disable_licm=True, num_stages=STAGES):
         own = i < steps
         first_key, step = tl.where(own, origin + i * TK, begin + (i - steps) * TK), tl.arange(0, TK)
-        at, key = source(own, kv, compressed, ENTRIES) + first_key.to(tl.int64) * d + step * d, first_key + step
-        real = key < tl.where(own, last, stop)
-        fine = finite_rows(at, real, d, 8) if CLEAN else real
-        keys = load_rows(at, fine, d, D)
-        logits = _divided(own, qs, keys) * scale
-        seen = (key[None, :] >= tl.where(own, first, low)) & (key[None, :] < tl.where(own, row + 1, high))
+        x = source(own, kv, compressed, ENTRIES) + first_key.to(tl.int64) * d
+        real = step < tl.where(own, last, stop) - first_key
+        fine = finite_rows(x, step, real, d, 8) if CLEAN else real
+        keys = load_rows(x, step, fine, d, D)
+        logits = _logits(own, qs, keys) * scale
+        from_step, to_step = tl.where(own, first, low) - first_key, tl.where(own, row + 1, high) - first_key
+        seen = (step[None, :] >= from_step) & (step[None, :] < to_step)
         many = 1.0
         if ENTRIES == "counts":
-            each = load_counts(counts, key, queries, tl.where(own, 0, width // UNIT * UNIT), BQ)
+            counted_up_to = tl.where(own, 0, width // UNIT * UNIT)  # whole UNITs: aligned
+            each = load_counts(counts, first_key + step, queries, counted_up_to, BQ)
             many = tl.where(own, 1.0, tl.dot(of_query, each, input_precision="ieee"))
             seen = seen & (many > 0)
         if CLEAN:
@@ -137,9 +139,9 @@ def attention_tile(
     groups, tiles = tl.cdiv(h, BH), tl.cdiv(t, BQ)
     group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
     batch, first_query = (tile // tiles).to(tl.int64), tile % tiles * BQ
-    head, real, place = rows_of(tl.arange(0, BQ * BH), t - first_query, group, h, BQ, BH)
+    head, real, place = rows_of(tl.arange(0, BQ * BH), t - first_query, group, h, BH)
     base = (batch * t + first_query) * h
-    qs, rest = load_rows(q + base * d + place * d, real, d, D), logit_of_sink(sink, head, real)
+    qs, sink_logit = load_rows(q + base * d, place, real, d, D), logit_of_sink(sink, head, real)
     query = column_of(first_query, BQ, BH)
     row, bound = s - t + query, batch * bound_rows + query
     first = first_row(window_start, bound, row, window, query < t, DOCUMENTS)
@@ -156,7 +158,7 @@ def attention_tile(
         of_query = query_of_rows(counts.dtype.element_ty, BQ, BH)
         counted = counts + (batch * t + first_query) * width, of_query, t - first_query, width
     memory, seen_by, reach = (kv, compressed), (row, first, low, high), (origin, last, begin, stop)
-    start_at, scale = rest * LOG2E, scale * LOG2E
+    start_at, scale = sink_logit * LOG2E, scale * LOG2E
     top, total, o = _read_tile(
         qs, memory, counted, seen_by, reach, start_at, scale, t > 0, d, ENTRIES, D, BQ, TK, STAGES, False
     )
@@ -171,7 +173,7 @@ def attention_tile(
     tl.store(
         out + base * d + (place[:, None] * d + column), o * (1 / total)[:, None], mask=real[:, None] & (column < d)
     )
-    tl.store(lse + base + place, log_sum_exp(top, total, rest), mask=real)
+    tl.store(lse + base + place, log_sum_exp(top, total, sink_logit), mask=real)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
@@ -182,23 +184,23 @@ def attention_list(
     """out and lse of one query for BH heads: its list of rows of kv [b, rows, d], see `list_keys`."""
     groups = tl.cdiv(h, BH)
     group, query = tl.program_id(0) % groups, tl.program_id(0) // groups
-    head, real, place = rows_of(tl.arange(0, BH), 1, group, h, 1, BH)
+    head, real, place = rows_of(tl.arange(0, BH), 1, group, h, BH)
     base = query.to(tl.int64) * h
-    qs, rest = load_rows(q + base * d + place * d, real, d, D), logit_of_sink(sink, head, real)
+    qs, sink_logit = load_rows(q + base * d, place, real, d, D), logit_of_sink(sink, head, real)
     lists, end = lists + query.to(tl.int64) * width, tl.load(ends + 2 * query + 1)
     kv += (query // t).to(tl.int64) * rows * d
-    top, total, o = rest * LOG2E, empty_sum(rest, D, TK), tl.zeros((BH, D), tl.float32)
+    top, total, o = sink_logit * LOG2E, empty_sum(sink_logit, D, TK), tl.zeros((BH, D), tl.float32)
     scale *= LOG2E
     step = tl.arange(0, TK)
     key = tl.load(lists + step)
     for i in tl.range(0, tl.cdiv(end, TK), disable_licm=True, num_stages=STAGES):
-        seen, keys = key < rows - 1, all_rows(kv + key.to(tl.int64) * d, d, D)
+        seen, keys = key < rows - 1, all_rows(kv, key.to(tl.int64), d, D)
         key = tl.load(lists + (i + 1) * TK + step)  # a step ahead: addresses wait for them
-        logits = tl.where(seen[None, :], _divided(i == 0, qs, keys) * scale, float("-inf"))
+        logits = tl.where(seen[None, :], _logits(i == 0, qs, keys) * scale, float("-inf"))
         top, total, o = _added(top, total, o, logits, 1.0, keys, t > 0, False)
     total = tl.where(spoiled(o), float("nan"), tl.sum(total, axis=1))
     column = tl.arange(0, D)[None, :]
     tl.store(
         out + base * d + (place[:, None] * d + column), o * (1 / total)[:, None], mask=real[:, None] & (column < d)
     )
-    tl.store(lse + base + place, log_sum_exp(top, total, rest), mask=real)
+    tl.store(lse + base + place, log_sum_exp(top, total, sink_logit), mask=real)

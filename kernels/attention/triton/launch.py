@@ -2,7 +2,8 @@
 
     forward    q, kv, compressed, sink -> out, lse
     backward   <do, o>; for each chunk of queries: dq, and p and ds of each (query, head) on the keys that it sees; from
-               them dkv and dcompressed, tiles of keys over queries in order; chunks are added in order
+               them dkv and dcompressed, tiles of keys over queries in order; chunks are added in order. Of narrow heads
+               there is one chunk, and tiles of keys make p and ds again
 
 A list of picks is read in two ways. Where entries are few (`_how`) it becomes counts, and they are treated as a range,
 whose tiles many queries share. Else each query reads its own; for dcompressed each (query, slot) gets a row, and
@@ -32,7 +33,7 @@ AT_ONCE = 512  # slots of a list
 AHEAD = 64  # that a step takes of a list, or fetches of the next one, at most
 DENSE = 4  # entries per pick up to which to look at all of them is less work, see `_how`
 COUNTED = 8192  # entries of a query that are counted at once, at most
-PROGRAMS = 256  # that occupy a large GPU
+PROGRAMS = 128  # that occupy a large GPU
 FINITE = 1e30  # stands for an infinite sink
 
 
@@ -77,15 +78,15 @@ NARROW = 128  # channels up to which a table of its own holds
 HALF = {  # bf16 and fp16, of more channels, up to 512, and of few
     "sm_80": (
         Tiles(Blocks(32, 32, 8, 2), FEW_ROWS, Blocks(32, 32, 8, 1), Owned(64, 64, 128, 8, 2)),
-        Tiles(Blocks(64, 32, 4, 2), FEW_ROWS, Blocks(32, 32, 4, 2), Owned(64, 64, 128, 8, 2)),
+        Tiles(Blocks(64, 32, 4, 2), FEW_ROWS, Blocks(32, 32, 4, 2), Owned(64, 32, 128, 4, 2)),
     ),
     "sm_89": (
         Tiles(Blocks(32, 32, 8, 1), FEW_ROWS, Blocks(32, 16, 8, 1), Owned(64, 64, 128, 8, 1)),
-        Tiles(Blocks(64, 32, 4, 2), FEW_ROWS, Blocks(32, 32, 4, 2), Owned(64, 64, 128, 8, 1)),
+        Tiles(Blocks(64, 32, 4, 2), FEW_ROWS, Blocks(32, 32, 4, 2), Owned(64, 32, 128, 4, 1)),
     ),
     "sm_90": (
         Tiles(Blocks(64, 64, 8, 2), FEW_ROWS, Blocks(64, 32, 8, 2), Owned(128, 64, 256, 8, 2)),
-        Tiles(Blocks(64, 32, 4, 3, 3), FEW_ROWS, Blocks(64, 32, 4, 2), Owned(128, 64, 128, 8, 2)),
+        Tiles(Blocks(64, 32, 4, 3, 3), FEW_ROWS, Blocks(64, 32, 4, 2, 3), Owned(128, 64, 128, 8, 3)),
     ),
     "sm_100": (
         Tiles(Blocks(64, 32, 8, 2), FEW_ROWS, Blocks(64, 32, 8, 1), Owned(64, 64, 256, 8, 2)),
@@ -159,12 +160,12 @@ class Inputs(NamedTuple):
     def picks_each(self) -> int:
         return 0 if self.mask.picks is None else self.mask.picks.shape[2]
 
-    def prepared(self, lists: str) -> "Inputs":
-        """All contiguous but keys of a cache, bounds alike [b, t] or [1, t]; `lists` of picks as they are ("list"),
-        as "lists" of all that a query reads, or as "counts".
+    def prepared(self, how: str) -> "Inputs":
+        """All contiguous but keys of a cache, bounds alike [b, t] or [1, t]; picks as they are ("picks"), as "lists" of
+        all that a query reads, or as "counts".
         """
         picks, compressed = self.mask.picks, None if self.compressed is None else in_rows(self.compressed)
-        entries = "range" if picks is None else "counts" if lists == "counts" else "list"
+        entries = "range" if picks is None else how
         if compressed is None or compressed.shape[1] == 0 or (picks is not None and picks.shape[2] == 0):
             compressed, picks, entries = None, None, "none"
         picks = None if picks is None else picks.contiguous()
@@ -174,8 +175,8 @@ class Inputs(NamedTuple):
             mask = mask._replace(start=None, end=None)
         x = self._replace(q=self.q.contiguous(), kv=in_rows(self.kv), compressed=compressed, mask=mask, entries=entries)
         x = x._alike()
-        if picks is not None and lists != "list":
-            x = x._replace(mask=x._counted(picks) if lists == "counts" else x._listed(picks))._alike()
+        if picks is not None and how != "picks":
+            x = x._replace(mask=x._counted(picks) if how == "counts" else x._listed(picks))._alike()
         if compressed is not None and x.mask.lists is not None:
             x = x._replace(rows=torch.cat([x.kv, compressed, compressed.new_zeros(len(x.q), 1, x.q.shape[-1])], 1))
         return x._replace(sink=self.sink.contiguous())
@@ -185,8 +186,8 @@ class Inputs(NamedTuple):
         mask, t = self.mask, self.q.shape[1]
         rows = max([len(bound) for bound in self.bounds if bound is not None], default=1)
         alike = (None if bound is None else bound.expand(rows, t).contiguous() for bound in self.bounds)
-        start, first, last = alike
-        return self._replace(mask=mask._replace(window_start=start, start=first, end=last))
+        window_start, start, end = alike
+        return self._replace(mask=mask._replace(window_start=window_start, start=start, end=end))
 
     def _listed(self, picks: Tensor) -> Mask:
         (b, t, k), window = picks.shape, self.mask.window
@@ -206,20 +207,20 @@ class Inputs(NamedTuple):
     def _counted(self, picks: Tensor) -> Mask:
         (b, t, k), p = picks.shape, self.sizes["p"]
         width = _rounded(p, seen.UNIT.value)
-        block = 1024 if width <= 1024 else COUNTED  # no kernel for each number of entries
+        block = next_power(width, 512)  # few numbers, few kernels
         counts = self.q.new_empty(b, t, width, dtype=torch.float16 if self.q.itemsize == 2 else torch.float32)
         start, end = (picks.new_empty(b, t, dtype=torch.int32) for _ in range(2))
         with on_device(self.q):
             seen.count_picks[b * t,](
                 picks, counts, start, end, p, k, width,
-                P=block, AT_ONCE=min(AT_ONCE, 256), num_warps=4 if block <= 1024 else 8,
+                P=block, AT_ONCE=min(AT_ONCE, 256), num_warps=min(block // 256, 8),
             )  # fmt: skip
         return self.mask._replace(start=start, end=end, counts=counts)
 
 
 def _how(x: Inputs, queries: int) -> str:
-    """How lists are read where a product holds so many queries: as counts if to look at all entries is less work.
-    float16 counts up to 2,048 exactly.
+    """How lists are read where a product holds so many queries: as counts if to look at all entries is less work; half
+    as many count, as what they do not pick is looked at all the same. float16 counts up to 2,048 exactly.
     """
     if x.compressed is None or x.mask.picks is None or atomics():
         return "lists"
@@ -243,11 +244,11 @@ def _blocks(x: Inputs, b: Blocks, tile: bool = True) -> tuple[int, dict[str, int
     """Programs of a tile or query, and their blocks; little work takes few warps."""
     shape = _shape(x, b, tile)
     rows = shape["BQ"] * shape["BH"]
-    warps = b.warps if rows * shape["D"] * x.q.itemsize >= 1 << 15 else min(b.warps, 4)
+    warps = b.warps if rows * shape["D"] >= 1 << 14 or x.q.itemsize == 4 else min(b.warps, 4)
     blocks = shape if tile else {"D": shape["D"], "BH": shape["BH"]}
-    options = {"TK": b.keys, "num_stages": b.stages, **registers(warps, b.programs)}
+    options = {"TK": b.keys, "num_stages": b.stages, **registers(warps, b.programs if tile else 1)}
     options |= {
-        key: n // 8 * 8 for key, n in options.items() if key == "maxnreg" and b.programs > 1
+        key: n // 8 * 8 for key, n in options.items() if key == "maxnreg" and b.programs > 1 and tile
     }  # are given by eight
     return triton.cdiv(x.q.shape[2], shape["BH"]), {**blocks, **options}
 
@@ -259,10 +260,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`out [b, t, h, d]` and the log-sum-exp `[b, t, h]`, which counts the sink."""
     few = inputs.q.shape[1] <= FEW and (inputs.compressed is not None or inputs.mask.window > SPLIT)
     queries = _shape(inputs, tiles_for(inputs.q).forward, True)["BQ"]
-    x = inputs.prepared("list" if few else _how(inputs, queries) if queries > 1 else "lists")
+    x = inputs.prepared("picks" if few else "lists" if queries == 1 else _how(inputs, queries))
     out, lse = x.q.new_empty(x.q.shape), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
     with on_device(x.q):
-        (_by_splits if few else _by_lists if x.entries == "list" else _by_tiles)(x, out, lse)
+        (_by_splits if few else _by_lists if x.entries == "lists" else _by_tiles)(x, out, lse)
     return out, lse
 
 
@@ -296,7 +297,7 @@ def _by_splits(x: Inputs, out: Tensor, lse: Tensor) -> None:
     """The keys of a query shared among programs. No bit depends on how many entries there are, but on those seen."""
     (b, t, h, d), (groups, blocks) = x.q.shape, _blocks(x, tiles_for(x.q).split, tile=False)
     of_window = splits_of(min(x.mask.window, x.sizes["s"]))
-    splits = of_window + splits_of(x.sizes["k" if x.entries == "list" else "p"])
+    splits = of_window + splits_of(x.sizes["k" if x.entries == "picks" else "p"])
     parts, tops = lse.new_empty(splits, *out.shape), lse.new_empty(splits, 2, *lse.shape)
     decode.attention_split[b * t * groups, splits](
         x.q, x.kv, x.compressed, *x.bounds, x.mask.picks, parts, tops,
@@ -348,8 +349,8 @@ class _Chunk(NamedTuple):
 
     first: int
     n: int
-    dout: Tensor  # [b, t, h, d]
-    pairs: Tensor  # [b, n, 2, h, slots] p and ds, by kv row from the first tile that is seen, then by entry
+    outputs: _Outputs
+    pairs: Tensor | None  # [b, n, 2, h, slots] p and ds, by kv row from the first tile that is seen, then by entry
 
 
 class _Work(NamedTuple):
@@ -376,11 +377,11 @@ def backward(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, needs: Need
     with on_device(q):
         outputs = _outputs(out.contiguous(), lse.contiguous(), dout.contiguous())
         for first, n in _chunks(x):
-            chunk = _queries(x, outputs, dq, first, n, need_keys=needs.kv or needs.compressed)
+            chunk = _queries(x, outputs, dq, first, n, (needs.kv or needs.compressed) and not _again(x))
             if dkv is not None:
                 _add_window(x, chunk, dkv)
             if dcompressed is not None and needs.compressed:
-                (_add_picks if x.entries == "list" else _add_range)(x, chunk, dcompressed)
+                (_add_picks if x.entries == "lists" else _add_range)(x, chunk, dcompressed)
             del chunk
         dsink = _sink(sink, outputs) if needs.sink else None
     dkv, dcompressed = (None if sums is None else sums.to(kv.dtype) for sums in (dkv, dcompressed))
@@ -401,9 +402,14 @@ def _sink(sink: Tensor, outputs: _Outputs) -> Tensor:
     return -(share * outputs.delta).sum((0, 1)).to(sink.dtype)
 
 
+def _again(x: Inputs) -> bool:
+    """Whether keys make p and ds again, instead of reading what queries leave: see `keys_again`."""
+    return x.entries != "lists" and x.q.itemsize == 2 and x.q.shape[-1] <= NARROW
+
+
 def _slots(x: Inputs) -> tuple[int, int]:
     """Slots of a query for window rows and for entries: whole tiles of keys."""
-    keys, many = tiles_for(x.q).owned.keys, x.sizes["k" if x.entries == "list" else "p"]
+    keys, many = tiles_for(x.q).owned.keys, x.sizes["k" if x.entries == "lists" else "p"]
     return _rounded(x.mask.window - 1, keys) + keys, _rounded(many, keys)
 
 
@@ -415,20 +421,22 @@ def _chunks(x: Inputs) -> list[tuple[int, int]]:
     """First query and number of queries of each chunk: equal shares that stay within the budget."""
     b, t, h, d = x.q.shape
     each = 2 * h * sum(_slots(x)) * x.q.itemsize
-    each += x.sizes["k"] * d * x.q.itemsize if x.entries == "list" else 0
+    each += x.sizes["k"] * d * x.q.itemsize if x.entries == "lists" else 0
     most = max(BUDGET // (each * max(b, 1)) // CHUNK, 1) * CHUNK
-    share = _rounded(triton.cdiv(t, max(triton.cdiv(t, most), 1)), CHUNK)
+    share = t if _again(x) else _rounded(triton.cdiv(t, max(triton.cdiv(t, most), 1)), CHUNK)
     return [(first, min(share, t - first)) for first in range(0, t, max(share, 1))]
 
 
 def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int, need_keys: bool) -> _Chunk:
-    """dq of a chunk, and its p and ds."""
+    """dq of a chunk, and its p and ds where they are kept."""
     (b, _, h, d), tiles, (window_slots, slots) = x.q.shape, tiles_for(x.q), _slots(x)
-    lists = x.entries == "list"
+    lists = x.entries == "lists"
     groups, blocks = _blocks(x, tiles.backward, tile=not lists)
-    pairs = x.q.new_empty(b, n, 2, h, window_slots + slots) if need_keys else x.q
-    left = *outputs, x.q if dq is None else dq, pairs, first, n, window_slots + slots
-    flags = {"need_q": int(dq is not None), "need_keys": int(need_keys), "WINDOW_SLOTS": window_slots}
+    pairs = x.q.new_empty(b, n, 2, h, window_slots + slots) if need_keys else None
+    if dq is None and pairs is None:
+        return _Chunk(first, n, outputs, None)
+    left = *outputs, x.q if dq is None else dq, x.q if pairs is None else pairs, first, n, window_slots + slots
+    flags = {"need_q": int(dq is not None), "KEEP": need_keys, "WINDOW_SLOTS": window_slots}
     flags |= {"KEYS": tiles.owned.keys, "JOINED": x.q.itemsize == 2 and d > NARROW}
     if lists:
         sizes = {key: value for key, value in _told(x).items() if key in ("t", "s", "window", "scale", "h", "d")}
@@ -440,7 +448,7 @@ def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int
             x.q, x.kv, x.compressed, *x.bounds, x.mask.counts, *left,
             width=_width(x), ENTRIES=x.entries, **_told(x, "k"), **flags, **blocks,
         )  # fmt: skip
-    return _Chunk(first, n, outputs.dout, pairs)
+    return _Chunk(first, n, outputs, pairs)
 
 
 def _add_window(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
@@ -448,7 +456,7 @@ def _add_window(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     keys, past = tiles_for(x.q).owned.keys, x.sizes["s"] - x.sizes["t"]
     first, last = max(past + chunk.first - x.mask.window + 1, 0) // keys, past + chunk.first + chunk.n
     seers = keys + x.mask.window - 1  # queries that see something of a tile
-    span = _rounded(triton.cdiv(seers, 4), CHUNK)
+    span = _rounded(triton.cdiv(seers, 2 if _again(x) else 4), CHUNK)
     tiles, splits = triton.cdiv(last, keys) - first, triton.cdiv(seers, span)
     parts = _parts(x, chunk, _Work(True, tiles, first, splits, span))
     into[:, first * keys : last] += parts[:, : last - first * keys]
@@ -473,8 +481,9 @@ def _add_picks(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
     columns = max(min(columns, next_power(d, 16), columns * owned.rows // heads), 16)
     sizes = {key: x.sizes[key] for key in ("t", "p", "k", "h", "d")}
     gradients.keys_list[b * chunk.n * triton.cdiv(d, columns),](
-        x.q, chunk.dout, chunk.pairs, picks, x.mask.ends, rows, chunk.first, chunk.n, sum(_slots(x)) // owned.keys,
-        **sizes, ATOMIC=atomics(), WINDOW_SLOTS=_slots(x)[0], KEYS=owned.keys, HEADS=heads, COLUMNS=columns,
+        x.q, chunk.outputs.dout, chunk.pairs, picks, x.mask.ends, rows,
+        chunk.first, chunk.n, sum(_slots(x)) // owned.keys, **sizes,
+        ATOMIC=atomics(), WINDOW_SLOTS=_slots(x)[0], KEYS=owned.keys, HEADS=heads, COLUMNS=columns,
         num_stages=owned.stages, **registers(owned.warps),
     )  # fmt: skip
     if not atomics():
@@ -483,15 +492,27 @@ def _add_picks(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
 
 def _parts(x: Inputs, chunk: _Chunk, work: _Work) -> Tensor:
     """Gradients `[b, tiles of keys, d]` in float32; those of splits are added in order."""
-    owned, d, b = tiles_for(x.q).owned, x.sizes["d"], len(x.q)
+    owned, (b, _, h, d) = tiles_for(x.q).owned, x.q.shape
     parts = x.q.new_empty(work.splits, b, work.tiles * owned.keys, d, dtype=torch.float32)
-    columns = min(owned.columns, next_power(d, 16))
-    sizes = {key: x.sizes[key] for key in ("t", "p", "bound_rows", "h", "d")}
-    gradients.keys_tile[b * work.splits * work.tiles * triton.cdiv(d, columns),](
-        x.q, chunk.dout, chunk.pairs, *x.bounds, parts, work.first_tile, work.tiles, work.splits, work.span,
-        chunk.first, chunk.n, sum(_slots(x)) // owned.keys, past=x.sizes["s"] - x.sizes["t"], **sizes,
-        window=x.mask.window, OWN=work.own, DOCUMENTS=x.mask.window_start is not None, WINDOW_SLOTS=_slots(x)[0],
-        KEYS=owned.keys, ROWS=owned.rows, COLUMNS=columns,
-        num_stages=owned.stages, **registers(owned.warps, 1 if x.q.itemsize == 2 else 4),
-    )  # fmt: skip
+    sizes = {key: x.sizes[key] for key in ("t", "p", "bound_rows", "h", "d")} | {"past": x.sizes["s"] - x.sizes["t"]}
+    start, *ends = x.bounds
+    bounds = (start, None, None) if work.own else (None, *ends)  # no kernel more for what is not read
+    sizes |= {"window": x.mask.window, "OWN": work.own, "DOCUMENTS": bounds[0] is not None}
+    blocks = {"KEYS": owned.keys, "num_stages": owned.stages, **registers(owned.warps, 1 if x.q.itemsize == 2 else 4)}
+    programs, divided = b * work.splits * work.tiles, (work.first_tile, work.tiles, work.splits, work.span)
+    if chunk.pairs is None:
+        keys, heads = x.kv if work.own else x.compressed, min(next_power(h), owned.rows)
+        gradients.keys_again[programs,](
+            x.q, keys, *chunk.outputs, *bounds, None if work.own else x.mask.counts, parts, *divided,
+            rows=x.sizes["kv_rows" if work.own else "entry_rows"], width=_width(x), scale=x.scale,
+            COUNTED=x.entries == "counts" and not work.own, D=next_power(d, 16),
+            BQ=owned.rows // heads, BH=heads, **sizes, **blocks,
+        )  # fmt: skip
+    else:
+        columns = min(owned.columns, next_power(d, 16))
+        gradients.keys_tile[programs * triton.cdiv(d, columns),](
+            x.q, chunk.outputs.dout, chunk.pairs, *bounds, parts, *divided,
+            chunk.first, chunk.n, sum(_slots(x)) // owned.keys, WINDOW_SLOTS=_slots(x)[0],
+            ROWS=owned.rows, COLUMNS=columns, **sizes, **blocks,
+        )  # fmt: skip
     return parts[0] if work.splits == 1 else parts.sum(0)

@@ -4,6 +4,8 @@ A tile is BQ queries by BH of their heads: ROWS rows of one product. What differ
 [ROWS, 1] here, or a number where BQ is 1: a number that was loaded is known to be that of the whole warp, and loops
 that it ends keep registers free.
 
+A step is of rows of kv, a query's `own`, or of entries.
+
 t queries · s window rows · p entries · k picks · d head dim · D power of two that holds d
 """
 
@@ -12,28 +14,29 @@ import triton.language as tl
 from triton.language.target_info import is_hip
 
 UNIT = tl.constexpr(16)  # keys that are kept or left out together in p and ds: what lies side by side is copied at once
-LENGTHS = ["chunk", "n", "t", "s", "p", "k", "kv_rows", "entry_rows", "bound_rows", "rows"]  # no kernel for 1 or 16
+LENGTHS = ["chunk", "n", "t", "s", "p", "k", "kv_rows", "entry_rows", "bound_rows", "rows"]  # none for 1 or 16s
 BOUNDS = ["window_start", "start", "end", "index", "lists", "ends"]  # are read one by one: nor for their alignment
 
 
 @triton.jit
-def load_rows(at, real, d: tl.constexpr, D: tl.constexpr):
-    """Rows of d channels at these addresses as [rows, D], zero where not real: what is not seen is not read either."""
+def load_rows(x, row, real, d: tl.constexpr, D: tl.constexpr):
+    """These rows of x [.., d] as [rows, D], zero where not real: what is not seen is not read either."""
     column = tl.arange(0, D)[None, :]
     real = real[:, None] if d == D else real[:, None] & (column < d)
-    return tl.load(at[:, None] + column, mask=real, other=0.0)
+    return tl.load(x + (row[:, None] * d + column), mask=real, other=0.0)
 
 
 @triton.jit
-def all_rows(at, d: tl.constexpr, D: tl.constexpr):
+def all_rows(x, row, d: tl.constexpr, D: tl.constexpr):
     """The same where all are real."""
     column = tl.arange(0, D)[None, :]
-    return tl.load(at[:, None] + column) if d == D else tl.load(at[:, None] + column, mask=column < d, other=0.0)
+    at = x + (row[:, None] * d + column)
+    return tl.load(at) if d == D else tl.load(at, mask=column < d, other=0.0)
 
 
 @triton.jit
-def rows_of(pair, queries, group, h, BQ: tl.constexpr, BH: tl.constexpr):
-    """Of the pairs of a tile of so many queries: head, which pairs are real, row of q behind the tile's first."""
+def rows_of(pair, queries, group, h, BH: tl.constexpr):
+    """Of the pairs of a tile of so many queries: head, whether it is real, row of q counted from the tile's first."""
     head = group * BH + pair % BH
     return head, (pair // BH < queries) & (head < h), pair // BH * h + head
 
@@ -58,10 +61,11 @@ def most(x, BQ: tl.constexpr):
 
 @triton.jit
 def first_row(window_start, bound, row, window, real, DOCUMENTS: tl.constexpr):
-    """The first row of kv that a query sees; window_start[bound] is that of its document."""
+    """The first row of kv that a query with this row sees; window_start[bound] is that of its document."""
     first = tl.maximum(row - window + 1, 0)
     if DOCUMENTS:
-        first = tl.maximum(first, tl.load(window_start + bound, mask=real, other=0).to(tl.int32))
+        begin = tl.load(window_start + bound, mask=real, other=0)
+        first = tl.maximum(first, tl.minimum(begin, row + 1).to(tl.int32))
     return first
 
 
@@ -70,8 +74,8 @@ def entries(start, end, bound, p, real, ENTRIES: tl.constexpr):
     """The entries that a query sees, from and to before."""
     first, last = p, 0
     if ENTRIES != "none":
-        first = tl.maximum(tl.load(start + bound, mask=real, other=p), 0).to(tl.int32)
-        last = tl.minimum(tl.load(end + bound, mask=real, other=0), p).to(tl.int32)
+        first = tl.minimum(tl.maximum(tl.load(start + bound, mask=real, other=p), 0), p).to(tl.int32)
+        last = tl.minimum(tl.maximum(tl.load(end + bound, mask=real, other=0), 0), p).to(tl.int32)
     return first, last
 
 
@@ -121,17 +125,19 @@ def load_counts(counts, key, queries, width, BQ: tl.constexpr):
 
 @triton.jit
 def spoiled(x):
-    """Which rows of sums hold what is not finite."""
-    return tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, axis=1) > 0
+    """Which rows hold what is not finite: times zero, that is nan."""
+    nothing = tl.sum(x * 0.0, axis=1)
+    return nothing != nothing
 
 
 @triton.jit
-def finite_rows(at, real, d: tl.constexpr, PART: tl.constexpr):
-    """Which of the rows at these addresses are finite, looked at a few channels at a time."""
+def finite_rows(x, row, real, d: tl.constexpr, PART: tl.constexpr):
+    """Which of these rows of x [.., d] are finite, looked at a few channels at a time."""
     fine, column = real, tl.arange(0, PART)[None, :]
     for first in range(0, d, PART):
-        x = tl.load(at[:, None] + first + column, mask=real[:, None] & (first + column < d), other=0.0)
-        fine = fine & ~spoiled(x.to(tl.float32))
+        at = x + (row[:, None] * d + first + column)
+        part = tl.load(at, mask=real[:, None] & (first + column < d), other=0.0)
+        fine = fine & ~spoiled(part.to(tl.float32))
     return fine
 
 
