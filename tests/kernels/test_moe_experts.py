@@ -438,10 +438,10 @@ def test_blocks_of_any_size_agree(rows, monkeypatch):
 # of Triton
 
 
-def test_tiles_that_hold_several_blocks_of_rows(small_blocks, device, emulated):
+def test_tiles_that_hold_several_blocks_of_rows_and_columns(small_blocks, device, emulated):
     if emulated:
-        small_blocks(rows=128)
-    hold(moe_experts, case(87, 3, 3, 16, 8), "triton", torch.float32, kept=KEPT, device=device)
+        small_blocks(rows=128, columns=64)
+    hold(moe_experts, case(87, 3, 3, 16, 40), "triton", torch.float32, kept=KEPT, device=device)
 
 
 def test_tiles_cover_every_row_once(kernels, device):

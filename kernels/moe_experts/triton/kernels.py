@@ -40,6 +40,13 @@ def _tile_and_block(total, blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _pairs(order, row, real, K: tl.constexpr):
+    """Pairs of these rows, all below 2^31, and their tokens as int64: in 32 bits, by a constant, it is no division."""
+    pair = tl.load(order + row, mask=real, other=0).to(tl.int32)
+    return pair, (pair // K).to(tl.int64)
+
+
+@triton.jit
 def _weight(w, expert, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
     """`w[expert, row : row + ROWS, column : column + COLUMNS]` of w `[e, rows, columns]`, zero past its edges."""
     if TMA:
@@ -57,7 +64,8 @@ def _weight(w, expert, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: 
 @triton.jit
 def _clamped(g, u, limit):
     """`min(g, limit), clamp(u, -limit, limit)`; NaN stays NaN."""
-    return tl.where(g > limit, limit, g), tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    return tl.minimum(g, limit, propagate_nan=nan), tl.clamp(u, -limit, limit, propagate_nan=nan)
 
 
 @triton.jit
@@ -72,8 +80,8 @@ def _swiglu_slopes(g, u, limit):
     gc, uc = _clamped(g, u, limit)
     sigmoid = 1 / (1 + tl.exp(-gc))
     silu = gc * sigmoid
-    dg = tl.where(g > limit, 0.0, uc * sigmoid * (1 + gc * (1 - sigmoid)))
-    du = tl.where((u > limit) | (u < -limit), 0.0, silu)
+    dg = tl.where(g > limit, 0.0, uc * (sigmoid + silu * (1 - sigmoid)))
+    du = tl.where(tl.abs(u) > limit, 0.0, silu)
     return silu * uc, dg, du
 
 
@@ -120,7 +128,7 @@ def swiglu_backward(
 
 @triton.jit(do_not_specialize=["total"])
 def grouped_swiglu(
-    x, w13, weights, order, tiles, offsets, h, a, total, k, d, f, limit,
+    x, w13, weights, order, tiles, offsets, h, a, total, d, f, limit, K: tl.constexpr,
     KEEP: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
     """h = [g, u] = w13[expert] x[token], a = swiglu(h) weight: one tile of rows, BN columns of g and the same of u."""
@@ -131,8 +139,7 @@ def grouped_swiglu(
     first = tl.load(tiles + 2 * tile + 1)
     row = first + tl.arange(0, BM)[:, None]
     real = row < tl.load(offsets + expert + 1)
-    pair = tl.load(order + row, mask=real, other=0)
-    token = pair // k
+    pair, token = _pairs(order, row, real, K)
     g, u = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for i in range(0, d, BK):
         at = i + tl.arange(0, BK)[None, :]
@@ -155,7 +162,7 @@ def grouped_swiglu(
 
 @triton.jit(do_not_specialize=["total"])
 def grouped_swiglu_backward(
-    dout, w2, weights, order, tiles, offsets, h, dh, a, dweight, total, k, d, f, limit,
+    dout, w2, weights, order, tiles, offsets, h, dh, a, dweight, total, d, f, limit, K: tl.constexpr,
     TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
     """da = dout[token] w2[expert]; from h again a, and dh = da weight (slopes); dweight [pair, block] = <da, a>."""
@@ -167,8 +174,7 @@ def grouped_swiglu_backward(
     first = tl.load(tiles + 2 * tile + 1)
     row = first + tl.arange(0, BM)[:, None]
     real = row < tl.load(offsets + expert + 1)
-    pair = tl.load(order + row, mask=real, other=0)
-    token = pair // k
+    pair, token = _pairs(order, row, real, K)
     da = tl.zeros((BM, BN), tl.float32)
     for i in range(0, d, BK):
         at = i + tl.arange(0, BK)[None, :]
@@ -177,26 +183,30 @@ def grouped_swiglu_backward(
     weight = tl.load(weights + pair, mask=real, other=0.0).to(tl.float32)
     h, dh = h + first.to(tl.int64) * 2 * f, dh + first.to(tl.int64) * 2 * f
     a += first.to(tl.int64) * f
-    left, right = da.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()  # one half after the other fits in registers
-    total = _swiglu_gradient(left, weight, h, dh, a, real, block * BN, f, limit, BM, BN // 2)
-    total += _swiglu_gradient(right, weight, h, dh, a, real, block * BN + BN // 2, f, limit, BM, BN // 2)
-    tl.store(dweight + pair * blocks + block, total[:, None], mask=real)
+    total = _swiglu_gradient(da, weight, h, dh, a, real, block * BN, f, limit, BM, BN)
+    tl.store(dweight + pair.to(tl.int64) * blocks + block, total[:, None], mask=real)
 
 
 @triton.jit
 def _swiglu_gradient(da, weight, h, dh, a, real, start, f, limit, BM: tl.constexpr, BN: tl.constexpr):
-    """Writes a and dh for these rows and the BN columns from `start`; returns their share of dweight [BM]."""
-    column = start + tl.arange(0, BN)[None, :]
-    inside = real & (column < f)
-    at = tl.arange(0, BM)[:, None] * 2 * f + column
-    g = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(h + at + f, mask=inside, other=0.0).to(tl.float32)
-    activation, dg, du = _swiglu_slopes(g, u, limit)
-    tl.store(a + tl.arange(0, BM)[:, None] * f + column, activation * weight, mask=inside)
-    total = tl.sum(tl.where(inside, da * activation, 0.0), axis=1)
-    da *= weight
-    tl.store(dh + at, da * dg, mask=inside)
-    tl.store(dh + at + f, da * du, mask=inside)
+    """Writes a and dh for these rows and the BN columns from `start`, 32 after the other, as more do not fit in
+    registers; returns their share of dweight [BM]."""
+    if BN > 32:
+        left, right = da.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        total = _swiglu_gradient(left, weight, h, dh, a, real, start, f, limit, BM, BN // 2)
+        total += _swiglu_gradient(right, weight, h, dh, a, real, start + BN // 2, f, limit, BM, BN // 2)
+    else:
+        column = start + tl.arange(0, BN)[None, :]
+        inside = real & (column < f)
+        at = tl.arange(0, BM)[:, None] * 2 * f + column
+        g = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(h + at + f, mask=inside, other=0.0).to(tl.float32)
+        activation, dg, du = _swiglu_slopes(g, u, limit)
+        tl.store(a + tl.arange(0, BM)[:, None] * f + column, activation * weight, mask=inside)
+        total = tl.sum(tl.where(inside, da * activation, 0.0), axis=1)
+        da *= weight
+        tl.store(dh + at, da * dg, mask=inside)
+        tl.store(dh + at + f, da * du, mask=inside)
     return total
 
 
@@ -231,26 +241,30 @@ def grouped(
 
 @triton.jit
 def grouped_outer(
-    p, q, order, offsets, out, k, m, n, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    p, q, order, offsets, out, m, n, K: tl.constexpr, GATHER: tl.constexpr,
+    TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """out[expert] [m, n] = sum over its rows of p^T q, in row order; one of them lies by token. No rows: zeros."""
     across = tl.cdiv(n, BN)
     blocks = tl.cdiv(m, BM) * across
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    i, j = block // across * BM + tl.arange(0, BM), block % across * BN + tl.arange(0, BN)
+    down, right = block // across * BM, block % across * BN
+    i, j = down + tl.arange(0, BM), right + tl.arange(0, BN)
     total = tl.zeros((BM, BN), tl.float32)
     last = tl.load(offsets + expert + 1)
     for start in range(tl.load(offsets + expert), last, BK):
         row = start + tl.arange(0, BK)[:, None]
         real = row < last
-        token = tl.load(order + row, mask=real, other=0) // k
+        _, token = _pairs(order, row, real, K)
         p_row, q_row = token if GATHER == "p" else row.to(tl.int64), token if GATHER == "q" else row.to(tl.int64)
         ps = tl.load(p + p_row * m + i[None, :], mask=real & (i < m)[None, :], other=0.0)
         qs = tl.load(q + q_row * n + j[None, :], mask=real & (j < n)[None, :], other=0.0)
         total = tl.dot(ps.T, qs, total, input_precision="ieee")
-    at = out + expert.to(tl.int64) * m * n + i.to(tl.int64)[:, None] * n + j[None, :]
-    inside = (i < m)[:, None] & (j < n)[None, :]
-    tl.store(at, total, mask=inside)
+    if TMA:
+        out.store([expert, down, right], total.to(out.dtype).reshape(1, BM, BN))
+    else:
+        at = out + expert.to(tl.int64) * m * n + i.to(tl.int64)[:, None] * n + j[None, :]
+        tl.store(at, total, mask=(i < m)[:, None] & (j < n)[None, :])
 
 
 # back to tokens ------------------------------------------------------------------------------------------------------

@@ -42,18 +42,18 @@ class Tiles(NamedTuple):
     swiglu: Blocks  # x w13: two accumulators
     swiglu_backward: Blocks  # dout w2, then SwiGLU backwards
     product: Blocks  # a w2 and dh w13
-    outer: Blocks  # dw13 and dw2: `rows` by `columns` of the weight
-    tma: bool = False  # weights, and rows in expert order, come by tensor memory access where they are aligned
+    outer: Blocks  # dw13 and dw2: `rows` by `columns` of the weight; half of the stages fetch `order`
+    tma: bool = False  # weights, their gradients and rows in expert order go by tensor memory access where aligned
     group: int = 8  # tiles that take a column block in turn, to share it in L2
 
 
 HALF = {  # bf16 and fp16, widths that are multiples of 16
-    "sm_80": Tiles(128, Blocks(64, 32, 8, 4), Blocks(64, 32, 8, 4), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3)),
-    "sm_89": Tiles(128, Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 3)),
+    "sm_80": Tiles(128, Blocks(64, 32, 8, 4), Blocks(64, 32, 8, 4), Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 5)),
+    "sm_89": Tiles(128, Blocks(64, 32, 8, 3), Blocks(64, 32, 8, 3), Blocks(128, 32, 8, 3), Blocks(128, 32, 8, 5)),
     "sm_90": Tiles(
-        128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 64, 8, 4), tma=True
+        128, Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 32, 8, 7), tma=True
     ),
-    "sm_100": Tiles(128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 64, 8, 3)),
+    "sm_100": Tiles(128, Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(256, 64, 8, 3), Blocks(256, 64, 8, 5)),
     "hip": Tiles(128, Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2)),
 }
 _SMALL = Blocks(32, 16, 4, 2)
@@ -120,8 +120,8 @@ def forward(
         plan = schedule(rows.counts, r, tiles.rows)
         w, tma = _source(w13, blocks.columns, blocks.inner, tiles)
         kernels.grouped_swiglu[plan.total * triton.cdiv(f, blocks.columns),](
-            x, w, weights, rows.order, plan.tiles, plan.offsets, h, a, plan.total, k, d, f, _bound(limit),
-            KEEP=keep, TMA=tma, **_options(blocks, tiles),
+            x, w, weights, rows.order, plan.tiles, plan.offsets, h, a, plan.total, d, f, _bound(limit),
+            K=k, KEEP=keep, TMA=tma, **_options(blocks, tiles),
         )  # fmt: skip
         return combine(_product(a, w2, plan, tiles, transposed=True), rows.inverse, shared), h, plan
 
@@ -142,7 +142,7 @@ def backward(
         w, tma = _source(w2, blocks.inner, blocks.columns, tiles)
         kernels.grouped_swiglu_backward[plan.total * across,](
             dout, w, weights, rows.order, plan.tiles, plan.offsets, h, dh, a, shares,
-            plan.total, k, d, f, _bound(limit), TMA=tma, **_options(blocks, tiles),
+            plan.total, d, f, _bound(limit), K=k, TMA=tma, **_options(blocks, tiles),
         )  # fmt: skip
         kernels.sum_blocks[triton.cdiv(r, 256),](shares, dweights, r, across, ROWS=256, BLOCKS=next_power(across))
         dx = combine(_product(dh, w13, plan, tiles, transposed=False), rows.inverse) if need_x else None
@@ -196,15 +196,16 @@ def _outer(p: Tensor, q: Tensor, rows: Rows, plan: Schedule, tiles: Tiles, *, li
     """`p^T q` over the rows of each expert, `[e, m, n]` as `like`; the one to gather, "p" or "q", lies by token."""
     (e, m, n), blocks = like.shape, tiles.outer
     out = like.new_empty(like.shape)
+    to, tma = _source(out, tiles.rows, blocks.columns, tiles)
     kernels.grouped_outer[e * triton.cdiv(m, tiles.rows) * triton.cdiv(n, blocks.columns),](
-        p, q, rows.order, plan.offsets, out, rows.inverse.shape[1], m, n, GATHER=gather,
+        p, q, rows.order, plan.offsets, to, m, n, K=rows.inverse.shape[1], GATHER=gather, TMA=tma,
         BM=tiles.rows, BN=blocks.columns, BK=blocks.inner, num_stages=blocks.stages, **registers(blocks.warps),
     )  # fmt: skip
     return out
 
 
 def _source(w: Tensor, rows: int, columns: int, tiles: Tiles) -> tuple[Any, bool]:
-    """How kernels read blocks `[rows, columns]` of w: through a descriptor where the table says so and w is aligned."""
+    """How kernels reach blocks `[rows, columns]` of w: by a descriptor where the table says so and w is aligned."""
     if not tiles.tma or w.shape[-1] * w.itemsize % 16 or w.data_ptr() % 16 or not w.numel():
         return w, False
     return TensorDescriptor.from_tensor(w, [1] * (w.ndim - 2) + [rows, columns]), True
