@@ -15,7 +15,7 @@ SCALE = 0.4
 STUDENT = ("index_q", "index_weights", "index_keys")
 KEPT = ("index_weights", "lse")  # float32 where the rest is of a half precision
 FLOATS = {"eager": (torch.float64, torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16)}
-both = pytest.mark.parametrize("k", [4, 0], ids=["picks", "all"])
+both = pytest.mark.parametrize("k", [4, 6, 0], ids=["picks", "most", "all"])  # of 9 or 12 entries
 
 
 @pytest.fixture
@@ -278,6 +278,9 @@ def test_keys_of_another_dtype_are_rounded(launch, device):
 def test_nan_stays_with_those_who_look_at_it(launch, device, k):
     """A NaN index key spoils the loss, and the gradients of the queries that compare it, no others."""
     given, entry = case(1, 7, 2, 4, 2, 4, 9, k), 6
+    given["start"][0, 2], given["end"][0, 2] = entry, entry + 1  # and compares no other
+    if k:
+        given["index"][0, 2] = torch.tensor([entry] + [-1] * (k - 1))
     clean = results(given, device)
     looks = (given["index"] == entry).any(-1) if k else (given["start"] <= entry) & (given["end"] > entry)
     assert 0 < looks.sum() < looks.numel()

@@ -29,6 +29,7 @@ def launch(request, monkeypatch):
         monkeypatch.setattr(module, "blocks_for", lambda q: module.Blocks(1 if q.shape[1] <= 4 else 8, 32, 4, 2))
         monkeypatch.setattr(module, "STREAMED", 32)
         monkeypatch.setattr(module, "HELD", (32, 64, 256))
+        monkeypatch.setattr(module, "GROUPED", 32)
     monkeypatch.setattr(module, "SCRATCH", 4 * 3 * 8 * 48)  # a few tiles
     return module
 
@@ -227,7 +228,7 @@ def selected(launch, rows, k, start, end):
     return picks[0]
 
 
-@pytest.mark.parametrize("held", [(64, 1 << 14), ()], ids=["held", "streamed"])
+@pytest.mark.parametrize("held", [(64, 1 << 14), (128,), ()], ids=["held", "grouped", "streamed"])
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_special_scores_as_they_lie_in_memory(launch, kind, held, device, monkeypatch):
     monkeypatch.setattr(launch, "HELD", held)

@@ -1,13 +1,15 @@
 """The kernels of the indexer's loss. The set over which teacher and student are compared is a row of slots: the picks
-of a query, or, without picks, the entries it sees, in their order.
+of a query, or the entries themselves, without picks and where they are most of the entries; dI is 0 of the others.
 
     p_s  = sum_h exp(scale <q_h, c_s> - lse_h) / (their sum over s),       I_s  = sum_i w_i ReLU(<q_i, k_s>)
     dI_s = softmax(I)_s - p_s,      g_si = dI_s w_i where the ReLU is open
     dq_i = sum_s g_si k_s,          dw_i = sum_s dI_s ReLU(<q_i, k_s>),    dk_s = sum_ti g_si q_i
 
-A program owns a query, or, for the keys' gradient without picks, a tile of entries: no atomics, sums in one order.
+A program owns a query, or several that share the slots, or, for the keys' gradient, a tile of entries: no atomics,
+sums in one order.
 
-b batch · t queries · n queries of a chunk · h heads · d channels · p entries · k picks · BS, BH slots, heads of a tile
+b batch · t queries · n queries of a chunk · h heads · d channels · p entries · k picks
+BQ, BH, BS queries, heads, slots of a tile
 """
 
 import triton
@@ -18,98 +20,128 @@ BOUNDS = ["index", "start", "end"]  # are read one by one: nor for their alignme
 
 
 @triton.jit
-def _row(first, n, t):
-    """Sequence and token of the chunk's row that this program owns, and the row."""
-    row = tl.program_id(0)
-    batch = (row // n).to(tl.int64)
-    return batch, batch * t + first + row % n, row.to(tl.int64)
-
-
-@triton.jit
-def _slots(start, end, token, k, PICKED: tl.constexpr):
-    """How many slots a query has, and the entry in the first of them (without picks)."""
-    low = tl.load(start + token).to(tl.int32)
-    return k if PICKED else tl.load(end + token).to(tl.int32) - low, low
-
-
-@triton.jit
-def _entries(index, token, slot, k, count, low, PICKED: tl.constexpr):
-    """The entry in each slot, -1 for none."""
+def _tile(start, end, first, n, t, p, k, PICKED: tl.constexpr, BQ: tl.constexpr, BS: tl.constexpr):
+    """Of the BQ queries of this program: their sequence, the first of them in the chunk, the entries that each may
+    compare, [low, high), and where the slots of all begin, at a multiple of BS, and stop.
+    """
+    tiles = tl.cdiv(n, BQ)
+    batch, query = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BQ
+    own = query + tl.arange(0, BQ)
     if PICKED:
-        entry = tl.load(index + token * k + slot, mask=slot < k, other=-1)
+        low, high, begin, stop = own * 0, own * 0 + p, 0, tl.where(p > 0, k, 0)
     else:
-        entry = tl.where(slot < count, low + slot, -1).to(tl.int64)
-    return entry
+        token = batch * t + first + own
+        low = tl.load(start + token, mask=own < n, other=0).to(tl.int32)
+        high = tl.load(end + token, mask=own < n, other=0).to(tl.int32)
+        begin = tl.min(tl.where(high > low, low, p), 0) // BS * BS
+        stop = tl.max(tl.where(high > low, high, 0), 0)
+    return batch, query, low, high, begin, stop
+
+
+@triton.jit
+def _entries(index, token, slot, k, PICKED: tl.constexpr):
+    """The entry in each slot, -1 for none; without picks it has the slot's number."""
+    return tl.load(index + token * k + slot, mask=slot < k, other=-1).to(tl.int32) if PICKED else slot
 
 
 @triton.jit
 def _rows_of(x, row, real, d, D: tl.constexpr):
     """x [.., d] at these rows, zeros where there is none."""
     column = tl.arange(0, D)[None, :]
-    return tl.load(x + row[:, None] * d + column, mask=real[:, None] & (column < d), other=0.0)
+    return tl.load(x + row[:, None].to(tl.int64) * d + column, mask=real[:, None] & (column < d), other=0.0)
 
 
 @triton.jit
-def _heads(q, per_head, token, head, h, d, other, D: tl.constexpr):
-    """q [heads, d] and the number per head, `other` where there is no head."""
-    x = _rows_of(q, token * h + head, head < h, d, D)
-    return x, tl.load(per_head + token * h + head, mask=head < h, other=other).to(tl.float32)
+def _keys(keys, entry, d, p, D: tl.constexpr):
+    """The keys of these entries; of none, of which nothing is used, any one."""
+    column, at = tl.arange(0, D)[None, :], tl.minimum(tl.maximum(entry, 0), p - 1).to(tl.int64)
+    return tl.load(keys + at[:, None] * d + column, mask=column < d, other=0.0)
 
 
 @triton.jit
-def _sum_of_heads(key, x, per_head, scale, TEACHER: tl.constexpr):
-    """[slots]: sum over the heads of exp(scale <x, key> - lse), or of weight ReLU(<x, key>)."""
+def _places(token, left, i, h, BQ: tl.constexpr, BH: tl.constexpr):
+    """Rows of [.., h, d] that hold the heads from i on of BQ queries, and which of them there are."""
+    row = tl.arange(0, BQ * BH)
+    query, head = row // BH, i + row % BH
+    return (token + query) * h + head, (query < left) & (head < h)
+
+
+@triton.jit
+def _heads(q, per_head, at, real, d, other, D: tl.constexpr):
+    """q [rows, d] and the number of each, `other` where there is no head."""
+    return _rows_of(q, at, real, d, D), tl.load(per_head + at, mask=real, other=other).to(tl.float32)
+
+
+@triton.jit
+def _sum_of_heads(key, x, per_head, scale, TEACHER: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr):
+    """[slots, BQ]: sum over the heads of exp(scale <x, key> - lse), or of weight ReLU(<x, key>)."""
     hits = tl.dot(key, x.T, input_precision="ieee")
-    if TEACHER:
-        return tl.sum(tl.exp(hits * scale - per_head[None, :]), axis=1)
-    return tl.sum(tl.where(hits <= 0, 0.0, hits) * per_head[None, :], axis=1)
+    weighted = tl.where(hits <= 0, 0.0, hits) * per_head[None, :]
+    each = tl.exp(hits * scale - per_head[None, :]) if TEACHER else weighted
+    return tl.sum(tl.reshape(each, (each.shape[0], BQ, BH)), axis=2)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def sum_heads(
     q, per_head, keys, index, start, end, out, first, n, t, h, d, p, k, width, scale,
     TEACHER: tl.constexpr, PICKED: tl.constexpr, HELD: tl.constexpr,
-    BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr,
+    BQ: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """out [b n, slot]: the teacher's mass (per_head = lse) or the student's scores (per_head = weights) of a query.
+    """out [b n, slot]: the teacher's mass (per_head = lse) or the student's scores (per_head = weights) of BQ queries.
     HELD: there are no more than BH heads, which are read once.
     """
-    batch, token, row = _row(first, n, t)
-    count, low = _slots(start, end, token, k, PICKED)
+    batch, query, low, high, begin, stop = _tile(start, end, first, n, t, p, k, PICKED, BQ, BS)
+    token, row = batch * t + first + query, batch * n + query + tl.arange(0, BQ)
+    keys += batch * p * d
     none: tl.constexpr = float("inf") if TEACHER else 0.0
-    head = tl.arange(0, BH)
     if HELD:
-        x, number = _heads(q, per_head, token, head, h, d, none, D)
-    for s in range(0, count, BS):
+        at, real = _places(token, n - query, 0, h, BQ, BH)
+        x, number = _heads(q, per_head, at, real, d, none, D)
+    for s in range(begin, stop, BS):
         slot = s + tl.arange(0, BS)
-        entry = _entries(index, token, slot, k, count, low, PICKED)
-        key = _rows_of(keys, batch * p + entry, entry >= 0, d, D)
+        entry = _entries(index, token, slot, k, PICKED)
+        key = _keys(keys, entry, d, p, D)
         if HELD:
-            total = _sum_of_heads(key, x, number, scale, TEACHER)
+            total = _sum_of_heads(key, x, number, scale, TEACHER, BQ, BH)
         else:
-            total = tl.zeros((BS,), tl.float32)
+            total = tl.zeros((BS, BQ), tl.float32)
             for i in range(0, h, BH):
-                some, numbers = _heads(q, per_head, token, i + head, h, d, none, D)
-                total += _sum_of_heads(key, some, numbers, scale, TEACHER)
-        tl.store(out + row * width + slot, total, mask=entry >= 0)
+                at, real = _places(token, n - query, i, h, BQ, BH)
+                some, numbers = _heads(q, per_head, at, real, d, none, D)
+                total += _sum_of_heads(key, some, numbers, scale, TEACHER, BQ, BH)
+        compared = (entry[:, None] >= low[None, :]) & (entry[:, None] < high[None, :])
+        tl.store(out + row[None, :] * width + slot[:, None], total, mask=compared)
+
+
+@triton.jit
+def _slots(index, start, end, token, s, k, PICKED: tl.constexpr, DENSE: tl.constexpr, BS: tl.constexpr):
+    """Slots of one query, BS from the s-th on, and which of them there are."""
+    if PICKED:
+        slot = s + tl.arange(0, BS)
+        entry = tl.load(index + token * k + slot, mask=slot < k, other=-1)
+        slot, seen = entry if DENSE else slot, entry >= 0
+    else:
+        slot = tl.load(start + token) + s + tl.arange(0, BS)
+        seen = slot < tl.load(end + token)
+    return slot, seen
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def divergence(
-    mass, scores, index, start, end, losses, first, n, t, k, width, floor,
-    PICKED: tl.constexpr, BS: tl.constexpr
+    mass, scores, index, start, end, dscores, losses, first, n, t, k, width, floor,
+    PICKED: tl.constexpr, DENSE: tl.constexpr, BS: tl.constexpr
 ):  # fmt: skip
-    """losses [token] = KL(p || softmax(I)) of one query, and scores [row, slot] become dI; both are 0 where the mass is
-    not above the floor.
+    """losses [token] = KL(p || softmax(I)) of one query, and dscores [row, slot] = dI; both are 0 where the mass is not
+    above the floor. DENSE: slots are entries, though there are picks.
     """
-    _, token, row = _row(first, n, t)
-    count, low = _slots(start, end, token, k, PICKED)
+    row = tl.program_id(0).to(tl.int64)
+    token = row // n * t + first + row % n
+    count = k if PICKED else (tl.load(end + token) - tl.load(start + token)).to(tl.int32)
     mass += row * width
     scores += row * width
     total, top, norm = 0.0, float("-inf"), 0.0
     for s in range(0, count, BS):
-        slot = s + tl.arange(0, BS)
-        seen = _entries(index, token, slot, k, count, low, PICKED) >= 0
+        slot, seen = _slots(index, start, end, token, s, k, PICKED, DENSE, BS)
         x = tl.load(scores + slot, mask=seen, other=float("-inf"))
         total += tl.sum(tl.load(mass + slot, mask=seen, other=0.0), 0)
         above = tl.maximum(top, tl.max(x, 0))
@@ -118,58 +150,74 @@ def divergence(
         top = above
     log_norm, loss = top + tl.log(norm), 0.0
     for s in range(0, count, BS):
-        slot = s + tl.arange(0, BS)
-        seen = _entries(index, token, slot, k, count, low, PICKED) >= 0
+        slot, seen = _slots(index, start, end, token, s, k, PICKED, DENSE, BS)
         p = tl.load(mass + slot, mask=seen, other=0.0) / total
         log_student = tl.load(scores + slot, mask=seen, other=0.0) - log_norm
         loss += tl.sum(tl.where(p == 0, 0.0, p * (tl.log(p) - log_student)), 0)
-        tl.store(scores + slot, tl.where(total > floor, tl.exp(log_student) - p, 0.0), mask=seen)
+        tl.store(dscores + row * width + slot, tl.where(total > floor, tl.exp(log_student) - p, 0.0), mask=seen)
     tl.store(losses + token, tl.where(total > floor, loss, 0.0))
 
 
 @triton.jit
-def _through_relu(key, x, weight, dscore):
-    """hits [slot, head], zero where the ReLU is shut, and g = dscore weight where it is open, in the dtype of x."""
-    hits = tl.dot(key, x.T, input_precision="ieee")
-    g = tl.where(hits <= 0, 0.0, dscore[:, None] * weight[None, :])
-    return tl.where(hits <= 0, 0.0, hits), g.to(x.dtype)
+def _hits(x, key):
+    """<x, key> [rows, slots]; in float32, which no tensor cores multiply, from the transposed, for fewer registers."""
+    if x.dtype == tl.float32:
+        hits = tl.dot(key, x.T, input_precision="ieee").T
+    else:
+        hits = tl.dot(x, key.T, input_precision="ieee")
+    return hits
+
+
+@triton.jit
+def _through_relu(hits, dscore, weight, like):
+    """hits dscore, and g = dscore weight in the dtype of `like`, both where the ReLU is open."""
+    dhits = tl.where(hits > 0, dscore, 0.0)
+    return hits * dhits, (dhits * weight).to(like.dtype)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def query_gradient(
-    dscores, q, weights, keys, index, start, end, dq, dweights, rows, first, n, t, h, d, p, k, width,
-    PICKED: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr
+    dscores, losses, q, weights, keys, index, start, end, dq, dweights, rows, first, n, t, h, d, p, k, width,
+    PICKED: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """dq [token, h, d] and dweights [token, h] of one query; with picks also rows [b n, k, d], what each pick adds to
-    the gradient of its key.
+    """dq [token, h, d] and dweights [token, h] of BQ queries; with picks also rows [b n, k, d], what each pick adds to
+    the gradient of its key. Keys are finite: a loss that is none spoils its query alone.
     """
-    batch, token, row = _row(first, n, t)
-    count, low = _slots(start, end, token, k, PICKED)
-    head, column = tl.arange(0, BH), tl.arange(0, D)[None, :]
-    x, weight = _heads(q, weights, token, head, h, d, 0.0, D)
-    dx, dweight = tl.zeros((BH, D), tl.float32), tl.zeros((BH,), tl.float32)
-    for s in range(0, count, BS):
+    batch, query, low, high, begin, stop = _tile(start, end, first, n, t, p, k, PICKED, BQ, BS)
+    token, row = batch * t + first + query, batch * n + query + tl.arange(0, BQ)
+    keys += batch * p * d
+    at, real = _places(token, n - query, 0, h, BQ, BH)
+    x, weight = _heads(q, weights, at, real, d, 0.0, D)
+    rows += (batch * n + query) * k * d
+    dx, dweight = tl.zeros((BQ * BH, D), tl.float32), tl.zeros((BQ * BH,), tl.float32)
+    column = tl.arange(0, D)[None, :]
+    for s in range(begin, stop, BS):
         slot = s + tl.arange(0, BS)
-        entry = _entries(index, token, slot, k, count, low, PICKED)
-        key = _rows_of(keys, batch * p + entry, entry >= 0, d, D)
-        dscore = tl.load(dscores + row * width + slot, mask=entry >= 0, other=0.0)
-        hits, g = _through_relu(key, x, weight, dscore)
-        dweight += tl.sum(hits * dscore[:, None], axis=0)
-        dx = tl.dot(g.T, key, dx, input_precision="ieee")
-        if PICKED:
-            at = rows + (row * k + slot[:, None]) * d + column
-            tl.store(at, tl.dot(g, x, input_precision="ieee"), mask=(entry >= 0)[:, None] & (column < d))
-    tl.store(dq + (token * h + head[:, None]) * d + column, dx, mask=(head < h)[:, None] & (column < d))
-    tl.store(dweights + token * h + head, dweight, mask=head < h)
+        entry = _entries(index, token, slot, k, PICKED)
+        key = _keys(keys, entry, d, p, D)
+        compared = (entry[None, :] >= low[:, None]) & (entry[None, :] < high[:, None])
+        dscore = tl.load(dscores + row[:, None] * width + slot[None, :], mask=compared, other=0.0)
+        dscore = tl.reshape(tl.broadcast_to(dscore[:, None, :], (BQ, BH, BS)), (BQ * BH, BS))
+        dhits, g = _through_relu(_hits(x, key), dscore, weight[:, None], x)
+        dweight += tl.sum(dhits, axis=1)
+        dx = tl.dot(g, key, dx, input_precision="ieee")
+        if PICKED:  # noqa: SIM102
+            if t > 0:  # always: what is in a branch comes later, with registers that the products have left
+                of = tl.dot(g.T, x, input_precision="ieee")
+                tl.store(rows + slot[:, None] * d + column, of, mask=(entry >= 0)[:, None] & (column < d))
+    loss = tl.load(losses + token + tl.arange(0, BQ * BH) // BH, mask=real, other=0.0)
+    spoiled = tl.where(loss == loss, 0.0, loss)
+    tl.store(dq + at[:, None] * d + column, dx + spoiled[:, None], mask=real[:, None] & (column < d))
+    tl.store(dweights + at, dweight + spoiled, mask=real)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def key_gradient(
     dscores, q, weights, keys, start, end, out, first, n, t, h, d, p, width, span,
-    BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr
+    BQ: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr
 ):  # fmt: skip
-    """out [split, b p, d] of a tile of entries: the sum over the queries of one span of the chunk, ascending. From the
-    first query that sees one of the entries to the last.
+    """out [split, b p, d] of a tile of entries: the sum over the queries of one span of the chunk, ascending, BQ at a
+    time. From the first query that sees one of the entries to the last.
     """
     batch, s = (tl.program_id(0) // tl.cdiv(p, BS)).to(tl.int64), tl.program_id(0) % tl.cdiv(p, BS) * BS
     begin = first + tl.program_id(1) * span
@@ -182,16 +230,20 @@ def key_gradient(
         sees = (low < s + BS) & (high > s)
         least = tl.minimum(least, tl.min(tl.where(sees, query, stop), 0))
         most = tl.maximum(most, tl.max(tl.where(sees, query + 1, begin), 0))
-    entry, head, column = s + tl.arange(0, BS), tl.arange(0, BH), tl.arange(0, D)[None, :]
+    entry, column = s + tl.arange(0, BS), tl.arange(0, D)[None, :]
     key = _rows_of(keys, batch * p + entry, entry < p, d, D)
     total = tl.zeros((BS, D), tl.float32)
-    for query in range(least, most):
-        token, row = batch * t + query, batch * n + query - first
-        low, high = tl.load(start + token), tl.load(end + token)
-        x, weight = _heads(q, weights, token, head, h, d, 0.0, D)
-        at = dscores + row * width + entry - low
-        dscore = tl.load(at, mask=(entry >= low) & (entry < high), other=0.0)
-        _, g = _through_relu(key, x, weight, dscore)
+    for query in range(least, most, BQ):
+        token, own = batch * t + query, tl.arange(0, BQ)
+        at, real = _places(token, most - query, 0, h, BQ, BH)
+        x, weight = _heads(q, weights, at, real, d, 0.0, D)
+        low = tl.load(start + token + own, mask=own < most - query, other=0)
+        high = tl.load(end + token + own, mask=own < most - query, other=0)
+        compared = (entry[:, None] >= low[None, :]) & (entry[:, None] < high[None, :])
+        row = batch * n + query - first + own
+        dscore = tl.load(dscores + row[None, :] * width + entry[:, None], mask=compared, other=0.0)
+        dscore = tl.reshape(tl.broadcast_to(dscore[:, :, None], (BS, BQ, BH)), (BS, BQ * BH))
+        _, g = _through_relu(tl.dot(key, x.T, input_precision="ieee"), dscore, weight[None, :], x)
         total = tl.dot(g, x, total, input_precision="ieee")
     rows = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // tl.cdiv(p, BS)) * p + batch * p + entry
     tl.store(out + rows[:, None] * d + column, total, mask=(entry < p)[:, None] & (column < d))

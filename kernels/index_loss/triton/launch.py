@@ -18,14 +18,17 @@ SCRATCH = 1 << 28  # bytes of mass, scores and picked gradients at a time, but a
 LEAST = 16
 ROW = 256  # slots of a row at a time
 PROGRAMS = 1024  # of the keys' gradient without picks, about
+DENSE = 2  # entries for each pick, at most, with which tiles of queries go through all of them instead
 QUERIES = 256  # looked at in one go for those that see a tile of entries
 
 
 class Blocks(NamedTuple):
-    """Of one product: slots, heads (at most), warps, pipeline stages."""
+    """Of one product: slots, rows (heads, of as many queries as fit where these share their slots), warps, pipeline
+    stages.
+    """
 
     slots: int
-    heads: int
+    rows: int
     warps: int
     stages: int
 
@@ -41,8 +44,8 @@ class Table(NamedTuple):
 HALF = {  # bf16 and fp16
     "sm_80": Table(Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 2)),
     "sm_89": Table(Blocks(32, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 8, 2)),
-    "sm_90": Table(Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 3), Blocks(64, 64, 8, 2)),
-    "sm_100": Table(Blocks(32, 64, 4, 2), Blocks(128, 64, 4, 3), Blocks(64, 64, 8, 2)),
+    "sm_90": Table(Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 3)),
+    "sm_100": Table(Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 3), Blocks(64, 64, 8, 2)),
     "hip": Table(Blocks(16, 32, 4, 1), Blocks(64, 64, 4, 2), Blocks(16, 64, 8, 1)),
 }
 _SMALL = Blocks(16, 16, 4, 2)
@@ -106,23 +109,27 @@ def index_loss(student: Student, teacher: Teacher, compared: Compared, scale: fl
     gradients = Student(dq, dweights, dkeys)
     student = Student(*(x.contiguous() for x in (*student[:2], student.keys.to(student.q.dtype))))
     teacher = Teacher(*(x.contiguous() for x in (*teacher[:2], teacher.keys.to(teacher.q.dtype))))
+    finite = student._replace(keys=student.keys.nan_to_num(0, 0, 0)) if wanted else student
     start, end = (x.expand(b, t).contiguous() for x in compared[1:])
     compared = Compared(None if compared.picks is None else compared.picks.contiguous(), start, end)
     losses = student.q.new_empty(b, t, dtype=torch.float32)
-    width, scratch = (p, 8) if compared.picks is None else (compared.picks.shape[2], 8 + e * student.q.itemsize)
+    k = 0 if compared.picks is None else compared.picks.shape[2]
+    slots = compared._replace(picks=None) if p <= DENSE * k else compared
+    width, scratch = (p, 12) if slots.picks is None else (k, 8 + e * student.q.itemsize)
     most = max(SCRATCH // max(b * width * scratch, 1), LEAST)
     with on_device(student.q):
         for first in range(0, t, most):
             chunk = Chunk(first, min(most, t - first), width)
             mass, scores = (losses.new_empty(b * chunk.n, width) for _ in range(2))
-            _sum_heads(teacher, compared, mass, chunk, scale)
-            _sum_heads(student, compared, scores, chunk)
+            _sum_heads(teacher, slots, mass, chunk, scale)
+            _sum_heads(student, slots, scores, chunk)
+            dscores = scores if slots is compared else torch.zeros_like(scores)
             kernels.divergence[b * chunk.n,](
-                mass, scores, *compared, losses, chunk.first, chunk.n, t, k=width, width=width, floor=FLOOR,
-                PICKED=compared.picks is not None, BS=ROW,
+                mass, scores, *compared, dscores, losses, chunk.first, chunk.n, t, k, width, floor=FLOOR,
+                PICKED=compared.picks is not None, DENSE=slots.picks is None, BS=ROW,
             )  # fmt: skip
             if wanted:
-                _add_gradients(scores, student, compared, gradients, chunk)
+                _add_gradients(dscores, losses, finite, slots, gradients, chunk)
         share = losses.new_ones(()) if compared.picks is None else _share(teacher, compared, scale)
     queries = (end > start).sum().clamp_min(1).float()
     return Loss(losses.sum() / queries, share, queries, gradients)
@@ -132,21 +139,24 @@ def _sum_heads(x: Teacher | Student, compared: Compared, out: Tensor, chunk: Chu
     """`out [b n, slots]`: the teacher's mass, or, without a scale, the student's scores."""
     (b, t, h, d), teacher = x.q.shape, scale is not None
     blocks = table_for(x.q, 512).teacher if teacher else table_for(x.q, 128).student
-    options = _options(blocks, h, d) | registers(blocks.warps)
-    kernels.sum_heads[b * chunk.n,](
+    options = _options(blocks, h, d, compared.picks is None) | registers(blocks.warps)
+    kernels.sum_heads[b * triton.cdiv(chunk.n, options["BQ"]),](
         *x, *compared, out, chunk.first, chunk.n, t, h, d, p=x.keys.shape[1], k=chunk.width, width=chunk.width,
         scale=scale or 0.0, TEACHER=teacher, PICKED=compared.picks is not None, HELD=h <= options["BH"], **options,
     )  # fmt: skip
 
 
-def _add_gradients(dscores: Tensor, student: Student, compared: Compared, gradients: Student, chunk: Chunk) -> None:
+def _add_gradients(
+    dscores: Tensor, losses: Tensor, student: Student, compared: Compared, gradients: Student, chunk: Chunk
+) -> None:
     """Writes those of the chunk's queries and weights, adds to those of the keys."""
     (b, t, h, d), p, blocks = student.q.shape, student.keys.shape[1], table_for(student.q, 128).gradient
     first, n, width, picks = *chunk, compared.picks
-    options = _options(blocks._replace(heads=next_power(h, 16)), h, d) | registers(blocks.warps)
+    blocks = blocks._replace(rows=max(next_power(h), blocks.rows))
+    options = _options(blocks, h, d, picks is None) | registers(blocks.warps)
     rows = student.q.new_empty(b, 0 if picks is None else n, width, d)
-    kernels.query_gradient[b * n,](
-        dscores, *student, *compared, gradients.q, gradients.weights, rows,
+    kernels.query_gradient[b * triton.cdiv(n, options["BQ"]),](
+        dscores, losses, *student, *compared, gradients.q, gradients.weights, rows,
         first, n, t, h, d, p, k=width, width=width, PICKED=picks is not None, **options,
     )  # fmt: skip
     if picks is not None:
@@ -173,14 +183,16 @@ def _share(teacher: Teacher, compared: Compared, scale: float) -> Tensor:
     some = Teacher(teacher.q[at].contiguous(), teacher.lse[at].contiguous(), teacher.keys)
     every = Compared(None, start.contiguous(), end.contiguous())
     _sum_heads(some, every, mass.flatten(0, 1), Chunk(0, n, entries), scale)
-    slot = torch.arange(entries, device=mass.device)
-    mass = torch.where(slot < (end - start)[..., None], mass, 0)
-    picked = torch.where(picks < 0, 0, mass.gather(2, (picks - start[..., None]).clamp_min(0))).sum(-1)
+    entry = torch.arange(entries, device=mass.device)
+    mass = torch.where((entry >= start[..., None]) & (entry < end[..., None]), mass, 0)
+    picked = torch.where(picks < 0, 0, mass.gather(2, picks.clamp_min(0))).sum(-1)
     total = mass.sum(-1)
     reads = total > FLOOR
     return torch.where(reads, picked / total, 0).sum() / reads.sum().clamp_min(1)
 
 
-def _options(b: Blocks, h: int, d: int) -> dict[str, int]:
-    heads = min(next_power(h, 16), b.heads)
-    return {"BH": heads, "BS": b.slots, "D": next_power(d, 16), "num_warps": b.warps, "num_stages": b.stages}
+def _options(b: Blocks, h: int, d: int, shared: bool) -> dict[str, int]:
+    """Of a tile of one query, or of several that have the same slots."""
+    heads = min(next_power(h, 1 if shared else 16), b.rows)
+    tile = {"BQ": max(b.rows // heads, 1) if shared else 1, "BH": heads, "BS": b.slots, "D": next_power(d, 16)}
+    return tile | {"num_warps": b.warps, "num_stages": b.stages}

@@ -5,7 +5,7 @@
 Scores are kept for the visible entries of crowded queries alone, those with more entries than picks; the others take
 all they see. A score becomes an unsigned number of the same order, so that the k-th largest is found bit by bit, or
 eight bits at a time; among those equal to it the lowest entries are taken. Nothing is sorted, and no order of execution
-can be seen in the result.
+can be seen in the result. Of a long row, the groups of entries that have the k largest maxima hold all picks.
 
 b batch · t queries · h index heads · d index head dim · p entries · k picks · BQ, BP queries and entries of a tile
 """
@@ -48,7 +48,7 @@ def index_scores(
         x = tl.load(q + head * d, mask=inside, other=0.0)
         weight = tl.load(weights + head, mask=real, other=0.0).to(tl.float32)
         hits = tl.dot(x, key.T, input_precision="ieee")
-        total += tl.where(hits < 0, 0.0, hits) * weight[:, None]  # NaN stays NaN
+        total += tl.where(hits <= 0, 0.0, hits) * weight[:, None]  # NaN stays NaN
     at = out + (tile.to(tl.int64) * BQ + tl.arange(0, BQ)[:, None]) * (16 * sixteens) + entry[None, :]
     tl.store(at, total, mask=real[:, None] & (entry < p)[None, :])
 
@@ -75,7 +75,7 @@ def index_scores_of_few(
         x = tl.load(to, mask=(head < h)[:, None] & (column < d)[None, :], other=0.0)
         weight = tl.load(weights + token * h + head, mask=head < h, other=0.0).to(tl.float32)
         hits = tl.dot(x, key.T, input_precision="ieee")
-        total += tl.sum(tl.where((hits < 0) | (head >= h)[:, None], 0.0, hits) * weight[:, None], axis=0)
+        total += tl.sum(tl.where((hits <= 0) | (head >= h)[:, None], 0.0, hits) * weight[:, None], axis=0)
     tl.store(out + row.to(tl.int64) * (16 * sixteens) + entry, total, mask=entry < p)
 
 
@@ -83,14 +83,18 @@ def index_scores_of_few(
 
 
 @triton.jit
-def _ranks(scores, entry, low, high):
-    """uint32 that sort like the scores of a row, NaN as -inf and -0.0 as 0.0; 0, below all, for hidden entries."""
-    seen = (entry >= low) & (entry < high)
-    x = tl.load(scores + entry, mask=seen, other=0.0)
+def _ranks(x, seen):
+    """uint32 that sort like scores, NaN as -inf and -0.0 as 0.0; 0, below all, for what is not seen."""
     x = tl.where(x == x, x, float("-inf"))
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF) ^ -(2**31)).to(tl.uint32, bitcast=True)
+    rank = tl.where(bits < 0, ~bits, bits ^ -(2**31)).to(tl.uint32, bitcast=True)
     return tl.where(seen, rank, 0)
+
+
+@triton.jit
+def _read(scores, entry, low, high, width):
+    """Scores of a row of so many, a multiple of 16, and which of them are seen."""
+    return tl.load(scores + entry, mask=entry < width, other=0.0), (entry >= low) & (entry < high)
 
 
 @triton.jit
@@ -104,14 +108,15 @@ def _cut_held(rank, k):
 
 
 @triton.jit
-def _cut_streamed(scores, low, high, k, N: tl.constexpr):
+def _cut_streamed(scores, low, high, width, k, N: tl.constexpr):
     """The same of the row in memory, eight bits in each pass over it, N entries at a time."""
     cut, room = tl.zeros((), tl.uint32), tl.zeros((), tl.int32) + k
     for i in range(4):
         shift = 24 - 8 * i
         counts = tl.zeros((256,), tl.int32)
         for j in range(low // N * N, high, N):
-            rank = _ranks(scores, j + tl.arange(0, N), low, high)
+            x, seen = _read(scores, j + tl.arange(0, N), low, high, width)
+            rank = _ranks(x, seen)
             alike = ((rank ^ cut) >> shift) >> 8 == 0  # in the bits found so far
             counts += tl.histogram(((rank >> shift) & 255).to(tl.int32), 256, mask=alike)
         above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
@@ -121,15 +126,45 @@ def _cut_streamed(scores, low, high, k, N: tl.constexpr):
     return cut, room
 
 
+@triton.jit
+def _write(to, number, rank, cut, room):
+    """The numbers whose rank is above the cut, and the first `room` of those equal to it; how many these two are."""
+    above, equal = rank > cut, rank == cut
+    before = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # of both, in the halves of a word
+    picked = above | (equal & ((before >> 16) <= room))
+    tl.store(to + (before & 0xFFFF) + tl.minimum(before >> 16, room) - 1, number, mask=picked)
+    return tl.sum(above.to(tl.int32), 0), tl.sum(equal.to(tl.int32), 0)
+
+
+@triton.jit
+def _candidates(scores, picks, low, high, width, k, N: tl.constexpr, G: tl.constexpr, W: tl.constexpr, K: tl.constexpr):
+    """The entries, ascending, of the k groups of G with the largest maxima, of equal ones the first: each of these has
+    an entry before those of any other group. k is at most K, W entries of each group are read at a time.
+    """
+    group, top = tl.arange(0, N // G), tl.full((N // G,), float("-inf"), tl.float32)
+    for j in range(0, G, W):
+        x, seen = _read(scores, group[:, None] * G + j + tl.arange(0, W)[None, :], low, high, width)
+        top = tl.maximum(top, tl.max(tl.where(seen & (x == x), x, float("-inf")), axis=1))
+    rank = _ranks(top, (group * G + G > low) & (group * G < high))
+    cut, room = _cut_held(rank, k)
+    _write(picks, group, rank, cut, room)
+    tl.debug_barrier()
+    slot = tl.arange(0, K)
+    chosen = tl.load(picks + slot, mask=slot < k, other=N // G).to(tl.int32)
+    tl.debug_barrier()
+    return tl.reshape(chosen[:, None] * G + tl.arange(0, G)[None, :], (K * G,))
+
+
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)
 def select(
     scores, start, end, picks, first, t, k, kept, sixteens, queries,
-    HELD: tl.constexpr, N: tl.constexpr, C: tl.constexpr
+    HELD: tl.constexpr, N: tl.constexpr, G: tl.constexpr, W: tl.constexpr, K: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """picks [token, kept] of one query; tiles have so many queries.
 
-    HELD: a row of at most N entries lies in registers; else N at a time stream through. Then all above the k-th largest
-    and the first of those equal to it are written, C entries at a time.
+    HELD: of a row of at most N entries all lie in registers, or those of k groups of G; else N at a time stream
+    through. Then all above the k-th largest and the first of those equal to it are written, C entries of what streams
+    at a time.
     """
     row = tl.program_id(0)
     tile = first + row // queries
@@ -144,18 +179,19 @@ def select(
             slot = i + tl.arange(0, C)
             tl.store(picks + slot, tl.where(low + slot < high, low + slot, -1), mask=slot < kept)
         return
-    scores += row.to(tl.int64) * (16 * sixteens)
+    width = 16 * sixteens
+    scores += row.to(tl.int64) * width
     if HELD:
-        cut, room = _cut_held(_ranks(scores, tl.arange(0, N), low, high), k)
+        entry = tl.arange(0, N) if G == 1 else _candidates(scores, picks, low, high, width, k, N, G, W, K)
+        x, seen = _read(scores, entry, low, high, width)
+        rank = _ranks(x, seen)
+        cut, room = _cut_held(rank, k)
+        _write(picks, entry, rank, cut, room)
     else:
-        cut, room = _cut_streamed(scores, low, high, k, N)
-    for i in range(low // C * C, high, C):
-        entry = i + tl.arange(0, C)
-        rank = _ranks(scores, entry, low, high)
-        above, equal = rank > cut, rank == cut
-        before = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)  # of both, in the halves of a word
-        picked = above | (equal & ((before >> 16) <= room))
-        tl.store(picks + (before & 0xFFFF) + tl.minimum(before >> 16, room) - 1, entry, mask=picked)
-        equals = tl.sum(equal.to(tl.int32), 0)
-        picks += tl.sum(above.to(tl.int32), 0) + tl.minimum(equals, room)
-        room = tl.maximum(room - equals, 0)
+        cut, room = _cut_streamed(scores, low, high, width, k, N)
+        for i in range(low // C * C, high, C):
+            entry = i + tl.arange(0, C)
+            x, seen = _read(scores, entry, low, high, width)
+            above, equal = _write(picks, entry, _ranks(x, seen), cut, room)
+            picks += above + tl.minimum(equal, room)
+            room = tl.maximum(room - equal, 0)

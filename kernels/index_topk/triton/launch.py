@@ -9,11 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ...triton.launch import architecture, in_rows, next_power, on_device
+from ...triton.launch import architecture, in_rows, next_power, on_device, registers
 from . import kernels
 
 SCRATCH = 1 << 28  # bytes of scores at a time, but at least one tile of queries with all its entries
-HELD = (1 << 10, 1 << 12, 1 << 14)  # entries of rows that fit in registers, each with a kernel of its own
+HELD = (1 << 10, 1 << 12, 1 << 14, 1 << 16)  # entries of rows that do not stream, each with a kernel of its own
+GROUPED = 1 << 10  # entries of a row, above which those of its best groups are looked at alone
 STREAMED = 2048  # entries of a row at a time
 
 
@@ -29,7 +30,7 @@ class Blocks(NamedTuple):
 HALF = {  # bf16 and fp16, d <= 128
     "sm_80": Blocks(128, 128, 8, 3),
     "sm_89": Blocks(128, 64, 8, 2),
-    "sm_90": Blocks(128, 128, 8, 3),
+    "sm_90": Blocks(64, 128, 4, 3),
     "sm_100": Blocks(128, 128, 8, 3),
     "hip": Blocks(64, 64, 8, 2),
 }
@@ -104,10 +105,15 @@ def scores(x: Inputs, out: Tensor, chunk: Chunk, k: int) -> None:
 def select(scores: Tensor, start: Tensor, end: Tensor, picks: Tensor, chunk: Chunk, k: int) -> None:
     """The picks of the chunk from the rows `scores [tiles queries, width]`."""
     (_, t), width = start.shape, scores.shape[1]
-    held = next((n for n in HELD if n >= width), 0)
-    n = held or STREAMED
-    most = 16 if architecture() == "hip" else 32  # warps of a program
+    n, best, each = next((n for n in HELD if n >= width), 0), next_power(k), 1024 if architecture() == "sm_90" else 512
+    group = 1 << max((n // best).bit_length() - 1, 0) // 2 if n > GROUPED else 1
+    held = max(n // group, best * group if group > 1 else n)  # maxima, then entries of the best groups
+    if held > 8 * each:
+        n = held = 0
+    warps = max(held // each if held else STREAMED // 512, 1)
+    wide = max(min(group, each * warps * group // max(n, 1)), 1)
     kernels.select[chunk.tiles * chunk.queries,](
         scores, start, end, picks, chunk.first, t, k, picks.shape[2], width // 16, chunk.queries,
-        HELD=held > 0, N=n, C=min(n, STREAMED), num_warps=min(max(n // 512, 1), most),
+        HELD=n > 0, N=n or STREAMED, G=group, W=wide, K=best if group > 1 else 1, C=min(n or STREAMED, STREAMED),
+        **registers(warps),
     )  # fmt: skip
