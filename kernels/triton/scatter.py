@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import next_power, on_device
+from .launch import next_power, on_device, registers
 
 ROWS = 32  # pairs of a tile
 COLUMNS = 128  # channels of a program, at most
@@ -74,8 +74,9 @@ def scatter_sum(rows: Tensor, lists: Lists, into: Tensor | None = None) -> Tenso
     columns = min(next_power(d), COLUMNS)
     with on_device(rows):
         sum_lists[b * (bounds - 1), triton.cdiv(d, columns)](
-            rows, lists.pairs, lists.offsets, out, bounds - 1, d, ADD=into is not None, ROWS=ROWS, COLUMNS=columns
-        )
+            rows, lists.pairs, lists.offsets, out, bounds - 1, d,
+            ADD=into is not None, ROWS=ROWS, COLUMNS=columns, **registers(1),  # most lists are short, or empty
+        )  # fmt: skip
     return out
 
 
