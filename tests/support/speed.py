@@ -330,7 +330,7 @@ def analyse(kernel: Any) -> Code:
     for head in sorted(heads, key=lambda h: len(loops[h])):  # from the inside
         inner = [h for h in heads if loops[h] < loops[head]]
         own = _way(blocks, leads, loops[head], max(head, 0)).difference(*(loops[h] for h in inner))
-        body = [x for i in sorted(own) for x in blocks[i] if x.name != "NOP"]
+        body = [x for i in sorted(own) for x in blocks[i] if x.name != "NOP" and not x.text.startswith("@!PT")]
         parents = [i for i, h in enumerate(heads) if i and loops[h] > loops[head]]
         taken_lines = {found[h].line for h in inner}
         where = None if head < 0 else _statement(body, taken_lines)

@@ -78,7 +78,7 @@ def _steps(a: A, kind: str, first: int = 0, n: int | None = None) -> float:
     return mean(rows + (a.TK // 2 if a.get("BQ", 1) > 1 or n else 0), a.TK) + mean(entries, a.TK)
 
 
-AGAIN = {"again": 0, "PART": 8}  # with keys that are not finite, of which there are none
+AGAIN = {"again": 0, "for first": 0}  # with keys that are not finite, of which there are none
 
 
 def attention_tile(a: A, grid: Grid) -> Names:
@@ -114,7 +114,7 @@ def list_keys(a: A, grid: Grid) -> Names:
 def attention_split(a: A, grid: Grid) -> Names:
     """Those that a query picks are few of the entries."""
     rows, entries = _keys(a, a.ENTRIES)
-    read = min(a.t * a.k / max(a.p, 1), 1) if a.ENTRIES == "list" else 1
+    read = min(a.t * a.k / max(a.p, 1), 1) if a.ENTRIES == "picks" else 1
     return a.part(read, "compressed") | {"for i": (mean(rows) + mean(entries)) / a.TK / grid[1]}
 
 
@@ -130,6 +130,13 @@ def keys_tile(a: A, grid: Grid) -> Names:
     queries = (a.KEYS + a.window - 1) / a.splits if a.OWN else min(a.span, a.n) * (a.chunk + a.n / 2) / a.t
     moved = a.part(a.n / a.t, "q", "dout") | a.part(own if a.OWN else (1 - own) / 2, "pairs")
     return moved | {"begin": 0, "stop": queries, "STEP": 128}
+
+
+def keys_again(a: A, grid: Grid) -> Names:
+    queries = (a.KEYS + a.window - 1) / a.splits if a.OWN else min(a.span, a.t) / 2
+    return a.part(1 if a.COUNTED else 0, "counts") | {
+        "begin": 0, "stop": queries, "STEP": 128, "for i": queries * a.h / (a.BQ * min(a.BH, a.h))
+    }  # fmt: skip
 
 
 def keys_list(a: A, grid: Grid) -> Names:
@@ -171,12 +178,15 @@ def select(a: A, grid: Grid) -> Names:
     many, share = mean(high * crowded), float(crowded.mean())
     loops = [cdiv(a.kept, a.C) * (1 - share), many / a.C]
     moved = {"scores": 4 * (1 if held else 5) * many * grid[0]} | a.part(grid[0] / (a.t * len(a.start)), "picks")
-    return moved | {"low": 0, "high": many, "for _": 32 * share, "for i": loops if a.HELD else [4 * share, *loops]}
+    found = {"low": 0, "high": many, "for _": 32 * share, "for i": [loops[0], 4 * share, loops[1]]}
+    return moved | found | {"for i": loops[0], "again": 1} if a.HELD else moved | found
 
 
 def compared(a: A, grid: Grid) -> Names:
-    count = a.k if a.PICKED else mean(seen(a.t, a.width, a.first, a.n))
-    return a.part(a.n / a.t, "q", "per_head", "index", "dq", "dweights", "weights") | {"count": count}
+    last = seen(a.t, a.width, a.first, a.n)[a.get("BQ", 1) - 1 :: a.get("BQ", 1)]  # of each tile
+    count = a.k if a.PICKED else a.BS * mean(last, a.BS)
+    moved = a.part(a.n / a.t, "q", "per_head", "index", "dq", "dweights", "weights")
+    return moved | {"count": count, "begin": 0, "stop": count}
 
 
 def key_gradient(a: A, grid: Grid) -> Names:
@@ -192,7 +202,7 @@ def symmetric(a: A, grid: Grid) -> Names:
 FACTS: dict[str, Callable[[A, Grid], Names]] = {
     f.__name__: f for f in (attention_tile, attention_list, attention_split, queries_tile)
 }
-FACTS |= {f.__name__: f for f in (keys_tile, keys_list, loss_rows, sum_lists, index_scores, select)}
+FACTS |= {f.__name__: f for f in (keys_tile, keys_again, keys_list, loss_rows, sum_lists, index_scores, select)}
 FACTS |= {f.__name__: f for f in (key_gradient, symmetric)}
 FACTS |= {f.__name__: f for f in (queries_list, list_keys)}
 FACTS |= dict.fromkeys(("sum_heads", "divergence", "query_gradient"), compared)
@@ -258,7 +268,9 @@ def launch(x: counting.Launched) -> Launch:
 
 
 def passes(run: Callable[[], Any], back: Callable[[Any], Any] | None = None) -> list[Pass]:
-    """Of a function in half precision, and of the backward pass of what it returns."""
+    """Of a function in half precision, and of the backward pass of what it returns. Kernels are compiled behind both:
+    what is compiled would be launched instead of counted.
+    """
     with counting.gpu("sm_90", keep=True) as counted:
         with torch.autocast("meta", torch.bfloat16):
             result = run()
@@ -266,14 +278,15 @@ def passes(run: Callable[[], Any], back: Callable[[Any], Any] | None = None) -> 
         if back is not None:
             back(result)
             found.append(_taken(counted))
-    return found
+        return [Pass([launch(x) for x in launched], *beside) for launched, *beside in found]
 
 
-def _taken(counted: counting.Counted) -> Pass:
+def _taken(counted: counting.Counted) -> tuple[list[counting.Launched], Counter[str], int]:
+    """What ran since the last call: launches, seconds of torch's copies by name, FLOPs of its products."""
     assert counted.launched is not None and counted.traffic is not None
-    taken = Pass([launch(x) for x in counted.launched])
-    for name, moved, flops in counted.traffic:
-        taken.flops += flops
-        taken.torch[name] += 0 if flops else moved / speed.COPIED  # type: ignore[assignment]
+    launched, seconds, flops = list(counted.launched), Counter[str](), 0
+    for name, moved, products in counted.traffic:
+        flops += products
+        seconds[name] += 0 if products else moved / speed.COPIED  # type: ignore[assignment]
     counted.clear()
-    return taken
+    return launched, seconds, flops
