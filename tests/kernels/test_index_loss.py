@@ -275,8 +275,9 @@ def test_keys_of_another_dtype_are_rounded(launch, device):
 
 
 @both
-def test_nan_stays_with_those_who_look_at_it(launch, device, k):
-    """A NaN index key spoils the loss, and the gradients of the queries that compare it, no others."""
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_with_those_who_look_at_it(launch, device, k, value):
+    """An index key with such a channel spoils the loss, and gradients of the queries that compare it, no others."""
     given, entry = case(1, 7, 2, 4, 2, 4, 9, k), 6
     given["start"][0, 2], given["end"][0, 2] = entry, entry + 1  # and compares no other
     if k:
@@ -284,10 +285,20 @@ def test_nan_stays_with_those_who_look_at_it(launch, device, k):
     clean = results(given, device)
     looks = (given["index"] == entry).any(-1) if k else (given["start"] <= entry) & (given["end"] > entry)
     assert 0 < looks.sum() < looks.numel()
-    given["index_keys"][0, entry] = math.nan
+    given["index_keys"][0, entry, 1] = value
     got, looks = results(given, device), looks.to(device)
     assert got["0"].isnan() and torch.equal(got["dindex_q"].isnan().flatten(2).any(-1), looks)
     assert all(torch.equal(got[name][~looks], clean[name][~looks]) for name in ("dindex_q", "dindex_weights"))
+
+
+@both
+def test_weights_that_are_not_finite_behind_a_shut_relu(launch, device, k):
+    """Of a query that reads nothing, whose hits are all negative, they reach no gradient of a key."""
+    given = case(1, 3, 2, 4, 2, 4, 6, k)
+    given["index_keys"].abs_()
+    given["index_q"][0, 1], given["index_weights"][0, 1], given["lse"][0, 1] = -1.0, math.nan, math.inf
+    got = results(given, device)
+    assert got["0"].isfinite() and got["dindex_keys"].isfinite().all() and got["dindex_q"].isfinite().all()
 
 
 @both

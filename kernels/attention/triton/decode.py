@@ -58,7 +58,7 @@ def attention_split(
         seen = key < tl.where(own, last, high)
         if ENTRIES == "picks":
             entry = tl.load(index + key, mask=seen & (not own), other=-1)
-            key, seen = tl.where(own, key, entry), tl.where(own, seen, (entry >= 0) & (entry < p))
+            key, seen = tl.where(own, key, entry.to(tl.int32)), tl.where(own, seen, (entry >= 0) & (entry < p))
         keys = load_rows(source(own, kv, compressed, ENTRIES), key.to(tl.int64), seen, d, D)
         logits = tl.dot(qs, keys.T, input_precision="ieee") * (scale * LOG2E)
         logits = tl.where(logits == float("-inf"), float("nan"), logits)  # an infinite key spoils all that see it

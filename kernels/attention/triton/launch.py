@@ -93,7 +93,7 @@ HALF = {  # bf16 and fp16, of more channels, up to 512, and of few
         Tiles(Blocks(64, 64, 4, 2), FEW_ROWS, Blocks(64, 32, 4, 2), Owned(64, 64, 128, 8, 2)),
     ),
     "hip": (
-        Tiles(Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
+        Tiles(Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
         Tiles(Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
     ),
 }

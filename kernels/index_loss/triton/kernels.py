@@ -172,7 +172,7 @@ def _hits(x, key):
 def _through_relu(hits, dscore, weight, like):
     """hits dscore, and g = dscore weight in the dtype of `like`, both where the ReLU is open."""
     dhits = tl.where(hits > 0, dscore, 0.0)
-    return hits * dhits, (dhits * weight).to(like.dtype)
+    return hits * dhits, tl.where(hits > 0, dscore * weight, 0.0).to(like.dtype)
 
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=BOUNDS)

@@ -109,7 +109,9 @@ def index_loss(student: Student, teacher: Teacher, compared: Compared, scale: fl
     gradients = Student(dq, dweights, dkeys)
     student = Student(*(x.contiguous() for x in (*student[:2], student.keys.to(student.q.dtype))))
     teacher = Teacher(*(x.contiguous() for x in (*teacher[:2], teacher.keys.to(teacher.q.dtype))))
-    finite = student._replace(keys=student.keys.nan_to_num(0, 0, 0)) if wanted else student
+    known = student.keys.isfinite().all(-1, keepdim=True)  # an entry that is not spoils the loss of all that compare it
+    finite = student._replace(keys=student.keys.masked_fill(~known, 0)) if wanted else student
+    student = student._replace(keys=student.keys.masked_fill(~known, float("nan")))
     start, end = (x.expand(b, t).contiguous() for x in compared[1:])
     compared = Compared(None if compared.picks is None else compared.picks.contiguous(), start, end)
     losses = student.q.new_empty(b, t, dtype=torch.float32)
