@@ -82,7 +82,7 @@ def _p_and_ds(
 ):  # fmt: skip
     """p and ds of a step of keys, zero where it is not seen."""
     if JOINED:
-        both = tl.dot(qs, keys.T).reshape(2, qs.shape[0] // 2, keys.shape[0])
+        both = tl.dot(qs, keys.T, input_precision="ieee").reshape(2, qs.shape[0] // 2, keys.shape[0])
         logits, dp = tl.split(both.permute(1, 2, 0))
     else:
         logits, dp = tl.dot(qs, keys.T, input_precision="ieee"), tl.dot(do, keys.T, input_precision="ieee")

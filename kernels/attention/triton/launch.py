@@ -77,7 +77,7 @@ FEW_ROWS = Blocks(16, 32, 4, 2)
 NARROW = 128  # channels up to which a table of its own holds
 HALF = {  # bf16 and fp16, of more channels, up to 512, and of few
     "sm_80": (
-        Tiles(Blocks(32, 32, 8, 2), FEW_ROWS, Blocks(32, 32, 8, 1), Owned(64, 64, 128, 8, 2)),
+        Tiles(Blocks(32, 32, 8, 2), FEW_ROWS, Blocks(32, 16, 8, 1), Owned(64, 64, 128, 8, 2)),
         Tiles(Blocks(64, 32, 4, 2), FEW_ROWS, Blocks(32, 32, 4, 2), Owned(64, 32, 128, 4, 2)),
     ),
     "sm_89": (
@@ -93,7 +93,7 @@ HALF = {  # bf16 and fp16, of more channels, up to 512, and of few
         Tiles(Blocks(64, 64, 4, 2), FEW_ROWS, Blocks(64, 32, 4, 2), Owned(64, 64, 128, 8, 2)),
     ),
     "hip": (
-        Tiles(Blocks(16, 32, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
+        Tiles(Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
         Tiles(Blocks(32, 32, 4, 1), Blocks(16, 32, 4, 1), Blocks(32, 32, 4, 1), Owned(64, 32, 128, 4, 1)),
     ),
 }
@@ -235,6 +235,8 @@ def _shape(x: Inputs, b: Blocks, tile: bool) -> dict[str, int]:
     (_, _, h, d), alone = x.q.shape, not tile
     width = next_power(d, 16)
     heads = min(next_power(h), b.rows)
+    if width > NARROW and heads == 32 and b.rows == 64:
+        heads = 64  # half of them empty, as 32 rows are no wgmma
     if alone or width > NARROW or heads == b.rows:
         return {"D": width, "BQ": 1, "BH": max(heads, 16)}
     return {"D": width, "BQ": b.rows // heads, "BH": heads}
@@ -437,7 +439,7 @@ def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int
         return _Chunk(first, n, outputs, None)
     left = *outputs, x.q if dq is None else dq, x.q if pairs is None else pairs, first, n, window_slots + slots
     flags = {"need_q": int(dq is not None), "KEEP": need_keys, "WINDOW_SLOTS": window_slots}
-    flags |= {"KEYS": tiles.owned.keys, "JOINED": x.q.itemsize == 2 and d > NARROW}
+    flags |= {"KEYS": tiles.owned.keys, "JOINED": d > NARROW}
     if lists:
         sizes = {key: value for key, value in _told(x).items() if key in ("t", "s", "window", "scale", "h", "d")}
         gradients.queries_list[b * n * groups,](
