@@ -109,9 +109,9 @@ def index_loss(student: Student, teacher: Teacher, compared: Compared, scale: fl
     gradients = Student(dq, dweights, dkeys)
     student = Student(*(x.contiguous() for x in (*student[:2], student.keys.to(student.q.dtype))))
     teacher = Teacher(*(x.contiguous() for x in (*teacher[:2], teacher.keys.to(teacher.q.dtype))))
-    known = student.keys.isfinite().all(-1, keepdim=True)  # an entry that is not spoils the loss of all that compare it
-    finite = student._replace(keys=student.keys.masked_fill(~known, 0)) if wanted else student
-    student = student._replace(keys=student.keys.masked_fill(~known, float("nan")))
+    keys = student.keys + (student.keys * 0).sum(-1, keepdim=True)  # nan, where any of its channels is not finite: it
+    student = student._replace(keys=keys)  # spoils the loss of all that compare it
+    finite = student._replace(keys=keys.nan_to_num(0)) if wanted else student
     start, end = (x.expand(b, t).contiguous() for x in compared[1:])
     compared = Compared(None if compared.picks is None else compared.picks.contiguous(), start, end)
     losses = student.q.new_empty(b, t, dtype=torch.float32)
@@ -171,8 +171,7 @@ def _add_gradients(
         dscores, *student, compared.start, compared.end, parts,
         first, n, t, h, d, p, width, span=span, QUERIES=QUERIES, **options,
     )  # fmt: skip
-    for part in parts:
-        gradients.keys.add_(part)
+    gradients.keys.add_(parts.sum(0))
 
 
 def _share(teacher: Teacher, compared: Compared, scale: float) -> Tensor:

@@ -18,7 +18,6 @@ ODD = "of widths that no block can be copied asynchronously from"
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("attention_list", "repeated"): "of six heads, which fill no tile",
     ("queries_list", "repeated"): "of 32 heads of 512 channels: rows of q and do are too few for two warp groups",
-    ("queries_tile", "repeated"): "as queries_list",
     ("key_gradient", "serial"): "not yet looked into",
     ("query_gradient", "serial"): "of the product in a branch, without which registers spill",
     ("project_backward", "repeated"): "of eight streams, whose rows fill no tile",
