@@ -68,7 +68,7 @@ def _keys(a: A, kind: str, first: int = 0, n: int | None = None, tile: int = 1) 
     """Window rows and entries of tiles of queries."""
     entries = seen(a.t, a.p, first, n) * (kind != "none")
     rows = (torch.arange(first, first + (a.t if n is None else n)) + 1 + a.s - a.t).clamp(max=a.window)
-    entries = entries.clamp(max=a.k) if kind == "list" else entries
+    entries = entries.clamp(max=a.k) if kind in ("list", "picks") else entries
     return rows[tile - 1 :: tile] + tile - 1, entries[tile - 1 :: tile]
 
 
