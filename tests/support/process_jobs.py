@@ -44,6 +44,7 @@ def _work(rank: int, jobs: list[Job], folder: Path) -> None:
             result = error
         torch.save(result, folder / f"{job.name}-{rank}")
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive their group, and abort where they let go of a tensor while Python ends
 
 
 def spoiled(model: torch.nn.Module) -> None:
