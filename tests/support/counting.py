@@ -47,6 +47,7 @@ LOW |= {Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
 MAKES = {torch.tensor, torch.as_tensor}
 READS = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_consecutive", "aten::equal"}
 NO_KERNEL = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
+FILLS = {"zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 NO_KERNEL |= {"_unsafe_view", "promote_types", "result_type", "resize_", "set_", "record_stream"}
 
 
@@ -222,7 +223,7 @@ def extent(x: Tensor) -> int:
 def _work(short: str, args: Any, tensors: list[Tensor], out: Any) -> tuple[int, int]:
     """Bytes that an operator reads and writes, each tensor once (a sort: four passes), and FLOPs of a product."""
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    read = tensors[1:] if short == "copy_" else [] if short in ("zero_", "fill_") else tensors
+    read = tensors[1:] if short == "copy_" else [] if short in FILLS else tensors
     if short in ("embedding", "index", "index_select", "gather"):
         read = results
     moved = sum(map(extent, [*read, *results]))

@@ -116,6 +116,7 @@ def read(text: str) -> IR:
     uses = Counter(re.findall(r"%(\w+)", text))
     ir, number = IR([], [], {}, {name for name, n in uses.items() if n > 1}), itertools.count()
     regions: list[int] = []
+    loads = set(re.findall(r"(%\w+) = tt\.load ", text))
     for row in text.splitlines():
         code, _, place = row.strip().rpartition(" loc(")
         code, line = code or place, _line(place[:-1], places)
@@ -128,6 +129,8 @@ def read(text: str) -> IR:
             how = {"tt.load": "load", "async_copy_global_to_local": "async"}.get(found[1], "tma")
             shape, bits = _shape(found[2].rsplit("->", 1)[1] if how == "tma" else found[2])
             size = math.prod(shape) * bits // 8
+            if found[1] == "tt.load" and code.split(" : ")[0].split(", ")[-1] in loads:
+                size = 0  # one block by two loads: what the other left out
             ir.copies.append(Copy(loop, line, max(size, 32), how, len(shape)))  # a sector at least
         if code.endswith("{"):
             turns, instead = re.search(r"\bscf\.(for|while)\b", code), code.startswith("}")

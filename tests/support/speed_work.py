@@ -85,7 +85,7 @@ def attention_tile(a: A, grid: Grid) -> Names:
     return AGAIN | {"for i": _steps(a, a.ENTRIES)}
 
 
-WINDOW, AHEAD = 128, 64  # of every model's, where a kernel is not told; of attention's launch
+WINDOW, AHEAD, UNIT = 128, 64, 16  # of every model's, where a kernel is not told; of attention's launch and kernels
 
 
 def _listed(a: A, first: int = 0, n: int | None = None) -> Tensor:
@@ -103,7 +103,7 @@ def attention_list(a: A, grid: Grid) -> Names:
 
 def queries_list(a: A, grid: Grid) -> Names:
     listed = _listed(a, a.chunk, a.n)
-    moved = a.part(a.n / a.t, "q", "lse", "dout", "dq", "delta", "lists", "ends")
+    moved = a.part(a.n / a.t, "q", "lse", "out", "dout", "dq", "delta", "lists", "ends")
     return moved | a.part(min(mean(listed) / max(a.slots, 1), 1), "pairs") | {"for i": mean(listed, a.TK)}
 
 
@@ -120,7 +120,7 @@ def attention_split(a: A, grid: Grid) -> Names:
 
 def queries_tile(a: A, grid: Grid) -> Names:
     rows, entries = _keys(a, a.ENTRIES, a.chunk, a.n)
-    moved = a.part(a.n / a.t, "q", "lse", "dout", "dq", "delta", "counts")
+    moved = a.part(a.n / a.t, "q", "lse", "out", "dout", "dq", "delta", "counts")
     moved |= a.part(min((mean(rows) + mean(entries)) / max(a.slots, 1), 1), "pairs")
     return AGAIN | moved | {"for i": _steps(a, a.ENTRIES, a.chunk, a.n)}
 
@@ -129,7 +129,11 @@ def keys_tile(a: A, grid: Grid) -> Names:
     own = a.WINDOW_SLOTS / (a.slot_tiles * a.KEYS)
     queries = (a.KEYS + a.window - 1) / a.splits if a.OWN else min(a.span, a.n) * (a.chunk + a.n / 2) / a.t
     moved = a.part(a.n / a.t, "q", "dout") | a.part(own if a.OWN else (1 - own) / 2, "pairs")
-    return moved | {"begin": 0, "stop": queries, "STEP": 128}
+    seen_of = seen(a.t, a.p, a.chunk, a.n)  # of p and ds, units that are kept; of q and dout, all
+    kept = (a.window + UNIT - 1) / (a.KEYS + a.window - 1) if a.OWN else mean(seen_of, UNIT) * UNIT / a.KEYS
+    kept /= 1 if a.OWN else mean(seen_of, a.KEYS) or 1
+    loaded = {"L2": (a.COLUMNS + kept * a.KEYS) / (a.COLUMNS + a.KEYS)}
+    return moved | loaded | {"begin": 0, "stop": queries, "STEP": 128}
 
 
 def keys_again(a: A, grid: Grid) -> Names:

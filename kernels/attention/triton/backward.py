@@ -44,36 +44,32 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # queries -------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
-def inner_rows(x, y, out, rows, d: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
-    """out [rows] = <x, y> of rows, summed over parts of their channels in order. A kernel of its own: its sums lie in
-    registers as its loads do, and another kernel would take their layout over.
-    """
-    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, PART)[None, :]
-    total = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, d, PART):
-        at, inside = row[:, None] * d + first + column, (row < rows)[:, None] & (first + column < d)
-        a, b = tl.load(x + at, mask=inside, other=0.0), tl.load(y + at, mask=inside, other=0.0)
-        total += tl.sum(a.to(tl.float32) * b.to(tl.float32), axis=1)
-    tl.store(out + row, total, mask=row < rows)
-
-
 @triton.jit
-def _q_and_do(
-    q, dout, queries, group, h, d: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
+def _inputs(
+    q, dout, out, delta, queries, group, h, d: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
     JOINED: tl.constexpr
 ):  # fmt: skip
-    """Rows of a tile of q and dout [BQ BH, D]; JOINED, one above the other: eight warps of Hopper multiply 128 rows."""
-    pair = tl.arange(0, 2 * BQ * BH if JOINED else BQ * BH)
-    _, real, place = rows_of(pair % (BQ * BH), queries, group, h, BH)
+    """Rows of a tile of q and dout [BQ BH, D], and <do, o>, which is left in memory. JOINED, q and dout lie one above
+    the other: eight warps of Hopper multiply 128 rows.
+    """
+    pair = tl.arange(0, BQ * BH)
+    _, real, place = rows_of(pair, queries, group, h, BH)
+    of_out = load_rows(out, place, real, d, D).to(tl.float32)
     if JOINED:
-        of_q = load_rows(q, place, real & (pair < BQ * BH), d, D)
-        at, inside = place[:, None] * d + tl.arange(0, D)[None, :], (real & (pair >= BQ * BH))[:, None]
-        qs = tl.load(dout + at, mask=inside & (tl.arange(0, D) < d)[None, :], other=of_q)
-        do = qs
+        half = tl.arange(0, 2 * BQ * BH)
+        _, inside, at = rows_of(half % (BQ * BH), queries, group, h, BH)
+        qs = load_rows(q, at, inside & (half < BQ * BH), d, D)
+        column = tl.arange(0, D)[None, :]
+        below = (inside & (half >= BQ * BH))[:, None] & (column < d)
+        qs = tl.load(dout + (at[:, None] * d + column), mask=below, other=qs)
+        both = tl.sum(qs.reshape(2, BQ * BH, D).to(tl.float32) * of_out[None], axis=2)
+        do, inner = qs, tl.sum(tl.where(tl.arange(0, 2)[:, None] == 1, both, 0.0), axis=0)
     else:
         qs, do = load_rows(q, place, real, d, D), load_rows(dout, place, real, d, D)
-    return qs, do
+        inner = tl.sum(do.to(tl.float32) * of_out, axis=1)
+    tl.store(delta + place, inner, mask=real)
+    tl.debug_barrier()  # what is loaded again need not lie in registers as it was summed
+    return qs, do, tl.load(delta + place, mask=real, other=0.0)
 
 
 @triton.jit
@@ -152,7 +148,7 @@ def _read_tile(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q"], do_not_specialize_on_alignment=BOUNDS)
 def queries_tile(
-    q, kv, compressed, window_start, start, end, counts, lse, delta, dout, dq, pairs,
+    q, kv, compressed, window_start, start, end, counts, lse, delta, out, dout, dq, pairs,
     chunk, n, slots, t, s, p, kv_rows, entry_rows, bound_rows, width, window, scale, need_q,
     h: tl.constexpr, d: tl.constexpr, KEEP: tl.constexpr, DOCUMENTS: tl.constexpr, ENTRIES: tl.constexpr,
     JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
@@ -165,9 +161,10 @@ def queries_tile(
     pair = tl.arange(0, BQ * BH)
     head, real, place = rows_of(pair, after - first_query, group, h, BH)
     base = (batch * t + first_query) * h
-    qs, do = _q_and_do(q + base * d, dout + base * d, after - first_query, group, h, d, D, BQ, BH, JOINED)
+    qs, do, d_o = _inputs(
+        q + base * d, dout + base * d, out + base * d, delta + base, after - first_query, group, h, d, D, BQ, BH, JOINED
+    )
     norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
-    d_o = tl.load(delta + base + place, mask=real, other=0.0)
     query = column_of(first_query, BQ, BH)
     row, bound = s - t + query, batch * bound_rows + query
     first = first_row(window_start, bound, row, window, query < after, DOCUMENTS)
@@ -211,7 +208,7 @@ def _clear(pairs, head, to_ds, slots, row_0, first, row, real):
 
 @triton.jit(do_not_specialize=[*LENGTHS, "slots", "need_q"], do_not_specialize_on_alignment=BOUNDS)
 def queries_list(
-    q, kv, lists, ends, lse, delta, dout, dq, pairs,
+    q, kv, lists, ends, lse, delta, out, dout, dq, pairs,
     chunk, n, slots, t, s, rows, width, window, scale, need_q, h: tl.constexpr, d: tl.constexpr,
     KEEP: tl.constexpr, JOINED: tl.constexpr, WINDOW_SLOTS: tl.constexpr, KEYS: tl.constexpr,
     D: tl.constexpr, BH: tl.constexpr, TK: tl.constexpr
@@ -222,9 +219,8 @@ def queries_list(
     batch, query = (i_query // n).to(tl.int64), chunk + i_query % n
     head, real, place = rows_of(tl.arange(0, BH), 1, group, h, BH)
     base = (batch * t + query) * h
-    qs, do = _q_and_do(q + base * d, dout + base * d, 1, group, h, d, D, 1, BH, JOINED)
+    qs, do, d_o = _inputs(q + base * d, dout + base * d, out + base * d, delta + base, 1, group, h, d, D, 1, BH, JOINED)
     norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
-    d_o = tl.load(delta + base + place, mask=real, other=0.0)
     own, end = tl.load(ends + 2 * (batch * t + query)), tl.load(ends + 2 * (batch * t + query) + 1)
     lists += (batch * t + query) * width
     kv += batch * rows * d

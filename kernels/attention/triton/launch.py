@@ -25,7 +25,7 @@ from . import decode, seen
 from . import forward as kernels
 
 BUDGET = 1 << 30  # bytes of p, ds and rows of picks: a chunk is as many queries as that holds
-CHUNK = 64  # queries that a chunk, or a program's share of them, is a multiple of
+CHUNK = 64  # queries that a chunk, or a program's share of them for entries, is a multiple of
 FEW = 4  # queries of a sequence up to which each is shared among programs; by their number alone, so that a sequence
 # that is decoded has the same bits in any batch
 SPLIT = 128  # keys of a program's share, see `first_key`
@@ -33,7 +33,7 @@ AT_ONCE = 512  # slots of a list
 AHEAD = 64  # that a step takes of a list, or fetches of the next one, at most
 DENSE = 4  # entries per pick up to which to look at all of them is less work, see `_how`
 COUNTED = 8192  # entries of a query that are counted at once, at most
-PROGRAMS = 128  # that occupy a large GPU
+PROGRAMS = 132  # that occupy an H100
 FINITE = 1e30  # stands for an infinite sink
 
 
@@ -339,10 +339,11 @@ class Gradients(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """Of forward, with the gradient of `out` and <do, out>."""
+    """Of forward, with the gradient of `out`, and <do, out>, which is written with dq."""
 
     lse: Tensor
     delta: Tensor
+    out: Tensor
     dout: Tensor
 
 
@@ -369,33 +370,36 @@ def backward(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, needs: Need
     """Gradients of `forward`, given what it returned and the gradient of `out`."""
     q, kv, compressed, sink = inputs[:4]
     x = inputs.prepared(_how(inputs, _shape(inputs, tiles_for(q).backward, True)["BQ"]))
-    dq = q.new_empty(q.shape) if needs.q else None
-    dkv = kv.new_zeros(kv.shape, dtype=torch.float32) if needs.kv else None
-    dcompressed = None
-    if compressed is not None and needs.compressed:
-        dcompressed = compressed.new_zeros(compressed.shape, dtype=torch.float32)
-    if x.compressed is None:
-        needs = needs._replace(compressed=False)
+    dq, dkv, dcompressed = q.new_empty(q.shape) if needs.q else None, None, None
+    of_entries = needs.compressed and x.compressed is not None
     with on_device(q):
-        outputs = _outputs(out.contiguous(), lse.contiguous(), dout.contiguous())
+        outputs = _Outputs(lse.contiguous(), lse.new_empty(lse.shape), out.contiguous(), dout.contiguous())
         for first, n in _chunks(x):
-            chunk = _queries(x, outputs, dq, first, n, (needs.kv or needs.compressed) and not _again(x))
-            if dkv is not None:
-                _add_window(x, chunk, dkv)
-            if dcompressed is not None and needs.compressed:
-                (_add_picks if x.entries == "lists" else _add_range)(x, chunk, dcompressed)
+            chunk = _queries(x, outputs, dq, first, n, (needs.kv or of_entries) and not _again(x))
+            if needs.kv:
+                dkv = _of_window(x, chunk, dkv)
+            if of_entries:
+                dcompressed = (_of_picks if x.entries == "lists" else _of_range)(x, chunk, dcompressed)
             del chunk
         dsink = _sink(sink, outputs) if needs.sink else None
-    dkv, dcompressed = (None if sums is None else sums.to(kv.dtype) for sums in (dkv, dcompressed))
+    dkv = _whole(dkv, kv) if needs.kv else None
+    dcompressed = _whole(dcompressed, compressed) if needs.compressed and compressed is not None else None
     return Gradients(dq, dkv, dcompressed, dsink)
 
 
-def _outputs(out: Tensor, lse: Tensor, dout: Tensor) -> _Outputs:
-    delta, d, rows = lse.new_empty(lse.shape), out.shape[-1], lse.numel()
-    gradients.inner_rows[triton.cdiv(rows, 32),](
-        dout, out, delta, rows, d, ROWS=32, PART=min(next_power(d, 16), 64), num_warps=4
-    )
-    return _Outputs(lse, delta, dout)
+def _whole(sums: Tensor | None, keys: Tensor) -> Tensor:
+    """Those of keys in their dtype, zeros where no chunk added to them."""
+    return keys.new_zeros(keys.shape) if sums is None else sums.to(keys.dtype).contiguous()
+
+
+def _added(into: Tensor | None, part: Tensor, first: int, rows: int) -> Tensor:
+    """The sum `[b, rows, d]` of what chunks gave, with a part of this one's, whose rows count from the first."""
+    if into is None:
+        if part.shape[1] == rows:
+            return part
+        into = part.new_zeros(len(part), rows, part.shape[2])
+    into[:, first : first + part.shape[1]] += part
+    return into
 
 
 def _sink(sink: Tensor, outputs: _Outputs) -> Tensor:
@@ -435,8 +439,6 @@ def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int
     lists = x.entries == "lists"
     groups, blocks = _blocks(x, tiles.backward, tile=not lists)
     pairs = x.q.new_empty(b, n, 2, h, window_slots + slots) if need_keys else None
-    if dq is None and pairs is None:
-        return _Chunk(first, n, outputs, None)
     left = *outputs, x.q if dq is None else dq, x.q if pairs is None else pairs, first, n, window_slots + slots
     flags = {"need_q": int(dq is not None), "KEEP": need_keys, "WINDOW_SLOTS": window_slots}
     flags |= {"KEYS": tiles.owned.keys, "JOINED": d > NARROW}
@@ -453,32 +455,38 @@ def _queries(x: Inputs, outputs: _Outputs, dq: Tensor | None, first: int, n: int
     return _Chunk(first, n, outputs, pairs)
 
 
-def _add_window(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
-    """Adds the chunk's part of dkv `[b, s, d]` for the rows that it sees."""
-    keys, past = tiles_for(x.q).owned.keys, x.sizes["s"] - x.sizes["t"]
-    first, last = max(past + chunk.first - x.mask.window + 1, 0) // keys, past + chunk.first + chunk.n
-    seers = keys + x.mask.window - 1  # queries that see something of a tile
-    span = _rounded(triton.cdiv(seers, 2 if _again(x) else 4), CHUNK)
-    tiles, splits = triton.cdiv(last, keys) - first, triton.cdiv(seers, span)
-    parts = _parts(x, chunk, _Work(True, tiles, first, splits, span))
-    into[:, first * keys : last] += parts[:, : last - first * keys]
+def _of_window(x: Inputs, chunk: _Chunk, into: Tensor | None) -> Tensor:
+    """dkv `[b, s, d]` with the chunk's part, for the rows that it sees."""
+    b, past = tiles_for(x.q).owned, x.sizes["s"] - x.sizes["t"]
+    first, last = max(past + chunk.first - x.mask.window + 1, 0) // b.keys, past + chunk.first + chunk.n
+    tiles, seers = triton.cdiv(last, b.keys) - first, b.keys + x.mask.window - 1  # queries that see some key of a tile
+    splits = 2 if _again(x) else _splits(tiles * triton.cdiv(x.sizes["d"], b.columns))
+    span = _rounded(triton.cdiv(seers, splits), max(b.rows // x.sizes["h"], 1))
+    parts = _parts(x, chunk, _Work(True, tiles, first, triton.cdiv(seers, span), span))
+    return _added(into, parts[:, : last - first * b.keys], first * b.keys, x.sizes["s"])
 
 
-def _add_range(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
-    """Adds the chunk's part of dcompressed `[b, p, d]`; where tiles are few, queries are shared among programs."""
-    b = tiles_for(x.q).owned
-    tiles = triton.cdiv(x.sizes["p"], b.keys)
-    programs = tiles * triton.cdiv(x.sizes["d"], b.columns)
-    span = _rounded(triton.cdiv(chunk.n, triton.cdiv(PROGRAMS, programs)), CHUNK)
-    into += _parts(x, chunk, _Work(False, tiles, 0, triton.cdiv(chunk.n, span), span))[:, : x.sizes["p"]]
+def _splits(programs: int) -> int:
+    """In how many parts programs are divided that are to take few rounds of as many as a GPU runs at once."""
+    return min(range(1, 6), key=lambda n: triton.cdiv(programs * n, PROGRAMS) / n)
 
 
-def _add_picks(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
-    """Adds the chunk's part of dcompressed `[b, p, d]`: rows for its picks, then the sum of each entry's."""
-    b, k, picks, d = len(into), x.sizes["k"], x.mask.picks, x.sizes["d"]
+def _of_range(x: Inputs, chunk: _Chunk, into: Tensor | None) -> Tensor:
+    """dcompressed `[b, p, d]` with the chunk's part; where tiles are few, queries are shared among programs."""
+    b, p = tiles_for(x.q).owned, x.sizes["p"]
+    tiles, programs = triton.cdiv(p, b.keys), PROGRAMS // 2 if _again(x) else PROGRAMS  # of sequences by themselves
+    span = _rounded(triton.cdiv(chunk.n, triton.cdiv(programs, tiles * triton.cdiv(x.sizes["d"], b.columns))), CHUNK)
+    return _added(into, _parts(x, chunk, _Work(False, tiles, 0, triton.cdiv(chunk.n, span), span))[:, :p], 0, p)
+
+
+def _of_picks(x: Inputs, chunk: _Chunk, into: Tensor | None) -> Tensor:
+    """dcompressed `[b, p, d]` with the chunk's part: rows for its picks, then the sum of each entry's."""
+    (b, _, h, d), k, p, picks = x.q.shape, x.sizes["k"], x.sizes["p"], x.mask.picks
     assert picks is not None
+    if into is None:
+        into = x.q.new_zeros(b, p, d, dtype=torch.float32)
     rows = into if atomics() else x.q.new_empty(b, chunk.n, k, d)
-    owned, heads = tiles_for(x.q).owned, next_power(x.sizes["h"], 16)
+    owned, heads = tiles_for(x.q).owned, next_power(h, 16)
     columns = owned.columns // 2 if atomics() else owned.columns  # sums that are added lie in another order before
     columns = max(min(columns, next_power(d, 16), columns * owned.rows // heads), 16)
     sizes = {key: x.sizes[key] for key in ("t", "p", "k", "h", "d")}
@@ -489,7 +497,8 @@ def _add_picks(x: Inputs, chunk: _Chunk, into: Tensor) -> None:
         num_stages=owned.stages, **registers(owned.warps),
     )  # fmt: skip
     if not atomics():
-        scatter_sum(rows, entry_lists(picks[:, chunk.first : chunk.first + chunk.n], x.sizes["p"]), into)
+        scatter_sum(rows, entry_lists(picks[:, chunk.first : chunk.first + chunk.n], p), into)
+    return into
 
 
 def _parts(x: Inputs, chunk: _Chunk, work: _Work) -> Tensor:
@@ -503,9 +512,10 @@ def _parts(x: Inputs, chunk: _Chunk, work: _Work) -> Tensor:
     blocks = {"KEYS": owned.keys, "num_stages": owned.stages, **registers(owned.warps, 1 if x.q.itemsize == 2 else 4)}
     programs, divided = b * work.splits * work.tiles, (work.first_tile, work.tiles, work.splits, work.span)
     if chunk.pairs is None:
-        keys, heads = x.kv if work.own else x.compressed, min(next_power(h), owned.rows)
+        keys, heads, outputs = x.kv if work.own else x.compressed, min(next_power(h), owned.rows), chunk.outputs
         gradients.keys_again[programs,](
-            x.q, keys, *chunk.outputs, *bounds, None if work.own else x.mask.counts, parts, *divided,
+            x.q, keys, outputs.lse, outputs.delta, outputs.dout, *bounds, None if work.own else x.mask.counts, parts,
+            *divided,
             rows=x.sizes["kv_rows" if work.own else "entry_rows"], width=_width(x), scale=x.scale,
             COUNTED=x.entries == "counts" and not work.own, D=next_power(d, 16),
             BQ=owned.rows // heads, BH=heads, **sizes, **blocks,
