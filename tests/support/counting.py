@@ -64,7 +64,7 @@ class Counted:
     places: Counter[tuple[str, str]] | None = None
     calls: list[tuple[Any, ...]] = field(default_factory=list)  # of JITFunction._do_compile, for each of them
     launched: list["Launched"] | None = None
-    traffic: list[tuple[str, int, int]] | None = None  # kernel of torch's, bytes of what it reads and writes, FLOPs
+    traffic: list["Work"] | None = None  # of torch's kernels
 
     def clear(self) -> None:
         for counts in (self.launches, self.aten, self.ops, self.waits, self.grids, self.places or {}):
@@ -208,7 +208,7 @@ class _Counting(TorchDispatchMode):
             if self.counted.traffic is not None and not (
                 short == "copy_" and _place() == "autograd"
             ):  # a GPU's are taken
-                self.counted.traffic.append((short, *_work(short, args, tensors, out)))
+                self.counted.traffic.append(_work(short, args, tensors, out))
         return out
 
     def _waits(self, what: str) -> None:
@@ -220,8 +220,17 @@ def extent(x: Tensor) -> int:
     return x.itemsize * math.prod(n for n, step in zip(x.shape, x.stride()) if step or not n)
 
 
-def _work(short: str, args: Any, tensors: list[Tensor], out: Any) -> tuple[int, int]:
-    """Bytes that an operator reads and writes, each tensor once (a sort: four passes), and FLOPs of a product."""
+class Work(NamedTuple):
+    """Of an operator: bytes that it reads and writes, each tensor once (a sort: four passes); FLOPs of a product, and
+    of what it multiplies."""
+
+    name: str
+    bytes: int
+    flops: int
+    dtype: torch.dtype | None
+
+
+def _work(short: str, args: Any, tensors: list[Tensor], out: Any) -> Work:
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     read = tensors[1:] if short == "copy_" else [] if short in FILLS else tensors
     if short in ("embedding", "index", "index_select", "gather"):
@@ -230,7 +239,7 @@ def _work(short: str, args: Any, tensors: list[Tensor], out: Any) -> tuple[int, 
     factors = [x for x in args if isinstance(x, Tensor)][-2:]
     product = short.startswith(("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"))
     flops = 2 * factors[0].numel() * factors[1].shape[-1] if product else 0
-    return 4 * moved if short == "sort" else moved, flops
+    return Work(short, 4 * moved if short == "sort" else moved, flops, factors[0].dtype if product else None)
 
 
 def _place() -> str:

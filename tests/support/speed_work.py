@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-PRODUCT = 600e12  # FLOP/s of torch's products
+PRODUCT = {torch.bfloat16: 600e12, torch.float32: 50e12}  # FLOP/s of torch's; float32 takes no tensor cores
 CACHE = 50 << 20  # bytes of L2
 # programs side by side load the same rows and columns of a product at once, which L2 serves together: tiles like those
 # of `grouped_swiglu` make 488 TFLOP/s on an H100 (published), which 24 bytes a cycle for each would not allow
@@ -238,11 +238,11 @@ class Launch(NamedTuple):
 
 @dataclass
 class Pass:
-    """What a pass launches, and what torch does beside: seconds of copies, sorts and the like, FLOPs of products."""
+    """What a pass launches, and what torch does beside: seconds of copies, sorts and the like, and of products."""
 
     launches: list[Launch] = field(default_factory=list)
     torch: Counter[str] = field(default_factory=Counter)
-    flops: int = 0
+    products: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -251,7 +251,7 @@ class Pass:
     @property
     def beside(self) -> float:
         """Seconds of torch's."""
-        return sum(self.torch.values()) + self.flops / PRODUCT
+        return sum(self.torch.values()) + self.products
 
 
 _codes: dict[tuple[str, str], speed.Code] = {}
@@ -285,12 +285,12 @@ def passes(run: Callable[[], Any], back: Callable[[Any], Any] | None = None) -> 
         return [Pass([launch(x) for x in launched], *beside) for launched, *beside in found]
 
 
-def _taken(counted: counting.Counted) -> tuple[list[counting.Launched], Counter[str], int]:
-    """What ran since the last call: launches, seconds of torch's copies by name, FLOPs of its products."""
+def _taken(counted: counting.Counted) -> tuple[list[counting.Launched], Counter[str], float]:
+    """What ran since the last call: launches, seconds of torch's copies by name, and of its products."""
     assert counted.launched is not None and counted.traffic is not None
-    launched, seconds, flops = list(counted.launched), Counter[str](), 0
-    for name, moved, products in counted.traffic:
-        flops += products
-        seconds[name] += 0 if products else moved / speed.COPIED  # type: ignore[assignment]
+    launched, seconds, products = list(counted.launched), Counter[str](), 0.0
+    for x in counted.traffic:
+        products += x.flops / PRODUCT[x.dtype] if x.dtype else 0
+        seconds[x.name] += 0 if x.flops else x.bytes / speed.COPIED  # type: ignore[assignment]
     counted.clear()
-    return launched, seconds, flops
+    return launched, seconds, products
