@@ -26,6 +26,7 @@ else:
         engram_multipliers,
         engram_primes,
     )
+    from .exact_linear import exact_linear
     from .hyper import (
         Coefficients,
         hyper_branch,
@@ -61,6 +62,7 @@ else:
         "engram_hash",
         "engram_multipliers",
         "engram_primes",
+        "exact_linear",
         "fake_quant",
         "hadamard",
         "hyper_branch",

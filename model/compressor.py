@@ -13,13 +13,13 @@ b batch · t tokens · m ratio · c head dim · p entries
 import torch
 from torch import Tensor, nn
 
-from ..kernels import pool
+from ..kernels import exact_linear, pool
 from .cache import CompressorCache, unfinished_tokens
 from .config import ModelConfig
 from .kept import KeepingModule
 from .kinds import SPARSE
 from .layout import Entries, Layout
-from .norm import RMSNorm, exact_linear, norm_then_rope
+from .norm import RMSNorm, norm_then_rope
 from .rotary import entry_rotation
 from .storage import Coded
 

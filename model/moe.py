@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Routing, moe_balance, moe_experts, moe_route, swiglu
+from ..kernels import Routing, exact_linear, moe_balance, moe_experts, moe_route, swiglu
 from .config import ModelConfig
 from .kept import KeepingModule
 from .layout import Layout
-from .norm import exact_linear
 from .quantization import linear, rounded_weight, rounding
 
 

@@ -1,17 +1,12 @@
-"""What stays in float32 whatever the weights are kept in: norms, and the projections of compressors, router and head.
-
-    RMSNorm         y = w x / sqrt(mean(x^2) + eps), rounded once (spec B.0)
-    exact_linear    y = W x
+"""Norms, in float32 whatever the weights are kept in: y = w x / sqrt(mean(x^2) + eps), rounded once (spec B.0).
 
 A model in float64, which serves to tell rounding from mistakes, stays in float64.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels import norm_rope, rms_norm, rope
-from ..kernels.precision import tracked, without_autocast
 from .kept import KeepingModule
 
 
@@ -40,15 +35,3 @@ def norm_then_rope(norm: nn.Module, x: Tensor, rotation: Tensor) -> Tensor:
     if type(norm).forward is RMSNorm.forward:
         return norm(x, rotation)
     return rope(norm(x), rotation)
-
-
-def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """y = W x in float32 (float64 for float64), also under autocast: x [..., d], weight [o, d] to [..., o].
-
-    A GPU multiplies two tensors of one half precision as they are, into float32; their gradients take float32 tensors.
-    """
-    with without_autocast(x):
-        if x.is_cuda and x.itemsize == 2 and x.dtype == weight.dtype and not tracked(x, weight):
-            return torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), weight.to(wide))

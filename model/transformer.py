@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import cross_entropy
+from ..kernels import cross_entropy, exact_linear
 from ..kernels.precision import compute_dtype
 from ..kernels.watch import told
 from .attention import STAGES
@@ -28,7 +28,7 @@ from .losses import IGNORED, LossShares, has_next, next_targets
 from .moe import shares as load_shares
 from .moe import update_biases
 from .mtp import MTP
-from .norm import RMSNorm, exact_linear
+from .norm import RMSNorm
 from .recompute import recomputed
 
 

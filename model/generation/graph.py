@@ -13,9 +13,9 @@ b rows · v vocabulary
 import torch
 from torch import Tensor
 
+from ...kernels import exact_linear
 from ..cache import Cache, FixedStep
 from ..lineage.config import LineageConfig
-from ..norm import exact_linear
 from ..transformer import Transformer
 
 WARM_UP = 2  # passes before the capture: libraries make their workspaces, kernels are compiled

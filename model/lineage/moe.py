@@ -11,10 +11,9 @@ b batch · t tokens · d width · E routed experts · g groups · k experts per 
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Routing, moe_balance, moe_experts, stable_topk, swiglu
+from ...kernels import Routing, exact_linear, moe_balance, moe_experts, stable_topk, swiglu
 from ..kept import KeepingModule
 from ..moe import Gate, LoadSignal
-from ..norm import exact_linear
 from .config import LineageConfig
 
 

@@ -15,6 +15,7 @@ MICRO = {
     "attention": (("v4-flash", "4096"), ("2x16x8x4x4x8", "64")),
     "moe_experts": (("main", "8192"), ("32x16x6x3", "40")),
     "hyper": (("v4-flash", "8192"), ("24x3", "50")),
+    "exact_linear": (("v4-flash,router", "4096"), ("24x5", "70")),
     "cross_entropy": (("v4-flash", "4096"), ("24x100", "64")),
     "index_topk": (("v4-flash", "4096,16384"), ("2x16x8x4x2x16x8", "64")),
     "index_loss": (("v4-flash", "4096"), ("2x16x8x4x2x16x8", "64")),

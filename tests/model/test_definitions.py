@@ -9,6 +9,7 @@ from abyssal.kernels import backend
 DOCUMENTS = torch.tensor([[-1] * 3 + [0] * 37 + [1] * 20 + [2] * 36, [5] * 60 + [7] * 30 + [-1] * 6])
 IDS, TARGETS = draw_ids(2, 96), draw_ids(2, 96, seed=1)
 FORWARD = {"attention", "engram", "hyper", "index_topk", "moe_experts", "moe_route", "norm_rope", "pool"}
+FORWARD |= {"exact_linear"}
 TRAINING = FORWARD | {"cross_entropy", "index_loss"}
 
 

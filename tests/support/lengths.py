@@ -120,6 +120,12 @@ def moe_route(t: int) -> None:
         learn(balance_loss(leaf(1, t, 24, dtype=whole), chosen[None], None if real is None else real[None]))
 
 
+def exact_linear(t: int) -> None:
+    from abyssal.kernels import exact_linear
+
+    learn(exact_linear(leaf(t, 4096), leaf(1024, 4096, dtype=whole)))
+
+
 def norm_rope(t: int) -> None:
     from abyssal.kernels import norm_rope, rms_norm, rope
 
@@ -158,6 +164,7 @@ OPS: dict[str, Callable[[int], None]] = {
         index_loss,
         cross_entropy,
         engram,
+        exact_linear,
         hyper,
         moe_experts,
         moe_route,

@@ -151,6 +151,19 @@ def index_loss() -> Iterator[Case]:
         yield Case(f"{name}, with gradients", partial(run, m, b, t), times(b, work))
 
 
+def exact_linear() -> Iterator[Case]:
+    def run(n: int, d: int, o: int) -> Any:
+        return kernels.exact_linear(leaf(n, d), leaf(o, d, dtype=whole))
+
+    for name, n, d, o in (
+        ("csa v4-flash", 4096, 4096, 1024),
+        ("router v4-flash", 4096, 4096, 256),
+        ("csa small", 16384, 512, 256),
+    ):
+        flops, moved = 2 * n * d * o, 2 * n * d + 4 * (n + d) * o
+        yield Case(f"{name}, {n}", partial(run, n, d, o), Work(flops, moved), Work(2 * flops, moved + 2 * n * d))
+
+
 def hyper() -> Iterator[Case]:
     def run(d: int, n: int) -> Any:
         streams, fn = leaf(1, n, 4, d), leaf(24, 4 * d, dtype=whole)

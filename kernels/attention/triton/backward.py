@@ -45,6 +45,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _left(x, to, inside):
+    """x, left in memory and loaded again, so that it need not lie in registers as it was made."""
+    tl.store(to, x, mask=inside)
+    tl.debug_barrier()
+    return tl.load(to, mask=inside, other=0.0)
+
+
+@triton.jit
+def _inner(x, y, row, real, d: tl.constexpr, PART: tl.constexpr):
+    """<x, y> of these rows, a few channels at a time."""
+    total, column = tl.zeros(row.shape, tl.float32), tl.arange(0, PART)[None, :]
+    for part in range(0, d, PART):
+        at, inside = row[:, None] * d + part + column, real[:, None] & (part + column < d)
+        total += tl.sum(tl.load(x + at, mask=inside, other=0.0) * tl.load(y + at, mask=inside, other=0.0), axis=1)
+    return total
+
+
+@triton.jit
 def _inputs(
     q, dout, out, delta, queries, group, h, d: tl.constexpr, D: tl.constexpr, BQ: tl.constexpr, BH: tl.constexpr,
     JOINED: tl.constexpr
@@ -52,24 +70,27 @@ def _inputs(
     """Rows of a tile of q and dout [BQ BH, D], and <do, o>, which is left in memory. JOINED, q and dout lie one above
     the other: eight warps of Hopper multiply 128 rows.
     """
-    pair = tl.arange(0, BQ * BH)
-    _, real, place = rows_of(pair, queries, group, h, BH)
-    of_out = load_rows(out, place, real, d, D).to(tl.float32)
+    _, real, place = rows_of(tl.arange(0, BQ * BH), queries, group, h, BH)
+    if q.dtype.element_ty == tl.float32:  # before its factors lie in registers, whole rows to a thread
+        d_o = _left(_inner(out, dout, place, real, d, 64), delta + place, real)
     if JOINED:
-        half = tl.arange(0, 2 * BQ * BH)
+        half, column = tl.arange(0, 2 * BQ * BH), tl.arange(0, D)[None, :]
         _, inside, at = rows_of(half % (BQ * BH), queries, group, h, BH)
         qs = load_rows(q, at, inside & (half < BQ * BH), d, D)
-        column = tl.arange(0, D)[None, :]
         below = (inside & (half >= BQ * BH))[:, None] & (column < d)
         qs = tl.load(dout + (at[:, None] * d + column), mask=below, other=qs)
-        both = tl.sum(qs.reshape(2, BQ * BH, D).to(tl.float32) * of_out[None], axis=2)
-        do, inner = qs, tl.sum(tl.where(tl.arange(0, 2)[:, None] == 1, both, 0.0), axis=0)
+        do = qs
     else:
         qs, do = load_rows(q, place, real, d, D), load_rows(dout, place, real, d, D)
-        inner = tl.sum(do.to(tl.float32) * of_out, axis=1)
-    tl.store(delta + place, inner, mask=real)
-    tl.debug_barrier()  # what is loaded again need not lie in registers as it was summed
-    return qs, do, tl.load(delta + place, mask=real, other=0.0)
+    if q.dtype.element_ty != tl.float32:
+        of_out = load_rows(out, place, real, d, D).to(tl.float32)
+        if JOINED:
+            both = tl.sum(qs.reshape(2, BQ * BH, D).to(tl.float32) * of_out[None], axis=2)
+            inner = tl.sum(tl.where(tl.arange(0, 2)[:, None] == 1, both, 0.0), axis=0)
+        else:
+            inner = tl.sum(do.to(tl.float32) * of_out, axis=1)
+        d_o = _left(inner, delta + place, real)
+    return qs, do, d_o
 
 
 @triton.jit

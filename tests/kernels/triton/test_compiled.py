@@ -20,6 +20,7 @@ SAMPLE = {  # of each op a case that is soon compiled
     "attention": "attention, bf16, h=6 d=40 k=5",
     "cross_entropy": "loss, to bf16, V=129280",
     "engram": "engram, bf16, n=3 d=52 rows of 20",
+    "exact_linear": "exact linear, d=70 o=7",
     "hyper": "mHC, bf16, n=1 d=64",
     "index_loss": "loss, bf16, i=4 e=32 k=32 h=4 d=64",
     "index_topk": "top-k, bf16, h=64 d=128 k=512 p=8192, one query",

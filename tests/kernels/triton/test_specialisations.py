@@ -16,6 +16,7 @@ MOST = {
     "index_loss": 13,
     "cross_entropy": 3,
     "engram": 10,
+    "exact_linear": 2,
     "hyper": 16,
     "moe_experts": 15,
     "moe_route": 13,

@@ -35,6 +35,7 @@ TINY = {
     "index_loss": ("4x16x8x4x2x24x16", 90),
     "pool": ("16x4x32", 133),
     "norm_rope": ("3x16x6", 133),
+    "exact_linear": ("24x5", 70),
     "hyper": ("24x3", 50),
     "engram": ("40x3x2x2x8x500", 150),
     "cross_entropy": ("24x100", 130),

@@ -21,6 +21,7 @@ OPS = {
     "index_loss": "The loss that teaches the indexer, against torch's",
     "pool": "The compressor's pooling, against torch's",
     "norm_rope": "Norm and rotation of queries, keys and entries, against torch's",
+    "exact_linear": "The router's and compressors' linear layers in float32, against torch's",
     "hyper": "An mHC site, forward and backward, against transformers'",
     "engram": "Engram's hash, its look-up and its gate, against torch's",
     "cross_entropy": "The language model's head with its loss, against torch's",
