@@ -565,8 +565,8 @@ def by_keys(launch, monkeypatch):
     """What makes gradients of keys, call by call."""
     calls = []
     for name in ("window", "range", "picks"):
-        run = getattr(launch, f"_add_{name}")
-        monkeypatch.setattr(launch, f"_add_{name}", lambda *a, name=name, run=run: calls.append(name) or run(*a))
+        run = getattr(launch, f"_of_{name}")
+        monkeypatch.setattr(launch, f"_of_{name}", lambda *a, name=name, run=run: calls.append(name) or run(*a))
     return calls
 
 
