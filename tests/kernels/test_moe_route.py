@@ -26,7 +26,7 @@ def router(monkeypatch, by_triton):
 
     monkeypatch.setattr(triton.launch, "SPAN", 3)
     monkeypatch.setattr(triton.launch, "STRIPS", 3)
-    monkeypatch.setattr(triton.launch, "SUMMED", 2)
+    monkeypatch.setattr(triton.launch, "_at_once", lambda wide: 2)
     return triton
 
 

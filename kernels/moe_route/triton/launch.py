@@ -12,9 +12,8 @@ from . import kernels
 
 SCORES = 2048  # of one program, about
 PAIRS = 128  # of one program of the sort
-SPAN = 8  # programs that share a row of its table
+SPAN = 2  # programs that share a row of its table
 STRIPS = 64  # of a sequence, at most: each leaves sums of its own
-SUMMED = 16  # spans or strips that are added up at once
 
 
 def route_outputs(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +60,11 @@ def _rows(n: int, e: int, k: int) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(n, rows),), {"ROWS": rows, "E": wide, "K": next_power(k), "num_warps": 4 if wide <= 2048 else 8}
 
 
+def _at_once(wide: int) -> int:
+    """Spans or strips of so many experts that are added up at once."""
+    return min(max(4096 // wide, 16), 64)
+
+
 def permutation_outputs(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for order `[r]`, counts `[e]` and inverse `[n, k]`."""
     empty = experts.new_empty
@@ -84,7 +88,7 @@ def permutation(experts: Tensor, num_experts: int, real: Tensor | None) -> tuple
         )  # fmt: skip
         kernels.scan[(1,)](
             table, table if real is None else counted, before, offsets, counts, num_experts, spans,
-            E=wide, SPANS=SUMMED, **registers(8),
+            E=wide, SPANS=_at_once(wide), **registers(8),
         )  # fmt: skip
         kernels.place[(blocks,)](
             experts, before, offsets, order, inverse, r, num_experts,
@@ -117,7 +121,7 @@ def balance(scores: Tensor, experts: Tensor, real: Tensor | None) -> tuple[Tenso
             REAL=real is not None, ROWS=rows, E=wide, **registers(4),
         )  # fmt: skip
         kernels.balance_sum[(1,)](
-            shares, visits, lengths, *found, b, e, k, strips, STRIPS=SUMMED, E=wide, **registers(8)
+            shares, visits, lengths, *found, b, e, k, strips, STRIPS=_at_once(wide), E=wide, **registers(8)
         )
     return found
 
