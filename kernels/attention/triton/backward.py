@@ -86,7 +86,7 @@ def _inputs(
         of_out = load_rows(out, place, real, d, D).to(tl.float32)
         if JOINED:
             both = tl.sum(qs.reshape(2, BQ * BH, D).to(tl.float32) * of_out[None], axis=2)
-            inner = tl.sum(tl.where(tl.arange(0, 2)[:, None] == 1, both, 0.0), axis=0)
+            _, inner = tl.split(both.permute(1, 0))
         else:
             inner = tl.sum(do.to(tl.float32) * of_out, axis=1)
         d_o = _left(inner, delta + place, real)
@@ -240,7 +240,6 @@ def queries_list(
     batch, query = (i_query // n).to(tl.int64), chunk + i_query % n
     head, real, place = rows_of(tl.arange(0, BH), 1, group, h, BH)
     base = (batch * t + query) * h
-    qs, do, d_o = _inputs(q + base * d, dout + base * d, out + base * d, delta + base, 1, group, h, d, D, 1, BH, JOINED)
     norm = tl.load(lse + base + place, mask=real, other=0.0) * LOG2E
     own, end = tl.load(ends + 2 * (batch * t + query)), tl.load(ends + 2 * (batch * t + query) + 1)
     lists += (batch * t + query) * width
@@ -252,6 +251,7 @@ def queries_list(
         _clear(pairs, head, h * slots, slots, row_0, first, row, real & (own > 0))
     dqs, stop, step = tl.zeros((BH, D), tl.float32), own + tl.cdiv(end - own, UNIT) * UNIT, tl.arange(0, TK)
     key = tl.load(lists + step)
+    qs, do, d_o = _inputs(q + base * d, dout + base * d, out + base * d, delta + base, 1, group, h, d, D, 1, BH, JOINED)
     for i in tl.range(0, tl.cdiv(stop, TK), disable_licm=True):
         seen, keys = key < rows - 1, all_rows(kv, key.to(tl.int64), d, D)
         key = tl.load(lists + (i + 1) * TK + step)  # a step ahead: addresses wait for them
