@@ -202,7 +202,7 @@ def test_every_part_runs_to_its_end_on_a_cpu(tmp_path):
     assert [row["right"] for row in told["smoke"] if "item" in row] == [True, True]
     assert told["tests"][0]["passed"] > 50 and not told["tests"][0]["red"] and (out / "tests/tests.xml").is_file()
     assert not [row for row in told["micro"] if "error" in row]
-    assert len(list((out / "benchmarks").glob("*.json"))) == sum("file" in row for row in told["micro"]) == 12
+    assert len(list((out / "benchmarks").glob("*.json"))) == sum("file" in row for row in told["micro"]) == 13
     assert told["train"][-1]["steps"] == 3 and told["train"][-1]["tokens_per_second"] > 0
     assert [row["batch"] for row in told["decode"] if "batch" in row] == [1, 8]
     assert told["profile"][0]["training"]["total"] > 0 and not list(out.rglob("checkpoints"))
