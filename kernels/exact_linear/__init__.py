@@ -13,7 +13,10 @@ from ..backend import implementation
 
 
 def exact_linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """`y = W x` in float32 (float64 where either is), also under autocast.
+    """`y = W x` in float32 (float64 where an input is), also under autocast.
+
+    What is not finite gives what is not finite, on a GPU nan where it may be an infinity. Rows do not depend on those
+    beside them but for rounding: of few, a GPU makes the product in another way.
 
     Args:
         x: `[..., d]`, any floating dtype.

@@ -47,8 +47,8 @@ LOW |= {Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
 MAKES = {torch.tensor, torch.as_tensor}
 READS = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_consecutive", "aten::equal"}
 NO_KERNEL = {"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
-FILLS = {"zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 NO_KERNEL |= {"_unsafe_view", "promote_types", "result_type", "resize_", "set_", "record_stream"}
+FILLS = {"zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 
 
 @dataclass
@@ -236,7 +236,7 @@ def _work(short: str, args: Any, tensors: list[Tensor], out: Any) -> Work:
     if short in ("embedding", "index", "index_select", "gather"):
         read = results
     moved = sum(map(extent, [*read, *results]))
-    factors = [x for x in args if isinstance(x, Tensor)][-2:]
+    factors = [x for x in args if isinstance(x, Tensor) and x.is_floating_point()][-2:]
     product = short.startswith(("mm", "bmm", "addmm", "baddbmm", "_grouped_mm"))
     flops = 2 * factors[0].numel() * factors[1].shape[-1] if product else 0
     return Work(short, 4 * moved if short == "sort" else moved, flops, factors[0].dtype if product else None)
@@ -247,7 +247,7 @@ def _place() -> str:
     frame = sys._getframe()
     while frame := frame.f_back:  # type: ignore[assignment]
         name = frame.f_code.co_filename
-        if name.startswith(str(ROOT)) and "/tests/" not in name:
+        if name.startswith(f"{ROOT}/") and "/tests/" not in name:
             return f"{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
     return "autograd"
 

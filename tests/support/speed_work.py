@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-PRODUCT = {torch.bfloat16: 600e12, torch.float32: 50e12}  # FLOP/s of torch's; float32 takes no tensor cores
+PRODUCT, SINGLE = 600e12, 50e12  # FLOP/s of torch's in half precision, and in float32, which takes no tensor cores
 CACHE = 50 << 20  # bytes of L2
 # programs side by side load the same rows and columns of a product at once, which L2 serves together: tiles like those
 # of `grouped_swiglu` make 488 TFLOP/s on an H100 (published), which 24 bytes a cycle for each would not allow
@@ -290,7 +290,7 @@ def _taken(counted: counting.Counted) -> tuple[list[counting.Launched], Counter[
     assert counted.launched is not None and counted.traffic is not None
     launched, seconds, products = list(counted.launched), Counter[str](), 0.0
     for x in counted.traffic:
-        products += x.flops / PRODUCT[x.dtype] if x.dtype else 0
+        products += x.flops / (SINGLE if x.dtype == torch.float32 else PRODUCT)
         seconds[x.name] += 0 if x.flops else x.bytes / speed.COPIED  # type: ignore[assignment]
     counted.clear()
     return launched, seconds, products

@@ -46,7 +46,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _left(x, to, inside):
-    """x, left in memory and loaded again, so that it need not lie in registers as it was made."""
+    """x, left in memory and loaded again, so that it need not lie in registers as it was made; else what is computed
+    with it has to, too.
+    """
     tl.store(to, x, mask=inside)
     tl.debug_barrier()
     return tl.load(to, mask=inside, other=0.0)
@@ -136,6 +138,8 @@ def _read_tile(
     dqs, of_rows, of_entries = tl.zeros((norm.shape[0], D), tl.float32), origin // TK * TK, begin // TK * TK
     steps = steps_of(of_rows, last, TK)
     turns = steps + steps_of(of_entries, stop, TK)
+    if not KEEP:
+        turns = tl.where(need_q != 0, turns, 0)
     for i in tl.range(0, tl.maximum(turns, 1) if CLEAN else turns, disable_licm=True):  # CLEAN: not 0, or none spoiled
         own = i < steps
         first_key, step = tl.where(own, of_rows + i * TK, of_entries + (i - steps) * TK), tl.arange(0, TK)
@@ -250,6 +254,8 @@ def queries_list(
     if KEEP:
         _clear(pairs, head, h * slots, slots, row_0, first, row, real & (own > 0))
     dqs, stop, step = tl.zeros((BH, D), tl.float32), own + tl.cdiv(end - own, UNIT) * UNIT, tl.arange(0, TK)
+    if not KEEP:
+        stop = tl.where(need_q != 0, stop, 0)
     key = tl.load(lists + step)
     qs, do, d_o = _inputs(q + base * d, dout + base * d, out + base * d, delta + base, 1, group, h, d, D, 1, BH, JOINED)
     for i in tl.range(0, tl.cdiv(stop, TK), disable_licm=True):

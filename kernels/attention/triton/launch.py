@@ -33,7 +33,7 @@ AT_ONCE = 512  # slots of a list
 AHEAD = 64  # that a step takes of a list, or fetches of the next one, at most
 DENSE = 4  # entries per pick up to which to look at all of them is less work, see `_how`
 COUNTED = 8192  # entries of a query that are counted at once, at most
-PROGRAMS = 132  # that occupy an H100
+PROGRAMS = 132  # that occupy a large GPU, an H100
 FINITE = 1e30  # stands for an infinite sink
 
 
@@ -389,11 +389,13 @@ def backward(dout: Tensor, inputs: Inputs, out: Tensor, lse: Tensor, needs: Need
 
 def _whole(sums: Tensor | None, keys: Tensor) -> Tensor:
     """Those of keys in their dtype, zeros where no chunk added to them."""
-    return keys.new_zeros(keys.shape) if sums is None else sums.to(keys.dtype).contiguous()
+    return keys.new_zeros(keys.shape) if sums is None else sums.to(keys.dtype).contiguous().flatten().view(keys.shape)
 
 
 def _added(into: Tensor | None, part: Tensor, first: int, rows: int) -> Tensor:
-    """The sum `[b, rows, d]` of what chunks gave, with a part of this one's, whose rows count from the first."""
+    """The sum `[b, rows, d]` of what chunks gave, with a part of this one's, whose rows count from the first. A first
+    part that is all of them is kept, and added to.
+    """
     if into is None:
         if part.shape[1] == rows:
             return part
@@ -467,7 +469,9 @@ def _of_window(x: Inputs, chunk: _Chunk, into: Tensor | None) -> Tensor:
 
 
 def _splits(programs: int) -> int:
-    """In how many parts programs are divided that are to take few rounds of as many as a GPU runs at once."""
+    """In how many parts to divide the work of so many programs, which a GPU takes in rounds: for the least of it in
+    rounds that are not full.
+    """
     return min(range(1, 6), key=lambda n: triton.cdiv(programs * n, PROGRAMS) / n)
 
 

@@ -21,7 +21,7 @@ __all__ = ["exact_linear"]
 
 
 def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See `kernels.exact_linear.exact_linear`; what no three halves make up for is left to torch."""
+    """See `kernels.exact_linear.exact_linear`. Other dtypes, few rows and little work are left to torch."""
     if launch.fits(x, weight):
         return _exact_linear(x, weight)
     return eager.exact_linear(x, weight)

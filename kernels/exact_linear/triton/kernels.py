@@ -8,17 +8,20 @@ r rows · c columns
 import triton
 import triton.language as tl
 
+LARGEST = tl.constexpr(3.3895313892515355e38)  # of bfloat16; a number above it does not become infinite
+
 
 @triton.jit(do_not_specialize=["rows"])
 def split(x, parts, rows, columns: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Parts of x [r, c]: a1, a2, a1, a3 one below the other [4, r, c], or, BESIDE, a1, a1, a2, a3 [r, 4, c]. The last
-    three are all of a number; the first three of both, one by one, what counts of a product: a1 b1 + a2 b1 + a1 b2.
-    What is not finite is a1 alone.
+    """Parts of x [r, c]: a1, a2, a1, a3 one below the other [4, r, c], or, BESIDE, a1, a1, a2, a3 [r, 4, c].
+
+    The last three are all of a number. The first three of one order by those of the other, a1 a2 a1 by b1 b1 b2, are
+    what counts of a product. An infinity is a1 alone; below 1e-32 the last parts are too small for bfloat16.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < rows.to(tl.int64) * columns
     a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    first = a.to(tl.bfloat16)
+    first = tl.where(tl.abs(a) < float("inf"), tl.minimum(tl.maximum(a, -LARGEST), LARGEST), a).to(tl.bfloat16)
     left = a - first.to(tl.float32)
     left = tl.where(tl.abs(left) < float("inf"), left, 0.0)
     second = left.to(tl.bfloat16)

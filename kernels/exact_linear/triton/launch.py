@@ -1,8 +1,8 @@
 """The three products of a linear layer, of parts that are bfloat16.
 
-    y = (W2 + W1 + W3) x        dW = (dy1 + dy2 + dy3)^T x        dx = W1^T dy1 + W2^T dy1 + W1^T dy2
+    y = (W1 + W2 + W3) x        dW = (dy1 + dy2 + dy3)^T x        dx = W1^T dy1 + W2^T dy1 + W1^T dy2
 
-dx is rounded to bfloat16, of which the parts that are left out are 2^-16.
+What dx leaves out is 2^-16 of sum |W| |dy|; a layer in bfloat16 leaves 2^-8, and dx is rounded to bfloat16 itself.
 
 n rows · d channels in · o channels out
 """
@@ -18,7 +18,7 @@ from . import kernels
 BLOCK = 1024  # numbers of a program
 FEW = 64  # rows below which it takes longer to split the weight than to multiply by it
 LEAST = 1 << 27  # multiplications below which two launches more take longer than they save
-MOST = 4096  # channels out, as there are three products for each
+MOST = 4096  # channels out: there may be three products for each
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -44,7 +44,9 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: b
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     with without_autocast(x):
         parts = _parts(dy.flatten(0, -2), beside=True).flatten(1)
-        if need_x:
+        if need_x and weight.dtype == torch.bfloat16:
+            dx = torch.mm(parts[:, o : 3 * o], torch.cat([weight, weight])).view(x.shape)
+        elif need_x:
             dx = torch.mm(parts[:, : 3 * o], _parts(weight, beside=False)[:3].view(3 * o, d)).view(x.shape)
         if need_weight:
             dweight = _product(parts[:, o:].T, rows).view(3, o, d).sum(0).to(weight.dtype)
