@@ -341,6 +341,17 @@ def test_a_broken_key_reaches_only_those_who_see_it(engine, form, entries, h, va
     assert torch.equal(clean["dcompressed"][0, 26:39], broken["dcompressed"][0, 26:39]), "entries that nobody sees"
 
 
+@of_triton
+@halves
+@pytest.mark.parametrize("entries", ["none", "range", "picks"])
+@pytest.mark.parametrize("d", [32, 20])
+def test_wide_heads(engine, launch, monkeypatch, dtype, form, entries, d, device):
+    """Of which q and dout lie one above the other in one product, and p and ds are left in memory."""
+    monkeypatch.setattr(launch, "NARROW", 16)
+    given = {"none": {}, "range": dict(p=21, past=5, **causal(6, 18)), "picks": dict(p=9, **picks(2, 6, 4, 9))}
+    hold_all(make(2, 6, 3, d, window=4, **given[entries]), engine, dtype, device=device)
+
+
 @halves
 def test_mixed_dtypes_meet_in_the_wider(engine, dtype, device):
     inputs = make(1, 5, 2, 16, p=4, window=3, **picks(1, 5, 2, 4))
