@@ -476,10 +476,13 @@ def _splits(programs: int) -> int:
 
 
 def _of_range(x: Inputs, chunk: _Chunk, into: Tensor | None) -> Tensor:
-    """dcompressed `[b, p, d]` with the chunk's part; where tiles are few, queries are shared among programs."""
-    b, p = tiles_for(x.q).owned, x.sizes["p"]
-    tiles, programs = triton.cdiv(p, b.keys), PROGRAMS // 2 if _again(x) else PROGRAMS  # of sequences by themselves
-    span = _rounded(triton.cdiv(chunk.n, triton.cdiv(programs, tiles * triton.cdiv(x.sizes["d"], b.columns))), CHUNK)
+    """dcompressed `[b, p, d]` with the chunk's part; where tiles are few, queries are shared among programs, of narrow
+    heads among half as many, for each leaves a sum.
+    """
+    b, p, most = tiles_for(x.q).owned, x.sizes["p"], PROGRAMS // (2 if _again(x) else 1)
+    tiles = triton.cdiv(p, b.keys)
+    shared = max(most // (tiles * triton.cdiv(x.sizes["d"], b.columns)), 1)
+    span = _rounded(triton.cdiv(chunk.n, shared), CHUNK)
     return _added(into, _parts(x, chunk, _Work(False, tiles, 0, triton.cdiv(chunk.n, span), span))[:, :p], 0, p)
 
 
