@@ -234,7 +234,7 @@ def filed(out, root):
     text = (root / "train/measure/FIRST_CONTACT.md").read_text("utf-8")
     assert "| train train | " in text and "against its definitions" in text and "torch 2." in text
     assert "(profile-nano-" in text and len(list((root / "train/measure").glob("profile-nano-*"))) == 2
-    assert len(list((root / "kernels/benchmarks").glob("*.png"))) == 12
+    assert len(list((root / "kernels/benchmarks").glob("*.png"))) == 13
     assert {path.name for path in (root / "kernels/benchmarks").glob("*.json")} == {
         path.name for path in (out / "benchmarks").glob("*.json")
     }
