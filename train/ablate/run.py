@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 
 from ...model import Transformer
-from ...model.config import read_json
+from ...model.folders import read_json
 from ...model.disk import write_json
 from ..run import checkpoint, metrics, provenance
 from ..run.tables import places

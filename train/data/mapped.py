@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...model.config import read_json
+from ...model.folders import read_json
 from ...model.disk import flush, lock, naming
 from .corpus import CHUNK, AnyDocument, Corpus
 from .tokenizers import BPETokenizer, Tokenizer, read_bpe, train_bpe

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ...model.accounting import Account, account, released_entry
-from ...model.config import ModelConfig, read_json
+from ...model.config import ModelConfig
+from ...model.folders import read_json
 from ...model.kinds import SPARSE
 from ...model.lineage import LineageConfig
 from ...model.lineage.accounting import account as lineage_account

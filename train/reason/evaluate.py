@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...model.config import read_json
+from ...model.folders import read_json
 from ...model.disk import write_json, write_text
 from ..data.tokenizers import load_tokenizer
 from ..run import checkpoint, metrics, provenance
