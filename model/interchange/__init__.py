@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..folders import description, described_in, model_folder, naming, using
+from ..folders import described_in, description, model_folder, naming, using
 from ..foreign import refuse_foreign
 from ..kept import kept
 from ..tables import row_tables
-from . import about, formats, place
+from . import about, formats
 from .counts import check_counts, check_numbers
 from .families import Config, Family, family_of, family_of_model
 from .files import Folder, Header, write
 from .names import LAYOUTS, Index, listed
+from .place import tidy
 
 if TYPE_CHECKING:
     from ..lineage import LineageTransformer
@@ -78,7 +79,7 @@ def load_pretrained(
 def located(path: str | Path) -> Path:
     """The folder of weights that a path means. Raises FileNotFoundError where there is none."""
     if not Path(path).exists():
-        place.tidy(Path(os.path.realpath(path)))
+        tidy(Path(os.path.realpath(path)))
     return model_folder(path)
 
 

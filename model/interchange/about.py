@@ -1,4 +1,4 @@
-"""What a folder says of its model beside the weights: config.json, generation_config.json, and the tokenizer's files."""
+"""What a folder says of its model beside the weights: config.json, generation_config.json, the tokenizer's files."""
 
 import json
 from pathlib import Path

@@ -23,8 +23,8 @@ import torch
 from filelock import FileLock
 
 from ...model import Transformer
-from ...model.folders import read_json
 from ...model.disk import write_json
+from ...model.folders import read_json
 from ..run import checkpoint, metrics, provenance
 from ..run.tables import places
 from ..start import never_saved, train

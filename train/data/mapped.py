@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...model.folders import read_json
 from ...model.disk import flush, lock, naming
+from ...model.folders import read_json
 from .corpus import CHUNK, AnyDocument, Corpus
 from .tokenizers import BPETokenizer, Tokenizer, read_bpe, train_bpe
 
