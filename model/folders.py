@@ -32,7 +32,8 @@ def model_folder(path: str | Path) -> Path:
     found = checkpoints(path)
     if not found:
         raise FileNotFoundError(
-            f"{path} has no {CONFIG}: it is neither a model nor a checkpoint, nor a run with {CHECKPOINTS}/step-* in it"
+            f"{str(path)!r} is no checkpoint and no model (it has no {CONFIG}), and no run (it has no"
+            f" {CHECKPOINTS}/step-*)"
         )
     return found[-1]
 

@@ -20,9 +20,11 @@ from typing import Any
 
 from ..model.config import ModelConfig, read_recipe
 from ..model.fields import build, unknown
+from ..model.folders import STATE, model_folder, read_json
+from ..model.interchange import Stored
 from ..model.kinds import SPARSE
 from .data.planted import planted_task
-from .data.tokenizers import BOS, SPECIAL_TOKENS, bpe_size
+from .data.tokenizers import BOS, SPECIAL_TOKENS, ByteTokenizer, bpe_size, load_tokenizer
 from .settings import (
     OPTIONAL,
     PLANTED,
@@ -40,6 +42,7 @@ from .settings import (
     TrainConfig,
 )
 
+INIT = "init"  # data.tokenizer: that of what the run starts from
 NAMES = ("model", STAGES, *TABLES, *OPTIONAL)
 
 
@@ -129,11 +132,36 @@ def check_vocabulary(model: ModelConfig, tokenizer: str, bos: int) -> None:
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe by name, or a .toml file, with `table.key=value` overrides laid over it.
 
+    A recipe without [model] learns on with the model that train.init names, and with `data.tokenizer = "init"` in its
+    tokens.
+
     Raises:
         ValueError: no such recipe, an override that is not `table.key=value`, an unknown key, or a bad value.
     """
-    values = read_recipe(name_or_path)
-    return Recipe.from_dict(apply({"name": Path(name_or_path).stem, **values}, overrides))
+    values = {"name": Path(name_or_path).stem, **read_recipe(name_or_path)}
+    return Recipe.from_dict(_started(apply(values, overrides), "model" not in values))
+
+
+def _started(values: dict[str, Any], takes_model: bool) -> dict[str, Any]:
+    """A recipe's tables with the model and the tokenizer of what it starts from, where it takes them from there."""
+    train, data = values.get("train", {}), values.get("data", {})
+    takes_tokens = data.get("tokenizer") == INIT
+    if not (takes_model or takes_tokens):
+        return values
+    if not train.get("init"):
+        what = "[model]" if takes_model else f"data.tokenizer={INIT!r}"
+        raise ValueError(f"{values['name']!r} takes {what} from the model that it starts from: give train.init=RUN")
+    folder = model_folder(train["init"])
+    if takes_tokens:
+        run = read_json(folder / STATE)["recipe"] if (folder / STATE).is_file() else {}
+        in_bytes = run.get("data", {}).get("tokenizer") == ByteTokenizer.name
+        in_bytes = in_bytes or isinstance(load_tokenizer(folder), ByteTokenizer)
+        values = {**values, "data": {**data, "tokenizer": ByteTokenizer.name if in_bytes else str(folder)}}
+    if takes_model:
+        found = Stored(folder).config.to_dict()
+        stored = {key: value for key, value in found.items() if key not in ("quantization_config", "expert_dtype")}
+        values = {**values, "model": {**stored, "torch_dtype": "float32", **values.get("model", {})}}
+    return values
 
 
 def apply(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

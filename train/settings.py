@@ -55,8 +55,8 @@ class DataConfig(Table):
     )
     tokenizer: str = key(
         "bytes",
-        "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; or the folder of a trained"
-        " tokenizer",
+        "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; the folder of a trained"
+        " tokenizer; or init, that of train.init",
     )
     mapped: bool = key(
         False,
@@ -131,7 +131,9 @@ class TrainConfig(Table):
     steps: int = _positive(1000, "optimizer steps; the learning-rate schedule is laid over them")
     minutes: float = _not_negative(0.0, "hard limit of training time, resumed parts included; 0 = none")
     seed: int = _not_negative(0, "of the initial weights and of the order of the data")
-    init: str = key("", "run or checkpoint whose weights the run starts from, of the same [model]; '' = new weights")
+    init: str = key(
+        "", "run, checkpoint or folder of weights that the run starts from, of the same [model]; '' = new weights"
+    )
     dtype: str = _choice(
         "float32",
         "float32, or bfloat16 by autocast (weights and optimizer stay float32)",

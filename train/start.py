@@ -9,6 +9,7 @@ from ..model import Transformer
 from .data.corpus import load_corpus
 from .data.planted import PlantedSource, planted_task
 from .data.source import Source, TextSource, maps, open_tokenizer
+from .data.tokenizers import Tokenizer
 from .distributed.world import World, check, choose_device, processes
 from .reason.loop import GrpoRun
 from .reason.source import ReasonSource
@@ -108,8 +109,8 @@ def _run(
     return Run(recipe, source, out, start, shown, prepare, world, held)
 
 
-def open_source(recipe: Recipe) -> Source:
-    """The source that a recipe names.
+def open_source(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Source:
+    """The source that a recipe names, in the tokens of data.tokenizer, or of the one that is given.
 
     Raises:
         FileNotFoundError: there is none.
@@ -121,6 +122,6 @@ def open_source(recipe: Recipe) -> Source:
     if data.source.startswith(PLANTED):
         return PlantedSource(planted_task(data.source, recipe.planted), data, seed)
     corpus = load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data))
-    tokenizer = open_tokenizer(data.tokenizer, corpus)
+    tokenizer = tokenizer or open_tokenizer(data.tokenizer, corpus)
     check_vocabulary(recipe.model, data.tokenizer, tokenizer.bos)
     return TextSource(corpus, tokenizer, data, seed)

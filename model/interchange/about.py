@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..dialect import NoPlace
+from ..folders import CONFIG
+from . import families
 from .families import Config, Family
 
 GENERATION = "generation_config.json"
@@ -32,14 +36,25 @@ def config(
     return layout, written if stage == SPARSE else {**written, "attention_stage": stage}
 
 
+def checkpoint(config: Config, dtype: torch.dtype, stage: str) -> dict[str, bytes]:
+    """The files that make a checkpoint of a run a model, whose weights have our names."""
+    written = families.V4.written(config, "abyssal", "exact", str(dtype).removeprefix("torch."))
+    written |= {} if stage == SPARSE else {"attention_stage": stage}
+    return {CONFIG: _json(written), GENERATION: generation(config)}
+
+
 def generation(config: Config) -> bytes:
     """generation_config.json: which tokens open, end and pad a text; to be drawn from the whole distribution."""
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     given = {name: token for name, token in tokens.items() if token is not None}
-    return (json.dumps({**given, "do_sample": True, "temperature": 1.0, "top_p": 1.0}, indent=2) + "\n").encode()
+    return _json({**given, "do_sample": True, "temperature": 1.0, "top_p": 1.0})
 
 
 def carried(folder: Path) -> dict[str, bytes]:
     """The files of a folder that a model takes along into another one."""
     names = (GENERATION, *TOKENIZER)
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()

@@ -31,6 +31,7 @@ from .diagnose import bad_weight, culprit
 from .folder import nothing_to_check
 from .graph import GraphStepper
 from .line import Line, Lines, Stopwatch
+from .load import start_from
 from .observe import Observer
 from .progress import ProgressLine
 from .schedule import Phase, Schedule
@@ -95,6 +96,8 @@ class Run:
         _compress_vocabulary(self.model, source.tokenizer)
         if prepare:
             prepare(self.model)
+        init = "" if resumed else recipe.train.init
+        self.differs = start_from(init, self.model) if init else []
         self.model.recompute = recipe.train.recompute
         shard(self.model, world)
         self.optimizer = split_by_mesh(build_optimizer(self.model, recipe.optim))
@@ -109,10 +112,6 @@ class Run:
         self.progress = Progress()
         if resumed:
             self._restore(resumed)
-        elif recipe.train.init:
-            initial = checkpoint.find(recipe.train.init)
-            _check_same_model(recipe, initial)
-            checkpoint.load_model(initial, self.model)
         self.model.attention_stage = self.schedule.last(self.progress.step).attention
         self._open(resumed, shown)
 
@@ -146,6 +145,8 @@ class Run:
             start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
             where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
             self.line.say(f"{self.recipe.name}: {parameters:,} parameters on {where}, from {start}")
+            for text in self.differs:
+                self.line.say(f"differs  {text}")
             self.line.say(self.source.describe())
         self.began = time.perf_counter() - self.progress.seconds
         self.scores: dict[str, Any] = {}

@@ -8,18 +8,23 @@ from ..data.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ...model import Transformer
+    from ..recipe import Recipe
 
 CONTEXT = 32_768  # tokens of a conversation, unless the model has fewer or the user asks for another number
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A model with its tokenizer, and the most tokens that a conversation may have."""
+    """A model with its tokenizer, and the most tokens that a conversation may have.
+
+    `untaught`: it is of a run that saw texts and no conversations.
+    """
 
     model: "Transformer"
     tokenizer: Tokenizer
     name: str
     context: int
+    untaught: bool = False
 
     def check_chat(self) -> None:
         """Raises ValueError if the model's vocabulary has no room for the chat format's special tokens."""
@@ -42,24 +47,14 @@ def open_voice(
         name: None = the folder's.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing in it that says which tokenizer to take.
-        ValueError: a context or a device that the model cannot have, a tokenizer that does not fit it, a run whose
-            tokens are no text.
+        FileNotFoundError: no such folder.
+        ValueError: a context or a device that the model cannot have, a tokenizer that does not fit it, or nothing that
+            says how its tokens are spelt.
     """
-    from ...model import load_pretrained
-    from ..distributed.world import choose_device
-    from ..run import checkpoint
-    from ..run.load import load_trained
+    from ..run.load import open_model
 
-    if (path / "config.json").is_file():
-        if tokenizer is None and not (path / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{str(path)!r} has no tokenizer.json: say which tokenizer to take (--tokenizer)")
-        model = load_pretrained(path, device=choose_device(device)).eval()
-        return _voice(model, load_tokenizer(tokenizer or path), name or path.resolve().name, context)
-    model, _ = load_trained(path, device)
-    tokens = checkpoint.tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
-    folder = checkpoint.find(path)
-    return _voice(model, tokens, name or (checkpoint.run_of(folder) or folder).resolve().name, context)
+    loaded = open_model(path, device, tokenizer)
+    return _voice(loaded.model, loaded.spelling(), name or loaded.name, context, loaded.recipe)
 
 
 def random_voice(
@@ -81,7 +76,9 @@ def random_voice(
     return _voice(model, tokens, name or f"{preset}-random", context)
 
 
-def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int | None) -> Voice:
+def _voice(
+    model: "Transformer", tokenizer: Tokenizer, name: str, context: int | None, recipe: "Recipe | None" = None
+) -> Voice:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -94,4 +91,5 @@ def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int |
             f"tokenizer={tokenizer.name!r} has {tokenizer.bos} tokens of text and eos {tokenizer.eos}: {name} has a "
             f"vocabulary of {vocabulary}"
         )
-    return Voice(model, tokenizer, name, context or min(longest, CONTEXT))
+    untaught = recipe is not None and not (recipe.reason or getattr(recipe, "chat", None))
+    return Voice(model, tokenizer, name, context or min(longest, CONTEXT), untaught)
