@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...model.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER
 from ..data.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ...model import Transformer
 
+CONTROL = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)  # of the chat format; the others are for tasks
 CONTEXT = 32_768  # tokens of a conversation, unless the model has fewer or the user asks for another number
 
 
@@ -22,7 +24,13 @@ class Voice:
     context: int
 
     def check_chat(self) -> None:
-        """Raises ValueError if the model's vocabulary has no room for the chat format's special tokens."""
+        """Raises ValueError if the tokenizer lacks special tokens of the chat format, or the vocabulary has no room."""
+        missing = [string for string in CONTROL if string not in self.tokenizer.special]
+        if missing:
+            raise ValueError(
+                f"{self.name}: tokenizer={self.tokenizer.name!r} has no {', '.join(missing)}, which the chat format is"
+                " made of: it can go on with text"
+            )
         vocabulary, needed = self.model.config.vocab_size, max(self.tokenizer.special.values()) + 1
         if vocabulary < needed:
             raise ValueError(
@@ -37,7 +45,7 @@ def open_voice(
     """The model of a run, of a checkpoint, or of a folder with config.json and safetensors, ready to speak.
 
     Args:
-        tokenizer: "bytes" or a path; None = the run's, or the folder's tokenizer.json.
+        tokenizer: as for `load_tokenizer`; None = the run's, or the folder's.
         context: tokens of a conversation; None = as many as the model has positions, at most `CONTEXT`.
         name: None = the folder's.
 
@@ -89,9 +97,9 @@ def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int |
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if context is not None and not 2 <= context <= longest:
         raise ValueError(f"context={context}: allowed are 2 to the model's max_position_embeddings={longest}")
-    if tokenizer.eos >= vocabulary:
+    if max(tokenizer.least, tokenizer.eos + 1) > vocabulary:
         raise ValueError(
-            f"tokenizer={tokenizer.name!r} has {tokenizer.bos} tokens of text and eos {tokenizer.eos}: {name} has a "
-            f"vocabulary of {vocabulary}"
+            f"tokenizer={tokenizer.name!r} has {len(tokenizer.pieces)} tokens of text and eos {tokenizer.eos}: {name} "
+            f"has a vocabulary of {vocabulary}"
         )
     return Voice(model, tokenizer, name, context or min(longest, CONTEXT))
