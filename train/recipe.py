@@ -114,18 +114,19 @@ def _check_data(recipe: Recipe) -> None:
         raise ValueError(f"data.tokenizer={recipe.data.tokenizer!r}: allowed with [reason] is bytes")
     if recipe.data.tokenizer != "bytes" and size is None:
         return  # a path: what is there is checked when it is read
-    check_vocabulary(model, recipe.data.tokenizer, BOS if size is None else size - SPECIAL_TOKENS)
+    bos = BOS if size is None else size - SPECIAL_TOKENS
+    check_vocabulary(model, recipe.data.tokenizer, bos + 1, bos, bos + 1, bos + 2)
 
 
-def check_vocabulary(model: ModelConfig, tokenizer: str, bos: int) -> None:
-    """Raises ValueError unless the model has room for a tokenizer's tokens of text and its bos, and the same bos."""
-    named = f"for data.tokenizer={tokenizer!r}"
-    if model.vocab_size <= bos:
+def check_vocabulary(model: ModelConfig, tokenizer: str, least: int, bos: int, eos: int, pad: int) -> None:
+    """Raises ValueError unless the model has the rows that a tokenizer's text takes, and, where it has one, its bos."""
+    named, special = f"for data.tokenizer={tokenizer!r}", f"eos_token_id is {eos}, pad_token_id {pad}"
+    if model.vocab_size < least:
         raise ValueError(
-            f"model.vocab_size={model.vocab_size}: allowed is at least {bos + 1} (tokens of text and bos), {named}"
+            f"model.vocab_size={model.vocab_size}: allowed is at least {least} (tokens of text and bos), {named}"
+            f" (bos_token_id is {bos}, {special})"
         )
-    if model.bos_token_id != bos:
-        special = f"eos_token_id is {bos + 1}, pad_token_id {bos + 2}"
+    if model.bos_token_id not in (None, bos):
         raise ValueError(f"model.bos_token_id={model.bos_token_id}: allowed is {bos}, {named} ({special})")
 
 

@@ -55,12 +55,12 @@ class DataConfig(Table):
     )
     tokenizer: str = key(
         "bytes",
-        "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; the folder of a trained"
-        " tokenizer; or init, that of train.init",
+        "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; a folder with the"
+        " tokenizer.json of another one (any of the tokenizers library); or init, that of train.init",
     )
     mapped: bool = key(
         False,
-        "keep the tokens in a file mapped into memory, for text larger than that; a trained tokenizer always does",
+        "keep the tokens in a file mapped into memory, for text larger than that; other tokens than bytes always are",
     )
     sequence_length: int = _positive(512, "tokens of a row")
     batch_size: int = _positive(8, "rows of a step")

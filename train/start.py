@@ -123,5 +123,6 @@ def open_source(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Source:
         return PlantedSource(planted_task(data.source, recipe.planted), data, seed)
     corpus = load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data))
     tokenizer = tokenizer or open_tokenizer(data.tokenizer, corpus)
-    check_vocabulary(recipe.model, data.tokenizer, tokenizer.bos)
+    ids = tokenizer.bos, tokenizer.eos, tokenizer.pad
+    check_vocabulary(recipe.model, data.tokenizer, tokenizer.least, *ids)
     return TextSource(corpus, tokenizer, data, seed)

@@ -60,7 +60,7 @@ def _generate(options: argparse.Namespace) -> None:
         ),
     )
     print(shown(options.prompt, sys.stdout), end="", flush=True)
-    for text in _until(options.stop, tokenizer.decode_stream(map(int, tokens))):
+    for text in _until(options.stop, tokenizer.decode_stream(map(int, tokens), continues=bool(options.prompt))):
         print(shown(text, sys.stdout), end="", flush=True)
     print()
     print(tokens.stats, file=sys.stderr)

@@ -335,7 +335,7 @@ class Run:
         ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]], device=self.device)
         seed = self.recipe.train.seed
         written = generate(model, ids, max_new_tokens=count, temperature=0.8, top_p=0.95, seed=seed)
-        return prompt + tokenizer.decode(int(token) for token in written)
+        return prompt + tokenizer.decode((int(token) for token in written), continues=bool(prompt))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began

@@ -179,16 +179,23 @@ class Reader:
         thinking: the prompt ended with `<think>`.
         stop: texts that end the answer.
         tools: names of the tools that may be called; without any, a block of calls is not in the format.
+        begins: whether a text begins with the answer; None = as it does behind a special token.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, thinking: bool = False, stop: Sequence[str] = (), tools: Collection[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        thinking: bool = False,
+        stop: Sequence[str] = (),
+        tools: Collection[str] = (),
+        begins: bool | None = None,
     ) -> None:
         self.answer = Answer()
         self.ended = False
         self.written: list[int] = []
         self._tokenizer, self._stop, self._tools = tokenizer, tuple(stop), tools
         self._strings = {token: string for string, token in tokenizer.special.items()}
+        self._begins = tokenizer.leads_again if begins is None else begins
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._state: Literal["reasoning", "content", "calls"] = "reasoning" if thinking else "content"
         self._guards = (*self._stop, *([BLOCK + DSML[0]] if tools else []))
@@ -201,8 +208,11 @@ class Reader:
         self.written.append(token)
         self.answer.tokens += 1
         self.answer.reasoning_tokens += self._state == "reasoning"
-        if token < self._tokenizer.bos:
-            return self._text(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        piece = self._tokenizer.token_bytes(token)
+        if piece:
+            begins, self._begins = self._begins, False
+            return self._text(self._decoder.decode(piece.removeprefix(self._tokenizer.lead) if begins else piece))
+        self._begins = self._tokenizer.leads_again
         deltas = self._end_text()
         return deltas if self.ended else deltas + self._special(self._strings.get(token, f"<token {token}>"))
 

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...model.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER
 from ..data.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ...model import Transformer
     from ..recipe import Recipe
 
+CONTROL = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)  # of the chat format; the others are for tasks
 CONTEXT = 32_768  # tokens of a conversation, unless the model has fewer or the user asks for another number
 
 
@@ -27,7 +29,13 @@ class Voice:
     untaught: bool = False
 
     def check_chat(self) -> None:
-        """Raises ValueError if the model's vocabulary has no room for the chat format's special tokens."""
+        """Raises ValueError if the tokenizer lacks special tokens of the chat format, or the vocabulary has no room."""
+        missing = [string for string in CONTROL if string not in self.tokenizer.special]
+        if missing:
+            raise ValueError(
+                f"{self.name}: tokenizer={self.tokenizer.name!r} has no {', '.join(missing)}, which the chat format is"
+                " made of: it can go on with text"
+            )
         vocabulary, needed = self.model.config.vocab_size, max(self.tokenizer.special.values()) + 1
         if vocabulary < needed:
             raise ValueError(
@@ -42,7 +50,7 @@ def open_voice(
     """The model of a run, of a checkpoint, or of a folder with config.json and safetensors, ready to speak.
 
     Args:
-        tokenizer: "bytes" or a path; None = the run's, or the folder's tokenizer.json.
+        tokenizer: as for `load_tokenizer`; None = the run's, or the folder's.
         context: tokens of a conversation; None = as many as the model has positions, at most `CONTEXT`.
         name: None = the folder's.
 
@@ -86,10 +94,10 @@ def _voice(
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if context is not None and not 2 <= context <= longest:
         raise ValueError(f"context={context}: allowed are 2 to the model's max_position_embeddings={longest}")
-    if tokenizer.eos >= vocabulary:
+    if max(tokenizer.least, tokenizer.eos + 1) > vocabulary:
         raise ValueError(
-            f"tokenizer={tokenizer.name!r} has {tokenizer.bos} tokens of text and eos {tokenizer.eos}: {name} has a "
-            f"vocabulary of {vocabulary}"
+            f"tokenizer={tokenizer.name!r} has {len(tokenizer.pieces)} tokens of text and eos {tokenizer.eos}: {name} "
+            f"has a vocabulary of {vocabulary}"
         )
     untaught = recipe is not None and not (recipe.reason or getattr(recipe, "chat", None))
     return Voice(model, tokenizer, name, context or min(longest, CONTEXT), untaught)
