@@ -21,6 +21,7 @@ from typing import Any
 from ..model.config import ModelConfig, read_recipe
 from ..model.fields import build, unknown
 from ..model.kinds import SPARSE
+from .data.places import STDLIB, absolute
 from .data.planted import planted_task
 from .data.tokenizers import BOS, SPECIAL_TOKENS, bpe_size
 from .settings import (
@@ -41,6 +42,7 @@ from .settings import (
 )
 
 NAMES = ("model", STAGES, *TABLES, *OPTIONAL)
+TOKENIZERS = ("bytes", "init")  # what data.tokenizer says by name
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,14 @@ class Recipe:
         tables = {name: {k: _plain(v) for k, v in asdict(getattr(self, name)).items()} for name in present}
         stages = {STAGES: [asdict(stage) for stage in self.stages]} if self.stages else {}
         return {"name": self.name, "model": self.model.to_dict(), **tables, **stages}
+
+    def with_absolute_paths(self) -> "Recipe":
+        """The same with data.source, data.tokenizer and train.init from the root on, where they are existing paths."""
+        data, init = self.data, absolute(self.train.init)
+        source = data.source if data.source == STDLIB else absolute(data.source)
+        tokenizer = data.tokenizer if data.tokenizer in TOKENIZERS else absolute(data.tokenizer)
+        data = replace(data, source=source, tokenizer=tokenizer)
+        return replace(self, data=data, train=replace(self.train, init=init))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":

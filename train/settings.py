@@ -48,11 +48,13 @@ class DataConfig(Table):
     name = "data"
     source: str = key(
         "stdlib",
-        "'stdlib' (Python's own source files, no download), a folder of text files, a file, or planted:TASK"
+        "'stdlib' (Python's own source files, no download), a file, a folder or a glob (text, .jsonl, .parquet),"
+        " hf:NAME or hf:NAME:CONFIG (Hugging Face data sets, split train), or planted:TASK"
         " (recall, selective_copy, induction, ngram_facts; see [planted])",
         "a name or a path",
         len,
     )
+    text_key: str = key("text", "field of a record that is its text; 'content' where there is none of that name")
     tokenizer: str = key(
         "bytes",
         "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; or the folder of a trained"

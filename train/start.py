@@ -28,6 +28,8 @@ def train(
 ) -> Summary:
     """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
 
+    Paths of the recipe are kept from the root on, so that the run can be read from any folder.
+
     `out` None is a new folder runs/NAME-DATE-TIME. A run that was killed before its first checkpoint starts over when
     it is resumed. Keys of the recipe that a resumed run has changed are told, a line each, and kept in run.json.
 
@@ -43,6 +45,7 @@ def train(
         OSError: a full disk, say, or ProcessLost: another process of the run ended or did not answer (a note says how
             to go on), or FolderLost: the folder was moved or removed meanwhile.
     """
+    recipe = recipe.with_absolute_paths()
     device, settings, run = choose_device(recipe.train.device), recipe.train, None
     try:
         with processes(device, settings.expert_parallel, settings.process_timeout) as world:
@@ -120,7 +123,7 @@ def open_source(recipe: Recipe) -> Source:
     data, seed = recipe.data, recipe.train.seed
     if data.source.startswith(PLANTED):
         return PlantedSource(planted_task(data.source, recipe.planted), data, seed)
-    corpus = load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data))
+    corpus = load_corpus(data.source, data.held_out_fraction, not maps(data), data.text_key)
     tokenizer = open_tokenizer(data.tokenizer, corpus)
     check_vocabulary(recipe.model, data.tokenizer, tokenizer.bos)
     return TextSource(corpus, tokenizer, data, seed)

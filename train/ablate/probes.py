@@ -23,7 +23,7 @@ def acceptance(model: Transformer, recipe: Recipe) -> dict[str, float]:
     from ..evaluate.speculation import compare
 
     model = model if model.mtp else _with_untrained_module(model)
-    documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out
+    documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction, text_key=recipe.data.text_key).held_out
     chosen = documents[:: max(1, len(documents) // PROMPTS)][:PROMPTS]
     found = compare(model, [[BOS, *document.text[:PROMPT_BYTES]] for document in chosen], TOKENS)
     return {"acceptance": found.acceptance_rate, "same_tokens": float(found.differs is None)}

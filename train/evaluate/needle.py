@@ -248,7 +248,7 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     folder = checkpoints.find(checkpoint)
     out = out or checkpoints.require_run(folder)
     model, recipe = load_trained(checkpoint)
-    corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction)
+    corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction, text_key=recipe.data.text_key)
     print(f"{folder}: {trials} needles for each of {len(asked[0])} lengths and {len(asked[1])} depths")
     report = evaluate(model, corpus, *asked, trials=trials, batch=batch, seed=seed, tell=_tell)
     out.mkdir(parents=True, exist_ok=True)

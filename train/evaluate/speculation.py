@@ -80,7 +80,7 @@ def run(checkpoint: Path, prompts: int, tokens: int, prompt_bytes: int) -> Compa
             raise ValueError(f"{name}={value}: allowed are positive numbers")
     tokenizer = tokenizer_of(checkpoint)
     model, recipe = load_trained(checkpoint)
-    documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out
+    documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction, text_key=recipe.data.text_key).held_out
     if prompts > len(documents):
         raise ValueError(f"prompts={prompts}: the corpus has {len(documents)} held-out documents")
     texts = [tokenizer.encode_bytes(document.text[:prompt_bytes]) for document in documents[:prompts]]

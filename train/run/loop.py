@@ -405,9 +405,10 @@ def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
 def _changes(recipe: Recipe, source: Source, out: Path, resumed: Path | None) -> list[str]:
     """What a resumed run does otherwise from here on than before, a line each."""
     if resumed is None:
-        before = provenance.recipe(out)
-        return differences(Recipe.from_dict(before), recipe) if before else []
-    found, data = differences(checkpoint.read_state(resumed)[0], recipe), checkpoint.read_data(resumed)
+        begun = provenance.recipe(out)
+        return differences(Recipe.from_dict(begun).with_absolute_paths(), recipe) if begun else []
+    before = checkpoint.read_state(resumed)[0].with_absolute_paths()
+    found, data = differences(before, recipe), checkpoint.read_data(resumed)
     if data and data != source.digest:
         found.append(f"contents of data.source={recipe.data.source!r}: {_short(data)} -> {_short(source.digest)}")
     return found
