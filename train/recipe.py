@@ -1,6 +1,7 @@
 """A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
 
-A run that learns a generated task has [reason] too, and one that learns it from rewards [grpo]. [schedule] says what
+A run that learns conversations has [chat] too, one that learns a generated task [reason], and one that learns it from
+rewards [grpo]. [schedule] says what
 changes on the way, [[stages]] that a run has several (train.steps is their sum then), [stability] that it looks out for
 spikes of the loss.
 
@@ -29,6 +30,7 @@ from .settings import (
     PLANTED,
     STAGES,
     TABLES,
+    ChatConfig,
     DataConfig,
     GrpoConfig,
     OptimConfig,
@@ -54,6 +56,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stages: tuple[StageConfig, ...] = ()
+    chat: ChatConfig | None = None
     planted: PlantedConfig | None = None
     stability: StabilityConfig | None = None
     reason: ReasonConfig | None = None
@@ -107,6 +110,8 @@ class Recipe:
 def _check_data(recipe: Recipe) -> None:
     """The tokens of the data fit into the model's vocabulary, and [planted] belongs to a planted source."""
     model, source = recipe.model, recipe.data.source
+    if recipe.chat:
+        _check_chat(recipe)
     if source.startswith(PLANTED):
         least = planted_task(source, recipe.planted).vocabulary
         if model.vocab_size < least:
@@ -122,6 +127,19 @@ def _check_data(recipe: Recipe) -> None:
     if recipe.data.tokenizer != "bytes" and size is None:
         return  # a path: what is there is checked when it is read
     check_vocabulary(model, recipe.data.tokenizer, BOS if size is None else size - SPECIAL_TOKENS)
+
+
+def _check_chat(recipe: Recipe) -> None:
+    """Conversations are not also problems or a planted task, and train no tokenizer."""
+    for table in ("planted", "reason", "grpo"):
+        if getattr(recipe, table):
+            raise ValueError(f"[{table}] beside [chat]: allowed is one of them")
+    if recipe.data.source.startswith(PLANTED):
+        raise ValueError(f"data.source={recipe.data.source!r}: allowed with [chat] are conversations")
+    if bpe_size(recipe.data.tokenizer) is not None:
+        raise ValueError(
+            f"data.tokenizer={recipe.data.tokenizer!r}: allowed with [chat] is bytes, or the folder of one"
+        )
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: str, bos: int) -> None:

@@ -1,7 +1,7 @@
 """The tables of a recipe beside [model]: every key with its default, its meaning and what is allowed.
 
 always there    [data] [optim] [train] [schedule]
-optional        [planted] [stability] [reason] [grpo], and [[stages]], one table each
+optional        [chat] [planted] [stability] [reason] [grpo], and [[stages]], one table each
 """
 
 from dataclasses import dataclass, field
@@ -233,6 +233,16 @@ class StabilityConfig(Table):
 
 
 @dataclass(frozen=True)
+class ChatConfig(Table):
+    """[chat]: present = data.source holds conversations, of which what the assistant wrote is learnt."""
+
+    name = "chat"
+    turns: str = _choice(
+        "all", "which of the assistant's turns are learnt: all, or the last of each conversation", "last"
+    )
+
+
+@dataclass(frozen=True)
 class ReasonConfig(Table):
     """[reason]: generated problems instead of a text; present = the data are conversations about them."""
 
@@ -305,6 +315,6 @@ class PlantedConfig(Table):
 
 
 TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig, ScheduleConfig)}
-OPTIONAL = {table.name: table for table in (PlantedConfig, StabilityConfig, ReasonConfig, GrpoConfig)}
+OPTIONAL = {table.name: table for table in (ChatConfig, PlantedConfig, StabilityConfig, ReasonConfig, GrpoConfig)}
 STAGES = StageConfig.name
 PLANTED = "planted:"  # what the name of a planted source begins with

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from ..model import Transformer
+from .data.conversations import ChatSource
 from .data.corpus import load_corpus
 from .data.planted import PlantedSource, planted_task
 from .data.source import Source, TextSource, maps, open_tokenizer
+from .data.tokenizers import load_tokenizer
 from .distributed.world import World, check, choose_device, processes
 from .reason.loop import GrpoRun
 from .reason.source import ReasonSource
 from .recipe import Recipe, check_vocabulary
 from .run import checkpoint, folder, metrics, provenance
 from .run.loop import Run, Summary
-from .settings import PLANTED
+from .settings import PLANTED, ChatConfig
 
 
 def train(
@@ -111,8 +113,8 @@ def _run(
     return Run(recipe, source, out, start, shown, prepare, world, held)
 
 
-def open_source(recipe: Recipe) -> Source:
-    """The source that a recipe names.
+def open_source(recipe: Recipe, test: bool = False) -> Source:
+    """The source that a recipe names; `test`: all its conversations are held out, as it is not trained on.
 
     Raises:
         FileNotFoundError: there is none.
@@ -123,7 +125,22 @@ def open_source(recipe: Recipe) -> Source:
     data, seed = recipe.data, recipe.train.seed
     if data.source.startswith(PLANTED):
         return PlantedSource(planted_task(data.source, recipe.planted), data, seed)
+    if recipe.chat is not None:
+        return _chat_source(recipe, recipe.chat, test)
     corpus = load_corpus(data.source, data.held_out_fraction, not maps(data), data.text_key)
     tokenizer = open_tokenizer(data.tokenizer, corpus)
     check_vocabulary(recipe.model, data.tokenizer, tokenizer.bos)
     return TextSource(corpus, tokenizer, data, seed)
+
+
+def _chat_source(recipe: Recipe, chat: ChatConfig, test: bool) -> ChatSource:
+    data, tokenizer = recipe.data, load_tokenizer(recipe.data.tokenizer)
+    check_vocabulary(recipe.model, data.tokenizer, tokenizer.bos)
+    least = max(tokenizer.special.values()) + 1
+    if recipe.model.vocab_size < least:
+        raise ValueError(
+            f"model.vocab_size={recipe.model.vocab_size}: allowed with [chat] is at least {least}, which holds the"
+            f" special tokens of the chat format, for data.tokenizer={data.tokenizer!r}"
+        )
+    lengths = {stage.sequence_length or data.sequence_length for stage in recipe.stages} or {data.sequence_length}
+    return ChatSource(data, chat, tokenizer, recipe.train.seed, lengths, test)

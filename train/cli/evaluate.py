@@ -10,7 +10,14 @@ from .options import Command, checkpoint_argument, flag
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint_argument(parser)
     flag(parser, "--rows", int, None, "held-out rows to read; 0 = all", "as in the recipe")
-    flag(parser, "--source", str, None, "'stdlib', a folder or a text file", "as in the recipe")
+    flag(
+        parser,
+        "--source",
+        str,
+        None,
+        "a data.source; conversations that are not the recipe's are all asked",
+        "as in the recipe",
+    )
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -18,6 +25,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     import torch
 
+    from ..data.conversations import ChatSource
     from ..data.source import TextSource
     from ..run.checkpoint import find, tokenizer_of
     from ..run.load import load_trained
@@ -30,11 +38,18 @@ def _eval(options: argparse.Namespace) -> None:
     data = replace(data, held_out_rows=data.held_out_rows if options.rows is None else options.rows)
     if data.tokenizer != "bytes":
         data = replace(data, tokenizer=str(find(options.checkpoint)))
-    source = open_source(replace(recipe, data=data, reason=None, grpo=None))
-    if not isinstance(source, TextSource):
+    recipe, asked = (replace(recipe, data=part).with_absolute_paths() for part in (recipe.data, data))
+    test = asked.data.source != recipe.data.source
+    source = open_source(replace(asked, reason=None, grpo=None), test)
+    if not isinstance(source, TextSource | ChatSource):
         raise ValueError(f"source={data.source!r}: allowed are texts")
-    scores, rows = source.evaluate(model, getattr(torch, recipe.train.dtype)), source.held_out
+    scores = source.evaluate(model, getattr(torch, recipe.train.dtype))
     print(shown(source.describe(), sys.stdout))
+    if isinstance(source, ChatSource):
+        print(f"held-out answers         {source.held_out.learnt():,} tokens in {len(source.held_out.rows)} rows")
+        print(f"bits per token of these  {scores['answers']:.4f}")
+        return
+    rows = source.held_out
     print(f"held-out bytes           {source.held_out_bytes():,} in {len(rows.rows)} of {rows.stream.rows} rows")
     print(f"held-out bits per byte   {scores['held_out']:.4f}")
     print(f"trigram, same bytes      {scores['trigram']:.4f}")
@@ -77,7 +92,7 @@ COMMANDS = {
     "eval": Command(
         _eval,
         _eval_arguments,
-        "Held-out bits per byte of a trained model, beside a trigram model's",
+        "Held-out bits per byte of a trained model, beside a trigram model's, or per token of answers",
         "abyssal eval runs/toy-20260101-120000 --rows 0",
     ),
     "eval needle": Command(

@@ -103,7 +103,7 @@ AnyDocument = Document | FileDocument | RecordDocument
 class Documents(Sequence[AnyDocument]):
     """Documents of files, then those of records, which are numbers until one is asked for."""
 
-    of_files: tuple[FileDocument, ...]
+    of_files: Sequence[AnyDocument]
     files: list[RecordFile]
     records: np.ndarray  # int64 [records, 5]: which of the files; the place, three numbers; bytes of the text
     field: str
@@ -205,11 +205,11 @@ def text_of(record: Record, field: str, where: str) -> bytes:
     name = field if field in record else ALSO
     if name not in record:
         raise no_field(where, (field, ALSO), record)
-    text = record[name]
-    if not isinstance(text, str | None):
+    text = record[name] if record[name] is not None else ""
+    if not isinstance(text, str):
         raise ValueError(f"{where}: {name}={shown(text)}: allowed is text")
     try:
-        return (text or "").encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: {text[error.start]!r} is no character of Unicode") from None
 

@@ -21,7 +21,7 @@ STDLIB, HUB = "stdlib", "hf:"
 STDLIB_SKIPS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 STDLIB_SKIPS |= {"encodings"}  # generated tables, near copies of one another: a held-out one is known from its siblings
 SOURCES = (
-    f"'{STDLIB}', existing paths (a file, a folder, or a glob such as '~/notes/**/*.md'), {HUB}NAME and {HUB}NAME:CONFIG"
+    f"'{STDLIB}', existing paths (files, folders, globs such as '~/notes/**/*.md'), {HUB}NAME and {HUB}NAME:CONFIG"
 )
 
 

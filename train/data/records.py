@@ -22,7 +22,6 @@ from ...model.fields import shown
 
 if TYPE_CHECKING:
     import pyarrow
-
     from datasets import Dataset, DatasetDict
 
 Record = dict[str, Any]
@@ -43,7 +42,7 @@ class RecordFile(Protocol):
 
 
 class Lines:
-    """A .jsonl file; blank lines are none. Reading raises ValueError for a broken line, or once the file has changed."""
+    """A .jsonl file; blank lines are none. Raises ValueError for a broken line, or once the file has changed."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path, self.changed = name, path, path.stat().st_mtime_ns
@@ -154,9 +153,12 @@ READERS: dict[str, Callable[[str, Path, Collection[str]], RecordFile]] = {
 
 def no_field(where: str, fields: Collection[str], there: Collection[str]) -> ValueError:
     """The error about a record, or a table, that has none of the fields that are read."""
-    hint = "; data.text_key names the field of a text"
-    hint = "; conversations are for abyssal train sft" if "messages" in there else hint
-    return ValueError(f"{where}: it has {', '.join(map(shown, there)) or 'nothing'}: allowed is {' or '.join(fields)}{hint}")
+    hint = (
+        "; conversations are for abyssal train sft" if "messages" in there else "; data.text_key names that of a text"
+    )
+    hint = "" if "messages" in fields else hint
+    named = ", ".join(map(shown, there)) or "nothing"
+    return ValueError(f"{where}: it has {named}: allowed is {' or '.join(fields)}{hint}")
 
 
 def check_unchanged(file: int | Path, path: Path, changed: int) -> None:

@@ -396,7 +396,7 @@ def _check_same_model(recipe: Recipe, resumed: Path) -> None:
 def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
     """Weights and moments of one kind of run go on in another by train.init alone."""
     before = checkpoint.read_state(resumed)[0]
-    for table in ("reason", "grpo"):
+    for table in ("chat", "reason", "grpo"):
         if (getattr(before, table) is None) != (getattr(recipe, table) is None):
             there = "without" if getattr(before, table) is None else "with"
             raise ValueError(f"{str(resumed)!r} is of a run {there} [{table}]: start a new one with train.init instead")

@@ -65,7 +65,9 @@ def test_a_glob_names_files_as_the_folder_does(texts, monkeypatch):
     named = [sorted(d.name for d in (*corpus.train, *corpus.held_out)) for corpus in (there, below)]
     assert named[1] == [f"text0{i}.txt" for i in range(10)]
     assert named[0] == [f"{texts.name}/{name}" for name in named[1]]
-    with pytest.raises(FileNotFoundError, match=r"data\.source='.*/no\*': no such file or folder; allowed are 'stdlib'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"data\.source='.*/no\*': no such file or folder; allowed are 'stdlib'"
+    ):
         load_corpus(f"{texts}/no*")
 
 

@@ -83,7 +83,9 @@ def test_the_field_can_be_chosen(tmp_path):
     (tmp_path / "a.jsonl").write_text(of("one", "two", key="body"), "utf-8")
     corpus = load_corpus(str(tmp_path / "a.jsonl"), text_key="body", in_memory=False)
     assert {*texts_of(corpus.train), *texts_of(corpus.held_out)} == {"one", "two"}
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: it has 'id', 'body': allowed is text or content; data\.text_key"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:1: it has 'id', 'body': allowed is text or content; data\.text_key"
+    ):
         load_corpus(str(tmp_path / "a.jsonl"))
 
 
