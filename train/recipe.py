@@ -1,6 +1,7 @@
 """A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
 
-A run that learns a generated task has [reason] too, and one that learns it from rewards [grpo]. [schedule] says what
+A run that learns conversations has [chat] too, one that learns a generated task [reason], and one that learns it from
+rewards [grpo]. [schedule] says what
 changes on the way, [[stages]] that a run has several (train.steps is their sum then), [stability] that it looks out for
 spikes of the loss.
 
@@ -23,6 +24,7 @@ from ..model.fields import build, unknown
 from ..model.folders import STATE, model_folder, read_json
 from ..model.interchange import Stored
 from ..model.kinds import SPARSE
+from .data.places import STDLIB, absolute
 from .data.planted import planted_task
 from .data.tokenizers import BOS, SPECIAL_TOKENS, ByteTokenizer, bpe_size, load_tokenizer
 from .settings import (
@@ -30,6 +32,7 @@ from .settings import (
     PLANTED,
     STAGES,
     TABLES,
+    ChatConfig,
     DataConfig,
     GrpoConfig,
     OptimConfig,
@@ -44,6 +47,7 @@ from .settings import (
 
 INIT = "init"  # data.tokenizer: that of what the run starts from
 NAMES = ("model", STAGES, *TABLES, *OPTIONAL)
+TOKENIZERS = ("bytes", INIT)  # what data.tokenizer says by name
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stages: tuple[StageConfig, ...] = ()
+    chat: ChatConfig | None = None
     planted: PlantedConfig | None = None
     stability: StabilityConfig | None = None
     reason: ReasonConfig | None = None
@@ -75,6 +80,14 @@ class Recipe:
         tables = {name: {k: _plain(v) for k, v in asdict(getattr(self, name)).items()} for name in present}
         stages = {STAGES: [asdict(stage) for stage in self.stages]} if self.stages else {}
         return {"name": self.name, "model": self.model.to_dict(), **tables, **stages}
+
+    def with_absolute_paths(self) -> "Recipe":
+        """The same with data.source, data.tokenizer and train.init from the root on, where they are existing paths."""
+        data, init = self.data, absolute(self.train.init)
+        source = data.source if data.source == STDLIB else absolute(data.source)
+        tokenizer = data.tokenizer if data.tokenizer in TOKENIZERS else absolute(data.tokenizer)
+        data = replace(data, source=source, tokenizer=tokenizer)
+        return replace(self, data=data, train=replace(self.train, init=init))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -100,6 +113,8 @@ class Recipe:
 def _check_data(recipe: Recipe) -> None:
     """The tokens of the data fit into the model's vocabulary, and [planted] belongs to a planted source."""
     model, source = recipe.model, recipe.data.source
+    if recipe.chat:
+        _check_chat(recipe)
     if source.startswith(PLANTED):
         least = planted_task(source, recipe.planted).vocabulary
         if model.vocab_size < least:
@@ -116,6 +131,19 @@ def _check_data(recipe: Recipe) -> None:
         return  # a path: what is there is checked when it is read
     bos = BOS if size is None else size - SPECIAL_TOKENS
     check_vocabulary(model, recipe.data.tokenizer, bos + 1, bos, bos + 1, bos + 2)
+
+
+def _check_chat(recipe: Recipe) -> None:
+    """Conversations are not also problems or a planted task, and train no tokenizer."""
+    for table in ("planted", "reason", "grpo"):
+        if getattr(recipe, table):
+            raise ValueError(f"[{table}] beside [chat]: allowed is one of them")
+    if recipe.data.source.startswith(PLANTED):
+        raise ValueError(f"data.source={recipe.data.source!r}: allowed with [chat] are conversations")
+    if bpe_size(recipe.data.tokenizer) is not None:
+        raise ValueError(
+            f"data.tokenizer={recipe.data.tokenizer!r}: allowed with [chat] is bytes, or the folder of one"
+        )
 
 
 def check_vocabulary(model: ModelConfig, tokenizer: str, least: int, bos: int, eos: int, pad: int) -> None:

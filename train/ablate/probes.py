@@ -23,7 +23,7 @@ def acceptance(model: Transformer, recipe: Recipe) -> dict[str, float]:
     from ..evaluate.speculation import compare
 
     model = model if model.mtp else _with_untrained_module(model)
-    corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction)
+    corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction, text_key=recipe.data.text_key)
     documents, tokenizer = corpus.held_out, open_tokenizer(recipe.data.tokenizer, corpus)
     chosen = documents[:: max(1, len(documents) // PROMPTS)][:PROMPTS]
     prompts = [[tokenizer.bos, *tokenizer.encode_bytes(document.text[:PROMPT_BYTES])] for document in chosen]

@@ -12,13 +12,14 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     tokenizer_argument(parser)
     flag(parser, "--rows", int, None, "held-out rows to read; 0 = all", "as in the run's recipe, else 128")
     flag(parser, "--length", int, None, "tokens of a row", "as in the run's recipe, else 512")
-    text = "held-out part of other data: what data.source takes"
+    text = "held-out part of other data: what data.source takes; of conversations that are not the recipe's, all"
     flag(parser, "--source", str, None, text, "as in the run's recipe, else stdlib")
 
 
 def _eval(options: argparse.Namespace) -> None:
     import torch
 
+    from ..data.conversations import ChatSource
     from ..data.source import TextSource
     from ..run.load import open_model
     from ..start import open_source
@@ -27,12 +28,15 @@ def _eval(options: argparse.Namespace) -> None:
     loaded = open_model(options.checkpoint, tokenizer=options.tokenizer)
     given = {"source": options.source, "held_out_rows": options.rows, "sequence_length": options.length}
     recipe = loaded.learning(**{key: value for key, value in given.items() if value is not None})
-    source = open_source(recipe, loaded.tokenizer)
+    own = loaded.recipe.with_absolute_paths().data.source if loaded.recipe else None
+    source = open_source(recipe, loaded.tokenizer, test=own not in (None, recipe.data.source))
     scores = source.evaluate(loaded.model, getattr(torch, recipe.train.dtype))
     print(shown(source.describe(), sys.stdout))
     if isinstance(source, TextSource):
         rows = source.held_out
         print(f"{'held-out bytes':<24} {source.held_out_bytes():,} in {len(rows.rows)} of {rows.stream.rows} rows")
+    if isinstance(source, ChatSource):
+        print(f"{'held-out answers':<24} {source.held_out.learnt():,} tokens in {len(source.held_out.rows)} rows")
     for label, text in source.report(scores).items():
         print(f"{label:<24} {text}")
 
@@ -74,7 +78,7 @@ COMMANDS = {
     "eval": Command(
         _eval,
         _eval_arguments,
-        "What a model scores on held-out data: bits per byte beside a trigram model's, answers that are right, ...",
+        "What a model scores on held-out data: bits per byte beside a trigram model's, or per token of answers, ...",
         "abyssal eval runs/toy-20260101-120000 --rows 0",
     ),
     "eval needle": Command(

@@ -6,6 +6,7 @@ bits per byte = Σ -ln p(token) / (ln 2 · bytes)     over all targets of the ch
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,23 +14,29 @@ from torch import nn
 from torch.nn import functional as F
 
 from .corpus import AnyDocument, Corpus
-from .rows import HeldOut, Stream
+from .rows import Batch, HeldOut, Stream
 from .trigram import Trigram
 
 TRIGRAM_BYTES = 1 << 25  # of a corpus that may be larger than memory
 
 
+class Rows(Protocol):
+    """Rows that are held out."""
+
+    def batches(self, batch_size: int) -> list[Batch]: ...
+
+
 @torch.no_grad()
 def bits_per_byte(
     model: nn.Module,
-    held_out: HeldOut,
+    held_out: Rows,
     batch_size: int,
     dtype: torch.dtype = torch.float32,
     sizes: np.ndarray | None = None,
 ) -> float:
     """The model's bits per byte on the held-out rows, each row on its own; leaves the model in the mode it was in.
 
-    `sizes`: bytes that each token of the held-out stream is made of; None = one.
+    `sizes`: bytes that each token of the held-out stream is made of; None = one, so that it is bits per target.
     """
     device = next(model.parameters()).device
     was_training = model.training

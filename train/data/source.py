@@ -5,7 +5,7 @@
 So a checkpoint need not hold a position in the data, gradient accumulation takes parts of a step's rows, and several
 processes take a share each. Text repeats in epochs, each in a new order; planted tasks never repeat.
 
-Three kinds: text (`TextSource`), planted dependencies, conversations.
+Four kinds: text (`TextSource`), conversations of one's own, planted dependencies, generated problems.
 """
 
 from functools import cached_property

@@ -249,7 +249,7 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     asked = numbers("lengths", lengths, int), numbers("depths", depths, float)
     folder, data = loaded.folder, loaded.learning().data
     out = out or checkpoints.require_run(folder)
-    corpus = load_corpus(data.source, data.held_out_fraction)
+    corpus = load_corpus(data.source, data.held_out_fraction, text_key=data.text_key)
     print(f"{folder}: {trials} needles for each of {len(asked[0])} lengths and {len(asked[1])} depths")
     report = evaluate(loaded.model, corpus, *asked, trials=trials, batch=batch, seed=seed, tell=_tell)
     out.mkdir(parents=True, exist_ok=True)

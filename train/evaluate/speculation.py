@@ -79,7 +79,7 @@ def run(checkpoint: Path, prompts: int, tokens: int, prompt_bytes: int) -> Compa
             raise ValueError(f"{name}={value}: allowed are positive numbers")
     loaded = open_model(checkpoint)
     tokenizer, data = loaded.spelling(), loaded.learning().data
-    documents = load_corpus(data.source, data.held_out_fraction).held_out
+    documents = load_corpus(data.source, data.held_out_fraction, text_key=data.text_key).held_out
     if prompts > len(documents):
         raise ValueError(f"prompts={prompts}: the corpus has {len(documents)} held-out documents")
     texts = [tokenizer.encode_bytes(document.text[:prompt_bytes]) for document in documents[:prompts]]

@@ -52,7 +52,8 @@ class Loaded:
         recipe = self.recipe or self._plain()
         in_bytes = self.tokenizer is None or self.tokenizer.name == "bytes"
         given = replace(recipe.data, tokenizer="bytes" if in_bytes else str(self.folder), **data)
-        return replace(recipe, data=given, grpo=None, reason=None if "source" in data else recipe.reason)
+        recipe = replace(recipe, data=given, grpo=None, reason=None if "source" in data else recipe.reason)
+        return recipe.with_absolute_paths()
 
     def _plain(self) -> Recipe:
         config = self.model.config

@@ -397,7 +397,7 @@ def _check_same_model(recipe: Recipe, resumed: Path) -> None:
 def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
     """Weights and moments of one kind of run go on in another by train.init alone."""
     before = checkpoint.read_state(resumed)[0]
-    for table in ("reason", "grpo"):
+    for table in ("chat", "reason", "grpo"):
         if (getattr(before, table) is None) != (getattr(recipe, table) is None):
             there = "without" if getattr(before, table) is None else "with"
             raise ValueError(f"{str(resumed)!r} is of a run {there} [{table}]: start a new one with train.init instead")
@@ -406,9 +406,10 @@ def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
 def _changes(recipe: Recipe, source: Source, out: Path, resumed: Path | None) -> list[str]:
     """What a resumed run does otherwise from here on than before, a line each."""
     if resumed is None:
-        before = provenance.recipe(out)
-        return differences(Recipe.from_dict(before), recipe) if before else []
-    found, data = differences(checkpoint.read_state(resumed)[0], recipe), checkpoint.read_data(resumed)
+        begun = provenance.recipe(out)
+        return differences(Recipe.from_dict(begun).with_absolute_paths(), recipe) if begun else []
+    before = checkpoint.read_state(resumed)[0].with_absolute_paths()
+    found, data = differences(before, recipe), checkpoint.read_data(resumed)
     if data and data != source.digest:
         found.append(f"contents of data.source={recipe.data.source!r}: {_short(data)} -> {_short(source.digest)}")
     return found

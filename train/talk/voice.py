@@ -99,5 +99,5 @@ def _voice(
             f"tokenizer={tokenizer.name!r} has {len(tokenizer.pieces)} tokens of text and eos {tokenizer.eos}: {name} "
             f"has a vocabulary of {vocabulary}"
         )
-    untaught = recipe is not None and not (recipe.reason or getattr(recipe, "chat", None))
+    untaught = recipe is not None and not (recipe.reason or recipe.chat)
     return Voice(model, tokenizer, name, context or min(longest, CONTEXT), untaught)
