@@ -17,10 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..talk.terminal.visible import visible
-from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, serve, train
+from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, recipes, serve, train
 from .options import Command
 
-FAMILIES = (train, generate, chat, serve, evaluate, constrained, reasoning, inspect, profile, bench, ablate)
+FAMILIES = (train, recipes, generate, chat, serve, evaluate, constrained, reasoning, inspect, profile, bench, ablate)
 COMMANDS: dict[str, Command] = {name: command for family in FAMILIES for name, command in family.COMMANDS.items()}
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
