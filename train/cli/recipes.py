@@ -2,26 +2,17 @@
 
 import argparse
 import re
-import shutil
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from .options import Command
-
-WIDEST = 120
-
-
-def _width() -> int:
-    """Of the terminal, within reason; 100 where there is none."""
-    return max(60, min(shutil.get_terminal_size((100, 24)).columns, WIDEST))
+from .options import Command, set_argument, width
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="RECIPE", help="shipped name or .toml file (str)")
     parser.add_argument("--all", action="store_true", help="also the keys left at their defaults (default: off)")
-    text = "a key as TABLE.KEY=VALUE, TOML value, or TABLE=none; repeatable (str; default: as in the recipe)"
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    set_argument(parser)
 
 
 def _recipe(options: argparse.Namespace) -> None:
@@ -32,7 +23,7 @@ def _recipe(options: argparse.Namespace) -> None:
     file, values = recipe_file(options.name), apply(read_recipe(options.name), options.set)
     if file.name.endswith(".toml") and "model" in values:  # a released configuration is none that reads bytes
         naming(options.name, Recipe.from_dict, values)
-    text = naming(options.name, written, values, options.all, _width())
+    text = naming(options.name, written, values, options.all, width())
     header = [*_header(file), *(f"# changed: {change}" for change in options.set)]
     print("\n".join([*header, *[""] * bool(header), text]), end="")
 
@@ -87,7 +78,7 @@ def _table(rows: list[tuple[str, str, str, str]]) -> Iterator[str]:
     indent = " " * (first + last + 16)
     for name, purpose, minutes, parameters in rows:
         lead = f"  {name:<{first}}  {parameters:>{last}}  {minutes and f'{minutes} min':>8}  "
-        yield textwrap.fill(purpose, _width(), initial_indent=lead, subsequent_indent=indent)
+        yield textwrap.fill(purpose, width(), initial_indent=lead, subsequent_indent=indent)
 
 
 COMMANDS = {
