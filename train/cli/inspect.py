@@ -7,16 +7,26 @@ from .options import Command, flag
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of a run, with its metrics.jsonl (path)")
-    flag(parser, "--out", Path, None, "picture to write", "DIR/curves.png")
+    text = "folder of a run, with its metrics.jsonl; of several, to see them in one picture (path)"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=text)
+    flag(parser, "--out", Path, None, "picture to write", "RUN/curves.png; of several compare.png")
+    text = "what the curves of several runs lie over: step, tokens or time (str; default: step)"
+    parser.add_argument("--by", choices=("step", "tokens", "time"), default="step", help=text)
 
 
 def _plot(options: argparse.Namespace) -> None:
+    from ..plots import compare
     from ..plots.curves import plot
     from ..plots.mechanisms import plot_mechanisms
 
-    print(plot(options.run_folder, options.out))
-    mechanisms = plot_mechanisms(options.run_folder, options.out and _beside(options.out))
+    if len(options.runs) > 1:
+        runs = compare.read(options.runs)
+        print(compare.table(runs))
+        print(f"\n{compare.draw(runs, options.out or compare.FILE, options.by)}")
+        return
+    (run,) = options.runs
+    print(plot(run, options.out))
+    mechanisms = plot_mechanisms(run, options.out and _beside(options.out))
     if mechanisms:
         print(mechanisms)
 
@@ -116,7 +126,10 @@ def _convert(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "plot": Command(
-        _plot, _plot_arguments, "Draw a run's curves from its metrics.jsonl", "abyssal plot runs/toy-20260101-120000"
+        _plot,
+        _plot_arguments,
+        "Draw a run's curves from its metrics.jsonl, or several runs in one picture",
+        "abyssal plot runs/lr-1e-3 runs/lr-3e-3 --by tokens",
     ),
     "info": Command(
         _info,
