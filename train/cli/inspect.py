@@ -39,11 +39,11 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     text = "shipped name (also v3, v3.2), .toml or .json file, or a folder with config.json (str)"
     parser.add_argument("name", metavar="NAME", help=text)
     flag(parser, "--context", str, "0", "tokens before the current one, for FLOPs and cache, such as 4096, 128K or 1M")
-    flag(parser, "--gpu", str, None, "estimate training and serving: a100, h800, h100, h200 or b200", "no estimate")
+    flag(parser, "--gpu", str, None, "estimate training and serving: a100, h100, rtx4090, mi300x, ...", "no estimate")
     flag(parser, "--price", float, 2.0, "dollars of a GPU-hour")
-    flag(parser, "--mfu", float, 0.4, "share of the dense BF16 peak that is reached")
-    flag(parser, "--tokens", float, 15e12, "tokens of training")
-    flag(parser, "--length", str, "4K", "tokens of a training sequence")
+    flag(parser, "--mfu", float, 0.4, "share of the dense BF16 peak that is reached; toys reach far less")
+    flag(parser, "--tokens", float, None, "tokens of training", "the recipe's; else 15e12")
+    flag(parser, "--length", str, None, "tokens of a training sequence", "the recipe's; else 4K")
     flag(parser, "--plot", Path, None, "picture of cost over context to write", "none")
     text = "print what the steps of a recipe do instead: stages, lengths, rows, learning rates, tokens (default: off)"
     parser.add_argument("--schedule", action="store_true", help=text)
@@ -60,7 +60,8 @@ def _info(options: argparse.Namespace) -> None:
         return
     from ..measure import cost
 
-    context, length, folder = cost.count(options.context), cost.count(options.length), Path(options.name)
+    context, folder = cost.count(options.context), Path(options.name)
+    length = None if options.length is None else cost.count(options.length)
     if folder.is_dir() and list(folder.glob("*.safetensors*")):
         import torch
 
