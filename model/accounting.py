@@ -118,20 +118,20 @@ class Account:
 
     def _rows(self) -> list[tuple[str, str]]:
         flops, cache, plain, ratios = self.flops, self.cache, self.plain_cache, self.ratios
-        mtp = [("MTP block", _count(sum(self.mtp.values()))), ("total with MTP", _count(self.total_with_mtp))]
+        mtp = [("MTP block", counted(sum(self.mtp.values()))), ("total with MTP", counted(self.total_with_mtp))]
         groups = {
             "parameters": [
-                *((name, _count(size)) for name, size in self.parameters.items()),
-                ("total", _count(self.total)),
+                *((name, counted(size)) for name, size in self.parameters.items()),
+                ("total", counted(self.total)),
                 *(mtp if self.mtp else []),
-                ("activated per token", _count(self.activated)),
+                ("activated per token", counted(self.activated)),
             ],
             f"forward FLOPs of one token at context {self.context:,}": [
-                ("parameters", _count(flops.parameters, "G")),
-                ("index scores", _count(flops.index, "G")),
-                ("attention", _count(flops.core, "G")),
-                ("total", _count(flops.total, "G")),
-                ("equivalent FP8", _count(flops.fp8, "G")),
+                ("parameters", counted(flops.parameters, "G")),
+                ("index scores", counted(flops.index, "G")),
+                ("attention", counted(flops.core, "G")),
+                ("total", counted(flops.total, "G")),
+                ("equivalent FP8", counted(flops.fp8, "G")),
                 ("share of V3.2's", f"{ratios['flops']:.1%}"),
             ],
             f"cache of one sequence at context {self.context:,}": [
@@ -397,7 +397,8 @@ def _layer_bytes(
     return total
 
 
-def _count(value: float, billion: str = "B") -> str:
+def counted(value: float, billion: str = "B") -> str:
+    """A number as people say it: 8.97 M parameters, 1.60 B."""
     return _scaled(value, 1000, ("", "k", "M", billion))
 
 

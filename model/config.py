@@ -13,13 +13,13 @@ import json
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .dialect import BOOKKEEPING, from_huggingface
-from .fields import build, drop_fixed, require, settle, shown, typed, unknown
+from .fields import LIST, build, did_you_mean, drop_fixed, means, require, settle, shown, typed, unknown
 from .folders import STATE, description, json_object, naming, read_json, using
 from .kinds import LAYER_TYPES, SLIDING, kinds_of
 
@@ -72,11 +72,11 @@ class RopeScaling:
         TypeError, ValueError: a field of another type, or outside its range; the message names it.
     """
 
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    type: str = "yarn"
+    factor: float = means("how many times slower slow pairs turn")
+    original_max_position_embeddings: int = means("context whose turns decide which pairs are slow")
+    beta_fast: float = means("pairs with more turns than this over that context are kept", 32.0)
+    beta_slow: float = means("pairs with fewer turns than this are divided by factor; a linear ramp lies between", 1.0)
+    type: str = means("the one kind there is", "yarn")
 
     def __post_init__(self) -> None:
         settle(self, "rope_scaling.")
@@ -107,15 +107,17 @@ class EngramConfig:
         TypeError, ValueError: a field of another type, or outside its range; the message names it.
     """
 
-    layers: tuple[int, ...]
-    head_dim: int
-    vocab_size: int
-    max_ngram: int = 3
-    heads: int = 8
-    kernel_size: int = 4
-    seed: int = 0
-    canonical_vocab_size: int | None = None
-    pad_token_id: int = 0
+    layers: tuple[int, ...] = means("layers before whose attention the tables are read, counted from 0")
+    head_dim: int = means("width of a hash head")
+    vocab_size: int = means("rows of a head's table; the next unused prime is taken")
+    max_ngram: int = means("longest n-gram that is looked up; the shortest has two tokens", 3)
+    heads: int = means("hash heads of each order", 8)
+    kernel_size: int = means("taps of the short convolution; 0 = none", 4)
+    seed: int = means("of the hashes", 0)
+    canonical_vocab_size: int | None = means(
+        "classes of tokens that share rows, as 'The' and 'the'; none = each its own", None
+    )
+    pad_token_id: int = means("token that stands before a document's first", 0)
 
     def __post_init__(self) -> None:
         settle(self, "engram.")
@@ -138,9 +140,9 @@ class QuantizationAware:
         TypeError, ValueError: a field of another type, or a format that its family does not have.
     """
 
-    experts: str | None = None
-    linears: str | None = None
-    index: str | None = None
+    experts: str | None = means("fp4 or fp8: the routed experts' weights; none = exact", None)
+    linears: str | None = means("fp8: weights and inputs of the other projections; none = exact", None)
+    index: str | None = means("fp4: queries and keys of the indexer; none = exact", None)
 
     def __post_init__(self) -> None:
         settle(self, "quantization_aware.")
@@ -164,57 +166,69 @@ class ModelConfig:
         TypeError, ValueError: a field of another type, out of range, or in conflict with another; the message names it.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_nextn_predict_layers: int = 1
+    vocab_size: int = means("tokens that the embedding and the head know")
+    hidden_size: int = means("width of a residual stream")
+    num_hidden_layers: int = means("blocks, the MTP block not counted")
+    num_nextn_predict_layers: int = means(
+        "multi-token prediction: 1 = a block that predicts the token after next, 0 = none", 1
+    )
 
-    compress_ratios: tuple[int, ...]
-    layer_types: tuple[str, ...] = ()
-    sliding_window: int
-    num_attention_heads: int
-    head_dim: int
-    qk_rope_head_dim: int
-    q_lora_rank: int
-    o_groups: int
-    o_lora_rank: int
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
+    compress_ratios: tuple[int, ...] = means(
+        "tokens of a compressed entry, a number a layer: 0 sliding window, 4 CSA, others HCA"
+    )
+    layer_types: tuple[str, ...] = means("kind of attention of each layer; empty = as compress_ratios says", ())
+    sliding_window: int = means("latest tokens that every layer sees as they are")
+    num_attention_heads: int = means("query heads")
+    head_dim: int = means("width of a query head, and of the one key that is also the value")
+    qk_rope_head_dim: int = means("channels of a head that are rotated by position")
+    q_lora_rank: int = means("width through which queries are projected")
+    o_groups: int = means("groups of heads whose outputs are projected apart")
+    o_lora_rank: int = means("width of a group's projected output")
+    index_n_heads: int = means("heads of the indexer, which picks entries in CSA layers")
+    index_head_dim: int = means("width of an indexer's head")
+    index_topk: int = means("compressed entries that a token reads in CSA layers")
 
-    rope_theta: float = 10_000.0
-    compress_rope_theta: float = 160_000.0
-    rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 1_048_576
+    rope_theta: float = means("base of the rotation in sliding layers", 10_000.0)
+    compress_rope_theta: float = means("base of the rotation in layers with compressed entries", 160_000.0)
+    rope_scaling: RopeScaling | None = means("YaRN, where entries are compressed; none = off", None)  # noqa: RUF009
+    max_position_embeddings: int = means("longest text", 1_048_576)
 
-    n_routed_experts: int
-    num_experts_per_tok: int
-    n_shared_experts: int = 1
-    moe_intermediate_size: int
-    num_hash_layers: int
-    mlp_layer_types: tuple[str, ...] | None = None
-    routed_scaling_factor: float
-    swiglu_limit: float = 10.0
+    n_routed_experts: int = means("experts of a layer that a router chooses from")
+    num_experts_per_tok: int = means("experts that it chooses for a token")
+    n_shared_experts: int = means("experts that every token visits", 1)
+    moe_intermediate_size: int = means("hidden width of an expert")
+    num_hash_layers: int = means("first layers, whose experts follow from the token's id alone")
+    mlp_layer_types: tuple[str, ...] | None = means(
+        "hash_moe or moe for each layer; none = the first num_hash_layers are hash_moe", None
+    )
+    routed_scaling_factor: float = means("what the sum of the chosen experts is multiplied by")
+    swiglu_limit: float = means("bound of the experts' gate and linear part", 10.0)
 
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    hc_mult: int = means("residual streams", 4)
+    hc_sinkhorn_iters: int = means("rounds that make the streams' mixing doubly stochastic", 20)
+    hc_eps: float = means("added in those rounds, against division by 0", 1e-6)
+    rms_norm_eps: float = means("added to a mean square before its root", 1e-6)
+    initializer_range: float = means("standard deviation of new weights", 0.02)
 
-    bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
-    pad_token_id: int | None = None
-    torch_dtype: str = "bfloat16"
-    expert_dtype: str | None = None
-    quantization_config: dict | None = field(default=None, hash=False)
+    bos_token_id: int | None = means("token that starts a text; none = no such token", 0)
+    eos_token_id: int | None = means("token that ends a text; none = no such token", 1)
+    pad_token_id: int | None = means("token that fills rows up; none = no such token", None)
+    torch_dtype: str = means("number format of the weights: float32, bfloat16, float16 or float64", "bfloat16")
+    expert_dtype: str | None = means(
+        "of a released checkpoint: fp4 or fp8, how the experts are stored; none = as the rest", None
+    )
+    quantization_config: dict | None = means(  # noqa: RUF009
+        "of a released checkpoint: how its weights are stored; none = in torch_dtype", None, hash=False
+    )
 
-    engram: EngramConfig | None = None
-    quantization_aware: QuantizationAware | None = None
-    mtp_loss_weight: float = 0.3
-    balance_loss_weight: float = 1e-4
-    index_loss_weight: float = 1e-2
-    router_bias_update_speed: float = 1e-3
+    engram: EngramConfig | None = means("n-gram memory; none = off", None)  # noqa: RUF009
+    quantization_aware: QuantizationAware | None = means(  # noqa: RUF009
+        "formats that tensors are rounded to in training; none = exact", None
+    )
+    mtp_loss_weight: float = means("weight of the multi-token prediction's loss", 0.3)
+    balance_loss_weight: float = means("weight of the loss that evens out the experts' load within a text", 1e-4)
+    index_loss_weight: float = means("weight of the indexer's loss", 1e-2)
+    router_bias_update_speed: float = means("step of the routers' biases, which even out the load without a loss", 1e-3)
 
     def __post_init__(self) -> None:
         settle(self)
@@ -259,7 +273,7 @@ class ModelConfig:
         """
         values = from_huggingface(data)
         drop_fixed(values, FIXED)
-        config = build(cls, values, also=(*FIXED, *BOOKKEEPING))
+        config = build(cls, values, also=(*FIXED, *BOOKKEEPING), see=LIST)
         scaling = values.get("rope_scaling")
         typeless = "model_type" in data and isinstance(scaling, Mapping) and "type" not in scaling
         require(not typeless, "rope_scaling.type", None, "'yarn'")
@@ -283,29 +297,69 @@ class ModelConfig:
 def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
     """All tables of a shipped recipe, of the one at a path, or of a run's; a config.json becomes its table "model".
 
+    `base = "toy"` at the top of a recipe, a shipped name or a path beside it, lays its tables over that recipe's: key
+    by key, lists as a whole.
+
     Raises:
-        ValueError: no such name or file; the message lists what is shipped.
+        ValueError: no such name or file (the message lists what is shipped), or recipes that are each other's base.
     """
-    shipped = resources.files(f"{__package__.rpartition('.')[0]}.configs")
-    names = sorted(entry.name for entry in shipped.iterdir() if entry.name.endswith((".toml", ".json")))
-    for suffix in (".toml", ".json"):
-        if f"{name_or_path}{suffix}" in names:
-            return _parse((shipped / f"{name_or_path}{suffix}").read_text("utf-8"), suffix)
-    path = Path(name_or_path)
-    with suppress(FileNotFoundError):
-        return using(path, _of_folder)
-    if path.suffix in (".toml", ".json") and path.is_file():
-        return naming(path, lambda: _parse(path.read_text("utf-8"), path.suffix))
-    known = ", ".join(name.rpartition(".")[0] for name in names)
-    raise ValueError(
-        f"{str(name_or_path)!r} is no configuration: shipped are {known};"
-        " otherwise give a .toml or .json file that exists, or the folder of a model or of a run"
-    )
+    if str(name_or_path) not in shipped():
+        with suppress(FileNotFoundError):
+            return using(name_or_path, _of_folder)
+    return _over_base(recipe_file(name_or_path), ())
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
     recipe = read_json(folder / STATE).get("recipe") if (folder / STATE).is_file() else None
     return recipe if isinstance(recipe, dict) else {"model": description(folder)}
+
+
+def shipped() -> dict[str, Any]:
+    """The file of every recipe and configuration that is shipped, by name; recipes first."""
+    files = sorted(resources.files(f"{__package__.rpartition('.')[0]}.configs").iterdir(), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(end): file for end in (".toml", ".json") for file in files if file.name.endswith(end)
+    }
+
+
+def recipe_file(name_or_path: str | Path, beside: Path = Path()) -> Any:
+    """The file that `read_recipe` reads; a relative path starts at the folder `beside`. Raises ValueError: none."""
+    known = shipped()
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    path = beside / name_or_path
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix in (".toml", ".json") and path.is_file():
+        return path
+    raise ValueError(
+        f"{str(name_or_path)!r} is no configuration:{did_you_mean(str(name_or_path), known)} shipped are"
+        f" {', '.join(known)}; otherwise give a .toml or .json file that exists, or the folder of a model or of a run"
+    )
+
+
+def _over_base(file: Any, above: tuple[Any, ...]) -> dict[str, Any]:
+    """The tables of a file over those of its base; `above` are the files that led here."""
+    chain = (*above, file)
+    *seen, place = (Path(str(one)).resolve() for one in chain)
+    if place in seen:
+        raise ValueError(f"base leads back to where it began: {' -> '.join(map(str, chain))}")
+    values = naming(file, lambda: _parse(file.read_text("utf-8"), Path(file.name).suffix))
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    require(isinstance(base, str), f"{file}: base", base, "the name or the path of a recipe")
+    found = naming(file, recipe_file, base, Path(str(file)).parent)
+    return laid_over(_over_base(found, chain), values)
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables, inner ones too, with the values of `above` where both have one."""
+    both = {key: laid_over(below[key], value) for key, value in above.items() if _tables(below.get(key), value)}
+    return {**below, **above, **both}
+
+
+def _tables(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def _parse(text: str, suffix: str) -> dict[str, Any]:

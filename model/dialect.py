@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .fields import drop_fixed, require, shown, typed, unknown
+from .fields import NONE, drop_fixed, require, shown, typed, unknown
 from .foreign import refuse_foreign
 from .kinds import HEAVY, SLIDING, SPARSE, kinds_of
 
@@ -142,7 +142,7 @@ def first_kinds(kinds: Sequence[str], first: str) -> int:
 def _own(data: Mapping[str, Any]) -> dict[str, Any]:
     """Without bookkeeping, with the dtype and the end token under our keys."""
     require(isinstance(data, Mapping), "data", data, "a table of a config.json's keys")
-    values = {key: value for key, value in data.items() if key not in BOOKKEEPING}
+    values = {key: None if value == NONE else value for key, value in data.items() if key not in BOOKKEEPING}
     if values.get("model_type") == OURS["model_type"]:
         drop_fixed(values, OURS)
     dtype = values.pop("dtype", None)

@@ -1,8 +1,10 @@
 """Dataclasses that check what they are given. A configuration needs no torch, and nothing here imports it.
 
-    value    a list becomes a tuple and a whole number a float where the field says so; another type is an error
+    value    a list becomes a tuple and a whole number a float where the field says so; another type is an error;
+             "none" is no value, where there may be none (TOML has no word for it)
     range    a field's own check, where its metadata have one: `check`, a function, and `allowed`, the same in words
-    key      an unknown one is an error that names the nearest known key, or all of them where none is near
+    key      an unknown one is an error that names the nearest known key; all of them, or where they are listed, if none
+             is near
 
 Every error names the key, its value and what is allowed, in one line.
 """
@@ -11,21 +13,31 @@ import difflib
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 LARGEST = 2**63 - 1  # what a tensor's sizes and ids can be
 NEAR = 0.7  # difflib's ratio from which a name is near: 'grop' is 0.75 of 'grpo', 'n_layer' 0.64 of 'num_hash_layers'
 
+NONE = "none"  # stands for no value in a recipe
+MANY = 24  # keys that an error does not list where it can say who does
+LIST = "abyssal recipe NAME --all"
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 16
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 100
 
 
-def build(kind: Any, values: Mapping[str, Any], prefix: str = "", also: Iterable[str] = ()) -> Any:
+def means(meaning: str, default: Any = MISSING, **more: Any) -> Any:
+    """A field of a dataclass with one line that says what it is."""
+    return field(default=default, metadata={"meaning": meaning}, **more)
+
+
+def build(kind: Any, values: Mapping[str, Any], prefix: str = "", also: Iterable[str] = (), see: str = "") -> Any:
     """`kind(**values)`, with inner tables built too; `also` are known keys that were handled before.
+
+    `see` is the command that lists the keys, where they are too many for an error.
 
     Raises:
         TypeError, ValueError: an unknown key, a missing one, or what `kind` refuses.
@@ -33,12 +45,12 @@ def build(kind: Any, values: Mapping[str, Any], prefix: str = "", also: Iterable
     types = {f.name: _without_none(f.type) for f in fields(kind)}
     for key in values:
         if key not in types:
-            raise unknown("key", str(key), (*types, *also), lambda name: shown(prefix + name))
+            raise unknown("key", str(key), (*types, *also), lambda name: shown(prefix + name), see)
     missing = [prefix + f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"missing keys: {', '.join(missing)}")
     inner = {key for key, value in values.items() if is_dataclass(types[key]) and isinstance(value, Mapping)}
-    return kind(**{k: build(types[k], v, f"{prefix}{k}.") if k in inner else v for k, v in values.items()})
+    return kind(**{k: build(types[k], v, f"{prefix}{k}.", see=see) if k in inner else v for k, v in values.items()})
 
 
 def settle(config: Any, prefix: str = "") -> None:
@@ -74,12 +86,24 @@ def shown(value: Any) -> str:
         return f"<{type(value).__name__}>"
 
 
-def unknown(what: str, name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> ValueError:
-    """The error about an unknown key, table or the like: the nearest known ones, or all where none is near."""
+def unknown(what: str, name: str, known: Iterable[str], show: Callable[[str], str] = repr, see: str = "") -> ValueError:
+    """The error about an unknown key, table or the like: the nearest known ones; all, or who lists them, if none is."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=NEAR)
+    near = _near(name, known)
     hint = f"the nearest known {what} is {' or '.join(map(show, near))}" if near else f"known are {', '.join(known)}"
+    if not near and see and len(known) > MANY:
+        hint = f"none is near; {see} lists them"
     return ValueError(f"unknown {what} {show(name)}: {hint}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The words " did you mean 'toy'?" where something known is near, else none."""
+    near = _near(name, list(known))
+    return f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, known, n=3, cutoff=NEAR)
 
 
 def _without_none(kind: Any) -> Any:
@@ -89,7 +113,7 @@ def _without_none(kind: Any) -> Any:
 def typed(name: str, value: Any, kind: Any) -> Any:
     """`value` as a field of type `kind` holds it. Raises TypeError or ValueError: of another type, or not finite."""
     if isinstance(kind, UnionType):
-        return None if value is None else typed(name, value, _without_none(kind))
+        return None if value in (None, NONE) else typed(name, value, _without_none(kind))
     if get_origin(kind) is tuple:
         return _sequence(name, value, get_args(kind))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -8,7 +8,8 @@ spikes of the loss.
     recipe = load_recipe("toy", ["optim.lr=1e-3", "train.steps=200"])
 
 Keys of [model] are those of `ModelConfig`, those of the other tables stand in `settings`. An unknown key is an error
-that names the nearest one.
+that names the nearest one. `base = "toy"` above the tables takes what is not said from there; "none" in place of an
+optional table, `model.engram` or `stability`, leaves it out.
 """
 
 import tomllib
@@ -19,8 +20,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..model.config import ModelConfig, read_recipe
-from ..model.fields import build, unknown
+from ..model.config import ModelConfig, laid_over, read_recipe
+from ..model.fields import LIST, NONE, build, unknown
 from ..model.folders import STATE, model_folder, read_json
 from ..model.interchange import Stored
 from ..model.kinds import SPARSE
@@ -47,6 +48,7 @@ from .settings import (
 
 INIT = "init"  # data.tokenizer: that of what the run starts from
 NAMES = ("model", STAGES, *TABLES, *OPTIONAL)
+MAY_BE_NONE = (STAGES, *OPTIONAL)
 TOKENIZERS = ("bytes", INIT)  # what data.tokenizer says by name
 
 
@@ -97,17 +99,30 @@ class Recipe:
         for table in values:
             if table not in ("name", *NAMES):
                 raise unknown("table", table, NAMES, "[{}]".format)
+        values = present(values)
         if "model" not in values:
             raise ValueError(f"recipe {values.get('name', '')!r} has no table [model]")
         if not isinstance(values["model"], Mapping):
             raise ValueError(f"model={values['model']!r}: allowed is a table [model]")
-        tables = {name: _table(kind, values.get(name, {})) for name, kind in TABLES.items()}
-        tables |= {name: _table(kind, values[name]) for name, kind in OPTIONAL.items() if name in values}
+        tables = {name: of_kind(kind, values.get(name, {})) for name, kind in TABLES.items()}
+        tables |= {name: of_kind(kind, values[name]) for name, kind in OPTIONAL.items() if name in values}
         if STAGES in values:
             tables[STAGES] = _stages(values[STAGES])
             if "steps" not in values.get("train", {}):
                 tables["train"] = replace(tables["train"], steps=sum(stage.steps for stage in tables[STAGES]))
         return cls(values.get("name", "unnamed"), ModelConfig.from_dict(values["model"]), **tables)
+
+
+def present(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those tables of a recipe that are not left out."""
+    return {table: value for table, value in values.items() if value != NONE or table not in MAY_BE_NONE}
+
+
+def of_kind(kind: type[Table], values: Any) -> Any:
+    """A table out of its keys. Raises TypeError or ValueError naming the one that is wrong."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{kind.name}={values!r}: allowed is a table [{kind.name}]")
+    return build(kind, values, f"{kind.name}.", see=LIST)
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -189,20 +204,25 @@ def _started(values: dict[str, Any], takes_model: bool) -> dict[str, Any]:
     if takes_model:
         found = Stored(folder).config.to_dict()
         stored = {key: value for key, value in found.items() if key not in ("quantization_config", "expert_dtype")}
-        values = {**values, "model": {**stored, "torch_dtype": "float32", **values.get("model", {})}}
+        values = {**values, "model": laid_over({**stored, "torch_dtype": "float32"}, values.get("model", {}))}
     return values
 
 
 def apply(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with `a.b.c=value` set for each override; values are read as TOML, a bare word as a string."""
+    """A copy of `values` with `a.b.c=value` set for each override; values are read as TOML, a bare word as a string.
+
+    `table=none` leaves an optional table out, of the recipe or (`model.engram=none`) of another table.
+    """
     result = deepcopy(dict(values))
     for override in overrides:
         path, equals, text = override.partition("=")
-        names = path.strip().split(".")
-        if not equals or len(names) < 2 or not all(names):
+        names, removes = path.strip().split("."), text.strip() == NONE
+        if not equals or (len(names) < 2 and not removes) or not all(names):
             raise ValueError(f"--set {override!r}: allowed is table.key=value, for example optim.lr=1e-3")
         if names[0] not in NAMES:
             raise ValueError(f"--set {override!r}: {unknown('table', names[0], NAMES)}")
+        if len(names) < 2 and names[0] not in MAY_BE_NONE:
+            raise ValueError(f"--set {override!r}: allowed as none are {', '.join(MAY_BE_NONE)}")
         table = result
         for name in names[:-1]:
             table = _within(override, table, name)
@@ -220,7 +240,8 @@ def _within(override: str, table: Any, name: str) -> Any:
         return table[int(name)]
     inner = table.setdefault(name, {})
     if not isinstance(inner, dict | list):
-        raise ValueError(f"--set {override!r}: {name!r} is a value, not a table")
+        what = f"left out ({name}=none)" if inner == NONE else "a value, not a table"
+        raise ValueError(f"--set {override!r}: {name!r} is {what}")
     return inner
 
 
@@ -246,12 +267,6 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _table(kind: type[Table], values: Any) -> Any:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{kind.name}={values!r}: allowed is a table [{kind.name}]")
-    return build(kind, values, f"{kind.name}.")
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -259,7 +274,7 @@ def _plain(value: Any) -> Any:
 def _stages(values: Any) -> tuple[StageConfig, ...]:
     if not isinstance(values, list | tuple) or not values:
         raise ValueError(f"{STAGES}={values!r}: allowed are one or more tables [[{STAGES}]]")
-    return tuple(_table(StageConfig, value) for value in values)
+    return tuple(of_kind(StageConfig, value) for value in values)
 
 
 def _check_schedule(recipe: Recipe) -> None:

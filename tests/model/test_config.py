@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hostile import answers, configurations
 
-from abyssal.model.config import EngramConfig, ModelConfig, RopeScaling, read_recipe
+from abyssal.model.config import EngramConfig, ModelConfig, QuantizationAware, RopeScaling, read_recipe
 from abyssal.model.kinds import HEAVY, SLIDING, SPARSE
 from abyssal.model.lineage import LineageConfig
 
@@ -245,12 +246,54 @@ def test_types_are_checked(changes, words):
 
 
 def test_a_key_is_suggested_only_where_it_is_near():
-    with pytest.raises(ValueError, match=r"'n_layer': known are vocab_size, hidden_size, .*, transformers_version"):
+    with pytest.raises(ValueError, match=r"'n_layer': none is near; abyssal recipe NAME --all lists them$"):
         ModelConfig.from_dict(nano(n_layer=5))
     with pytest.raises(ValueError, match=r"nearest known key is 'num_hash_layers' or 'num_hidden_layers'$"):
         ModelConfig.from_dict(nano(num_layers=5))
     with pytest.raises(ValueError, match=r"'engram.rows': known are layers, head_dim, vocab_size"):
         ModelConfig.from_dict(nano(engram={"rows": 5}))
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, EngramConfig, RopeScaling, QuantizationAware])
+def test_every_key_has_a_meaning(kind):
+    assert all(len(f.metadata["meaning"]) > 5 for f in fields(kind))
+
+
+@pytest.mark.parametrize("key", ["engram", "rope_scaling", "pad_token_id", "mlp_layer_types"])
+def test_none_is_no_value_where_there_may_be_none(key):
+    assert getattr(ModelConfig.from_dict(nano(**{key: "none"})), key) is None
+    with pytest.raises(TypeError, match="hidden_size"):
+        ModelConfig.from_dict(nano(hidden_size="none"))
+    engram = {**nano()["engram"], "canonical_vocab_size": "none"}
+    assert ModelConfig.from_dict(nano(engram=engram)) == ModelConfig.load("nano")
+
+
+def test_a_recipe_lies_over_its_base(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.toml").write_text(
+        'base = "nano"\n[model]\nhc_mult = 2\ncompress_ratios = [0, 16, 16, 16, 16]'
+    )
+    (tmp_path / "b.toml").write_text('base = "sub/a.toml"\n[model]\nengram = "none"\n[optim]\nlr = 1.0')
+    (tmp_path / "c.toml").write_text('base = "b.toml"\n[model.rope_scaling]\nfactor = 2')
+    nano, found = read_recipe("nano"), read_recipe(tmp_path / "c.toml")
+    assert found["optim"] == {**nano["optim"], "lr": 1.0} and found["data"] == nano["data"]
+    assert found["model"]["compress_ratios"] == [0, 16, 16, 16, 16]
+    assert found["model"]["rope_scaling"] == {**nano["model"]["rope_scaling"], "factor": 2}
+    config = ModelConfig.load(tmp_path / "c.toml")
+    assert config.engram is None and config.hc_mult == 2 and config.head_dim == 32
+
+
+def test_recipes_that_are_each_others_base_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, base in (("a", "b.toml"), ("b", "./a.toml"), ("c", "tooy"), ("d", "c.toml")):
+        Path(f"{name}.toml").write_text(f'base = "{base}"')
+    with pytest.raises(ValueError, match=r"where it began: a\.toml -> b\.toml -> a\.toml$"):
+        read_recipe("a.toml")
+    with pytest.raises(ValueError, match=r"c\.toml: 'tooy' is no configuration: did you mean 'toy'\?"):
+        read_recipe("d.toml")
+    Path("c.toml").write_text("base = 3")
+    with pytest.raises(ValueError, match=r"c\.toml: base=3: allowed is the name or the path of a recipe"):
+        read_recipe("c.toml")
 
 
 def test_missing_keys_are_listed():

@@ -35,10 +35,10 @@ def test_help_shows_types_defaults_and_an_example(command, capsys):
         main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert f"example:\n  abyssal {command} " in text
+    assert re.search(rf"example:\n  abyssal {command}\b", text)
     options = re.findall(r"^  (--[a-z-]+)", text, flags=re.MULTILINE)
     assert options and text.count("default:") >= len(options)
-    assert re.search(r"\((str|int|float|path)\b", text)
+    assert re.search(r"\((str|int|float|path)\b", text) or options == ["--traceback"]
 
 
 def test_help_of_train_lists_every_recipe_key(capsys):
@@ -52,6 +52,34 @@ def test_help_of_train_lists_every_recipe_key(capsys):
     for table, kind in TABLES.items():
         for f in fields(kind):
             assert f"{table}.{f.name} " in text
+
+
+def test_help_of_train_keeps_to_the_terminal_in_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    keys = text[text.index("recipe keys") : text.index("\nexample:")].splitlines()
+    assert max(map(len, keys[1:])) <= 80
+    (column,) = {
+        line.index(words) for line in keys for words in ("peak learning rate", "tokens of a row") if words in line
+    }
+    assert {len(line) - len(line.lstrip()) for line in keys if line.startswith("    ")} == {column}
+
+
+def test_an_unknown_command_says_what_is_near(capsys):
+    for word, says in (
+        ("trian", "'trian': did you mean 'train'?"),
+        ("frobnicate", "'frobnicate': abyssal --help lists"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([word, "toy"])
+        assert end.value.code == 2 and f"unknown command {says}" in capsys.readouterr().err
+
+
+def test_help_waits_for_no_library():
+    code = "import sys; sys.modules['torch'] = None; from abyssal.train.cli import build_parser; build_parser()"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_every_command_is_listed(capsys):
@@ -194,7 +222,7 @@ def test_a_full_memory_is_one_line(words, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "nanoo"], "'nanoo' is no configuration: shipped are"),
+        (["train", "nanoo"], "'nanoo' is no configuration: did you mean 'nano'? shipped are"),
         (["train"], "RECIPE is missing"),
         (["train", "nano", "--set", "optim.lrr=1"], "the nearest known key is 'optim.lr'"),
         (["train", "nano", "--set", "data.source=nowhere"], "data.source='nowhere'"),
@@ -303,11 +331,10 @@ def test_generate_refuses_a_bad_setting(run, capsys):
     assert "top_p=2" in capsys.readouterr().err
 
 
-def test_the_module_is_the_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "abyssal.train", "info", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0 and "abyssal info v4-pro" in result.stdout
+@pytest.mark.parametrize("module", ["abyssal", "abyssal.train"])
+def test_the_module_is_the_command(module):
+    result = subprocess.run([sys.executable, "-m", module, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"abyssal {abyssal.__version__}\n")
 
 
 @pytest.mark.slow("a process that trains a tokenizer and a model")

@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..plots.style import BLUE, GREEN, GREY, ORANGE, PINK, canvas, save
+from ..plots.style import COLOURS, GREY, canvas, save
 from .summary import read_summary, values_of
 from .verdict import interval
 
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"
 
 

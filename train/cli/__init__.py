@@ -1,10 +1,11 @@
-"""The command line: `abyssal train | generate | eval | plot | info | ...`; also `python -m abyssal.train`.
+"""The command line: `abyssal train | generate | eval | plot | info | ...`; also `python -m abyssal`.
 
 Each file beside this one is a family of commands with a table COMMANDS; a name may have two words. What a command needs
 is imported when it runs, so that help is instant and a missing optional library hinders nobody else.
 """
 
 import argparse
+import difflib
 import errno
 import io
 import os
@@ -16,11 +17,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ... import __version__
 from ..talk.terminal.visible import visible
-from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, serve, train
+from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, recipes, serve, train
 from .options import Command
 
-FAMILIES = (train, generate, chat, serve, evaluate, constrained, reasoning, inspect, profile, bench, ablate)
+FAMILIES = (train, recipes, generate, chat, serve, evaluate, constrained, reasoning, inspect, profile, bench, ablate)
 COMMANDS: dict[str, Command] = {name: command for family in FAMILIES for name, command in family.COMMANDS.items()}
 
 # what a user can cause: bad names, values and files, a missing optional library, a diverging run
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is no reason to stop
     try:
         try:
-            return _run(build_parser().parse_args(words))
+            return _run(_parsed(words))
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -67,6 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     finally:
         _give_up(sys.stderr)
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        near = " or ".join(map(repr, difflib.get_close_matches(words[0], COMMANDS, n=2, cutoff=0.7)))
+        hint = f"did you mean {near}?" if near else "abyssal --help lists what there is"
+        parser.error(f"unknown command {words[0]!r}: {hint}")
+    return parser.parse_args(words)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -128,6 +139,7 @@ def _give_up(stream: Any) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="abyssal", description="Train, inspect and sample DeepSeek-V4 models.")
+    parser.add_argument("--version", action="version", version=f"abyssal {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, entry in COMMANDS.items():
         command = commands.add_parser(

@@ -7,16 +7,26 @@ from .options import Command, flag
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="DIR", help="folder of a run, with its metrics.jsonl (path)")
-    flag(parser, "--out", Path, None, "picture to write", "DIR/curves.png")
+    text = "folder of a run, with its metrics.jsonl; of several, to see them in one picture (path)"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=text)
+    flag(parser, "--out", Path, None, "picture to write", "RUN/curves.png; of several compare.png")
+    text = "what the curves of several runs lie over: step, tokens or time (str; default: step)"
+    parser.add_argument("--by", choices=("step", "tokens", "time"), default="step", help=text)
 
 
 def _plot(options: argparse.Namespace) -> None:
+    from ..plots import compare
     from ..plots.curves import plot
     from ..plots.mechanisms import plot_mechanisms
 
-    print(plot(options.run_folder, options.out))
-    mechanisms = plot_mechanisms(options.run_folder, options.out and _beside(options.out))
+    if len(options.runs) > 1:
+        runs = compare.read(options.runs)
+        print(compare.table(runs))
+        print(f"\n{compare.draw(runs, options.out or compare.FILE, options.by)}")
+        return
+    (run,) = options.runs
+    print(plot(run, options.out))
+    mechanisms = plot_mechanisms(run, options.out and _beside(options.out))
     if mechanisms:
         print(mechanisms)
 
@@ -29,11 +39,11 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     text = "shipped name (also v3, v3.2), .toml or .json file, run, checkpoint, or folder with config.json (str)"
     parser.add_argument("name", metavar="NAME", help=text)
     flag(parser, "--context", str, "0", "tokens before the current one, for FLOPs and cache, such as 4096, 128K or 1M")
-    flag(parser, "--gpu", str, None, "estimate training and serving: a100, h800, h100, h200 or b200", "no estimate")
+    flag(parser, "--gpu", str, None, "estimate training and serving: a100, h100, rtx4090, mi300x, ...", "no estimate")
     flag(parser, "--price", float, 2.0, "dollars of a GPU-hour")
-    flag(parser, "--mfu", float, 0.4, "share of the dense BF16 peak that is reached")
-    flag(parser, "--tokens", float, 15e12, "tokens of training")
-    flag(parser, "--length", str, "4K", "tokens of a training sequence")
+    flag(parser, "--mfu", float, 0.4, "share of the dense BF16 peak that is reached; toys reach far less")
+    flag(parser, "--tokens", float, None, "tokens of training", "the recipe's; else 15e12")
+    flag(parser, "--length", str, None, "tokens of a training sequence", "the recipe's; else 4K")
     flag(parser, "--plot", Path, None, "picture of cost over context to write", "none")
     text = "print what the steps of a recipe do instead: stages, lengths, rows, learning rates, tokens (default: off)"
     parser.add_argument("--schedule", action="store_true", help=text)
@@ -51,7 +61,8 @@ def _info(options: argparse.Namespace) -> None:
     from ...model.folders import model_folder
     from ..measure import cost
 
-    context, length, folder = cost.count(options.context), cost.count(options.length), Path(options.name)
+    context, folder = cost.count(options.context), Path(options.name)
+    length = None if options.length is None else cost.count(options.length)
     if folder.is_dir() and list(model_folder(folder).glob("**/*.safetensors*")):
         import torch
 
@@ -120,7 +131,10 @@ def _convert(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "plot": Command(
-        _plot, _plot_arguments, "Draw a run's curves from its metrics.jsonl", "abyssal plot runs/toy-20260101-120000"
+        _plot,
+        _plot_arguments,
+        "Draw a run's curves from its metrics.jsonl, or several runs in one picture",
+        "abyssal plot runs/lr-1e-3 runs/lr-3e-3 --by tokens",
     ),
     "info": Command(
         _info,

@@ -1,6 +1,7 @@
 """What a command is, and the options that several have."""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,16 @@ def flag(parser: argparse.ArgumentParser, name: str, kind: type, default: Any, m
     """An option whose help ends with its type and default."""
     text = f"{meaning} ({kind.__name__.lower()}; default: {shown or default})"
     parser.add_argument(name, type=kind, default=default, metavar=name.strip("-").replace("-", "_").upper(), help=text)
+
+
+def set_argument(parser: argparse.ArgumentParser) -> None:
+    text = "a recipe key as TABLE.KEY=VALUE, TOML value, or TABLE=none; repeatable (str; default: as in the recipe)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def width() -> int:
+    """Of the terminal, within reason; 100 where there is none."""
+    return max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
 
 
 def checkpoint_argument(parser: argparse.ArgumentParser) -> None:

@@ -2,11 +2,12 @@
 
 import argparse
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .options import Command, flag
+from .options import Command, flag, set_argument, width
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +16,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flag(parser, "--out", Path, None, "folder of the run", "runs/NAME-DATE-TIME, or the resumed run's")
     flag(parser, "--resume", Path, None, "run or checkpoint to go on with", "start anew")
-    text = "a recipe key as TABLE.KEY=VALUE, TOML value; repeatable (str; default: as in the recipe)"
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    set_argument(parser)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -89,14 +89,18 @@ def _recipe_keys() -> str:
     """Every recipe key that --set takes, with its type, default and meaning."""
     from ..settings import OPTIONAL, TABLES
 
-    lines = ["recipe keys (model.* are those of the released config.json, see abyssal info):"]
-    for table, kind in {**TABLES, **OPTIONAL}.items():
+    lines = ["recipe keys (model.* are those of the released config.json, see abyssal recipe NAME --all):"]
+    tables = {**TABLES, **OPTIONAL}
+    column = max(len(f"{table}.{f.name}") for table, kind in tables.items() for f in fields(kind)) + 4
+    for table, kind in tables.items():
         if table in OPTIONAL:
             lines.append(f"  [{table}] is not in every recipe:")
         for f in fields(kind):
             default = list(f.default) if isinstance(f.default, tuple) else f.default
             kind_name = getattr(f.type, "__name__", str(f.type)).replace("tuple", "list")
-            lines.append(f"  {f'{table}.{f.name}':<26} {kind_name:<6} {f.metadata['meaning']} (default: {default!r})")
+            lead = f"  {f'{table}.{f.name}':<{column - 2}}{kind_name:<6} "
+            text = f"{f.metadata['meaning']} (default: {default!r})"
+            lines.append(textwrap.fill(text, width(), initial_indent=lead, subsequent_indent=" " * (column + 7)))
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ bits per byte = Σ -ln p(token) / (ln 2 · bytes)     over all targets of the ch
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,36 +19,35 @@ from .trigram import Trigram
 TRIGRAM_BYTES = 1 << 25  # of a corpus that may be larger than memory
 
 
-class Rows(Protocol):
-    """Rows that are held out."""
-
-    def batches(self, batch_size: int) -> list[Batch]: ...
-
-
-@torch.no_grad()
 def bits_per_byte(
     model: nn.Module,
-    held_out: Rows,
+    held_out: HeldOut,
     batch_size: int,
     dtype: torch.dtype = torch.float32,
     sizes: np.ndarray | None = None,
 ) -> float:
     """The model's bits per byte on the held-out rows, each row on its own; leaves the model in the mode it was in.
 
-    `sizes`: bytes that each token of the held-out stream is made of; None = one, so that it is bits per target.
+    `sizes`: bytes that each token of the held-out stream is made of; None = one.
     """
+    return total_bits(model, held_out.batches(batch_size), dtype) / count_bytes(held_out, sizes)
+
+
+@torch.no_grad()
+def total_bits(model: nn.Module, batches: list[Batch], dtype: torch.dtype = torch.float32) -> float:
+    """The bits of all targets; leaves the model in the mode it was in."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     nats = 0.0
-    for batch in held_out.batches(batch_size):
+    for batch in batches:
         batch = batch.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(batch.ids, documents=batch.documents).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
         nats += losses.item()
     model.train(was_training)
-    return nats / math.log(2) / count_bytes(held_out, sizes)
+    return nats / math.log(2)
 
 
 def count_bytes(held_out: HeldOut, sizes: np.ndarray | None = None) -> int:

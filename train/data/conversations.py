@@ -29,7 +29,7 @@ from ...model.fields import shown
 from ...model.text.chat import THINK, encode_messages
 from ...model.text.marked import marked
 from ..settings import ChatConfig, DataConfig
-from .bits import bits_per_byte
+from .bits import total_bits
 from .packed import PackedRows, Talk, fill, pack, stack
 from .places import locate
 from .records import Record, held_out_by_key, key_of, no_field
@@ -206,10 +206,11 @@ class ChatSource:
         return stack(self._row(number, length, stage) for number in rows)
 
     def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-        return {"answers": bits_per_byte(model, self.held_out, self.data.batch_size, dtype)}
+        batches = self.held_out.batches(self.data.batch_size)
+        return {"answers": total_bits(model, batches, dtype) / self.held_out.learnt()}
 
     def report(self, scores: dict[str, Any]) -> dict[str, str]:
-        return {"held-out bits per token of the answers": f"{scores['answers']:.4f}"}
+        return {"held-out bits per answer token": f"{scores['answers']:.4f}"}
 
     def _row(self, number: int, length: int, stage: int) -> tuple[list[int], list[int], list[int]]:
         """Row `number` of the epochs laid end to end, whose numbers of rows differ."""

@@ -2,6 +2,7 @@
 
     training FLOPs of a token   3 (2 A + mean over positions of index + core)       forward, and twice that backward
     training hours              tokens FLOPs / (peak MFU 3600)
+    training memory             16 bytes a parameter (weights, gradients, two moments in float32), and activations
     prefill FLOPs of a token    2 A + mean over positions of index + core
     decode seconds of a token   max(FLOPs / (peak MFU), cache bytes read / bandwidth)
     dollars                     hours price;  per million tokens served: 1e6 seconds / 3600 price
@@ -18,24 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...model.accounting import Account, account, released_entry
-from ...model.config import ModelConfig
+from ...model.accounting import Account, account, counted, released_entry
+from ...model.config import ModelConfig, read_recipe
+from ...model.fields import did_you_mean
 from ...model.folders import read_json
 from ...model.kinds import SPARSE
 from ...model.lineage import LineageConfig
 from ...model.lineage.accounting import account as lineage_account
 from ...model.lineage.accounting import flops as lineage_flops
 from ...model.lineage.config import KINDS
+from ...model.lineage.config import SHIPPED as LINEAGE
 from ..plots.style import canvas, save
-from .roofline import Peak, datasheet
+from ..recipe import load_recipe
+from ..run.schedule import Schedule
+from .roofline import GPUS, Peak, datasheet
 
-GPUS = {  # by their names in the datasheets
-    "a100": "NVIDIA A100-SXM4-80GB",
-    "h800": "NVIDIA H800",
-    "h100": "NVIDIA H100 80GB HBM3",
-    "h200": "NVIDIA H200",
-    "b200": "NVIDIA B200",
-}
 POSITIONS = 256  # at which FLOPs are sampled for a mean over a sequence
 
 # V3's report, table 1 and section 4: tokens, sequence length, thousand H800 hours
@@ -59,7 +57,7 @@ class Gpu:
 
     def __post_init__(self) -> None:
         if self.name not in GPUS:
-            raise ValueError(f"gpu {self.name!r}: allowed are {', '.join(GPUS)}")
+            raise ValueError(f"gpu {self.name!r}:{did_you_mean(self.name, GPUS)} allowed are {', '.join(GPUS)}")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu={self.mfu}: allowed are shares above 0, up to 1")
         if not 0 <= self.price < math.inf:
@@ -67,7 +65,7 @@ class Gpu:
 
     @property
     def peak(self) -> Peak:
-        found = datasheet(GPUS[self.name], "bfloat16")
+        found = datasheet(GPUS[self.name].names[0], "bfloat16")
         assert found is not None
         return found
 
@@ -165,11 +163,28 @@ RIVALS = {"V3": "v3", "V3.2": "v3.2", "V4-Flash": "v4-flash", "V4-Pro": "v4-pro"
 
 def load(name: str) -> Config:
     """A configuration of either generation by name, file or folder."""
-    if name in ("v3", "v3.2"):
+    if name in LINEAGE:
         return LineageConfig.load(name)
     path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     kind = read_json(path).get("model_type") if path.suffix == ".json" and path.is_file() else None
     return LineageConfig.load(path) if kind in KINDS else ModelConfig.load(name)
+
+
+def training(name: str) -> tuple[float, int]:
+    """Tokens that a recipe trains on, and the mean length of their rows; V4's pre-training of a configuration.
+
+    Raises:
+        ValueError: a recipe with [grpo], whose tokens the model writes.
+    """
+    if name in LINEAGE or read_recipe(name).keys() == {"model"}:
+        return 15e12, 4096
+    recipe = load_recipe(name)
+    if recipe.grpo:
+        raise ValueError(f"tokens is missing: the model itself writes what {name} trains on")
+    schedule = Schedule(recipe)
+    stages = [(schedule.tokens(i), stage.sequence_length) for i, stage in enumerate(schedule.stages)]
+    total = sum(tokens for tokens, _ in stages)
+    return total, round(sum(tokens * length for tokens, length in stages) / total)
 
 
 def comparison(name: str, context: int) -> str:
@@ -191,8 +206,14 @@ def comparison(name: str, context: int) -> str:
     return "\n".join(lines + [key.ljust(32) + "".join(f"{value:>12}" for value in row) for key, row in rows.items()])
 
 
-def estimate(name: str, context: int, gpu: Gpu, tokens: float, length: int) -> str:
-    """Training and serving in hours and dollars, with the numbers that each formula takes."""
+def estimate(name: str, context: int, gpu: Gpu, tokens: float | None = None, length: int | None = None) -> str:
+    """Training and serving in hours and dollars, with the numbers that each formula takes.
+
+    tokens, length: of the training, by default those of `training(name)`.
+    """
+    if tokens is None or length is None:
+        own = training(name)
+        tokens, length = own[0] if tokens is None else tokens, own[1] if length is None else length
     if not 0 < tokens < math.inf:
         raise ValueError(f"tokens={tokens}: allowed are numbers above 0")
     config = load(name)
@@ -203,18 +224,60 @@ def estimate(name: str, context: int, gpu: Gpu, tokens: float, length: int) -> s
     prefill = prefill_seconds(config, max(context, 1), gpu)
     lines = [
         f"{gpu.name}: {gpu.peak.flops / 1e12:.0f} TFLOP/s dense BF16 at MFU {gpu.mfu:g},"
-        f" {gpu.peak.bytes / 1e9:.0f} GB/s, ${gpu.price:g} an hour",
-        f"training   3 (2 A + attention) = 3 (2 x {a.activated / 1e9:.2f} G + "
-        f"{attention_flops(config, length, expanded=True) / 1e9:.2f} G) = {trained / 1e9:.1f} GFLOP a token"
+        f" {gpu.peak.bytes / 1e9:.0f} GB/s, {GPUS[gpu.name].memory:g} GB, ${gpu.price:g} an hour",
+        f"training   3 (2 A + attention) = 3 (2 x {_flops(a.activated, 2)} + "
+        f"{_flops(attention_flops(config, length, expanded=True), 2)}) = {_flops(trained, 1)}FLOP a token"
         f" in sequences of {length:,}",
-        f"           x {tokens:.3g} tokens / ({gpu.flops / 1e12:.0f} TFLOP/s x 3600) = {hours / 1e6:.3f} M hours,"
-        f" ${hours * gpu.price / 1e6:.2f} M",
-        f"prefill    {1e6 * prefill:.1f} us a token at {context:,} tokens:"
-        f" ${per_million(prefill, gpu):.3f} per million",
-        f"decode     max({1e6 * compute:.1f} us of FLOPs, {1e6 * memory:.1f} us of cache) a token:"
-        f" ${per_million(max(compute, memory), gpu):.3f} per million",
+        f"           x {tokens:.3g} tokens / ({gpu.flops / 1e12:.0f} TFLOP/s x 3600) = {_duration(hours)},"
+        f" {_dollars(hours * gpu.price)}",
+        f"           {_memory(a.trainable, GPUS[gpu.name].memory)}",
+        f"prefill    {_microseconds(prefill)} a token at {context:,} tokens:"
+        f" {_dollars(per_million(prefill, gpu), 3)} per million",
+        f"decode     max({_microseconds(compute)} of FLOPs, {_microseconds(memory)} of cache) a token:"
+        f" {_dollars(per_million(max(compute, memory), gpu), 3)} per million",
     ]
     return "\n".join(lines)
+
+
+def _flops(value: float, digits: int) -> str:
+    """In G, or in what leaves something before the point."""
+    power = max(0, min(3, math.floor(math.log10(max(value, 1)) / 3)))
+    return f"{value / 1000**power:.{digits}f} {('', 'k', 'M', 'G')[power]}"
+
+
+def _duration(hours: float) -> str:
+    """Of one GPU, in the unit that says most."""
+    if hours >= 1e5:
+        return f"{hours / 1e6:.3f} M hours"
+    if hours >= 48:
+        return f"{hours:,.0f} GPU-hours ({hours / 24:,.1f} days)"
+    unit, value = next(
+        (unit, hours * 3600 / size)
+        for unit, size in (("hour", 3600), ("minute", 60), ("second", 1))
+        if hours * 3600 >= 1.5 * size or unit == "second"
+    )
+    return f"{value:.3g} GPU-{unit}s"
+
+
+def _dollars(value: float, digits: int = 2) -> str:
+    """In millions, dollars or cents."""
+    if value >= 1e5:
+        return f"${value / 1e6:.2f} M"
+    return f"${value:,.{digits}f}" if value >= 0.5 * 10 ** (1 - digits) or not value else f"{100 * value:.2g} cents"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f} us" if seconds >= 5e-8 or not seconds else f"{1e9 * seconds:.2g} ns"
+
+
+def _memory(parameters: int, gigabytes: float) -> str:
+    """What weights, gradients and moments take, without activations."""
+    taken = 16 * parameters / 1e9
+    size = f"{taken:,.1f} GB" if taken >= 1 else f"{1000 * taken:.0f} MB"
+    share = (
+        f"{taken / gigabytes:.1%} of a GPU" if taken < gigabytes else f"at least {math.ceil(taken / gigabytes):,} GPUs"
+    )
+    return f"16 bytes x {counted(parameters)} parameters (weights, gradients, two moments) = {size}, {share}"
 
 
 def v3_table() -> str:

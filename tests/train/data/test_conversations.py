@@ -284,14 +284,14 @@ def test_a_run_learns_resumes_to_the_same_bits_and_is_drawn(run, mine, tmp_path)
 def test_eval_scores_held_out_answers_or_all_of_another_source(run, mine, tmp_path, capsys, pairs, monkeypatch):
     assert main(["eval", str(run)]) == 0
     last = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
-    assert f"bits per token of these  {last['answers']:.4f}" in capsys.readouterr().out
+    assert f"held-out bits per answer token {last['answers']:.4f}" in capsys.readouterr().out
     other = written(tmp_path / "other.jsonl", pairs[:9])
     assert main(["eval", str(run), "--source", other]) == 0
     learnt = sum(len(pair["completion"]) + 1 for pair in pairs[:9])
     assert f"held-out answers         {learnt} tokens in" in capsys.readouterr().out
     monkeypatch.chdir(Path(mine).parent)
     assert main(["eval", str(run), "--source", "mine.jsonl"]) == 0
-    assert f"bits per token of these  {last['answers']:.4f}" in capsys.readouterr().out, "the run's own source"
+    assert f"held-out bits per answer token {last['answers']:.4f}" in capsys.readouterr().out, "the run's own source"
     assert main(["eval", str(run), "--source", "stdlib"]) == 2
     assert "holds no conversations" in capsys.readouterr().err
 

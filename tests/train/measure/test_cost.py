@@ -1,5 +1,7 @@
 """Cost against hand-made numbers: published hours, FLOPs by brute force, the commands; checkpoints described."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from abyssal.model import ModelConfig, Transformer, save_pretrained
 from abyssal.model.lineage import LineageConfig, LineageTransformer
 from abyssal.model.lineage.accounting import account
 from abyssal.train.cli import main
-from abyssal.train.measure import cost
+from abyssal.train.measure import cost, roofline
 
 
 @pytest.mark.parametrize(("name", "cache"), [("v3", 70_272), ("v3.2", 48_068)])
@@ -87,7 +89,8 @@ def test_numbers_of_tokens(text, number):
     [
         (["--context", "1G"], "'1G' is no number of tokens"),
         (["--context", "-1"], "no number of tokens"),
-        (["--gpu", "tpu"], "gpu 'tpu': allowed are a100"),
+        (["--gpu", "tpu"], "gpu 'tpu': allowed are a10, a100, "),
+        (["--gpu", "rtx409"], "gpu 'rtx409': did you mean 'rtx4090'"),
         (["--gpu", "h100", "--mfu", "1.5"], "mfu=1.5"),
         (["--gpu", "h100", "--price", "-1"], "price=-1"),
         (["--gpu", "h100", "--price", "nan"], "price=nan"),
@@ -112,6 +115,43 @@ def test_info_shows_the_relatives_and_the_estimate(tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     assert main(["info", "v3", "--gpu", "h800"]) == 0
     assert "published 2,788" in capsys.readouterr().out
+
+
+def test_the_tables_numbers_are_the_datasheets():
+    for name, (half, single, bandwidth, memory, names) in roofline.GPUS.items():
+        assert cost.Gpu(name, 1.0, 0).flops == roofline.datasheet(names[-1], "float16").flops == 1e12 * half
+        assert roofline.datasheet(names[0], "float32").flops == 1e12 * single
+        assert cost.Gpu(name, 0.4, 2).bandwidth == 1e9 * bandwidth and half > single and memory >= 24
+    names = [name for chip in roofline.GPUS.values() for name in chip.names]
+    assert len({*names}) == len(names)
+
+
+def test_a_recipe_trains_on_its_own_tokens_and_others_on_the_published_number(tmp_path):
+    assert cost.training("toy") == (200 * 4 * 512, 512)
+    tokens, length = cost.training("indexer")
+    assert tokens == 200 * 64 * 16 + 40 * 256 * 4 + 20 * 1024 + 60 * 4096 and 64 < length < 4096
+    assert cost.training("v4-pro") == cost.training("v3.2") == (15e12, 4096)
+    (tmp_path / "config.json").write_text(json.dumps(ModelConfig.load("v4-flash").to_dict()), "utf-8")
+    assert cost.training(str(tmp_path)) == (15e12, 4096)
+    (tmp_path / "mine.toml").write_text('base = "toy"\ndata.batch_size = 1\nmodel.engram = "none"\n', "utf-8")
+    assert cost.training(str(tmp_path / "mine.toml")) == (200 * 512, 512)
+    assert "GPU-second" in cost.estimate(str(tmp_path / "mine.toml"), 1, cost.Gpu("rtx4090", 0.4, 2.0))
+    with pytest.raises(ValueError, match="tokens is missing: the model itself writes what reason-grpo"):
+        cost.training("reason-grpo")
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "says"),
+    [
+        ("toy", None, ("2 x 932.23 k + 148.26 k) = 6.0 MFLOP", "0.0375 GPU-seconds, 0.0021 cents", "143 MB, 0.6% of")),
+        ("small", 1e9, ("55.9 GPU-minutes, $1.86",)),
+        ("small", 1e11, ("93 GPU-hours (3.9 days), $186.42",)),
+        ("v4-pro", None, ("2 x 48.85 G + 6.41 G) = 312.4 GFLOP", "19.719 M hours, $39.44 M", "at least 1,066 GPUs")),
+    ],
+)
+def test_units_fit_the_size(name, tokens, says):
+    text = cost.estimate(name, 1, cost.Gpu("rtx4090", 0.4, 2.0), tokens)
+    assert all(words in text for words in says), text
 
 
 def test_info_and_convert_of_a_folder(tmp_path, capsys):

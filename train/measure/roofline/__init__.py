@@ -12,7 +12,7 @@ A file per op that is counted, and device.py: work, peaks, limits.
 
 from .attention import Attention
 from .cross_entropy import CrossEntropy
-from .device import DTYPES, H100_ACHIEVED, Peak, Work, datasheet, elementwise
+from .device import DTYPES, GPUS, H100_ACHIEVED, Peak, Work, datasheet, elementwise
 from .engram import Engram
 from .hyper import Hyper
 from .index_loss import index_loss, index_loss_backward
@@ -36,6 +36,7 @@ from .pool import Pool
 
 __all__ = [
     "DTYPES",
+    "GPUS",
     "H100_ACHIEVED",
     "Attention",
     "CrossEntropy",
