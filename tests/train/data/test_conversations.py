@@ -264,7 +264,7 @@ def recipe(path: str, *overrides: str) -> Recipe:
 def run(mine, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "sft"
     summary = train(recipe(mine), out, shown=False)
-    assert list(summary.report) == ["held-out bits per token of the answers"]
+    assert list(summary.report) == ["held-out bits per answer token"]
     return out
 
 
