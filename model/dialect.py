@@ -24,6 +24,7 @@ BOOKKEEPING = (
     *(
         "_attn_implementation_autoset",
         "attention_stage",
+        "prepared",
         "_name_or_path",
         "unsloth_fixed",
         "chunk_size_feed_forward",

@@ -32,7 +32,7 @@ FLOORS = (
     "model.lineage",
     "model.generation model.interchange",
     "model",
-    "train.settings",
+    "train.own train.settings",
     "train.data train.optim",
     "train.distributed train.recipe",
     "train.run",

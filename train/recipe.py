@@ -25,6 +25,7 @@ from ..model.fields import LIST, NONE, build, unknown
 from ..model.folders import STATE, model_folder, read_json
 from ..model.interchange import Stored
 from ..model.kinds import SPARSE
+from . import own
 from .data.places import STDLIB, absolute
 from .data.planted import planted_task
 from .data.tokenizers import BOS, SPECIAL_TOKENS, ByteTokenizer, bpe_size, load_tokenizer
@@ -87,9 +88,11 @@ class Recipe:
         """The same with data.source, data.tokenizer and train.init from the root on, where they are existing paths."""
         data, init = self.data, absolute(self.train.init)
         source = data.source if data.source == STDLIB else absolute(data.source)
+        if source.startswith(PLANTED):
+            source = PLANTED + own.absolute(source.removeprefix(PLANTED))
         tokenizer = data.tokenizer if data.tokenizer in TOKENIZERS else absolute(data.tokenizer)
         data = replace(data, source=source, tokenizer=tokenizer)
-        return replace(self, data=data, train=replace(self.train, init=init))
+        return replace(self, data=data, train=replace(self.train, init=init, prepare=own.absolute(self.train.prepare)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -183,7 +186,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         ValueError: no such recipe, an override that is not `table.key=value`, an unknown key, or a bad value.
     """
     values = {"name": Path(name_or_path).stem, **read_recipe(name_or_path)}
-    return Recipe.from_dict(_started(apply(values, overrides), "model" not in values))
+    asked = apply(values, overrides)
+    if not Path(name_or_path).is_dir():  # whose recipe somebody else may have written
+        for reference in (asked.get("data", {}).get("source", ""), asked.get("train", {}).get("prepare", "")):
+            own.allow(str(reference).removeprefix(PLANTED))
+    return Recipe.from_dict(_started(asked, "model" not in values))
 
 
 def _started(values: dict[str, Any], takes_model: bool) -> dict[str, Any]:

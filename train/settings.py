@@ -136,6 +136,9 @@ class TrainConfig(Table):
     init: str = key(
         "", "run, checkpoint or folder of weights that the run starts from, of the same [model]; '' = new weights"
     )
+    prepare: str = key(
+        "", "FILE.py:FUNCTION that changes the model as soon as it is built: a mechanism of one's own; '' = none"
+    )
     dtype: str = _choice(
         "float32",
         "float32, or bfloat16 by autocast (weights and optimizer stay float32)",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model import Transformer
+from . import own
 from .data.conversations import ChatSource
 from .data.corpus import load_corpus
 from .data.planted import PlantedSource, planted_task
@@ -126,7 +127,9 @@ def open_source(recipe: Recipe, tokenizer: Tokenizer | None = None, test: bool =
         return ReasonSource(recipe)
     data, seed = recipe.data, recipe.train.seed
     if data.source.startswith(PLANTED):
-        return PlantedSource(planted_task(data.source, recipe.planted), data, seed)
+        name = data.source.removeprefix(PLANTED)
+        code = own.digest(name) if own.is_own(name) else ""
+        return PlantedSource(planted_task(data.source, recipe.planted), data, seed, code)
     if recipe.chat is not None:
         return _chat_source(recipe, recipe.chat, tokenizer or load_tokenizer(data.tokenizer), test)
     corpus = load_corpus(data.source, data.held_out_fraction, not maps(data), data.text_key)

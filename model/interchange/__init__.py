@@ -162,6 +162,10 @@ class Stored:
         """Whose tensors they are, and in which parts they are stored."""
         path = self.folder.path
         told = description(path)
+        if told.get("prepared"):
+            raise ValueError(
+                f"{str(path)!r}: its model was changed by {told['prepared']}: only its run's code builds it"
+            )
         self.family, self.stage = family_of(told), told.get("attention_stage", about.SPARSE)
         self.layout = self.family.layout_of(headers)
         refuse_foreign(str(path), headers)

@@ -36,10 +36,11 @@ def config(
     return layout, written if stage == SPARSE else {**written, "attention_stage": stage}
 
 
-def checkpoint(config: Config, dtype: torch.dtype, stage: str) -> dict[str, bytes]:
-    """The files that make a checkpoint of a run a model, whose weights have our names."""
+def checkpoint(config: Config, dtype: torch.dtype, stage: str, prepared: str) -> dict[str, bytes]:
+    """The files that make a checkpoint of a run a model, whose weights have our names; `prepared`: what changed it."""
     written = families.V4.written(config, "abyssal", "exact", str(dtype).removeprefix("torch."))
     written |= {} if stage == SPARSE else {"attention_stage": stage}
+    written |= {"prepared": prepared} if prepared else {}
     return {CONFIG: _json(written), GENERATION: generation(config)}
 
 

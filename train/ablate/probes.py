@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from ...model import Transformer
+from .. import own
 from ..recipe import Recipe
 
 PROMPTS, PROMPT_BYTES, TOKENS = 6, 64, 48
@@ -41,3 +42,8 @@ def _with_untrained_module(model: Transformer) -> Transformer:
 
 
 PROBES: dict[str, Callable[[Transformer, Recipe], dict[str, float]]] = {"acceptance": acceptance}
+
+
+def probe_of(name: str) -> Callable[[Transformer, Recipe], dict[str, float]]:
+    """One of ours, or a function of one's own by its reference (`train.own`)."""
+    return PROBES[name] if name in PROBES else own.load(name)

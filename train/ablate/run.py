@@ -25,15 +25,17 @@ from filelock import FileLock
 from ...model import Transformer
 from ...model.disk import write_json
 from ...model.folders import read_json
+from .. import own
 from ..run import checkpoint, metrics, provenance
 from ..run.tables import places
+from ..settings import PLANTED
 from ..start import never_saved, train
 from .measures import curves, measure
-from .probes import PROBES
+from .probes import probe_of
 from .progress import Progress
 from .suite import Job, Suite, jobs
 from .summary import summarise
-from .variants import VARIANTS
+from .variants import variant_of
 
 RUNS, RESULT = "runs", "result.json"
 
@@ -145,6 +147,8 @@ def run_job(job: Job, runs: Path) -> dict[str, Any]:
 
     Two processes that want the same run take turns, and the second reads what the first wrote.
     """
+    for reference in (job.variant, *job.probes, job.recipe.data.source.removeprefix(PLANTED)):
+        own.allow(reference)  # the suite is of whoever runs it
     folder = runs / job.key
     runs.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
@@ -165,7 +169,8 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
     if folder.exists() and not begun:
         never_saved(folder)  # or else its checkpoints are out of reach
         shutil.rmtree(folder)
-    summary = train(job.recipe, folder, folder if begun else None, shown=False, prepare=VARIANTS[job.variant])
+    prepare = None if job.variant == "as configured" else variant_of(job.variant)
+    summary = train(job.recipe, folder, folder if begun else None, shown=False, prepare=prepare)
     records, start = metrics.read(folder), provenance.starts(folder)[-1]
     model = _built(job)
     return {
@@ -192,7 +197,7 @@ def _probe(job: Job, folder: Path, result: dict[str, Any]) -> None:
         model = _built(job)
         checkpoint.load_model(checkpoint.find(folder), model)
         for name in missing:
-            result["measures"] |= PROBES[name](model.eval(), job.recipe)
+            result["measures"] |= probe_of(name)(model.eval(), job.recipe)
             result["probes"].append(name)
 
 
@@ -200,5 +205,5 @@ def _built(job: Job) -> Transformer:
     """The job's model with new weights."""
     with places(job.recipe, None):
         model = Transformer(job.recipe.model)
-    VARIANTS[job.variant](model)
+    variant_of(job.variant)(model)
     return model

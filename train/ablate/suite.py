@@ -9,30 +9,39 @@ data in all of them. The first arm is the baseline.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...model import Transformer
 from ...model.config import read_recipe
+from .. import own
 from ..recipe import Recipe, apply
+from ..settings import PLANTED
 from .variants import VARIANTS
 
+Probe = Callable[[Transformer, Recipe], dict[str, float]]
 SIZES = ("quick", "full")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to build and train the model: recipe keys that are set or left out, then a variant of the model."""
+    """One way to build and train the model: recipe keys that are set or left out, then a variant of the model: the name
+    of one of ours, or a function of one's own at the top of a file, which changes the model as soon as it is built.
+    """
 
     name: str
     label: str
     set: tuple[str, ...] = ()
     without: tuple[str, ...] = ()  # keys or tables taken out of the recipe, as "model.engram"
-    variant: str = "as configured"
+    variant: str | Callable[[Transformer], None] = "as configured"
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"arm {self.name!r}: variant={self.variant!r}: allowed are {', '.join(VARIANTS)}")
+        if callable(self.variant):
+            object.__setattr__(self, "variant", own.named(self.variant))
+        elif self.variant not in VARIANTS:
+            known = f"{', '.join(VARIANTS)}, or a function"
+            raise ValueError(f"arm {self.name!r}: variant={self.variant!r}: allowed are {known}")
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,12 @@ class Suite:
     set: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     full: tuple[str, ...] = ()  # what --full changes
-    probes: tuple[str, ...] = ()  # measured on each trained model, see `probes.py`
+    probes: tuple[str | Probe, ...] = ()  # measured on each trained model, by name or one's own, see `probes.py`
     reach: str = ""  # a falling score: measures when an arm reaches the baseline's final one, as "reach"
 
     def __post_init__(self) -> None:
+        probes = tuple(own.named(probe) if callable(probe) else probe for probe in self.probes)
+        object.__setattr__(self, "probes", probes)
         arms, measures = [arm.name for arm in self.arms], {measure.name: measure for measure in self.measures}
         for claim in self.claims:
             for name in (claim.arm, claim.than):
@@ -113,7 +124,8 @@ class Job:
     @property
     def key(self) -> str:
         values = self.recipe.to_dict() | {"name": ""}
-        text = json.dumps([values, self.variant], sort_keys=True)
+        code = [own.digest(self.variant)] if own.is_own(self.variant) else []
+        text = json.dumps([values, self.variant, *code], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -128,7 +140,13 @@ def jobs(suite: Suite, seeds: Sequence[int], size: str = "quick", overrides: Seq
     if not seeds:
         raise ValueError("seeds is empty: at least one is needed")
     return [
-        Job(arm.name, seed, recipe_of(suite, arm, seed, size, overrides), arm.variant, suite.probes)
+        Job(
+            arm.name,
+            seed,
+            recipe_of(suite, arm, seed, size, overrides),
+            str(arm.variant),
+            tuple(map(str, suite.probes)),
+        )
         for seed in seeds
         for arm in suite.arms
     ]
@@ -142,7 +160,9 @@ def recipe_of(suite: Suite, arm: Arm, seed: int, size: str, overrides: Sequence[
     values = apply(values, common)
     for key in arm.without:
         values = _without(values, key)
-    return Recipe.from_dict(apply(values, [*overrides, *arm.set, f"train.seed={seed}"]))
+    values = apply(values, [*overrides, *arm.set, f"train.seed={seed}"])
+    own.allow(values.get("data", {}).get("source", "").removeprefix(PLANTED))  # the suite is of whoever runs it
+    return Recipe.from_dict(values)
 
 
 def _without(values: dict[str, Any], key: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from ...model.hyper import HyperConnection, HyperHead, Mix
 from ...model.kinds import SPARSE
 from ...model.layout import Layout
 from ...model.tables import make_table
+from .. import own
 
 
 class PlainResidual(nn.Module):
@@ -99,3 +100,8 @@ VARIANTS: dict[str, Callable[[Transformer], None]] = {
     "frozen indexer": frozen_indexer,
     "one-row table": one_row_table,
 }
+
+
+def variant_of(name: str) -> Callable[[Transformer], None]:
+    """One of ours, or a function of one's own by its reference (`train.own`)."""
+    return VARIANTS[name] if name in VARIANTS else own.load(name)

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ... import __version__
+from .. import own
 from ..talk.terminal.visible import visible
 from . import ablate, bench, chat, constrained, evaluate, generate, inspect, profile, reasoning, recipes, serve, train
 from .options import Command
@@ -82,6 +83,8 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> int:
     try:
+        if getattr(options, "trust_code", False):
+            own.allow()
         options.run(options)
         sys.stdout.flush()
     except (*EXPECTED, RuntimeError) as error:

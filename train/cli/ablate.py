@@ -7,7 +7,7 @@ from .options import Command, flag
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    text = "suites to run, or all (str; default: all that --list shows)"
+    text = "suites to run, FILE.py with suites of your own, or all (str; default: all that --list shows)"
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=text)
     parser.add_argument("--list", action="store_true", help="print the suites and their arms (default: off)")
     size = parser.add_mutually_exclusive_group()
@@ -31,12 +31,12 @@ def _run(options: argparse.Namespace) -> None:
     from ..ablate.run import run_suite
     from ..ablate.suites import SUITES, chosen, listed
 
+    suites = chosen(options.suites)
     if options.list:
-        print(listed())
+        print(listed(suites))
         return
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: allowed are positive numbers")
-    suites = chosen(options.suites)
     for suite in suites:
         path = options.out / f"{suite.name}.json"
         if not options.draw:
@@ -58,7 +58,7 @@ def _run(options: argparse.Namespace) -> None:
         except ModuleNotFoundError as error:
             print(f"not drawn: {error.name} is not installed (pip install abyssal[plot])")
     if options.page:
-        print(write_page(options.out, options.page, list(SUITES)))
+        print(write_page(options.out, options.page, list(SUITES | {suite.name: suite for suite in suites})))
 
 
 COMMANDS = {

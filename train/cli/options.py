@@ -36,7 +36,13 @@ def width() -> int:
 def checkpoint_argument(parser: argparse.ArgumentParser) -> None:
     text = "run (its newest checkpoint), checkpoint, or folder with config.json and safetensors (path)"
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help=text)
+    trust_argument(parser)
 
 
 def tokenizer_argument(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--tokenizer", str, None, "bytes, or a folder or tokenizer.json", "the model's own")
+
+
+def trust_argument(parser: argparse.ArgumentParser) -> None:
+    text = "run the code that the run's recipe names, a task or a mechanism of one's own (default: off)"
+    parser.add_argument("--trust-code", action="store_true", help=text)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import flag, tokenizer_argument
+from .options import flag, tokenizer_argument, trust_argument
 
 if TYPE_CHECKING:
     from ..talk.voice import Voice
@@ -17,6 +17,7 @@ def voice_arguments(parser: argparse.ArgumentParser) -> None:
     text = "instead of RUN: a shipped configuration with random weights, for trying things out (str; default: none)"
     parser.add_argument("--random", metavar="PRESET", help=text)
     tokenizer_argument(parser)
+    trust_argument(parser)
     flag(parser, "--context", int, None, "tokens of a conversation", "the model's positions, at most 32768")
     flag(parser, "--device", str, "auto", "auto, cpu, cuda or cuda:N")
 

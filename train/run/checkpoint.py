@@ -88,11 +88,12 @@ def save(
     memory: Memory = NOTHING,
     tokenizer: Tokenizer | None = None,
     data: str = "",
+    prepared: str = "",
 ) -> Path:
     """Writes checkpoint `progress.step` of the run in folder `run`, then removes all but the newest `keep`.
 
-    `data` is the digest of what the run learns from. Every process of `world` calls this; the first one names the
-    checkpoint once all have written their parts.
+    `data` is the digest of what the run learns from, `prepared` what has changed the model. Every process of `world`
+    calls this; the first one names the checkpoint once all have written their parts.
 
     Raises:
         OSError: a full disk, say; what there was is there still, whole.
@@ -111,7 +112,7 @@ def save(
             state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
             state |= {"data": data, "memory": memory.values}
             stage = getattr(model, "attention_stage", about.SPARSE)
-            described = about.checkpoint(recipe.model, next(model.parameters()).dtype, stage)
+            described = about.checkpoint(recipe.model, next(model.parameters()).dtype, stage, prepared)
             _write_rest(writing, state, memory, tokenizer, described)
             _move_aside(folder)
             os.rename(writing, folder)

@@ -1,5 +1,6 @@
 """A model with its tokenizer, ready for use: of a run, of a checkpoint, or of any folder of weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 from ...model import Transformer, load_pretrained
 from ...model.config import ModelConfig
 from ...model.fields import shown
-from ...model.folders import STATE, using
+from ...model.folders import STATE, description, using
 from ...model.interchange import Stored, located
+from .. import own
 from ..data.tokenizers import Tokenizer, load_tokenizer
 from ..distributed.world import choose_device
 from ..recipe import Recipe
@@ -105,11 +107,20 @@ def load_trained(path: Path | str, device: str = "auto") -> tuple[Transformer, R
     return using(path, lambda folder: _load(folder, device), checkpoint.find)
 
 
+def prepared(recipe: Recipe) -> Callable[[Transformer], None] | None:
+    """The code of one's own that changes a recipe's model. Raises PermissionError where it is not allowed."""
+    return own.load(recipe.train.prepare) if recipe.train.prepare else None
+
+
 def _load(folder: Path, device: str) -> tuple[Transformer, Recipe]:
     recipe, progress = checkpoint.read_state(folder)
-    checkpoint.check_size(folder, recipe.model)
+    prepare = prepared(recipe)
+    if not prepare:
+        checkpoint.check_size(folder, recipe.model)
     with places(recipe, None):
         model = Transformer(recipe.model).to(choose_device(device))
+    if prepare:
+        prepare(model)
     checkpoint.load_model(folder, model)
     model.attention_stage = Schedule(recipe).last(progress.step).attention
     return model.eval(), recipe
@@ -135,7 +146,9 @@ def start_from(path: Path | str, model: Transformer) -> list[str]:
 
 
 def _told(folder: Path, config: ModelConfig) -> list[str]:
-    there, here = Stored(folder).config.to_dict(), config.to_dict()
+    is_run = (folder / STATE).is_file()
+    there = (ModelConfig.from_dict(description(folder)) if is_run else Stored(folder).config).to_dict()
+    here = config.to_dict()
     changed = {
         key: (there.get(key), here.get(key)) for key in sorted({*there, *here}) if there.get(key) != here.get(key)
     }

@@ -31,7 +31,7 @@ from .diagnose import bad_weight, culprit
 from .folder import nothing_to_check
 from .graph import GraphStepper
 from .line import Line, Lines, Stopwatch
-from .load import start_from
+from .load import prepared, start_from
 from .observe import Observer
 from .progress import ProgressLine
 from .schedule import Phase, Schedule
@@ -85,6 +85,7 @@ class Run:
         if recipe.train.graph:
             graph.check(recipe, self.device, world)
         self.dtype = getattr(torch, recipe.train.dtype)
+        prepare = prepare or prepared(recipe)
         _check_sample(recipe, source.tokenizer)
         if resumed:
             _check_same_tokenizer(self.source.tokenizer, resumed)
@@ -96,6 +97,7 @@ class Run:
         _compress_vocabulary(self.model, source.tokenizer)
         if prepare:
             prepare(self.model)
+        self.prepared = recipe.train.prepare or (getattr(prepare, "__qualname__", repr(prepare)) if prepare else "")
         init = "" if resumed else recipe.train.init
         self.differs = start_from(init, self.model) if init else []
         self.model.recompute = recipe.train.recompute
@@ -306,6 +308,7 @@ class Run:
             *(self.out, self.model, self.optimizer, self.recipe, self.progress, keep, self.world, memory),
             tokenizer=self.source.tokenizer,
             data=self.source.digest,
+            prepared=self.prepared,
         )
         if self.world.first:
             provenance.mark_saved(self.out)

@@ -324,7 +324,7 @@ def test_the_command_lists_and_refuses(capsys, tmp_path):
     text = capsys.readouterr().out
     assert all(name in text for name in SUITES) and "random indexer, frozen" in text
     for words, message in (
-        (["indexers"], "suite 'indexers': allowed are"),
+        (["indexers"], "suite 'indexers': did you mean 'indexer'? allowed are"),
         (["indexer", "--seeds", "0"], "--seeds 0"),
         (["indexer", "--draw", "--out", str(tmp_path)], "indexer.json"),
         (["indexer", "--set", "optim.lrr=1", "--out", str(tmp_path)], "optim.lr"),

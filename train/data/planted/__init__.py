@@ -7,8 +7,11 @@
 
 A row is a pure function of (seed, stage, number), so a run has no position to save. Only answers are targets: all else
 is drawn at random, and learning to predict it would add noise to every gradient and nothing to the answers.
+
+A task of one's own is a class that draws rows: `data.source = "planted:FILE.py:CLASS"` (`examples/own_task.py`).
 """
 
+from ... import own
 from ...settings import PLANTED, PlantedConfig
 from .induction import Induction
 from .ngram_facts import NgramFacts
@@ -28,8 +31,19 @@ __all__ = ["TASKS", "PlantedSource", "Row", "Task", "planted_task"]
 
 
 def planted_task(source: str, config: PlantedConfig | None) -> Task:
-    """The task that `planted:NAME` names. Raises ValueError for an unknown one, or for options that it has not."""
+    """The task that `planted:NAME` names, or of one's own `planted:FILE.py:CLASS`.
+
+    Raises:
+        ValueError: an unknown one, a class that is none, or options that it has not.
+        PermissionError: code of one's own that a checkpoint names (`train.own`).
+    """
     name = source.removeprefix(PLANTED)
+    if own.is_own(name):
+        kind = own.load(name)
+        if not (isinstance(kind, type) and issubclass(kind, Task)):
+            raise ValueError(f"data.source={source!r}: {kind!r} is no class of abyssal.train.data.planted.Task")
+        return kind(config or PlantedConfig())
     if name not in TASKS:
-        raise ValueError(f"data.source={source!r}: allowed after {PLANTED!r} are {', '.join(TASKS)}")
+        known = f"{', '.join(TASKS)}, or FILE.py:CLASS of one's own"
+        raise ValueError(f"data.source={source!r}: allowed after {PLANTED!r} are {known}")
     return TASKS[name](config or PlantedConfig())

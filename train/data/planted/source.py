@@ -30,11 +30,13 @@ class PlantedSource:
 
     tokenizer = None
 
-    def __init__(self, task: Task, data: DataConfig, seed: int) -> None:
+    def __init__(self, task: Task, data: DataConfig, seed: int, code: str = "") -> None:
+        """`code`: the digest of a task of one's own."""
         self.task, self.vocabulary = task, task.vocabulary
         self.seed, self.rows, self.batch_size = seed, data.held_out_rows, data.batch_size
         self.eval_length = task.config.eval_length or data.sequence_length
-        self.digest = hashlib.sha256(json.dumps([task.name, asdict(task.config)]).encode()).hexdigest()
+        told = [task.name, asdict(task.config), *([code] if code else [])]
+        self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def describe(self) -> str:
         shown = ", ".join(f"{name}={getattr(self.task.config, name)}" for name in self.task.options)
@@ -76,7 +78,7 @@ class PlantedSource:
             logits, answers = logits[asked], batch.targets[asked]
             nats += F.cross_entropy(logits, answers, reduction="sum").item()
             for distance, found in zip(distances[asked].tolist(), (logits.argmax(-1) == answers).tolist()):
-                right[1 << (distance.bit_length() - 1)].append(found)
+                right[1 << (distance.bit_length() - 1) if distance else 0].append(found)
         model.train(was_training)
         every = [found for some in right.values() for found in some]
         return {
