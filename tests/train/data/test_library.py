@@ -162,6 +162,7 @@ def test_what_each_token_is_made_of(known):
     euro = next(iter(tokenizer.count_chunks(["€".encode()])))
     assert sum(euro) == 3 and len(euro) == len(tokenizer.encode("€"))
     assert [*known["t5"].count_chunks([b"\n"])] == [[]], "no token: counted with the document's last"
+    assert [*map(sum, known["t5"].count_chunks([b"\n", b"the"]))] == [0, 4], "or with the next"
 
 
 def test_what_is_no_text_becomes_a_replacement_character(known):
