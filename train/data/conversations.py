@@ -136,8 +136,8 @@ class Talks:
                 learnt.extend(talk.learnt)
                 starts.append(len(ids))
                 owner.append(number)
-        self.ids, self.learnt = np.array(ids, np.int32), np.array(learnt, bool)
-        self.starts, self.owner = np.array(starts), np.array(owner)
+        self.ids, self.learnt = np.asarray(ids), np.asarray(learnt).view(bool)
+        self.starts, self.owner = np.asarray(starts), np.asarray(owner)
         ends = np.flatnonzero(self.learnt & ~np.append(self.learnt[1:], False)) + 1
         self.of_answer = np.searchsorted(self.starts, ends, "left") - 1  # the document that an answer is in
         self.ends = ends - self.starts[self.of_answer]  # and where in it the answer ends

@@ -59,7 +59,7 @@ def absolute(name: str) -> str:
     """An existing path, or a glob that finds something, from the root on; any other name as it is."""
     path = os.path.expanduser(name)
     there = os.path.exists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
-    return os.path.abspath(path) if name and there else name
+    return os.path.abspath(path) if there else name
 
 
 def _named(root: Path, paths: Iterable[Path]) -> list[tuple[str, Path]]:

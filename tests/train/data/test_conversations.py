@@ -141,7 +141,7 @@ def source(path: str, length: int = 64, test: bool = False, turns: str = "all", 
 
 @pytest.fixture(scope="module")
 def pairs() -> list[dict]:
-    return [{"prompt": f"q{i}", "completion": f"answer {i} " + "x" * (i % 13)} for i in range(60)]
+    return [{"prompt": f"q{i}", "completion": f"answer {i} " + "x" * (i * i % 37)} for i in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +163,15 @@ def test_an_epoch_has_every_training_answer_once_in_a_new_order_each_time(mine, 
     data = source(mine)
     held_out = [text for batch in data.held_out.batches(3) for text in answers(batch)]
     everything = sorted(pair["completion"] for pair in pairs)
-    epochs = [len(data._rows(64, 0, epoch)) for epoch in range(3)]
-    rows = [
-        [answers(data.batch(range(n, n + 1), 64)) for n in range(sum(epochs[:e]), sum(epochs[: e + 1]))] for e in (0, 1)
-    ]
-    for epoch in rows:
+    counts = [len(data._rows(64, 0, epoch)) for epoch in range(5)]
+    assert len(set(counts)) > 1, "epochs of different numbers of rows"
+    rows = [answers(data.batch(range(n, n + 1), 64)) for n in range(sum(counts))]
+    epochs = [rows[sum(counts[:e]) : sum(counts[: e + 1])] for e in range(5)]
+    for epoch in epochs:
         assert sorted([text for row in epoch for text in row] + held_out) == everything
-    assert {frozenset(row) for row in rows[0]} != {frozenset(row) for row in rows[1]}
-    assert 1 <= len(held_out) < 15 and epochs[0] > 5
-    filled = (data.batch(range(epochs[0]), 64).documents >= 0).double().mean()
-    assert filled > 0.8
+    assert {frozenset(row) for row in epochs[0]} != {frozenset(row) for row in epochs[1]}
+    assert 1 <= len(held_out) < 15 and min(counts) > 5
+    assert (data.batch(range(counts[0]), 64).documents >= 0).double().mean() > 0.8
 
 
 def test_rows_are_what_their_numbers_say(mine):

@@ -158,7 +158,8 @@ def written(kind: str, folder: Path, records: list[dict]) -> str:
     if kind == "one":
         data.save_to_disk(folder / "saved")
     else:
-        datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(folder / "saved")
+        other = datasets.Dataset.from_list([{**records[0], "text": "for tests"}])
+        datasets.DatasetDict(train=data, test=other).save_to_disk(folder / "saved")
     return str(folder / "saved")
 
 
