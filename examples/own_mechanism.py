@@ -2,7 +2,7 @@
 
     abyssal train nano --set train.prepare=examples/own_mechanism.py:layer_norm
 
-The function gets the model as soon as it is built, before weights are loaded and the optimizer is made. Whatever it puts
+The function gets the model as soon as it is built, before weights are loaded and the optimizer is made. What it puts
 in is trained, saved and resumed; decoding notices that a module is not ours and computes with yours. Who opens such a
 run is asked to allow its code (--trust-code).
 """

@@ -1,6 +1,6 @@
 """An ablation of one's own: does LayerNorm do better than RMSNorm here? `abyssal ablate examples/own_suite.py`
 
-A suite is a baseline, arms that differ in one thing, measures, and claims that get a verdict. An arm changes keys of the
+A suite is a baseline, arms that differ in one thing, measures, and claims with a verdict. An arm changes keys of the
 recipe (`set`, `without`) or, as here, the model (`variant`, a function). Probes are functions too: numbers of a trained
 model.
 """
@@ -15,7 +15,7 @@ from abyssal.train.ablate.suite import Arm, Claim, Measure, Panel, Suite
 from abyssal.train.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
-from own_mechanism import layer_norm  # noqa: E402
+from own_mechanism import layer_norm
 
 
 def mean_of_hidden(model: Transformer, recipe: Recipe) -> dict[str, float]:
