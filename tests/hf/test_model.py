@@ -124,7 +124,8 @@ def test_loss_and_gradients(folder, mask):
     if mask in ("left", "right"):
         real[1, :7] = 0
     real = real.flip(1) if mask == "right" else real
-    labels = ids.masked_fill(draw_ids(2, 40, seed=1) < 60, -100)
+    labels = ids.clone()
+    labels[:, 12] = -100
     targets = F.pad(labels.masked_fill(real == 0, -100)[:, 1:], (0, 1), value=-100)
     expected = want.train()(ids, targets=targets, documents=real - 1)
     out = found.train()(ids, attention_mask=None if mask == "none" else real, labels=labels)
@@ -246,12 +247,17 @@ def test_generation_is_that_of_transformers_own_class(seed, tmp_path):
 def test_prompts_of_a_batch_are_as_if_alone(model):
     prompts = [draw_ids(1, n, seed=n)[0] for n in (3, 17, 40)]
     alone = [model.generate(p[None], max_new_tokens=30, **GREEDY)[0, len(p) :].tolist() for p in prompts]
-    ids, mask = torch.full((3, 40), 258), torch.zeros(3, 40, dtype=torch.int64)
+    ids, mask = torch.full((3, 45), 258), torch.zeros(3, 45, dtype=torch.int64)
     for row, p in enumerate(prompts):
-        ids[row, 40 - len(p) :], mask[row, 40 - len(p) :] = p, 1
+        ids[row, 45 - len(p) :], mask[row, 45 - len(p) :] = p, 1
     for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 11}):
         found = model.generate(ids, attention_mask=mask, max_new_tokens=30, **GREEDY, **options)
-        assert found[:, 40:].tolist() == alone, options
+        assert found[:, 45:].tolist() == alone, options
+    past = AbyssalCache()
+    first = model.generate(ids, attention_mask=mask, past_key_values=past, max_new_tokens=11, **GREEDY)
+    more = torch.cat([mask, mask.new_ones(3, 11)], 1)
+    again = model.generate(first, attention_mask=more, past_key_values=past, max_new_tokens=19, **GREEDY)
+    assert past.get_seq_length() == 45 + 30 - 1 and again[:, 45:].tolist() == alone
 
 
 def test_beams_are_those_without_a_cache(model):
