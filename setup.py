@@ -4,7 +4,7 @@ name.
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("kernels", "model", "train", "configs")
+FOLDERS = ("kernels", "model", "train", "hf", "configs")
 packages = [
     f"abyssal.{top}{dot}{sub}" for top in FOLDERS for dot, sub in [("", ""), *((".", s) for s in find_packages(top))]
 ]

@@ -134,9 +134,13 @@ class Attention(KeepingModule):
 
     def _project(self, out: Tensor) -> Tensor:
         """Grouped low-rank output: each group of heads to rank r, then all groups to d, with nothing between."""
-        grouped = rearrange(out, "b t (g h) c -> b t g (h c)", g=self.config.o_groups)
+        groups = self.config.o_groups
+        grouped = rearrange(out, "b t (g h) c -> b t g (h c)", g=groups)
+        if not isinstance(self.wo_a, nn.Linear):  # an adapter around it: what it makes of each group, for all of them
+            every = self.wo_a(grouped).unflatten(-1, (groups, -1))
+            return self.wo_b(every.diagonal(dim1=2, dim2=3).transpose(-1, -2).flatten(2))
         weight, format = self.wo_a.weight, rounding(self.config, "linears")
         if format is not None:
             grouped, weight = rounded_input(grouped), rounded_weight(weight, format)
-        wo_a = rearrange(weight, "(g r) i -> g r i", g=self.config.o_groups)
+        wo_a = rearrange(weight, "(g r) i -> g r i", g=groups)
         return self.wo_b(torch.einsum("btgi,gri->btgr", grouped, wo_a).flatten(2))

@@ -141,6 +141,12 @@ class Store:
     def __init__(self, batch: int, capacity: int, width: int, like: Tensor) -> None:
         self.rows = like.new_zeros(batch, capacity, width)
 
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` entries."""
+        missing = capacity - self.rows.shape[1]
+        if missing > 0:
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(len(self.rows), missing, self.rows.shape[2])], 1)
+
     def write(self, entries: Tensor, step: Step | FixedStep, ratio: int) -> None:
         """entries [b, new, d] are those that the step's tokens complete, in order."""
         if isinstance(step, FixedStep):
@@ -355,6 +361,19 @@ class Cache:
                     f"row {row} would have {past + n} tokens: the cache holds max_length={self.max_length}"
                 )
         return Step(list(self._lengths), new, t)
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for rows of up to `max_length` tokens, if there is less; what the cache holds stays.
+
+        Raises:
+            ValueError: more than `max_position_embeddings`.
+        """
+        longest = self.config.max_position_embeddings
+        if max_length > longest:
+            raise ValueError(f"max_length={max_length}: the configuration allows max_position_embeddings={longest}")
+        self.max_length = max(max_length, self.max_length)
+        for part in (part for layer in self.layers for part in (layer.compressor, layer.indexer) if part):
+            part.store.grow(self.max_length // part.ratio)
 
     def fix(self) -> None:
         """Makes ready for `FixedStep`s. Ordinary steps may follow, too."""

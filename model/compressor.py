@@ -24,6 +24,13 @@ from .rotary import entry_rotation
 from .storage import Coded
 
 
+class ExactLinear(nn.Linear):
+    """A linear map without bias, in float32 whatever x is kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return exact_linear(x, self.weight)
+
+
 class Compressor(KeepingModule):
     """x [b, t, d] to entries [b, p, c], normed and rotated to their first token. Flash: c = 512 (index keys: 128)."""
 
@@ -36,8 +43,8 @@ class Compressor(KeepingModule):
         self.overlap = config.layer_kind(layer) == SPARSE
         self.keep = unfinished_tokens(self.ratio, self.overlap)
         channels = (2 if self.overlap else 1) * head_dim
-        self.wkv = nn.Linear(config.hidden_size, channels, bias=False)
-        self.wgate = nn.Linear(config.hidden_size, channels, bias=False)
+        self.wkv = ExactLinear(config.hidden_size, channels, bias=False)
+        self.wgate = ExactLinear(config.hidden_size, channels, bias=False)
         self.ape = nn.Parameter(torch.empty(self.ratio, channels, dtype=torch.float32))
         self.norm = RMSNorm(head_dim, config.rms_norm_eps)
         self.reset_parameters()
@@ -54,7 +61,7 @@ class Compressor(KeepingModule):
     def forward(self, x: Tensor, layout: Layout, cache: CompressorCache | None = None) -> Tensor | Coded:
         """The entries of the call; with a cache, all entries so far, as it stores them."""
         entries = self.entries(layout)
-        k, z = exact_linear(x, self.wkv.weight), exact_linear(x, self.wgate.weight)
+        k, z = self.wkv(x), self.wgate(x)
         if cache is None:
             return self._pool(k, z, layout, x.dtype)
         k, z = cache.tail.extend(torch.cat([k, z], -1), layout.step).chunk(2, -1)

@@ -37,7 +37,7 @@ from ..kernels.watch import is_watched, told
 from .attention import Attention
 from .block import Block
 from .cache import Cache, CompressorCache, LayerCache, Step, Undo, continue_layout
-from .compressor import Compressor
+from .compressor import Compressor, ExactLinear
 from .engram import Engram
 from .hyper import HyperConnection, HyperHead
 from .indexer import Indexer
@@ -57,7 +57,7 @@ ANYHOW = 997  # tokens from one look to the next where nothing new is done
 MOST = 2  # tokens of a call up to which one after the other is faster than torch with all at once
 PLAIN = (
     *(Attention, Block, Compressor, Engram, HyperConnection, HyperHead, Indexer, Experts, Gate, MoE, SharedExpert, MTP),
-    *(RMSNorm, RowTable, Table, nn.Linear, nn.Embedding, nn.ModuleList),
+    *(RMSNorm, RowTable, Table, nn.Linear, ExactLinear, nn.Embedding, nn.ModuleList),
 )
 Pass = tuple[Tensor, Tensor]  # hidden states [1, t, d] and streams [1, t, n, d]
 DIFFERS = (

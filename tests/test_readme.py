@@ -21,7 +21,7 @@ def test_there_is_python_to_run():
     assert BLOCKS
 
 
-SOURCES = sorted(path for top in ("kernels", "model", "train", "tests") for path in (ROOT / top).rglob("*.py"))
+SOURCES = sorted(path for top in ("kernels", "model", "hf", "train", "tests") for path in (ROOT / top).rglob("*.py"))
 
 
 def test_files_named_in_sources_are_there():

@@ -611,3 +611,18 @@ def test_half_precision_follows_its_own_full_pass(nano):
 
 def rms_error(got, want):
     return ((got - want).square().mean() / want.square().mean()).sqrt().item()
+
+
+@pytest.mark.parametrize("storage", ["exact", "released"])
+def test_a_cache_that_has_grown_is_a_larger_one(nano, storage):
+    ids = draw(2, 90)
+    small, large = (nano.new_cache(2, length, storage=storage) for length in (40, 90))
+    feed(nano, small, ids[:, :40], [30, 10])
+    small.grow(30)
+    assert small.max_length == 40
+    small.grow(90)
+    assert small.max_length == 90 and small.nbytes() == large.nbytes()
+    feed(nano, large, ids[:, :40], [30, 10])
+    assert torch.equal(feed(nano, small, ids[:, 40:], [49, 1]), feed(nano, large, ids[:, 40:], [49, 1]))
+    with pytest.raises(ValueError, match="max_length=9000: the configuration allows max_position_embeddings=8192"):
+        small.grow(9000)

@@ -154,6 +154,13 @@ def test_speculation_is_compared(run, capsys):
     assert "prompts=0" in capsys.readouterr().err
 
 
+def test_benchmarks_name_what_they_need(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "abyssal.train.evaluate.harness", raising=False)
+    assert main(["eval", "lm", "nowhere", "--tasks", "any"]) == 2
+    assert capsys.readouterr().err == "abyssal eval lm: benchmarks need lm-eval: pip install 'abyssal[eval]'\n"
+
+
 def test_eval_repeats_the_training_number(run, capsys):
     from abyssal.train.run import metrics
 

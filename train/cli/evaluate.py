@@ -74,6 +74,28 @@ def _speculative(options: argparse.Namespace) -> None:
         raise FloatingPointError("speculative decoding wrote other tokens than plain decoding")
 
 
+def _lm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="folder of a model, of any layout, or of a run (path)"
+    )
+    flag(parser, "--tasks", str, None, "names of tasks, divided by commas", "none")
+    flag(parser, "--limit", int, None, "questions of each task", "all")
+    flag(parser, "--shots", int, None, "solved examples before each question", "as the task says")
+    flag(parser, "--include", Path, None, "folder of tasks' files, instead of lm-eval's own", "none")
+    flag(parser, "--tokenizer", str, None, "'bytes', or a folder with a tokenizer.json", "the model's")
+    flag(parser, "--batch", int, 8, "texts side by side")
+    flag(parser, "--device", str, "auto", "auto, cpu or cuda")
+
+
+def _lm(options: argparse.Namespace) -> None:
+    if not options.tasks:
+        raise ValueError("--tasks is missing: allowed are names of tasks, divided by commas")
+    from ..evaluate.harness import AbyssalLM, run
+
+    model = AbyssalLM(options.model, options.tokenizer, options.device, batch_size=options.batch)
+    print(run(model, options.tasks.split(","), options.limit, options.shots, options.include))
+
+
 COMMANDS = {
     "eval": Command(
         _eval,
@@ -92,5 +114,11 @@ COMMANDS = {
         _speculative_arguments,
         "Speculative against plain decoding: the same tokens, drafts accepted, speed",
         "abyssal eval speculative runs/toy-20260101-120000 --prompts 16 --tokens 125",
+    ),
+    "eval lm": Command(
+        _lm,
+        _lm_arguments,
+        "Benchmarks of lm-eval on any model",
+        "abyssal eval lm runs/toy-20260101-120000 --tasks lambada_openai,arc_easy --limit 100",
     ),
 }
