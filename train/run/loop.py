@@ -31,13 +31,13 @@ from .diagnose import bad_weight, culprit
 from .folder import nothing_to_check
 from .graph import GraphStepper
 from .line import Line, Lines, Stopwatch
+from .loggers import Loggers
 from .observe import Observer
 from .progress import ProgressLine
 from .schedule import Phase, Schedule
 from .stability import Stability
 from .step import BLIND, Experts, Outcome, Stepper
 from .tables import Tables, places
-from .tensorboard import TensorBoard
 
 SAMPLE = "sample.txt"
 
@@ -155,7 +155,7 @@ class Run:
         """To be gone on with behind the present step."""
         step, first = self.progress.step, self.world.first
         self.metrics = metrics.MetricsFile(self.out, step, source) if first else Nowhere()
-        self.board = TensorBoard(self.out, step) if first and self.recipe.train.tensorboard else None
+        self.loggers = Loggers(self.out, self.recipe, step) if first else Nowhere()
 
     def loop(self, stop: int) -> None:
         """Steps until `stop` or until the clock says so; evaluates and saves on the way and at the end."""
@@ -215,8 +215,7 @@ class Run:
         """A line whose step is over, to where lines go."""
         self._check_line(line)
         self.metrics.write(line.record)
-        if self.board:
-            self.board.write(line.record)
+        self.loggers.write(line.record)
         self.line.step(line.record)
 
     def _check_line(self, line: Line) -> None:
@@ -349,8 +348,7 @@ class Run:
 
     def close_metrics(self) -> None:
         self.metrics.close()
-        if self.board:
-            self.board.close()
+        self.loggers.close()
 
     def _check_finite(self, step: int, numbers: dict[str, float], cause: Callable[[], str] | None = None) -> None:
         """`cause()` says what else is known of a number that is not."""
