@@ -87,5 +87,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     run = str(write(tmp_path / "a"))
     assert main(["plot", run, run]) == 2
     assert "allowed are two or more different folders" in capsys.readouterr().err
+    assert main(["plot", run, "--by", "time"]) == 2
+    assert "--by time: allowed with two or more runs" in capsys.readouterr().err
     assert main(["plot", run, str(tmp_path / "none")]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
