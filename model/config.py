@@ -11,7 +11,8 @@ imports torch. Sources: the released configurations and V4 4.2.1.
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from .dialect import BOOKKEEPING, from_huggingface
 from .fields import LIST, build, did_you_mean, drop_fixed, means, require, settle, shown, typed, unknown
+from .folders import STATE, description, json_object, naming, read_json, using
 from .kinds import LAYER_TYPES, SLIDING, kinds_of
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -252,7 +254,7 @@ class ModelConfig:
     def load(cls, name_or_path: str | Path) -> "ModelConfig":
         """The configuration that is shipped under a name, or the one at a path.
 
-        A path is a recipe (.toml, its table [model]), a config.json, or a folder that holds one.
+        A path is a recipe (.toml, its table [model]), a config.json, the folder of a model, or that of a run.
 
         Raises:
             ValueError: neither; the message lists what is shipped.
@@ -293,7 +295,7 @@ class ModelConfig:
 
 
 def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
-    """All tables of a shipped recipe or of the one at a path; a config.json becomes its table "model".
+    """All tables of a shipped recipe, of the one at a path, or of a run's; a config.json becomes its table "model".
 
     `base = "toy"` at the top of a recipe, a shipped name or a path beside it, lays its tables over that recipe's: key
     by key, lists as a whole.
@@ -301,7 +303,15 @@ def read_recipe(name_or_path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such name or file (the message lists what is shipped), or recipes that are each other's base.
     """
+    if str(name_or_path) not in shipped():
+        with suppress(FileNotFoundError):
+            return using(name_or_path, _of_folder)
     return _over_base(recipe_file(name_or_path), ())
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    recipe = read_json(folder / STATE).get("recipe") if (folder / STATE).is_file() else None
+    return recipe if isinstance(recipe, dict) else {"model": description(folder)}
 
 
 def shipped() -> dict[str, Any]:
@@ -323,7 +333,7 @@ def recipe_file(name_or_path: str | Path, beside: Path = Path()) -> Any:
         return path
     raise ValueError(
         f"{str(name_or_path)!r} is no configuration:{did_you_mean(str(name_or_path), known)} shipped are"
-        f" {', '.join(known)}; otherwise give a .toml or .json file that exists, or a folder with a config.json"
+        f" {', '.join(known)}; otherwise give a .toml or .json file that exists, or the folder of a model or of a run"
     )
 
 
@@ -339,12 +349,12 @@ def _over_base(file: Any, above: tuple[Any, ...]) -> dict[str, Any]:
     base = values.pop("base")
     require(isinstance(base, str), f"{file}: base", base, "the name or the path of a recipe")
     found = naming(file, recipe_file, base, Path(str(file)).parent)
-    return _laid_over(_over_base(found, chain), values)
+    return laid_over(_over_base(found, chain), values)
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Both tables, inner ones too, with the values of `above` where both have one."""
-    both = {key: _laid_over(below[key], value) for key, value in above.items() if _tables(below.get(key), value)}
+    both = {key: laid_over(below[key], value) for key, value in above.items() if _tables(below.get(key), value)}
     return {**below, **above, **both}
 
 
@@ -352,41 +362,8 @@ def _tables(*values: Any) -> bool:
     return all(isinstance(value, Mapping) for value in values)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming it, where there is something else, or a key twice."""
-    return naming(path, lambda: _parse(Path(path).read_text("utf-8"), ".json")["model"])
-
-
-def naming(path: str | Path, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function gives. A TypeError or ValueError of it names the file too, in one line."""
-    try:
-        return function(*arguments)
-    except RecursionError:
-        raise ValueError(f"{path}: it is nested too deeply") from None
-    except (TypeError, ValueError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{path}: {' '.join(str(error).split())}") from error
-
-
 def _parse(text: str, suffix: str) -> dict[str, Any]:
-    if suffix == ".toml":
-        return tomllib.loads(text)
-    try:
-        found = json.loads(text, object_pairs_hook=_distinct)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is cut off, or no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{shown(found)} is no JSON object")
-    return {"model": found}
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{shown(key)} is there twice")
-        found[key] = value
-    return found
+    return tomllib.loads(text) if suffix == ".toml" else {"model": json_object(text)}
 
 
 def _store_layers(c: ModelConfig) -> None:

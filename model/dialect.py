@@ -16,10 +16,14 @@ from .fields import NONE, drop_fixed, require, shown, typed, unknown
 from .foreign import refuse_foreign
 from .kinds import HEAVY, SLIDING, SPARSE, kinds_of
 
-# Keys that describe the program that wrote or serves a configuration, not the model.
+# How a config.json says that `abyssal.hf` reads it: our names of tensors, and what transformers' own classes lack.
+OURS = {"architectures": ["AbyssalForCausalLM"], "model_type": "abyssal"}
+
+# Keys that describe the program that wrote or serves a configuration, or how far a training has come, not the model.
 BOOKKEEPING = (
     *(
         "_attn_implementation_autoset",
+        "attention_stage",
         "_name_or_path",
         "unsloth_fixed",
         "chunk_size_feed_forward",
@@ -34,6 +38,10 @@ BOOKKEEPING = (
 _THEIRS = ("compress_rates", "mlp_layer_types", "rope_parameters")  # what only transformers writes
 _OURS = ("compress_ratios", "num_hash_layers", "rope_scaling", "torch_dtype")  # what it does not know
 _ROPE = ("rope_theta", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+
+
+class NoPlace(ValueError):
+    """What transformers' own classes cannot hold."""
 
 
 def from_huggingface(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +84,12 @@ def to_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
     """`ModelConfig.to_dict()` in the keys of transformers' `DeepseekV4Config`; `from_huggingface` inverts it.
 
     Raises:
-        ValueError: what transformers cannot hold: Engram, two ratios for one kind of layer, several shared experts.
+        NoPlace: what transformers cannot hold: Engram, two ratios for one kind of layer, several shared experts.
     """
     if "engram" in values:
-        raise ValueError("the huggingface layout has no Engram: save with layout='official'")
+        raise NoPlace("transformers has no Engram: save with layout='abyssal' or 'official'")
     if values["n_shared_experts"] != 1:
-        raise ValueError(f"n_shared_experts={values['n_shared_experts']}: the huggingface layout has exactly one")
+        raise NoPlace(f"n_shared_experts={values['n_shared_experts']}: transformers has exactly one")
     layers, hashed, ratios = values["num_hidden_layers"], values["num_hash_layers"], values["compress_ratios"]
     kinds = values.get("layer_types") or kinds_of(ratios)
     theirs = {key: value for key, value in values.items() if key not in _OURS}
@@ -135,6 +143,8 @@ def _own(data: Mapping[str, Any]) -> dict[str, Any]:
     """Without bookkeeping, with the dtype and the end token under our keys."""
     require(isinstance(data, Mapping), "data", data, "a table of a config.json's keys")
     values = {key: None if value == NONE else value for key, value in data.items() if key not in BOOKKEEPING}
+    if values.get("model_type") == OURS["model_type"]:
+        drop_fixed(values, OURS)
     dtype = values.pop("dtype", None)
     if dtype is not None:
         values["torch_dtype"] = (dtype if isinstance(dtype, str) else shown(dtype)).removeprefix("torch.")
@@ -278,5 +288,5 @@ def _share(rotary: int, width: int) -> float:
 def _one_ratio(kind: str, kinds: Sequence[str], ratios: Sequence[int], default: int) -> int:
     found = {ratio for k, ratio in zip(kinds, ratios) if k == kind}
     if len(found) > 1:
-        raise ValueError(f"{kind} layers have the ratios {sorted(found)}: the huggingface layout has one for all")
+        raise NoPlace(f"{kind} layers have the ratios {sorted(found)}: transformers has one for all")
     return found.pop() if found else default

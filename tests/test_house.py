@@ -18,7 +18,7 @@ FILES = [(folder, path) for folder in MAY_IMPORT for path in sorted((ROOT / fold
 FLOORS = (
     "kernels",
     "model.fields model.foreign model.kept model.kinds model.layout model.text",
-    "model.dialect model.norm model.tables",
+    "model.dialect model.folders model.norm model.tables",
     "model.config",
     "model.disk model.hyper model.losses model.quantization model.rotary model.storage",
     "model.cache model.moe",

@@ -1,6 +1,7 @@
 """A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
 
-A run that learns a generated task has [reason] too, and one that learns it from rewards [grpo]. [schedule] says what
+A run that learns conversations has [chat] too, one that learns a generated task [reason], and one that learns it from
+rewards [grpo]. [schedule] says what
 changes on the way, [[stages]] that a run has several (train.steps is their sum then), [stability] that it looks out for
 spikes of the loss.
 
@@ -19,16 +20,20 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..model.config import ModelConfig, read_recipe
+from ..model.config import ModelConfig, laid_over, read_recipe
 from ..model.fields import LIST, NONE, build, typed, unknown
+from ..model.folders import STATE, model_folder, read_json
+from ..model.interchange import Stored
 from ..model.kinds import SPARSE
+from .data.places import STDLIB, absolute
 from .data.planted import planted_task
-from .data.tokenizers import BOS, SPECIAL_TOKENS, bpe_size
+from .data.tokenizers import BOS, SPECIAL_TOKENS, ByteTokenizer, bpe_size, load_tokenizer
 from .settings import (
     OPTIONAL,
     PLANTED,
     STAGES,
     TABLES,
+    ChatConfig,
     DataConfig,
     GrpoConfig,
     OptimConfig,
@@ -41,8 +46,10 @@ from .settings import (
     TrainConfig,
 )
 
+INIT = "init"  # data.tokenizer: that of what the run starts from
 NAMES = ("model", STAGES, *TABLES, *OPTIONAL)
 MAY_BE_NONE = (STAGES, *OPTIONAL)
+TOKENIZERS = ("bytes", INIT)  # what data.tokenizer says by name
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stages: tuple[StageConfig, ...] = ()
+    chat: ChatConfig | None = None
     planted: PlantedConfig | None = None
     stability: StabilityConfig | None = None
     reason: ReasonConfig | None = None
@@ -74,6 +82,14 @@ class Recipe:
         tables = {name: {k: _plain(v) for k, v in asdict(getattr(self, name)).items()} for name in present}
         stages = {STAGES: [asdict(stage) for stage in self.stages]} if self.stages else {}
         return {"name": self.name, "model": self.model.to_dict(), **tables, **stages}
+
+    def with_absolute_paths(self) -> "Recipe":
+        """The same with data.source, data.tokenizer and train.init from the root on, where they are existing paths."""
+        data, init = self.data, absolute(self.train.init)
+        source = data.source if data.source == STDLIB else absolute(data.source)
+        tokenizer = data.tokenizer if data.tokenizer in TOKENIZERS else absolute(data.tokenizer)
+        data = replace(data, source=source, tokenizer=tokenizer)
+        return replace(self, data=data, train=replace(self.train, init=init))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -122,6 +138,8 @@ def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
 def _check_data(recipe: Recipe) -> None:
     """The tokens of the data fit into the model's vocabulary, and [planted] belongs to a planted source."""
     model, source = recipe.model, recipe.data.source
+    if recipe.chat:
+        _check_chat(recipe)
     if source.startswith(PLANTED):
         least = planted_task(source, recipe.planted).vocabulary
         if model.vocab_size < least:
@@ -136,29 +154,68 @@ def _check_data(recipe: Recipe) -> None:
         raise ValueError(f"data.tokenizer={recipe.data.tokenizer!r}: allowed with [reason] is bytes")
     if recipe.data.tokenizer != "bytes" and size is None:
         return  # a path: what is there is checked when it is read
-    check_vocabulary(model, recipe.data.tokenizer, BOS if size is None else size - SPECIAL_TOKENS)
+    bos = BOS if size is None else size - SPECIAL_TOKENS
+    check_vocabulary(model, recipe.data.tokenizer, bos + 1, bos, bos + 1, bos + 2)
 
 
-def check_vocabulary(model: ModelConfig, tokenizer: str, bos: int) -> None:
-    """Raises ValueError unless the model has room for a tokenizer's tokens of text and its bos, and the same bos."""
-    named = f"for data.tokenizer={tokenizer!r}"
-    if model.vocab_size <= bos:
+def _check_chat(recipe: Recipe) -> None:
+    """Conversations are not also problems or a planted task, and train no tokenizer."""
+    for table in ("planted", "reason", "grpo"):
+        if getattr(recipe, table):
+            raise ValueError(f"[{table}] beside [chat]: allowed is one of them")
+    if recipe.data.source.startswith(PLANTED):
+        raise ValueError(f"data.source={recipe.data.source!r}: allowed with [chat] are conversations")
+    if bpe_size(recipe.data.tokenizer) is not None:
         raise ValueError(
-            f"model.vocab_size={model.vocab_size}: allowed is at least {bos + 1} (tokens of text and bos), {named}"
+            f"data.tokenizer={recipe.data.tokenizer!r}: allowed with [chat] is bytes, or the folder of one"
         )
-    if model.bos_token_id != bos:
-        special = f"eos_token_id is {bos + 1}, pad_token_id {bos + 2}"
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: str, least: int, bos: int, eos: int, pad: int) -> None:
+    """Raises ValueError unless the model has the rows that a tokenizer's text takes, and, where it has one, its bos."""
+    named, special = f"for data.tokenizer={tokenizer!r}", f"eos_token_id is {eos}, pad_token_id {pad}"
+    if model.vocab_size < least:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: allowed is at least {least} (tokens of text and bos), {named}"
+            f" (bos_token_id is {bos}, {special})"
+        )
+    if model.bos_token_id not in (None, bos):
         raise ValueError(f"model.bos_token_id={model.bos_token_id}: allowed is {bos}, {named} ({special})")
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe by name, or a .toml file, with `table.key=value` overrides laid over it.
 
+    A recipe without [model] learns on with the model that train.init names, and with `data.tokenizer = "init"` in its
+    tokens.
+
     Raises:
         ValueError: no such recipe, an override that is not `table.key=value`, an unknown key, or a bad value.
     """
-    values = read_recipe(name_or_path)
-    return Recipe.from_dict(apply({"name": Path(name_or_path).stem, **values}, overrides))
+    values = {"name": Path(name_or_path).stem, **read_recipe(name_or_path)}
+    return Recipe.from_dict(_started(apply(values, overrides), "model" not in values))
+
+
+def _started(values: dict[str, Any], takes_model: bool) -> dict[str, Any]:
+    """A recipe's tables with the model and the tokenizer of what it starts from, where it takes them from there."""
+    train, data = values.get("train", {}), values.get("data", {})
+    takes_tokens = data.get("tokenizer") == INIT
+    if not (takes_model or takes_tokens):
+        return values
+    if not train.get("init"):
+        what = "[model]" if takes_model else f"data.tokenizer={INIT!r}"
+        raise ValueError(f"{values['name']!r} takes {what} from the model that it starts from: give train.init=RUN")
+    folder = model_folder(train["init"])
+    if takes_tokens:
+        run = read_json(folder / STATE)["recipe"] if (folder / STATE).is_file() else {}
+        in_bytes = run.get("data", {}).get("tokenizer") == ByteTokenizer.name
+        in_bytes = in_bytes or isinstance(load_tokenizer(folder), ByteTokenizer)
+        values = {**values, "data": {**data, "tokenizer": ByteTokenizer.name if in_bytes else str(folder)}}
+    if takes_model:
+        found = Stored(folder).config.to_dict()
+        stored = {key: value for key, value in found.items() if key not in ("quantization_config", "expert_dtype")}
+        values = {**values, "model": laid_over({**stored, "torch_dtype": "float32"}, values.get("model", {}))}
+    return values
 
 
 def apply(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

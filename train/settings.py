@@ -1,7 +1,7 @@
 """The tables of a recipe beside [model]: every key with its default, its meaning and what is allowed.
 
 always there    [data] [optim] [train] [schedule]
-optional        [planted] [stability] [reason] [grpo], and [[stages]], one table each
+optional        [chat] [planted] [stability] [reason] [grpo], and [[stages]], one table each
 """
 
 from dataclasses import dataclass, field
@@ -50,19 +50,21 @@ class DataConfig(Table):
     name = "data"
     source: str = key(
         "stdlib",
-        "'stdlib' (Python's own source files, no download), a folder of text files, a file, or planted:TASK"
+        "'stdlib' (Python's own source files, no download), a file, a folder or a glob (text, .jsonl, .parquet),"
+        " hf:NAME or hf:NAME:CONFIG (Hugging Face data sets, split train), or planted:TASK"
         " (recall, selective_copy, induction, ngram_facts; see [planted])",
         "a name or a path",
         len,
     )
+    text_key: str = key("text", "field of a record that is its text; 'content' where there is none of that name")
     tokenizer: str = key(
         "bytes",
-        "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; or the folder of a trained"
-        " tokenizer",
+        "bytes; bpe:N, byte pairs with a vocabulary of N, trained on the training documents; a folder with the"
+        " tokenizer.json of another one (any of the tokenizers library); or init, that of train.init",
     )
     mapped: bool = key(
         False,
-        "keep the tokens in a file mapped into memory, for text larger than that; a trained tokenizer always does",
+        "keep the tokens in a file mapped into memory, for text larger than that; other tokens than bytes always are",
     )
     sequence_length: int = _positive(512, "tokens of a row")
     batch_size: int = _positive(8, "rows of a step")
@@ -133,7 +135,9 @@ class TrainConfig(Table):
     steps: int = _positive(1000, "optimizer steps; the learning-rate schedule is laid over them")
     minutes: float = _not_negative(0.0, "hard limit of training time, resumed parts included; 0 = none")
     seed: int = _not_negative(0, "of the initial weights and of the order of the data")
-    init: str = key("", "run or checkpoint whose weights the run starts from, of the same [model]; '' = new weights")
+    init: str = key(
+        "", "run, checkpoint or folder of weights that the run starts from, of the same [model]; '' = new weights"
+    )
     dtype: str = _choice(
         "float32",
         "float32, or bfloat16 by autocast (weights and optimizer stay float32)",
@@ -238,6 +242,16 @@ class StabilityConfig(Table):
 
 
 @dataclass(frozen=True)
+class ChatConfig(Table):
+    """[chat]: present = data.source holds conversations, of which what the assistant wrote is learnt."""
+
+    name = "chat"
+    turns: str = _choice(
+        "all", "which of the assistant's turns are learnt: all, or the last of each conversation", "last"
+    )
+
+
+@dataclass(frozen=True)
 class ReasonConfig(Table):
     """[reason]: generated problems instead of a text; present = the data are conversations about them."""
 
@@ -310,6 +324,6 @@ class PlantedConfig(Table):
 
 
 TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig, ScheduleConfig)}
-OPTIONAL = {table.name: table for table in (PlantedConfig, StabilityConfig, ReasonConfig, GrpoConfig)}
+OPTIONAL = {table.name: table for table in (ChatConfig, PlantedConfig, StabilityConfig, ReasonConfig, GrpoConfig)}
 STAGES = StageConfig.name
 PLANTED = "planted:"  # what the name of a planted source begins with

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..model import Transformer
+from .data.conversations import ChatSource
 from .data.corpus import load_corpus
 from .data.planted import PlantedSource, planted_task
 from .data.source import Source, TextSource, maps, open_tokenizer
+from .data.tokenizers import Tokenizer, load_tokenizer
 from .distributed.world import World, check, choose_device, processes
 from .reason.loop import GrpoRun
 from .reason.source import ReasonSource
@@ -16,7 +18,7 @@ from .recipe import Recipe, check_vocabulary
 from .run import checkpoint, folder, metrics, provenance
 from .run.loop import Run, Summary
 from .run.stop import Stopped, noted
-from .settings import PLANTED
+from .settings import PLANTED, ChatConfig
 
 
 def train(
@@ -29,6 +31,8 @@ def train(
     signals: bool = False,
 ) -> Summary:
     """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
+
+    Paths of the recipe are kept from the root on, so that the run can be read from any folder.
 
     `out` None is a new folder runs/NAME-DATE-TIME. A run that was killed before its first checkpoint starts over when
     it is resumed. Keys of the recipe that a resumed run has changed are told, a line each, and kept in run.json.
@@ -47,6 +51,7 @@ def train(
         OSError: a full disk, say, or ProcessLost: another process of the run ended or did not answer (a note says how
             to go on), or FolderLost: the folder was moved or removed meanwhile.
     """
+    recipe = recipe.with_absolute_paths()
     device, settings, run = choose_device(recipe.train.device), recipe.train, None
     try:
         with processes(device, settings.expert_parallel, settings.process_timeout) as world:
@@ -113,8 +118,10 @@ def _run(
     return Run(recipe, source, out, start, shown, prepare, world, held)
 
 
-def open_source(recipe: Recipe) -> Source:
-    """The source that a recipe names.
+def open_source(recipe: Recipe, tokenizer: Tokenizer | None = None, test: bool = False) -> Source:
+    """The source that a recipe names, in the tokens of data.tokenizer, or of the one that is given.
+
+    `test`: all its conversations are held out, as it is not trained on.
 
     Raises:
         FileNotFoundError: there is none.
@@ -125,7 +132,27 @@ def open_source(recipe: Recipe) -> Source:
     data, seed = recipe.data, recipe.train.seed
     if data.source.startswith(PLANTED):
         return PlantedSource(planted_task(data.source, recipe.planted), data, seed)
-    corpus = load_corpus(data.source, data.held_out_fraction, in_memory=not maps(data))
-    tokenizer = open_tokenizer(data.tokenizer, corpus)
-    check_vocabulary(recipe.model, data.tokenizer, tokenizer.bos)
+    if recipe.chat is not None:
+        return _chat_source(recipe, recipe.chat, tokenizer or load_tokenizer(data.tokenizer), test)
+    corpus = load_corpus(data.source, data.held_out_fraction, not maps(data), data.text_key)
+    tokenizer = tokenizer or open_tokenizer(data.tokenizer, corpus)
+    _check_tokens(recipe, tokenizer)
     return TextSource(corpus, tokenizer, data, seed)
+
+
+def _chat_source(recipe: Recipe, chat: ChatConfig, tokenizer: Tokenizer, test: bool) -> ChatSource:
+    data = recipe.data
+    _check_tokens(recipe, tokenizer)
+    least = max(tokenizer.special.values()) + 1
+    if recipe.model.vocab_size < least:
+        raise ValueError(
+            f"model.vocab_size={recipe.model.vocab_size}: allowed with [chat] is at least {least}, which holds the"
+            f" special tokens of the chat format, for data.tokenizer={data.tokenizer!r}"
+        )
+    lengths = {stage.sequence_length or data.sequence_length for stage in recipe.stages} or {data.sequence_length}
+    return ChatSource(data, chat, tokenizer, recipe.train.seed, lengths, test)
+
+
+def _check_tokens(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.bos, tokenizer.eos, tokenizer.pad
+    check_vocabulary(recipe.model, recipe.data.tokenizer, tokenizer.least, *ids)

@@ -4,7 +4,9 @@ names           under which names a layout stores our tensors
 formats         the released number formats of weights
 files           safe reading and writing of a folder
 place           a new folder in the place of the old one, all or nothing
+parts           what several processes wrote of one model
 counts          what is believed only when tensors bear it out
+about           what else a folder says of its model
 families        what differs between V4 and its lineage
 
 Reading and writing go tensor by tensor: memory holds the model and one shard.
@@ -19,14 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..folders import described_in, description, model_folder, naming, using
 from ..foreign import refuse_foreign
 from ..kept import kept
 from ..tables import row_tables
-from . import formats
+from . import about, formats
 from .counts import check_counts, check_numbers
 from .families import Config, Family, family_of, family_of_model
-from .files import CONFIG, Folder, Header, write
+from .files import Folder, Header, write
 from .names import LAYOUTS, Index, listed
+from .place import tidy
 
 if TYPE_CHECKING:
     from ..lineage import LineageTransformer
@@ -44,7 +48,8 @@ def load_pretrained(
 ) -> "Transformer | LineageTransformer":
     """The model in a folder with config.json and safetensors shards, in any layout, quantised as released or not.
 
-    Which generation it is, V4, V3.2 or V3, says `model_type` in config.json.
+    The folder may be a checkpoint of `abyssal train`, or the folder of a run: then it is the run's newest. Which
+    generation it is, V4, V3.2 or V3, says `model_type` in config.json.
 
     Tensors go one by one to `device` (default: the CPU). `dtype` None keeps the file's types, with bfloat16 for
     quantised tensors, which holds them exactly; otherwise floating tensors are cast. Norms, mHC, sinks, slot biases and
@@ -52,17 +57,30 @@ def load_pretrained(
     tables are among the weights, also inside `row_tables`.
 
     Raises:
-        FileNotFoundError: the folder has no config.json or no safetensors weights, or a shard is missing.
+        FileNotFoundError: the folder has no config.json or no safetensors weights and is no run, or a shard is missing.
         ValueError: names of no known layout; missing or unexpected tensors (up to ten of each are named); a tensor of
             another shape or dtype; an expert that does not exist; a broken file or index; pickled weights; a
             configuration that is refused.
     """
-    stored = Stored(folder)
-    model = _empty(stored.family, stored.config)
-    state = {name: stored.tensor(name, dtype, torch.device(device or "cpu")) for name in stored.in_file_order()}
-    stored.folder.close()
-    model.load_state_dict(state, assign=True)
-    return model
+
+    def load(found: Path) -> "Transformer | LineageTransformer":
+        stored = Stored(found)
+        model = _empty(stored.family, stored.config)
+        state = {name: stored.tensor(name, dtype, torch.device(device or "cpu")) for name in stored.in_file_order()}
+        stored.folder.close()
+        model.load_state_dict(state, assign=True)
+        if stored.stage != about.SPARSE:
+            model.attention_stage = stored.stage
+        return model
+
+    return using(folder, load, located)
+
+
+def located(path: str | Path) -> Path:
+    """The folder of weights that a path means. Raises FileNotFoundError where there is none."""
+    if not Path(path).exists():
+        tidy(Path(os.path.realpath(path)))
+    return model_folder(path)
 
 
 def save_pretrained(
@@ -73,10 +91,13 @@ def save_pretrained(
     *,
     weights: str = "exact",
 ) -> None:
-    """Writes config.json and safetensors shards of about `max_shard_size` bytes at most (one tensor at least).
+    """Writes config.json, generation_config.json and safetensors shards of about `max_shard_size` bytes at most (one
+    tensor at least).
 
-    "huggingface" can be read by transformers' `DeepseekV4ForCausalLM.from_pretrained`, "official" has DeepSeek's names.
-    The folder is replaced as a whole, once all is on the disk; other files in it stay.
+    "huggingface" can be read by transformers: as its own `DeepseekV4ForCausalLM`, or, what that has no place for
+    (Engram, several ratios of one kind of layer, several shared experts, a dense stage), in the layout "abyssal".
+    "abyssal" has our own names, as the checkpoints of runs; transformers reads it once `abyssal.hf` is imported.
+    "official" has DeepSeek's names. The folder is replaced as a whole, once all is on the disk; other files in it stay.
 
     Args:
         weights: "exact"; or quantised as released, in the official layout only: "fp8" (base models) or "fp4" (FP4
@@ -97,6 +118,7 @@ def save_pretrained(
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()},
         lambda name, index: state[name][index].detach().to("cpu", copy=True),  # weights may share memory
         (layout, weights, max_shard_size),
+        getattr(plain, "attention_stage", about.SPARSE),
     )
 
 
@@ -109,7 +131,8 @@ def convert_pretrained(
     *,
     weights: str = "exact",
 ) -> None:
-    """Writes the checkpoint in folder `source` anew to `target`, without a model: memory holds one shard.
+    """Writes the checkpoint in folder `source` (or a run's newest) anew to `target`, without a model: memory holds one
+    shard. The tokenizer's files come along.
 
     Raises:
         ValueError, OSError: as `load_pretrained` and `save_pretrained`; or both folders are the same.
@@ -119,7 +142,8 @@ def convert_pretrained(
     stored = Stored(source)
     kinds = {name: (shape, stored.dtype(name, dtype)) for name, shape in stored.shapes.items()}
     get = lambda name, index: stored.tensor(name, dtype, index=index)  # noqa: E731
-    _save(target, stored.family, stored.config, kinds, get, (layout, weights, max_shard_size))
+    how = (layout, weights, max_shard_size)
+    _save(target, stored.family, stored.config, kinds, get, how, stored.stage, about.carried(stored.folder.path))
 
 
 class Stored:
@@ -130,16 +154,18 @@ class Stored:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Folder(folder)
+        self.folder = Folder(located(folder))
         with self.folder.unchanged():
             self._understand(self.folder.headers)
 
     def _understand(self, headers: Mapping[str, Header]) -> None:
         """Whose tensors they are, and in which parts they are stored."""
-        self.family = family_of(self.folder.path / CONFIG)
+        path = self.folder.path
+        told = description(path)
+        self.family, self.stage = family_of(told), told.get("attention_stage", about.SPARSE)
         self.layout = self.family.layout_of(headers)
-        refuse_foreign(str(self.folder.path), headers)
-        self.config = self.family.load(self.folder.path / CONFIG, headers)
+        refuse_foreign(str(path), headers)
+        self.config = naming(described_in(path), self.family.load, told, headers)
         check_counts(self.config, headers)
         self.shapes, self._is_float, self._kept = _shapes(self.family, self.config)
         self.scales = {
@@ -282,6 +308,8 @@ def _save(
     kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     get: Callable[[str, Index], Tensor],
     how: tuple[str, str, float],
+    stage: str = about.SPARSE,
+    others: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes our tensors, of these shapes and dtypes, in the layout, number format and shard size that `how` says."""
     layout, weights, limit = how
@@ -291,9 +319,12 @@ def _save(
         raise ValueError(f"weights={weights!r}: allowed are {', '.join(map(repr, formats.WEIGHTS))}")
     if weights != "exact" and layout != "official":
         raise ValueError(f"weights={weights!r}: the {layout} layout holds exact weights only; use layout='official'")
+    if layout == "official" and stage != about.SPARSE:
+        raise ValueError(f"attention_stage={stage!r}: allowed with layout='official' is {about.SPARSE!r}")
     if not limit >= 1:
         raise ValueError(f"max_shard_size={limit}: allowed are bytes, 1 or more")
-    written = family.written(config, layout, weights, str(kinds["embed.weight"][1]).removeprefix("torch."))
+    dtype = str(kinds["embed.weight"][1]).removeprefix("torch.")
+    layout, written = about.config(family, config, layout, weights, dtype, stage)
     places = {part: (name, place) for name in kinds for part, place in family.sources(name, config, layout).items()}
 
     def make(part: str) -> dict[str, Tensor]:
@@ -310,7 +341,7 @@ def _save(
             held = 0
         shards[-1].append(part)
         held += size
-    write(folder, written, shards, make)
+    write(folder, written, shards, make, {about.GENERATION: about.generation(config), **(others or {})})
 
 
 def plan(

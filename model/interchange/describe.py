@@ -20,12 +20,13 @@ def describe(folder: str | Path, free: int | None = None) -> str:
     """
     stored = Stored(folder)
     headers = stored.folder.headers
-    files = {header.file for header in headers.values()}
+    files = stored.folder.files()
     kinds: Counter[str] = Counter()
     for header in headers.values():
         kinds[header.dtype] += math.prod(header.shape)
     parameters = sum(math.prod(shape) for shape in stored.shapes.values())
     rows = [
+        ("folder", str(stored.folder.path)),
         ("model", stored.config.to_dict().get("model_type", "")),
         ("layout", stored.layout + (", quantised" if stored.scales else "")),
         ("files", f"{len(files)}, {_gib(stored.folder.nbytes())}"),

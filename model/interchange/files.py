@@ -1,8 +1,9 @@
 """Folders of safetensors files: what they hold, tensor by tensor, and writing a new one whole or not at all.
 
-    DIR/config.json
+    DIR/config.json                             and generation_config.json
         model.safetensors                       or model-00001-of-00003.safetensors, ... and
         model.safetensors.index.json            {"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}
+        model/shard-00001-model-*.safetensors   or, of a run of several processes, what each of them held
 
 An index decides: each tensor is read from the file that it names for it. What else lies in the folder, other copies and
 tensors that it does not list included, is not read. transformers reads `model.safetensors` before it looks for an
@@ -25,12 +26,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import read_json
 from ..disk import flush, write_tensors
+from ..folders import CONFIG, described_in, read_json
 from . import place
 from .names import Index, listed
+from .parts import Part, joined, parts_of, whole_shape
 
-CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, SHARDS, PARTS = "model.safetensors", "model.safetensors.index.json", "model"
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -57,17 +59,22 @@ class Folder:
         self.path = Path(path)
         if not self.path.exists():
             place.tidy(Path(os.path.realpath(self.path)))
-        if not (self.path / CONFIG).is_file():
-            raise FileNotFoundError(f"{self.path} has no {CONFIG}")
+        described_in(self.path)
         self._open: tuple[Path, str, Any] | None = None
         self._written = self._stamp()
         self.headers: dict[str, Header] = {}
+        self._parts: dict[str, list[Part]] = {}
         with self.unchanged():
             self._read_headers()
 
     def nbytes(self) -> int:
         """Bytes of the weight files."""
-        return sum(file.stat().st_size for file in {header.file for header in self.headers.values()})
+        return sum(file.stat().st_size for file in self.files())
+
+    def files(self) -> set[Path]:
+        """Those that hold the weights."""
+        kept = {part.file for parts in self._parts.values() for part in parts}
+        return kept or {header.file for header in self.headers.values()}
 
     def read(self, name: str, index: Index = (), device: torch.device | str = "cpu") -> Tensor:
         """A tensor, or a part of it; on a CPU it is the file's memory, not a copy. One file is open at a time.
@@ -75,6 +82,9 @@ class Folder:
         Raises:
             ValueError: the folder was replaced by another one since its headers were read.
         """
+        if name in self._parts:
+            with self.unchanged():
+                return joined(name, self._parts[name], _opened)[index].to(device)
         file = self.headers[name].file
         if self._open is None or self._open[:2] != (file, str(device)):
             self._open = None  # the last file is closed before the next is mapped
@@ -103,12 +113,18 @@ class Folder:
     def _stamp(self) -> tuple[int, ...]:
         """Another number after every save: each writes its own config.json."""
         try:
-            found = (self.path / CONFIG).stat()
+            found = described_in(self.path).stat()
         except FileNotFoundError:  # between the two renames of a save
             return ()
         return found.st_dev, found.st_ino, found.st_mtime_ns
 
     def _read_headers(self) -> None:
+        if (self.path / PARTS).is_dir() and not (self.path / WEIGHTS).exists():
+            self._parts = parts_of(self.path / PARTS, _opened)
+            self.headers = {
+                name: Header(parts[0].file, parts[0].dtype, whole_shape(parts)) for name, parts in self._parts.items()
+            }
+            return
         places = self._weight_map()
         for file in sorted(set(places.values())) or [WEIGHTS]:
             found = _headers(self.path / file)
@@ -164,8 +180,10 @@ def write(
     config: Mapping[str, Any],
     shards: list[list[str]],
     make: Callable[[str], Mapping[str, Tensor]],
+    others: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes config.json and a file for each shard, of what `make` returns for the names listed.
+    """Writes config.json and a file for each shard, of what `make` returns for the names listed, and other
+    files by name.
 
     The new folder takes the place of the old one as a whole (`place`), whose other files it keeps.
 
@@ -186,6 +204,8 @@ def write(
             total += sum(tensor.nbytes for tensor in held.values())
         if len(shards) > 1:
             _write_json(new / SHARDS, {"metadata": {"total_size": total}, "weight_map": places})
+        for name, contents in (others or {}).items():
+            (new / name).write_bytes(contents)
         for path in new.iterdir():
             flush(path)
         _keep_others(Path(folder), new)
@@ -194,7 +214,7 @@ def write(
 def _keep_others(folder: Path, new: Path) -> None:
     """Whatever else the folder holds, as further links to the same files."""
     for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name == CONFIG or _OURS.fullmatch(entry.name):
+        if (new / entry.name).exists() or _OURS.fullmatch(entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=place.link)

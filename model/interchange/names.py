@@ -4,6 +4,8 @@
     official       layers.0.attn.wq_a.weight, mtp.0.*                    DeepSeek, and here
     huggingface    model.layers.0.self_attn.q_a_proj.weight              transformers with its own names, and here
     hybrid         model.layers.0.attn.wq_a.weight                       transformers by default
+    abyssal        layers.0.attn.wq_a.weight, layers.0.ffn.experts.w13   here: our own, in checkpoints of runs and for
+                                                                         what transformers has no place for
 
 This project's model stacks an expert layer's matrices (w13: W1 above W3, for all experts), the release stores them one
 by one; everything else differs in name only. transformers has no place for the MTP block and ignores `mtp.*`: it is
@@ -15,10 +17,15 @@ from collections.abc import Iterable
 
 from ..config import ModelConfig
 
-LAYOUTS = ("huggingface", "official")  # that are written
+LAYOUTS = ("huggingface", "official", "abyssal")  # that are written
 Index = tuple[int | slice, ...]
 
-_MARKS = {"lm_head.weight": "huggingface", "model.embed_tokens.weight": "hybrid", "embed.weight": "official"}
+_MARKS = {
+    "lm_head.weight": "huggingface",
+    "model.embed_tokens.weight": "hybrid",
+    "hc_head.fn": "abyssal",
+    "embed.weight": "official",
+}
 _SHARED_COPIES = re.compile(r"mtp\.\d+\.(emb\b.*|embed\b.*|head\.weight)$")
 
 _BLOCK = {
@@ -66,6 +73,8 @@ def sources(name: str, config: ModelConfig, layout: str) -> dict[str, Index]:
     Raises:
         ValueError: the layout has no name for it.
     """
+    if layout == "abyssal":
+        return {name: ()}
     if name.startswith("mtp."):
         layout = "official"
     parts = _parts(name, config, fused=layout == "huggingface")

@@ -11,9 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..config import DTYPES, RopeScaling, check_quantization, naming, read_json
+from ..config import DTYPES, RopeScaling, check_quantization
 from ..dialect import BOOKKEEPING, first_kinds, lineage_from_huggingface
 from ..fields import build, drop_fixed, require, settle, shown
+from ..folders import naming, read_json
 
 KINDS = ("deepseek_v3", "deepseek_v32")
 SHIPPED = ("v3", "v3.2")

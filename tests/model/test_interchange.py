@@ -25,7 +25,7 @@ from abyssal.model.interchange.names import sources
 from abyssal.model.kinds import HEAVY, SLIDING, SPARSE
 from abyssal.model.transformer import Transformer
 
-LAYOUTS = ("official", "huggingface")
+LAYOUTS = ("official", "huggingface", "abyssal")
 
 
 def tiny(**changes) -> ModelConfig:
@@ -92,9 +92,11 @@ def test_official_layout_holds_engram(tmp_path):
     config = replace(tiny(), engram=EngramConfig(layers=(1,), head_dim=4, vocab_size=11, heads=2))
     state = made_up(config, {1: len(Transformer(config).layers[1].engram.table.weight)})
     assert_equal(read(write(tmp_path / "x", config, "official", state), config), state)
-    with pytest.raises(ValueError, match="no Engram: save with layout='official'"):
-        write(tmp_path / "y", config, "huggingface", state)
-    assert not (tmp_path / "y").exists()
+    for layout in ("huggingface", "abyssal"):  # what transformers' own class cannot hold has our names
+        folder = write(tmp_path / layout, config, layout, state)
+        assert json.loads((folder / "config.json").read_text("utf-8"))["model_type"] == "abyssal"
+        assert Stored(folder).layout == "abyssal"
+        assert_equal(read(folder, config), state)
 
 
 def test_official_names():
@@ -629,7 +631,8 @@ def test_saving_again_replaces_weights_and_keeps_other_files(tmp_path):
     (folder / "tokenizer.json").write_text("{}", "utf-8")
     other = {name: tensor + tensor.is_floating_point() for name, tensor in made_up(config).items()}
     write(folder, config, "huggingface", other)
-    assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    kept = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {f.name for f in folder.iterdir()} == kept
     assert_equal(read(folder, config), other)
     write(folder, config, "official", limit=4096)
     assert not (folder / "model.safetensors").exists()
@@ -701,7 +704,8 @@ def test_a_save_follows_links_and_keeps_them(tmp_path):
     (tmp_path / "link" / "other").symlink_to("nowhere")
     write(tmp_path / "link", tiny(), "official")
     assert (tmp_path / "link").is_symlink() and {path.name for path in (tmp_path / "far").iterdir()} == {"x"}
-    assert {path.name for path in (tmp_path / "far/x").iterdir()} == {"config.json", "model.safetensors", "other"}
+    kept = {"config.json", "generation_config.json", "model.safetensors", "other"}
+    assert {path.name for path in (tmp_path / "far/x").iterdir()} == kept
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -863,7 +867,7 @@ def test_configurations_that_are_not_v4_are_refused(changes, words):
 @pytest.mark.parametrize(
     "config, words",
     [
-        (tiny(n_shared_experts=2), r"n_shared_experts=2: the huggingface layout has exactly one"),
+        (tiny(n_shared_experts=2), r"n_shared_experts=2: transformers has exactly one"),
         (tiny(compress_ratios=[0, 4, 8, 8]), rf"{SPARSE} layers have the ratios \[4, 8\]"),
     ],
 )

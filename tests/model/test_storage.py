@@ -7,6 +7,7 @@ float64: there no difference in the last bit decides a rounding.
 import math
 import random
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -376,11 +377,11 @@ def test_generation(single):
 def test_the_command_passes_it_on(single, monkeypatch, capsys):
     from abyssal.train import cli
     from abyssal.train.data.tokenizers import ByteTokenizer
-    from abyssal.train.run import checkpoint, load
+    from abyssal.train.run import load
 
+    loaded = load.Loaded(Path("run"), single, ByteTokenizer(), None)
     made, original = [], Transformer.new_cache
-    monkeypatch.setattr(load, "load_trained", lambda _: (single, None))
-    monkeypatch.setattr(checkpoint, "tokenizer_of", lambda _: ByteTokenizer())
+    monkeypatch.setattr(load, "open_model", lambda *_, **__: loaded)
     monkeypatch.setattr(Transformer, "new_cache", lambda *args, **kw: made.append(original(*args, **kw)) or made[-1])
     for words in ([], ["--storage", "released"]):
         assert cli.main(["generate", "run", "--prompt", "a", "--max-new-tokens", "2", *words]) == 0

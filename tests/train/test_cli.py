@@ -213,7 +213,7 @@ def test_a_full_memory_is_one_line(words, capsys, monkeypatch):
     def refuse(path):
         raise RuntimeError(words)
 
-    monkeypatch.setattr("abyssal.train.run.checkpoint.find", refuse)
+    monkeypatch.setattr("abyssal.train.run.load.located", refuse)
     assert main(["generate", "somewhere"]) == 2
     said = capsys.readouterr().err
     assert said == f"abyssal generate: not enough memory: {words}\n".replace("you\n", "you ")

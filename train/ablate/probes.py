@@ -19,13 +19,15 @@ def acceptance(model: Transformer, recipe: Recipe) -> dict[str, float]:
     given an untrained one: what drafts are accepted by chance.
     """
     from ..data.corpus import load_corpus
-    from ..data.tokenizers import BOS
+    from ..data.source import open_tokenizer
     from ..evaluate.speculation import compare
 
     model = model if model.mtp else _with_untrained_module(model)
-    documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out
+    corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction, text_key=recipe.data.text_key)
+    documents, tokenizer = corpus.held_out, open_tokenizer(recipe.data.tokenizer, corpus)
     chosen = documents[:: max(1, len(documents) // PROMPTS)][:PROMPTS]
-    found = compare(model, [[BOS, *document.text[:PROMPT_BYTES]] for document in chosen], TOKENS)
+    prompts = [[tokenizer.bos, *tokenizer.encode_bytes(document.text[:PROMPT_BYTES])] for document in chosen]
+    found = compare(model, prompts, TOKENS)
     return {"acceptance": found.acceptance_rate, "same_tokens": float(found.differs is None)}
 
 

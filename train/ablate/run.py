@@ -23,8 +23,8 @@ import torch
 from filelock import FileLock
 
 from ...model import Transformer
-from ...model.config import read_json
 from ...model.disk import write_json
+from ...model.folders import read_json
 from ..run import checkpoint, metrics, provenance
 from ..run.tables import places
 from ..start import never_saved, train
@@ -84,7 +84,8 @@ def _check_contents(planned: Sequence[Job], results: Sequence[dict[str, Any]], r
     first: dict[str, tuple[str, str]] = {}
     for job, result in zip(planned, results):
         digest = result["provenance"]["data"]["digest"]
-        key, known = first.setdefault(f"{job.recipe.data} {job.recipe.planted} {job.recipe.reason}", (job.key, digest))
+        asked = f"{job.recipe.data} {job.recipe.chat} {job.recipe.planted} {job.recipe.reason}"
+        key, known = first.setdefault(asked, (job.key, digest))
         if known != digest:
             there = f"{str(runs / key)!r} and {str(runs / job.key)!r}"
             raise ValueError(f"{there} have read other contents of {job.recipe.data.source!r}: remove the older one")

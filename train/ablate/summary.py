@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...model.config import read_json
+from ...model.folders import read_json
 from .suite import Arm, Job, Suite
 from .verdict import Spread, judge
 

@@ -4,40 +4,41 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import Command, checkpoint_argument, flag
+from .options import Command, checkpoint_argument, flag, tokenizer_argument
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint_argument(parser)
-    flag(parser, "--rows", int, None, "held-out rows to read; 0 = all", "as in the recipe")
-    flag(parser, "--source", str, None, "'stdlib', a folder or a text file", "as in the recipe")
+    tokenizer_argument(parser)
+    flag(parser, "--rows", int, None, "held-out rows to read; 0 = all", "as in the run's recipe, else 128")
+    flag(parser, "--length", int, None, "tokens of a row", "as in the run's recipe, else 512")
+    text = "held-out part of other data: what data.source takes; of conversations that are not the recipe's, all"
+    flag(parser, "--source", str, None, text, "as in the run's recipe, else stdlib")
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     import torch
 
+    from ..data.conversations import ChatSource
     from ..data.source import TextSource
-    from ..run.checkpoint import find, tokenizer_of
-    from ..run.load import load_trained
+    from ..run.load import open_model
     from ..start import open_source
     from ..talk.terminal.visible import shown
 
-    tokenizer_of(options.checkpoint)  # a model that spells no text is an error before its weights are read
-    model, recipe = load_trained(options.checkpoint)
-    data = replace(recipe.data, source=options.source or recipe.data.source)
-    data = replace(data, held_out_rows=data.held_out_rows if options.rows is None else options.rows)
-    if data.tokenizer != "bytes":
-        data = replace(data, tokenizer=str(find(options.checkpoint)))
-    source = open_source(replace(recipe, data=data, reason=None, grpo=None))
-    if not isinstance(source, TextSource):
-        raise ValueError(f"source={data.source!r}: allowed are texts")
-    scores, rows = source.evaluate(model, getattr(torch, recipe.train.dtype)), source.held_out
+    loaded = open_model(options.checkpoint, tokenizer=options.tokenizer)
+    given = {"source": options.source, "held_out_rows": options.rows, "sequence_length": options.length}
+    recipe = loaded.learning(**{key: value for key, value in given.items() if value is not None})
+    own = loaded.recipe.with_absolute_paths().data.source if loaded.recipe else None
+    source = open_source(recipe, loaded.tokenizer, test=own not in (None, recipe.data.source))
+    scores = source.evaluate(loaded.model, getattr(torch, recipe.train.dtype))
     print(shown(source.describe(), sys.stdout))
-    print(f"held-out bytes           {source.held_out_bytes():,} in {len(rows.rows)} of {rows.stream.rows} rows")
-    print(f"held-out bits per byte   {scores['held_out']:.4f}")
-    print(f"trigram, same bytes      {scores['trigram']:.4f}")
+    if isinstance(source, TextSource):
+        rows = source.held_out
+        print(f"{'held-out bytes':<24} {source.held_out_bytes():,} in {len(rows.rows)} of {rows.stream.rows} rows")
+    if isinstance(source, ChatSource):
+        print(f"{'held-out answers':<24} {source.held_out.learnt():,} tokens in {len(source.held_out.rows)} rows")
+    for label, text in source.report(scores).items():
+        print(f"{label:<24} {text}")
 
 
 def _needle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,7 @@ COMMANDS = {
     "eval": Command(
         _eval,
         _eval_arguments,
-        "Held-out bits per byte of a trained model, beside a trigram model's",
+        "What a model scores on held-out data: bits per byte beside a trigram model's, or per token of answers, ...",
         "abyssal eval runs/toy-20260101-120000 --rows 0",
     ),
     "eval needle": Command(

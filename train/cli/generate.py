@@ -5,11 +5,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
-from .options import Command, checkpoint_argument, flag
+from .options import Command, checkpoint_argument, flag, tokenizer_argument
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint_argument(parser)
+    tokenizer_argument(parser)
     flag(parser, "--prompt", str, "", "text to continue", "'', the start of a document")
     flag(parser, "--max-new-tokens", int, 256, "tokens to write")
     flag(parser, "--temperature", float, 0.8, "divides the logits; 0 = always the likeliest")
@@ -31,14 +32,13 @@ def _generate(options: argparse.Namespace) -> None:
 
     from ...model import generate
     from ...model.generation.generate import Generation
-    from ..run.checkpoint import tokenizer_of
-    from ..run.load import load_trained
+    from ..run.load import open_model
     from ..talk.terminal.visible import shown
 
     if "" in options.stop:
         raise ValueError("stop='': at least one character is needed")
-    tokenizer = tokenizer_of(options.checkpoint)
-    model, _ = load_trained(options.checkpoint)
+    loaded = open_model(options.checkpoint, tokenizer=options.tokenizer)
+    model, tokenizer = loaded.model, loaded.spelling()
     end = [] if model.config.eos_token_id is None else [model.config.eos_token_id]
     ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(options.prompt)]], device=next(model.parameters()).device)
     tokens = cast(
@@ -60,7 +60,7 @@ def _generate(options: argparse.Namespace) -> None:
         ),
     )
     print(shown(options.prompt, sys.stdout), end="", flush=True)
-    for text in _until(options.stop, tokenizer.decode_stream(map(int, tokens))):
+    for text in _until(options.stop, tokenizer.decode_stream(map(int, tokens), continues=bool(options.prompt))):
         print(shown(text, sys.stdout), end="", flush=True)
     print()
     print(tokens.stats, file=sys.stderr)

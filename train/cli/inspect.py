@@ -38,7 +38,7 @@ def _beside(path: Path) -> Path:
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "shipped name (also v3, v3.2), .toml or .json file, or a folder with config.json (str)"
+    text = "shipped name (also v3, v3.2), .toml or .json file, run, checkpoint, or folder with config.json (str)"
     parser.add_argument("name", metavar="NAME", help=text)
     flag(parser, "--context", str, "0", "tokens before the current one, for FLOPs and cache, such as 4096, 128K or 1M")
     flag(parser, "--gpu", str, None, "estimate training and serving: a100, h100, rtx4090, mi300x, ...", "no estimate")
@@ -60,11 +60,12 @@ def _info(options: argparse.Namespace) -> None:
 
         print(plan(load_recipe(options.name)))
         return
+    from ...model.folders import model_folder
     from ..measure import cost
 
     context, folder = cost.count(options.context), Path(options.name)
     length = None if options.length is None else cost.count(options.length)
-    if folder.is_dir() and list(folder.glob("*.safetensors*")):
+    if folder.is_dir() and list(model_folder(folder).glob("**/*.safetensors*")):
         import torch
 
         from ...model.interchange.describe import describe
@@ -105,9 +106,12 @@ def _rules(name: str, rule: str) -> str:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder with config.json and safetensors (path)")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="run, checkpoint, or folder of weights (path)")
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write (path)")
-    flag(parser, "--layout", str, "huggingface", "tensor names: huggingface (transformers') or official (DeepSeek's)")
+    text = (
+        "tensor names: huggingface (transformers' own, or where that lacks something ours), official (DeepSeek's), or"
+    )
+    flag(parser, "--layout", str, "huggingface", f"{text} abyssal (ours, which transformers reads with abyssal.hf)")
     flag(parser, "--weights", str, "exact", "exact; or in the official layout fp8, or fp4 (experts FP4, others FP8)")
     flag(parser, "--dtype", str, None, "bfloat16, float16 or float32 of what is not quantised", "as stored")
     flag(parser, "--max-shard-size", float, 5e9, "bytes of a file")
@@ -144,6 +148,6 @@ COMMANDS = {
         _convert,
         _convert_arguments,
         "Write a checkpoint anew in another layout or number format",
-        "abyssal convert checkpoint converted --layout official --weights fp4",
+        "abyssal convert runs/toy-20260101-120000 exported",
     ),
 }

@@ -34,5 +34,9 @@ def width() -> int:
 
 
 def checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    text = "checkpoint folder, or folder of a run: its newest (path)"
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=text)
+    text = "run (its newest checkpoint), checkpoint, or folder with config.json and safetensors (path)"
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help=text)
+
+
+def tokenizer_argument(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "--tokenizer", str, None, "bytes, or a folder or tokenizer.json", "the model's own")

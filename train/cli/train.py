@@ -37,6 +37,11 @@ def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:
     from ..run import checkpoint
     from ..start import never_saved
 
+    if options.recipe and Path(options.recipe).is_dir():
+        raise ValueError(
+            f"RECIPE={options.recipe!r} is a folder: to go on with a run give --resume {options.recipe}; to start from"
+            f" its weights give a recipe and --set train.init={options.recipe} (finetune on text, sft on chats)"
+        )
     if options.resume is None:
         if options.recipe is None:
             raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")

@@ -1,7 +1,7 @@
 """Held-out bits per byte, of a model and of the trigram baseline, on the same bytes.
 
-bits per byte = Σ -ln p(token) / (ln 2 · bytes)     over all targets of the chosen rows, and the bytes that they stand
-                                                    for; bos is never a target
+bits per byte = Σ -ln p(token) / (ln 2 · bytes)     over all targets of the chosen rows, and the bytes of the documents
+                                                    that they are made of; bos is never a target
 """
 
 import math
@@ -9,45 +9,54 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from .corpus import AnyDocument, Corpus
-from .rows import IGNORED, HeldOut, Stream
+from .rows import Batch, HeldOut, Stream
 from .trigram import Trigram
 
 TRIGRAM_BYTES = 1 << 25  # of a corpus that may be larger than memory
 
 
-@torch.no_grad()
 def bits_per_byte(
     model: nn.Module,
     held_out: HeldOut,
     batch_size: int,
     dtype: torch.dtype = torch.float32,
-    sizes: Tensor | None = None,
+    sizes: np.ndarray | None = None,
 ) -> float:
     """The model's bits per byte on the held-out rows, each row on its own; leaves the model in the mode it was in.
 
-    `sizes`: bytes that each token stands for; None = one.
+    `sizes`: bytes that each token of the held-out stream is made of; None = one.
     """
+    return total_bits(model, held_out.batches(batch_size), dtype) / count_bytes(held_out, sizes)
+
+
+@torch.no_grad()
+def total_bits(model: nn.Module, batches: list[Batch], dtype: torch.dtype = torch.float32) -> float:
+    """The bits of all targets; leaves the model in the mode it was in."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nats, count = 0.0, 0
-    for batch in held_out.batches(batch_size):
+    nats = 0.0
+    for batch in batches:
         batch = batch.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(batch.ids, documents=batch.documents).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
         nats += losses.item()
-        targets = batch.targets[batch.targets != IGNORED].cpu()
-        count += len(targets) if sizes is None else int(sizes[targets].sum())
     model.train(was_training)
-    return nats / math.log(2) / count
+    return nats / math.log(2)
 
 
-def trigram_bits_per_byte(corpus: Corpus, held_out: HeldOut, sizes: Tensor | None = None) -> float:
+def count_bytes(held_out: HeldOut, sizes: np.ndarray | None = None) -> int:
+    """Bytes that the held-out targets are made of."""
+    targets = held_out.target_positions()
+    return len(targets) if sizes is None else int(sizes[targets].sum(dtype=np.int64))
+
+
+def trigram_bits_per_byte(corpus: Corpus, held_out: HeldOut, sizes: np.ndarray | None = None) -> float:
     """The trigram model of the training documents on the same bytes, with its two bytes of context always at hand.
 
     With `sizes` (as of `bits_per_byte`) the model counts the first TRIGRAM_BYTES of the training documents at most.
@@ -60,10 +69,9 @@ def trigram_bits_per_byte(corpus: Corpus, held_out: HeldOut, sizes: Tensor | Non
     return float(bits[_bytes_of(held_out, sizes)].mean())
 
 
-def _bytes_of(held_out: HeldOut, sizes: Tensor) -> np.ndarray:
+def _bytes_of(held_out: HeldOut, sizes: np.ndarray) -> np.ndarray:
     """Where the bytes of the rows' targets lie in the stream of bytes: in both streams bos takes one place."""
-    tokens = np.asarray(held_out.stream.tokens, np.int64)
-    places = np.where(tokens == held_out.stream.bos, 1, sizes.numpy()[np.minimum(tokens, len(sizes) - 1)])
+    places = sizes.astype(np.int64) + (np.asarray(held_out.stream.tokens) == held_out.stream.bos)
     starts = np.cumsum(places) - places
     targets = held_out.target_positions()
     within = np.arange(int(places[targets].sum())) - np.repeat(

@@ -1,23 +1,30 @@
-"""The corpus: documents of bytes, split into training and held-out documents by name alone.
+"""The corpus: documents of bytes, split into training and held-out documents by their names or contents alone.
 
 The default needs no download: the source files of the Python standard library (about 500 documents, 9 MB). A path to a
-folder (one document per text file) or to one text file (cut at line ends) works the same way. The split depends only on
-the documents' names and lengths, never on a seed, so that runs with different seeds are held against the same bytes.
-A corpus is held in memory, or is names and places only, for text that is larger than that.
+folder (one document per text file) or to one text file (cut at line ends) works the same way, and so do records, one
+document each (`records.py`; `places.py` says what else a source may be). Files are held out by their names and lengths,
+records by their content, never by a seed, so that runs with different seeds are held against the same bytes.
+A corpus is held in memory, or is places only, for text that is larger than that: 48 bytes for each record.
 """
 
 import hashlib
 import mmap
 import os
-import sysconfig
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import overload
 
-STDLIB_SKIPS = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-STDLIB_SKIPS |= {"encodings"}  # generated tables, near copies of one another: a held-out one is known from its siblings
+import numpy as np
+
+from ...model.fields import shown
+from .places import SOURCES, locate
+from .records import Place, Record, RecordFile, check_unchanged, first_of_each, held_out_by_key, key_of, no_field
+
+TEXT, ALSO = "text", "content"  # fields of a record
 PIECE_BYTES = 16 * 1024  # a single file is cut into documents of about this size
 CHUNK = 1 << 20  # bytes read at once
 FULL_ENOUGH = 0.95  # the search for held-out documents ends at this share of the bytes asked for
@@ -62,13 +69,62 @@ class FileDocument:
 
     def _read(self, start: int, count: int) -> bytes:
         with self.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mtime_ns != self.changed:
-                raise ValueError(f"data.source: {str(self.path)!r} has changed since the corpus was read")
+            check_unchanged(file.fileno(), self.path, self.changed)
             file.seek(self.start + start)
             return file.read(min(count, self.size - start))
 
 
-AnyDocument = Document | FileDocument
+@dataclass(frozen=True)
+class RecordDocument:
+    """A document that is a field of a record, which is read when it is asked for."""
+
+    file: RecordFile
+    place: Place
+    size: int
+    field: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.name}:{self.place[0]:06d}"
+
+    @property
+    def text(self) -> bytes:
+        return text_of(self.file.read(self.place), self.field, self.file.where(self.place))
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """As `Document.chunks`."""
+        return Document(self.name, self.text).chunks(size)
+
+
+AnyDocument = Document | FileDocument | RecordDocument
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Sequence[AnyDocument]):
+    """Documents of files, then those of records, which are numbers until one is asked for."""
+
+    of_files: Sequence[AnyDocument]
+    files: list[RecordFile]
+    records: np.ndarray  # int64 [records, 5]: which of the files; the place, three numbers; bytes of the text
+    field: str
+
+    def __len__(self) -> int:
+        return len(self.of_files) + len(self.records)
+
+    @overload
+    def __getitem__(self, i: int) -> AnyDocument: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[AnyDocument]: ...
+
+    def __getitem__(self, i: int | slice) -> AnyDocument | list[AnyDocument]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        if i < len(self.of_files):
+            return self.of_files[i]
+        which, number, start, count, size = self.records[i - len(self.of_files)].tolist()
+        return RecordDocument(self.files[which], (number, start, count), size, self.field)
 
 
 def cut(read: Callable[[int, int], bytes], size: int, most: int) -> Iterator[bytes]:
@@ -84,10 +140,10 @@ def cut(read: Callable[[int, int], bytes], size: int, most: int) -> Iterator[byt
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Training and held-out documents, each sorted by name."""
+    """Training and held-out documents: those of files sorted by name, those of records in their order."""
 
-    train: tuple[AnyDocument, ...]
-    held_out: tuple[AnyDocument, ...]
+    train: Sequence[AnyDocument]
+    held_out: Sequence[AnyDocument]
 
     @cached_property
     def digest(self) -> str:
@@ -102,33 +158,60 @@ class Corpus:
         return sha.hexdigest()
 
     def __str__(self) -> str:
-        def describe(part: tuple[AnyDocument, ...]) -> str:
+        def describe(part: Sequence[AnyDocument]) -> str:
             return f"{len(part)} documents, {sum(d.size for d in part) / 1e6:.2f} MB"
 
         return f"train {describe(self.train)}; held out {describe(self.held_out)}"
 
 
-def load_corpus(source: str = "stdlib", held_out_fraction: float = 0.05, in_memory: bool = True) -> Corpus:
-    """Reads `source` ("stdlib", a folder of text files or one text file) and holds out a fraction of its bytes.
+def load_corpus(
+    source: str = "stdlib", held_out_fraction: float = 0.05, in_memory: bool = True, text_key: str = TEXT
+) -> Corpus:
+    """Reads `source` (see `places.py`) and holds out a fraction of its bytes, of records a fraction of their number.
 
     Empty documents, binary files (with a zero byte), hidden files and exact copies of an earlier document are left out.
 
     Args:
         in_memory: hold the text; otherwise names and places only, and documents are read when they are asked for.
+        text_key: the field of a record that is its text; `content` where there is none of that name.
 
     Raises:
-        FileNotFoundError: `source` is neither "stdlib" nor an existing path.
-        ValueError: fewer than two documents are left, so that nothing can be held out.
+        FileNotFoundError: `source` is no name that is known and no existing path.
+        ValueError: fewer than two documents are left, so that nothing can be held out, or a record holds no text.
+        ModuleNotFoundError: a library that reads it is not installed.
     """
-    documents = _without_copies(_read(source))
-    if len(documents) < 2:
+    texts, files = locate(source, (text_key, ALSO))
+    alone = [path for _, path in texts] == [Path(os.path.expanduser(source))]
+    documents = _without_copies(_cut(texts[0][1]) if alone else _read(texts))
+    records, keys = _read_records(files, text_key)
+    count = len(documents) + len(keys)
+    if count < 2:
         raise ValueError(
-            f"data.source={source!r}: found {len(documents)} text documents, at least 2 are needed (one to hold out); "
-            "give 'stdlib', a folder with text files, or a text file of several lines"
+            f"data.source={source!r}: found {count} text documents (empty and binary ones, hidden files and copies do"
+            f" not count), at least 2 are needed, one to hold out; allowed are {SOURCES}"
         )
-    if in_memory:
-        return split([Document(document.name, document.text) for document in documents], held_out_fraction)
-    return split(documents, held_out_fraction)
+    corpus = split(documents, held_out_fraction) if len(documents) > 1 or not files else Corpus(tuple(documents), ())
+    if files:
+        apart = held_out_by_key(keys, held_out_fraction, some=not corpus.held_out)
+        parts = ((corpus.train, ~apart), (corpus.held_out, apart))
+        corpus = Corpus(*(Documents(part, files, records[chosen], text_key) for part, chosen in parts))
+    if not in_memory:
+        return corpus
+    return Corpus(*(tuple(Document(d.name, d.text) for d in part) for part in (corpus.train, corpus.held_out)))
+
+
+def text_of(record: Record, field: str, where: str) -> bytes:
+    """The text of a record, empty where it is null. Raises ValueError where there is none, naming what there is."""
+    name = field if field in record else ALSO
+    if name not in record:
+        raise no_field(where, (field, ALSO), record)
+    text = record[name] if record[name] is not None else ""
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {name}={shown(text)}: allowed is text")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text[error.start]!r} is no character of Unicode") from None
 
 
 def split(documents: Sequence[AnyDocument], held_out_fraction: float) -> Corpus:
@@ -148,25 +231,22 @@ def split(documents: Sequence[AnyDocument], held_out_fraction: float) -> Corpus:
     return Corpus(tuple(d for d in ordered if d.name not in chosen), tuple(d for d in ordered if d.name in chosen))
 
 
-def _read(source: str) -> list[FileDocument]:
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in root.rglob("*.py") if not STDLIB_SKIPS & set(p.relative_to(root).parts[:-1])]
-        return _read_files(root, paths)
-    path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        return _read_files(path, list(path.rglob("*")))
-    if path.is_file():
-        return _cut(path)
-    what = "neither a file nor a folder" if path.exists() else "no such file or folder"
-    raise FileNotFoundError(f"data.source={source!r}: {what}; allowed are 'stdlib' and existing paths")
+def _read(named: Sequence[tuple[str, Path]]) -> list[FileDocument]:
+    stats = [path.stat() for _, path in named]
+    return [FileDocument(*pair, 0, stat.st_size, stat.st_mtime_ns) for pair, stat in zip(named, stats)]
 
 
-def _read_files(root: Path, paths: list[Path]) -> list[FileDocument]:
-    named = sorted((path.relative_to(root).as_posix(), path) for path in paths if path.is_file())
-    visible = [(name, path) for name, path in named if not any(part.startswith(".") for part in name.split("/"))]
-    stats = [path.stat() for _, path in visible]
-    return [FileDocument(*pair, 0, stat.st_size, stat.st_mtime_ns) for pair, stat in zip(visible, stats)]
+def _read_records(files: Sequence[RecordFile], field: str) -> tuple[np.ndarray, np.ndarray]:
+    """`Documents.records` of all that hold text, each text once, and their keys."""
+    found, keys = array("q"), array("Q")
+    for which, file in enumerate(files):
+        for place, record in file:
+            text = text_of(record, field, file.where(place))
+            if text:
+                found.extend((which, *place, len(text)))
+                keys.append(key_of(text))
+    kept = first_of_each(np.array(keys, np.uint64))
+    return np.array(found, np.int64).reshape(-1, 5)[kept], np.array(keys, np.uint64)[kept]
 
 
 def _cut(path: Path) -> list[FileDocument]:

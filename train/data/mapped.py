@@ -2,6 +2,7 @@
 
     CACHE/tokens/KEY/train.tokens  held_out.tokens       uint16 (uint32 above 65,536 tokens): bos d0 d0 bos d1 d1 d1 ...
                      train.starts  held_out.starts       int64 [documents + 1]: where each begins, and the end
+                                   held_out.bytes        uint32: how many each token is made of, where none can say
                      contents.json                       what KEY stands for: corpus and tokenizer; files and digests
     CACHE/tokenizers/KEY/tokenizer.json ...              a tokenizer trained on a corpus's training documents
 
@@ -25,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...model.config import read_json
 from ...model.disk import flush, lock, naming
+from ...model.folders import read_json
 from .corpus import CHUNK, AnyDocument, Corpus
-from .tokenizers import BPETokenizer, Tokenizer, read_bpe, train_bpe
+from .tokenizers import FILE, BPETokenizer, Tokenizer, train_bpe
 
 CACHE = "ABYSSAL_CACHE"  # the environment variable that says where the cache is
 CONTENTS = "contents.json"
@@ -42,6 +43,7 @@ class TokenFile:
     tokens: np.ndarray  # mapped, read-only
     starts: np.ndarray  # int64 [documents + 1]
     bos: int
+    sizes: np.ndarray | None = None  # bytes of each token's text, where its own do not say
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -71,6 +73,8 @@ def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> Tokenised:
     def write(folder: Path) -> None:
         for part in ("train", "held_out"):
             _write_tokens(folder, part, getattr(corpus, part), tokenizer)
+        if not tokenizer.exact:
+            _write_sizes(folder, "held_out", corpus.held_out, tokenizer)
 
     folder = _whole(cache_folder() / "tokens", contents, write)
     return Tokenised(_map(folder, "train", tokenizer), _map(folder, "held_out", tokenizer))
@@ -86,7 +90,7 @@ def trained_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
     contents = {"corpus": corpus.digest, "vocabulary": str(vocab_size)}
     chunks = (chunk for document in corpus.train for chunk in document.chunks(CHUNK))
     folder = _whole(cache_folder() / "tokenizers", contents, lambda folder: train_bpe(chunks, vocab_size).save(folder))
-    return read_bpe(folder, f"bpe:{vocab_size}")
+    return BPETokenizer((folder / FILE).read_text("utf-8"), f"bpe:{vocab_size}")
 
 
 def _whole(parent: Path, contents: dict[str, str], write: Callable[[Path], None]) -> Path:
@@ -171,15 +175,27 @@ def _write_tokens(folder: Path, part: str, documents: Sequence[AnyDocument], tok
     with (folder / f"{part}.tokens").open("wb") as file:
         for document in documents:
             count = file.write(np.array([tokenizer.bos], kind).tobytes())
-            for chunk in document.chunks(CHUNK):
-                count += file.write(np.array(tokenizer.encode_bytes(chunk), kind).tobytes())
+            for ids in tokenizer.encode_chunks(document.chunks(CHUNK)):
+                count += file.write(np.array(ids, kind).tobytes())
             starts.append(starts[-1] + count // kind.itemsize)
     (folder / f"{part}.starts").write_bytes(np.array(starts, np.int64).tobytes())
 
 
+def _write_sizes(folder: Path, part: str, documents: Sequence[AnyDocument], tokenizer: Tokenizer) -> None:
+    """Each token's bytes, 0 for bos; all of a document's are counted, if need be for the token that is its last."""
+    with (folder / f"{part}.bytes").open("wb") as file:
+        for document in documents:
+            counted = tokenizer.count_chunks(document.chunks(CHUNK))
+            sizes = np.concatenate([np.zeros(1, np.uint32), *(np.array(each, np.uint32) for each in counted)])
+            sizes[-1] += document.size - int(sizes.sum(dtype=np.int64))
+            file.write(sizes.tobytes())
+
+
 def _map(folder: Path, part: str, tokenizer: Tokenizer) -> TokenFile:
     tokens = np.memmap(folder / f"{part}.tokens", _dtype(tokenizer), mode="r")
-    return TokenFile(tokens, np.fromfile(folder / f"{part}.starts", np.int64), tokenizer.bos)
+    sizes = folder / f"{part}.bytes"
+    counted = np.fromfile(sizes, np.uint32) if sizes.is_file() else None
+    return TokenFile(tokens, np.fromfile(folder / f"{part}.starts", np.int64), tokenizer.bos, counted)
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -5,7 +5,7 @@
 So a checkpoint need not hold a position in the data, gradient accumulation takes parts of a step's rows, and several
 processes take a share each. Text repeats in epochs, each in a new order; planted tasks never repeat.
 
-Three kinds: text (`TextSource`), planted dependencies, conversations.
+Four kinds: text (`TextSource`), conversations of one's own, planted dependencies, generated problems.
 """
 
 from functools import cached_property
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..settings import DataConfig
-from .bits import bits_per_byte, trigram_bits_per_byte
+from .bits import bits_per_byte, count_bytes, trigram_bits_per_byte
 from .corpus import Corpus
-from .mapped import tokenised, trained_tokenizer
+from .mapped import Tokenised, tokenised, trained_tokenizer
 from .rows import Batch, held_out, train_rows
 from .tokenizers import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer
 
@@ -54,11 +54,11 @@ class TextSource:
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, data: DataConfig, seed: int) -> None:
         self.corpus, self.tokenizer, self.seed, self.batch_size = corpus, tokenizer, seed, data.batch_size
-        self.vocabulary = tokenizer.bos + 1
+        self.vocabulary = tokenizer.least
         in_bytes = isinstance(self.tokenizer, ByteTokenizer)
         self.tokens = tokenised(corpus, self.tokenizer) if maps(data) else corpus
-        self.sizes = None if in_bytes else torch.tensor([len(piece) for piece in self.tokenizer.pieces])
         self.held_out = held_out(self.tokens, data.sequence_length, data.held_out_rows)
+        self.sizes = None if in_bytes else self._sizes()
         self.name = data.source
         self.digest = corpus.digest if in_bytes else f"{corpus.digest} {self.tokenizer.digest}"
 
@@ -67,13 +67,20 @@ class TextSource:
         return trigram_bits_per_byte(self.corpus, self.held_out, self.sizes)
 
     def held_out_bytes(self) -> int:
-        """Bytes that the held-out targets stand for."""
-        targets = self.held_out.stream.tokens[self.held_out.target_positions()]
-        return len(targets) if self.sizes is None else int(self.sizes[targets.astype(np.int64)].sum())
+        """Bytes that the held-out targets are made of."""
+        return count_bytes(self.held_out, self.sizes)
 
     def describe(self) -> str:
-        spelt = "" if self.sizes is None else f"; {self.tokenizer.bos:,} tokens of {self.tokenizer.name}"
+        count = sum(map(bool, self.tokenizer.pieces))
+        spelt = "" if self.sizes is None else f"; {count:,} tokens of {self.tokenizer.name}"
         return f"corpus {self.name}: {self.corpus}{spelt}"
+
+    def _sizes(self) -> np.ndarray:
+        """Bytes of each token of the held-out stream."""
+        if isinstance(self.tokens, Tokenised) and self.tokens.held_out.sizes is not None:
+            return self.tokens.held_out.sizes
+        table = np.array([*map(len, self.tokenizer.pieces), 0])
+        return table[np.minimum(self.held_out.stream.tokens, len(table) - 1)]
 
     def batch(self, rows: range, length: int, stage: int = 0) -> Batch:
         return train_rows(self.tokens, length, self.seed, rows, stage)

@@ -241,19 +241,20 @@ def run(checkpoint: Path, lengths: str, depths: str, trials: int, batch: int, se
     """
     from ..data.corpus import load_corpus
     from ..run import checkpoint as checkpoints
-    from ..run.load import load_trained
+    from ..run.load import open_model
 
-    checkpoints.require_bytes(checkpoint, "a needle is planted in bytes")
+    loaded = open_model(checkpoint)
+    if loaded.spelling().name != "bytes":
+        raise ValueError(f"{str(checkpoint)!r} reads tokens of {loaded.spelling().name}: a needle is planted in bytes")
     asked = numbers("lengths", lengths, int), numbers("depths", depths, float)
-    folder = checkpoints.find(checkpoint)
+    folder, data = loaded.folder, loaded.learning().data
     out = out or checkpoints.require_run(folder)
-    model, recipe = load_trained(checkpoint)
-    corpus = load_corpus(recipe.data.source, recipe.data.held_out_fraction)
+    corpus = load_corpus(data.source, data.held_out_fraction, text_key=data.text_key)
     print(f"{folder}: {trials} needles for each of {len(asked[0])} lengths and {len(asked[1])} depths")
-    report = evaluate(model, corpus, *asked, trials=trials, batch=batch, seed=seed, tell=_tell)
+    report = evaluate(loaded.model, corpus, *asked, trials=trials, batch=batch, seed=seed, tell=_tell)
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"checkpoint": str(folder), "source": recipe.data.source, "trials": trials, "seed": seed}
-    window = recipe.model.sliding_window
+    facts = {"checkpoint": str(folder), "source": data.source, "trials": trials, "seed": seed}
+    window = loaded.model.config.sliding_window
     write_json(out / FILE, {**facts, "window": window, **report.to_dict()})
     print(f"\nfound and margin in nats, by depth and length\n{table(report)}\n\n{summary(report)}\n{out / FILE}")
     try:

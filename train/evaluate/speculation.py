@@ -72,19 +72,18 @@ def run(checkpoint: Path, prompts: int, tokens: int, prompt_bytes: int) -> Compa
     Raises:
         ValueError: a number that is not positive, or more prompts than there are held-out documents.
     """
-    from ..run.checkpoint import tokenizer_of
-    from ..run.load import load_trained
+    from ..run.load import open_model
 
     for name, value in (("prompts", prompts), ("tokens", tokens), ("prompt_bytes", prompt_bytes)):
         if value < 1:
             raise ValueError(f"{name}={value}: allowed are positive numbers")
-    tokenizer = tokenizer_of(checkpoint)
-    model, recipe = load_trained(checkpoint)
-    documents = load_corpus(recipe.data.source, recipe.data.held_out_fraction).held_out
+    loaded = open_model(checkpoint)
+    tokenizer, data = loaded.spelling(), loaded.learning().data
+    documents = load_corpus(data.source, data.held_out_fraction, text_key=data.text_key).held_out
     if prompts > len(documents):
         raise ValueError(f"prompts={prompts}: the corpus has {len(documents)} held-out documents")
     texts = [tokenizer.encode_bytes(document.text[:prompt_bytes]) for document in documents[:prompts]]
-    return compare(model, [[tokenizer.bos, *text] for text in texts], tokens)
+    return compare(loaded.model, [[tokenizer.bos, *text] for text in texts], tokens)
 
 
 def _speed(stats: Sequence[GenerationStats]) -> float:

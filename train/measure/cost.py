@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ...model.accounting import Account, account, counted, released_entry
-from ...model.config import ModelConfig, read_json, read_recipe
+from ...model.config import ModelConfig, read_recipe
 from ...model.fields import did_you_mean
+from ...model.folders import read_json
 from ...model.kinds import SPARSE
 from ...model.lineage import LineageConfig
 from ...model.lineage.accounting import account as lineage_account

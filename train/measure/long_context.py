@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...model import ModelConfig, Transformer
+from ...model import ModelConfig, Transformer, load_pretrained
 from ...model.accounting import cache_bytes
 from ...model.cache import Cache, Step
 from ...model.decode import decoder
@@ -245,13 +245,12 @@ def _run(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    config, weights = _configuration(options)
+    weights = options.checkpoint
+    config = ModelConfig.load(weights or options.config)
     longest = max(config.max_position_embeddings, options.tokens + options.decode)
     model = Transformer(replace(config, max_position_embeddings=longest)).eval()
     if weights:
-        from ..run import checkpoint
-
-        checkpoint.load_model(weights, model)
+        model.load_state_dict(load_pretrained(weights, dtype=torch.float32).state_dict())
     text = long_text(options.source, options.tokens)
     name = str(weights or options.config)
     result = measure(model, text, options.decode, chunk=options.chunk, name=name)
@@ -262,16 +261,6 @@ def _run(options: argparse.Namespace) -> None:
         print(f"\n{options.out}")
 
 
-def _configuration(options: argparse.Namespace) -> tuple[ModelConfig, Path | None]:
-    """The model asked for, and where its weights lie if they are trained ones."""
-    if options.checkpoint is None:
-        return ModelConfig.load(options.config), None
-    from ..run import checkpoint
-
-    folder = checkpoint.find(options.checkpoint)
-    return checkpoint.read_state(folder)[0].model, folder
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m abyssal.train.measure.long_context", description=__doc__.splitlines()[0]
@@ -280,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--tokens", int, 2**20, "tokens of the prefill"),
         ("--decode", int, 256, "tokens written after them"),
         ("--config", str, "long", "shipped name, .toml or .json file: new weights"),
-        ("--checkpoint", Path, None, "checkpoint or folder of a run: trained weights, instead of --config"),
+        ("--checkpoint", Path, None, "run, checkpoint or folder of weights, instead of --config"),
         ("--source", str, "stdlib", "'stdlib', a folder or a text file"),
         ("--chunk", int, None, "tokens per pass; None = from a memory budget"),
         ("--threads", int, None, "of torch; None = as torch chooses"),

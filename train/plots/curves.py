@@ -66,7 +66,8 @@ def _panels(records: list[dict[str, Any]]) -> tuple[Callable[[Any, list[dict[str
     if any("reward" in record for record in records):
         return rewards.reward, rewards.distance, rewards.entropy, rewards.length, rewards.limits
     scored = any("accuracy" in record for record in records)
-    return rewards.accuracy if scored else _bits, _losses, _load, _spread, _captured
+    answers = any("answers" in record for record in records)
+    return rewards.accuracy if scored else rewards.answers if answers else _bits, _losses, _load, _spread, _captured
 
 
 def _title(folder: Path, records: list[dict[str, Any]]) -> str:

@@ -1,11 +1,12 @@
-"""Panels of curves.png for runs of the reasoning recipes: accuracy, reward, distance, entropy, length, steps taken.
+"""Panels of curves.png for runs on conversations: answers, accuracy, reward, distance, entropy, length, steps taken.
 
-Fine-tuning keeps the panels of any training but the first, whose place held-out accuracy takes.
+Fine-tuning keeps the panels of any training but the first, whose place held-out answers or their accuracy take.
 """
 
+import math
 from typing import Any
 
-from .style import BLUE, GREEN, GREY, ORANGE, PINK, draw_line, series
+from .style import BLUE, GREEN, GREY, ORANGE, PINK, draw_line, series, smooth
 
 Records = list[dict[str, Any]]
 STEPS = 10  # of a running mean: a step asks few questions
@@ -21,6 +22,18 @@ def accuracy(axis: Any, records: Records) -> None:
             )
     axis.set(title="Held-out problems answered right, mean of the tasks", ylabel="share", ylim=(0, 1))
     axis.legend(loc="upper left")
+
+
+def answers(axis: Any, records: Records) -> None:
+    steps, nats = series(records, "lm")
+    bits = [value / math.log(2) for value in nats]
+    axis.plot(steps, bits, color=BLUE, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, smooth(bits), color=BLUE, label=f"training answers: {smooth(bits)[-1]:.3f} at the end")
+    steps, held_out = series(records, "answers")
+    label = f"held-out answers: {held_out[-1]:.3f} at the end"
+    axis.plot(steps, held_out, color=ORANGE, marker="o", markersize=4, label=label)
+    axis.set(title="What the assistant writes in conversations", ylabel="bits per token", ylim=(0, None))
+    axis.legend(loc="upper right")
 
 
 def reward(axis: Any, records: Records) -> None:

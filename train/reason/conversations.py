@@ -9,6 +9,7 @@ The prompt ends after `<think>` or `</think>`; what follows is the completion, t
 from dataclasses import dataclass
 
 from ...model.text.chat import MODES, encode_messages
+from ..data.packed import Talk
 from ..data.tokenizers import Tokenizer
 from .tasks import Problem
 
@@ -21,6 +22,11 @@ class Conversation:
 
     prompt: list[int]
     completion: list[int]
+
+    @property
+    def talk(self) -> Talk:
+        """As a document of a row."""
+        return Talk(self.prompt + self.completion, [False] * len(self.prompt) + [True] * len(self.completion))
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)

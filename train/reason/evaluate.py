@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...model.config import read_json
 from ...model.disk import write_json, write_text
+from ...model.folders import read_json
 from ..data.tokenizers import load_tokenizer
 from ..run import checkpoint, metrics, provenance
 from ..run.load import load_trained

@@ -1,7 +1,6 @@
-"""Rows of packed conversations for supervised fine-tuning.
+"""Rows of packed conversations about generated problems (see `train.data.packed`), for supervised fine-tuning.
 
-    row        bos q0 a0 eos | bos q0 a0' eos | bos q1 ... | padding         a document is a conversation
-    targets    -100 on the question, the next token on the completion        (the prompt's last token has its first)
+    row        bos q0 a0 eos | bos q0 a0' eos | bos q1 ... | padding         completions are learnt
 
 Every problem stands in a row once in each mode, so that the modes have the same number of the same examples. A row is a
 pure function of (seed, stage, row): it takes problems from its own sequence until the next one does not fit.
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..data.rows import IGNORED, PADDING, Batch
+from ..data.packed import Columns, pack, stack
+from ..data.rows import Batch
 from ..data.tokenizers import Tokenizer, load_tokenizer
 from .conversations import Conversation, conversation
 from .exam import examine, mean_right
@@ -26,23 +26,9 @@ if TYPE_CHECKING:
 PROBLEMS_OF_A_ROW = 4096  # numbers that a row has for its own problems: more than fit into any row
 
 
-def pack(conversations: list[Conversation], length: int, pad: int) -> tuple[list[int], list[int], list[int]]:
-    """Ids, targets and documents of a row of `length` tokens. Raises ValueError where they do not fit."""
-    ids, targets, documents = [], [], []
-    for number, talk in enumerate(conversations):
-        tokens = talk.prompt + talk.completion
-        ids += tokens
-        targets += [IGNORED] * (len(talk.prompt) - 1) + talk.completion + [IGNORED]
-        documents += [number] * len(tokens)
-    left = length - len(ids)
-    if left < 0:
-        raise ValueError(f"conversations of {len(ids)} tokens do not fit into a row of {length}")
-    return ids + [pad] * left, targets + [IGNORED] * left, documents + [PADDING] * left
-
-
 def packed_row(
     tasks: tuple[str, ...], modes: tuple[str, ...], seed: int, stage: int, row: int, length: int, tokenizer: Tokenizer
-) -> tuple[list[int], list[int], list[int]]:
+) -> Columns:
     """Row `row` of a stage. Raises ValueError where not even one problem fits."""
     chosen: list[Conversation] = []
     first, filled = row * PROBLEMS_OF_A_ROW, 0
@@ -56,11 +42,7 @@ def packed_row(
         filled += size
     if not chosen:
         raise ValueError(f"data.sequence_length={length}: a row must take one problem, {size} tokens")
-    return pack(chosen, length, tokenizer.pad)
-
-
-def stack(rows: list[tuple[list[int], list[int], list[int]]]) -> Batch:
-    return Batch(*(torch.tensor(column, dtype=torch.int64) for column in zip(*rows)))
+    return pack([talk.talk for talk in chosen], length, tokenizer.pad)
 
 
 class ReasonSource:

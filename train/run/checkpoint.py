@@ -1,6 +1,7 @@
 """Checkpoints: safetensors and JSON, no pickle; complete or not there at all.
 
-    DIR/checkpoints/step-000200/model.safetensors       the model's state_dict
+    DIR/checkpoints/step-000200/config.json             with generation_config.json: a checkpoint is a model's folder
+                                model.safetensors       the model's state_dict
                                 optimizer.safetensors   of every parameter what its rule keeps (`train.optim`)
                                                         adam      NAME.exp_avg, NAME.exp_avg_sq, NAME.step; in tables
                                                                   whose rows count for themselves NAME.updates for it
@@ -40,19 +41,20 @@ import torch
 from torch import Tensor, nn
 
 from ...model.accounting import account
-from ...model.config import ModelConfig, read_json
+from ...model.config import ModelConfig
 from ...model.disk import flush, naming, read_tensors, tensor_shapes, write_tensors
+from ...model.folders import CHECKPOINTS, STATE, STEP, checkpoints, named, read_json, step_of
+from ...model.interchange import about
 from ...model.tables import RowTable
-from ..data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from ..data.tokenizers import Tokenizer, load_tokenizer
 from ..distributed.world import ALONE, World
 from ..optim import Optimizers
 from ..recipe import Recipe
 from ..settings import PLANTED
 from .tables import named_tables
 
-FOLDER = "checkpoints"
-STATE = "checkpoint.json"
-_NAME, _LEFT = re.compile(r"step-(\d{6}|[1-9]\d{6,})"), re.compile(r"\.(writing|removing-step)-\d{6,}")
+FOLDER = CHECKPOINTS
+_LEFT = re.compile(r"\.(writing|removing-step)-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ def save(
         if world.first:
             state = {"recipe": recipe.to_dict(), "progress": asdict(progress), "torch": torch.__version__}
             state |= {"data": data, "memory": memory.values}
-            _write_rest(writing, state, memory, tokenizer)
+            stage = getattr(model, "attention_stage", about.SPARSE)
+            described = about.checkpoint(recipe.model, next(model.parameters()).dtype, stage)
+            _write_rest(writing, state, memory, tokenizer, described)
             _move_aside(folder)
             os.rename(writing, folder)
             flush(parent)
@@ -120,15 +124,17 @@ def save(
     return folder
 
 
-def _write_rest(writing: Path, state: dict[str, Any], memory: Memory, tokenizer: Tokenizer | None) -> None:
+def _write_rest(
+    writing: Path, state: dict[str, Any], memory: Memory, tokenizer: Tokenizer | None, described: Mapping[str, bytes]
+) -> None:
     """All but weights and moments, and everything onto the disk."""
     if memory.tensors:
         write_tensors(memory.tensors, writing / "memory.safetensors")
     write_tensors(_random_states(), writing / "random.safetensors")
-    texts = tokenizer.files() if tokenizer else {}
-    for name, text in {**texts, STATE: json.dumps(state, indent=1) + "\n"}.items():
+    texts = {**(tokenizer.files() if tokenizer else {}), STATE: json.dumps(state, indent=1) + "\n"}
+    for name, contents in {**{name: text.encode() for name, text in texts.items()}, **described}.items():
         with naming(writing / name):
-            (writing / name).write_text(text, "utf-8")
+            (writing / name).write_bytes(contents)
     for path in (*writing.iterdir(), writing):
         flush(path)
 
@@ -144,17 +150,10 @@ def _move_aside(folder: Path) -> None:
 
 def tidy(run: Path, keep: int) -> None:
     """Removes what a killed run left behind, and all checkpoints but the newest `keep`."""
-    for leftover in _folders(run, _LEFT):
+    for leftover in named(run, _LEFT):
         shutil.rmtree(leftover)
     for old in checkpoints(run)[:-keep]:
         remove(old)
-
-
-def _folders(run: Path, name: re.Pattern[str]) -> list[Path]:
-    """Folders beside the checkpoints whose whole names are like that."""
-    parent = run / FOLDER
-    found = list(parent.iterdir()) if parent.is_dir() else []
-    return [path for path in found if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def remove(folder: Path) -> None:
@@ -175,16 +174,6 @@ def go_back(run: Path, step: int) -> Path:
         if step_of(path) > step_of(target):
             remove(path)
     return target
-
-
-def step_of(folder: Path) -> int:
-    """The step of the checkpoint in that folder, from its name."""
-    return int(folder.name.partition("-")[2])
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((path for path in _folders(run, _NAME) if (path / STATE).is_file()), key=step_of)
 
 
 def find(path: Path | str) -> Path:
@@ -229,7 +218,7 @@ def read_state(folder: Path) -> tuple[Recipe, Progress]:
     timed = type(progress.seconds) in (int, float) and 0 <= progress.seconds < math.inf
     if len(values["progress"]) < 3 or not timed or any(type(count) is not int or count < 0 for count in counts):
         raise ValueError(f"{str(path)!r} is broken: progress={values['progress']}")
-    if _NAME.fullmatch(folder.name) and step_of(folder) != progress.step:
+    if STEP.fullmatch(folder.name) and step_of(folder) != progress.step:
         raise ValueError(f"{str(path)!r} is broken, or another's: its step is {progress.step}")
     return recipe, progress
 
@@ -259,15 +248,14 @@ def tokenizer_of(path: Path | str) -> Tokenizer:
     """
     folder = find(path)
     data = read_state(folder)[0].data
-    if data.source.startswith(PLANTED):
+    if spells_nothing(folder):
         raise ValueError(f"{str(folder)!r} was trained on {data.source}: its tokens spell no text")
     return load_tokenizer("bytes" if data.tokenizer == "bytes" else folder)
 
 
-def require_bytes(path: Path | str, why: str) -> None:
-    """Raises ValueError unless a checkpoint's model was trained on bytes."""
-    if not isinstance(tokenizer_of(path), ByteTokenizer):
-        raise ValueError(f"{str(path)!r} was trained on the tokens of a trained tokenizer: {why}")
+def spells_nothing(folder: Path) -> bool:
+    """Whether a checkpoint's run learnt a planted task, whose tokens are no text."""
+    return read_state(folder)[0].data.source.startswith(PLANTED)
 
 
 def check_size(folder: Path, config: ModelConfig) -> None:

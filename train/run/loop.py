@@ -32,6 +32,7 @@ from .diagnose import bad_weight, culprit
 from .folder import nothing_to_check
 from .graph import GraphStepper
 from .line import Line, Lines, Stopwatch
+from .load import start_from
 from .loggers import Loggers
 from .observe import Observer
 from .progress import ProgressLine
@@ -98,6 +99,8 @@ class Run:
         _compress_vocabulary(self.model, source.tokenizer)
         if prepare:
             prepare(self.model)
+        init = "" if resumed else recipe.train.init
+        self.differs = start_from(init, self.model) if init else []
         self.model.recompute = recipe.train.recompute
         shard(self.model, world)
         self.optimizer = split_by_mesh(build_optimizer(self.model, recipe.optim))
@@ -112,10 +115,6 @@ class Run:
         self.progress = Progress()
         if resumed:
             self._restore(resumed)
-        elif recipe.train.init:
-            initial = checkpoint.find(recipe.train.init)
-            _check_same_model(recipe, initial)
-            checkpoint.load_model(initial, self.model)
         self.model.attention_stage = self.schedule.last(self.progress.step).attention
         self._open(resumed, shown)
 
@@ -149,6 +148,8 @@ class Run:
             start = f"step {step} of {resumed}" if resumed else self.recipe.train.init or "new weights"
             where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
             self.line.say(f"{self.recipe.name}: {parameters:,} parameters on {where}, from {start}")
+            for text in self.differs:
+                self.line.say(f"differs  {text}")
             self.line.say(self.source.describe())
         self.began = time.perf_counter() - self.progress.seconds
         self.scores: dict[str, Any] = {}
@@ -359,7 +360,7 @@ class Run:
         ids = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]], device=self.device)
         seed = self.recipe.train.seed
         written = generate(model, ids, max_new_tokens=count, temperature=0.8, top_p=0.95, seed=seed)
-        return prompt + tokenizer.decode(int(token) for token in written)
+        return prompt + tokenizer.decode((int(token) for token in written), continues=bool(prompt))
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -420,7 +421,7 @@ def _check_same_model(recipe: Recipe, resumed: Path) -> None:
 def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
     """Weights and moments of one kind of run go on in another by train.init alone."""
     before = checkpoint.read_state(resumed)[0]
-    for table in ("reason", "grpo"):
+    for table in ("chat", "reason", "grpo"):
         if (getattr(before, table) is None) != (getattr(recipe, table) is None):
             there = "without" if getattr(before, table) is None else "with"
             raise ValueError(f"{str(resumed)!r} is of a run {there} [{table}]: start a new one with train.init instead")
@@ -429,9 +430,10 @@ def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
 def _changes(recipe: Recipe, source: Source, out: Path, resumed: Path | None) -> list[str]:
     """What a resumed run does otherwise from here on than before, a line each."""
     if resumed is None:
-        before = provenance.recipe(out)
-        return differences(Recipe.from_dict(before), recipe) if before else []
-    found, data = differences(checkpoint.read_state(resumed)[0], recipe), checkpoint.read_data(resumed)
+        begun = provenance.recipe(out)
+        return differences(Recipe.from_dict(begun).with_absolute_paths(), recipe) if begun else []
+    before = checkpoint.read_state(resumed)[0].with_absolute_paths()
+    found, data = differences(before, recipe), checkpoint.read_data(resumed)
     if data and data != source.digest:
         found.append(f"contents of data.source={recipe.data.source!r}: {_short(data)} -> {_short(source.digest)}")
     return found

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ...model.config import read_json
 from ...model.disk import write_json
+from ...model.folders import read_json
 from ..data.source import Source
 from ..recipe import Recipe
 

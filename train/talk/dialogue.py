@@ -10,7 +10,6 @@ otherwise everything it says is content, with `Answer.error` saying where it wen
 """
 
 import codecs
-import json
 import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,8 +25,8 @@ from ...model.text.chat import (
     ChatFormatError,
     encode_messages,
     parse_message_from_completion_text,
-    read_arguments,
 )
+from ...model.text.marked import marked
 from ..data.tokenizers import Tokenizer
 from .voice import Voice
 
@@ -111,59 +110,17 @@ def prompt(
         raise ValueError("messages: the last one must be of the user or a tool, so that it is the model's turn")
     extra: dict[str, Any] = {"tools": list(tools)} if tools else {}
     extra |= {"response_format": schema} if schema is not None else {}
-    messages = [_with_parsed_arguments(message) for message in messages]
     if extra:
         messages = messages if messages[0]["role"] == "system" else [{"role": "system", "content": ""}, *messages]
         messages = [{**messages[0], **extra}, *messages[1:]]
-    pattern = "|".join(map(re.escape, voice.tokenizer.special))
     try:
-        mark = _mark(json.dumps(messages, ensure_ascii=False, default=str))
-        messages = _cut(messages, re.compile(f"(?=(?:{pattern}))(.)", re.DOTALL), mark)
+        messages, mark = marked(messages, voice.tokenizer.special)
         text = encode_messages(messages, "thinking" if thinking else "chat", reasoning_effort=effort)
         return [token for part in text.split(mark) for token in voice.tokenizer.encode(part, special=True)]
     except RecursionError:
         raise ValueError("messages: a tool, a schema or arguments are nested too deeply") from None
     except UnicodeEncodeError as error:
         raise ValueError(f"messages: {error.object[error.start]!r} is no character of Unicode") from None
-
-
-def _with_parsed_arguments(message: Message) -> dict[str, Any]:
-    """The message with the arguments of its calls as objects: JSON's escapes could hide a special string."""
-    if not message.get("tool_calls"):
-        return dict(message)
-    calls = []
-    for call in message["tool_calls"]:
-        function = call["function"]
-        calls.append({**call, "function": {**function, "arguments": _object(function["arguments"])}})
-    return {**message, "tool_calls": calls}
-
-
-def _object(arguments: Any) -> Any:
-    """The object that the text is JSON of, an empty one for null and no text at all; else what was given."""
-    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
-        return {}
-    try:
-        parsed = read_arguments(arguments)
-    except (TypeError, ValueError, RecursionError):
-        return arguments
-    return parsed if isinstance(parsed, dict) else arguments
-
-
-def _mark(text: str) -> str:
-    """A short string that the text does not have, and that no end of it begins: a number between private-use signs."""
-    taken = set(re.findall("\ue000([0-9]+)\ue001", text))
-    return next(f"\ue000{n}\ue001" for n in range(len(taken) + 1) if str(n) not in taken)
-
-
-def _cut(value: Any, special: re.Pattern[str], mark: str) -> Any:
-    """The value with each special string in its texts cut in two by the mark."""
-    if isinstance(value, str):
-        return special.sub(lambda found: found[1] + mark, value)
-    if isinstance(value, Mapping):
-        return {_cut(key, special, mark): _cut(part, special, mark) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_cut(part, special, mark) for part in value]
-    return value
 
 
 # answers -------------------------------------------------------------------------------------------------------------
@@ -179,16 +136,23 @@ class Reader:
         thinking: the prompt ended with `<think>`.
         stop: texts that end the answer.
         tools: names of the tools that may be called; without any, a block of calls is not in the format.
+        begins: whether a text begins with the answer; None = as it does behind a special token.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, thinking: bool = False, stop: Sequence[str] = (), tools: Collection[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        thinking: bool = False,
+        stop: Sequence[str] = (),
+        tools: Collection[str] = (),
+        begins: bool | None = None,
     ) -> None:
         self.answer = Answer()
         self.ended = False
         self.written: list[int] = []
         self._tokenizer, self._stop, self._tools = tokenizer, tuple(stop), tools
         self._strings = {token: string for string, token in tokenizer.special.items()}
+        self._begins = tokenizer.leads_again if begins is None else begins
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._state: Literal["reasoning", "content", "calls"] = "reasoning" if thinking else "content"
         self._guards = (*self._stop, *([BLOCK + DSML[0]] if tools else []))
@@ -201,8 +165,11 @@ class Reader:
         self.written.append(token)
         self.answer.tokens += 1
         self.answer.reasoning_tokens += self._state == "reasoning"
-        if token < self._tokenizer.bos:
-            return self._text(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        piece = self._tokenizer.token_bytes(token)
+        if piece:
+            begins, self._begins = self._begins, False
+            return self._text(self._decoder.decode(piece.removeprefix(self._tokenizer.lead) if begins else piece))
+        self._begins = self._tokenizer.leads_again
         deltas = self._end_text()
         return deltas if self.ended else deltas + self._special(self._strings.get(token, f"<token {token}>"))
 

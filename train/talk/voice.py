@@ -4,25 +4,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...model.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER
 from ..data.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ...model import Transformer
+    from ..recipe import Recipe
 
+CONTROL = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)  # of the chat format; the others are for tasks
 CONTEXT = 32_768  # tokens of a conversation, unless the model has fewer or the user asks for another number
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A model with its tokenizer, and the most tokens that a conversation may have."""
+    """A model with its tokenizer, and the most tokens that a conversation may have.
+
+    `untaught`: it is of a run that saw texts and no conversations.
+    """
 
     model: "Transformer"
     tokenizer: Tokenizer
     name: str
     context: int
+    untaught: bool = False
 
     def check_chat(self) -> None:
-        """Raises ValueError if the model's vocabulary has no room for the chat format's special tokens."""
+        """Raises ValueError if the tokenizer lacks special tokens of the chat format, or the vocabulary has no room."""
+        missing = [string for string in CONTROL if string not in self.tokenizer.special]
+        if missing:
+            raise ValueError(
+                f"{self.name}: tokenizer={self.tokenizer.name!r} has no {', '.join(missing)}, which the chat format is"
+                " made of: it can go on with text"
+            )
         vocabulary, needed = self.model.config.vocab_size, max(self.tokenizer.special.values()) + 1
         if vocabulary < needed:
             raise ValueError(
@@ -37,29 +50,19 @@ def open_voice(
     """The model of a run, of a checkpoint, or of a folder with config.json and safetensors, ready to speak.
 
     Args:
-        tokenizer: "bytes" or a path; None = the run's, or the folder's tokenizer.json.
+        tokenizer: as for `load_tokenizer`; None = the run's, or the folder's.
         context: tokens of a conversation; None = as many as the model has positions, at most `CONTEXT`.
         name: None = the folder's.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing in it that says which tokenizer to take.
-        ValueError: a context or a device that the model cannot have, a tokenizer that does not fit it, a run whose
-            tokens are no text.
+        FileNotFoundError: no such folder.
+        ValueError: a context or a device that the model cannot have, a tokenizer that does not fit it, or nothing that
+            says how its tokens are spelt.
     """
-    from ...model import load_pretrained
-    from ..distributed.world import choose_device
-    from ..run import checkpoint
-    from ..run.load import load_trained
+    from ..run.load import open_model
 
-    if (path / "config.json").is_file():
-        if tokenizer is None and not (path / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{str(path)!r} has no tokenizer.json: say which tokenizer to take (--tokenizer)")
-        model = load_pretrained(path, device=choose_device(device)).eval()
-        return _voice(model, load_tokenizer(tokenizer or path), name or path.resolve().name, context)
-    model, _ = load_trained(path, device)
-    tokens = checkpoint.tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
-    folder = checkpoint.find(path)
-    return _voice(model, tokens, name or (checkpoint.run_of(folder) or folder).resolve().name, context)
+    loaded = open_model(path, device, tokenizer)
+    return _voice(loaded.model, loaded.spelling(), name or loaded.name, context, loaded.recipe)
 
 
 def random_voice(
@@ -81,7 +84,9 @@ def random_voice(
     return _voice(model, tokens, name or f"{preset}-random", context)
 
 
-def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int | None) -> Voice:
+def _voice(
+    model: "Transformer", tokenizer: Tokenizer, name: str, context: int | None, recipe: "Recipe | None" = None
+) -> Voice:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -89,9 +94,10 @@ def _voice(model: "Transformer", tokenizer: Tokenizer, name: str, context: int |
     longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if context is not None and not 2 <= context <= longest:
         raise ValueError(f"context={context}: allowed are 2 to the model's max_position_embeddings={longest}")
-    if tokenizer.eos >= vocabulary:
+    if max(tokenizer.least, tokenizer.eos + 1) > vocabulary:
         raise ValueError(
-            f"tokenizer={tokenizer.name!r} has {tokenizer.bos} tokens of text and eos {tokenizer.eos}: {name} has a "
-            f"vocabulary of {vocabulary}"
+            f"tokenizer={tokenizer.name!r} has {len(tokenizer.pieces)} tokens of text and eos {tokenizer.eos}: {name} "
+            f"has a vocabulary of {vocabulary}"
         )
-    return Voice(model, tokenizer, name, context or min(longest, CONTEXT))
+    untaught = recipe is not None and not (recipe.reason or recipe.chat)
+    return Voice(model, tokenizer, name, context or min(longest, CONTEXT), untaught)

@@ -5,6 +5,7 @@
 Raw text excludes it by the grammar (`TEXT`); inside JSON, whose strings are the library's, the mask does.
 """
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
@@ -29,7 +30,8 @@ class Spelling:
                 if found:
                     self.after.setdefault(string[:cut], []).extend(found)
         self.longest = max(map(len, strings), default=1)
-        self.never = [token for piece, token in ranked if any(string in piece for string in strings)]
+        whole = re.compile(b"|".join(map(re.escape, strings)) or b"(?!)")
+        self.never = [token for piece, token in ranked if whole.search(piece)]
         self._begun = tuple(self.after)
 
     def exclude(self, tail: bytes, words: np.ndarray) -> None:

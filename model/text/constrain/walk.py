@@ -21,7 +21,7 @@ from .spelling import Spelling
 
 
 class Tokenizer(Protocol):
-    """What a constraint needs to know of a tokenizer: every token's bytes, and the special strings' ids."""
+    """What a constraint needs to know of a tokenizer: tokens to bytes and back, special strings to ids."""
 
     vocab_size: int
 
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     @property
     def eos(self) -> int: ...
     def token_bytes(self, token: int) -> bytes: ...
-    def encode_bytes(self, data: bytes) -> list[int]: ...
+    def spell(self, data: bytes) -> list[int]: ...
 
 
 class DeadEndError(RuntimeError):
@@ -261,7 +261,7 @@ class _Vocabulary:
     """A tokenizer as the library and the search of endings know it. Special tokens get names in angle brackets."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos, self.size, self._encode = tokenizer.eos, tokenizer.vocab_size, tokenizer.encode_bytes
+        self.eos, self.size, self._encode = tokenizer.eos, tokenizer.vocab_size, tokenizer.spell
         special = {token: string for string, token in tokenizer.special.items()}
         pieces = [None if token in special else tokenizer.token_bytes(token) or None for token in range(self.size)]
         names = [special.get(token, f"unused {token}") for token in range(self.size)]
@@ -301,7 +301,7 @@ class _Source:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, pieces: Sequence[bytes | None], names: Sequence[str]) -> None:
-        self.eos_token_id, self.encode = tokenizer.eos, tokenizer.encode_bytes
+        self.eos_token_id, self.encode = tokenizer.eos, tokenizer.spell
         self.tokens = [name.encode() if piece is None else piece for piece, name in zip(pieces, names)]
         self.special_token_ids = [token for token, piece in enumerate(pieces) if piece is None]
 

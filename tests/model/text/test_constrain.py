@@ -59,7 +59,7 @@ class Few:
     def token_bytes(self, token):
         return self.pieces[token] if token < len(self.pieces) else b""
 
-    def encode_bytes(self, data):
+    def spell(self, data):
         ids, ranked = [], sorted(self.pieces, key=len, reverse=True)
         while data:
             piece = next((p for p in ranked if data.startswith(p)), None)

@@ -46,6 +46,37 @@ def test_split_depends_on_names_and_lengths_only():
     assert changed.digest != there.digest
 
 
+@pytest.mark.parametrize(
+    ("name", "digest", "held_out"),
+    [
+        ("", "870041d788c95408", ["text04.txt", "text10.txt"]),
+        ("text11.txt", "2972f35e0903f78b", ["text11.txt:000002", "text11.txt:000012", "text11.txt:000015"]),
+    ],
+)
+def test_text_is_split_as_in_the_first_release(texts, name, digest, held_out):
+    corpus = load_corpus(str(texts / name), 0.2)
+    assert corpus.digest[:16] == digest and [d.name for d in corpus.held_out] == held_out
+
+
+def test_a_glob_names_files_as_the_folder_does(texts, monkeypatch):
+    there = load_corpus(f"{texts.parent}/*/text0*.txt")
+    monkeypatch.setenv("HOME", str(texts.parent))
+    below = load_corpus(f"~/{texts.name}/**/text0?.*")
+    named = [sorted(d.name for d in (*corpus.train, *corpus.held_out)) for corpus in (there, below)]
+    assert named[1] == [f"text0{i}.txt" for i in range(10)]
+    assert named[0] == [f"{texts.name}/{name}" for name in named[1]]
+    with pytest.raises(
+        FileNotFoundError, match=r"data\.source='.*/no\*': no such file or folder; allowed are 'stdlib'"
+    ):
+        load_corpus(f"{texts}/no*")
+
+
+def test_the_folder_of_the_name_stdlib_is_not_meant(tmp_path, monkeypatch, stdlib):
+    (tmp_path / "stdlib").write_text("a line\n" * 100, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_corpus().digest == stdlib.digest
+
+
 def test_one_large_document_cannot_take_the_held_out_share_alone():
     documents = [Document(f"d{i}", b"x" * 100) for i in range(40)] + [Document("large", b"y" * 5000)]
     corpus = split(documents, 0.1)

@@ -223,7 +223,7 @@ def test_commands_use_the_runs_tokenizer(run, capsys):
     assert f"held-out bits per byte   {last['held_out']:.4f}" in capsys.readouterr().out
     assert main(["eval", "speculative", str(run), "--prompts", "1", "--tokens", "5"]) == 0
     assert main(["eval", "needle", str(run), "--lengths", "128", "--depths", "0", "--trials", "1"]) == 2
-    assert "was trained on the tokens of a trained tokenizer: a needle is planted in bytes" in capsys.readouterr().err
+    assert "reads tokens of" in (said := capsys.readouterr().err) and "a needle is planted in bytes" in said
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,9 @@ def test_a_run_can_be_talked_to(run):
 def test_a_planted_run_spells_no_text(tmp_path, capsys):
     small = ["data.source=planted:recall", "data.sequence_length=64", "data.held_out_rows=1", "train.steps=1"]
     train(load_recipe("nano", [*small, "train.eval_every=0"]), tmp_path / "run", shown=False)
-    for command in ("generate", "eval"):
+    for command in ("generate", "chat"):
         assert main([command, str(tmp_path / "run")]) == 2
         assert "was trained on planted:recall: its tokens spell no text" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    assert f"held-out answers right   {last['accuracy']:.1%}\n" in capsys.readouterr().out

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from abyssal.model.text.chat import parse_message_from_completion_text
+from abyssal.train.data.packed import pack
 from abyssal.train.data.tokenizers import ByteTokenizer
 from abyssal.train.reason.conversations import conversation, prompt
 from abyssal.train.reason.reward import judge
-from abyssal.train.reason.source import ReasonSource, pack, packed_row
+from abyssal.train.reason.source import ReasonSource, packed_row
 from abyssal.train.reason.tasks import check_task, problem
 from abyssal.train.recipe import load_recipe
 
@@ -131,7 +132,7 @@ def test_a_row_takes_problems_until_the_next_does_not_fit():
     with pytest.raises(ValueError, match=r"data\.sequence_length=9: a row must take one problem"):
         packed_row(("sorting-4",), ("chat",), 1, 0, 7, 9, TOKENIZER)
     with pytest.raises(ValueError, match="do not fit into a row of 5"):
-        pack([conversation(problem(("sorting-4",), 0, 0, 0), "chat", TOKENIZER)], 5, 0)
+        pack([conversation(problem(("sorting-4",), 0, 0, 0), "chat", TOKENIZER).talk], 5, 0)
 
 
 def source(*overrides):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from lively import lively
 
 from abyssal.model.text.chat import encode_messages, parse_message_from_completion_text
+from abyssal.model.text.marked import _mark
 from abyssal.train.data.tokenizers import ByteTokenizer
-from abyssal.train.talk.dialogue import Delta, Reader, _mark, prompt
+from abyssal.train.talk.dialogue import Delta, Reader, prompt
 from abyssal.train.talk.voice import Voice, random_voice
 
 BYTES = ByteTokenizer()

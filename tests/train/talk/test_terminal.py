@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 from lively import lively
@@ -16,6 +17,7 @@ from lively import lively
 from abyssal.model import generate, save_pretrained
 from abyssal.train.cli import main
 from abyssal.train.data.tokenizers import ByteTokenizer
+from abyssal.train.run.load import Loaded
 from abyssal.train.start import train
 from abyssal.train.talk.dialogue import Answer, Delta, Manner, prompt
 from abyssal.train.talk.terminal.conversation import Conversation
@@ -595,8 +597,8 @@ def test_what_generate_writes_moves_the_cursor_of_no_terminal(voice, monkeypatch
 
     said = Said(BYTES.encode("a\x1b[2J\r\x9b0m é🙂\n\u202e"))
     monkeypatch.setattr("abyssal.model.generate", lambda *_, **__: said)
-    monkeypatch.setattr("abyssal.train.run.load.load_trained", lambda path: (voice.model, None))
-    monkeypatch.setattr("abyssal.train.run.checkpoint.tokenizer_of", lambda path: BYTES)
+    loaded = Loaded(Path("run"), voice.model, BYTES, None)
+    monkeypatch.setattr("abyssal.train.run.load.open_model", lambda *_, **__: loaded)
     monkeypatch.setattr("sys.stdout", out())
     assert main(["generate", "run", "--prompt", "\x1b]0;"]) == 0
     assert sys.stdout.getvalue() == want

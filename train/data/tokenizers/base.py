@@ -1,7 +1,10 @@
-"""What a tokenizer is: ids of bytes and back, exactly, and special tokens that no bytes can spell.
+"""What a tokenizer is: ids of bytes and back, and special tokens that no bytes can spell.
 
-decode_bytes(encode_bytes(data)) = data            for any bytes, valid UTF-8 or not
+decode_bytes(encode_bytes(data)) = data            for any bytes, valid UTF-8 or not, where it is `exact`
 encode(text, special=True)                         special strings in the text become their ids
+
+Some put a blank before a text, as if a word came before it (`lead`). Decoding takes it away where a text begins, and
+leaves what stands there where one goes on (`continues`).
 """
 
 import codecs
@@ -16,11 +19,14 @@ from .special import BOS, COUNT, EOS, PAD, special_ids
 
 
 class Tokenizer(ABC):
-    """Tokens 0 .. bos - 1 stand for bytes; from bos on, COUNT special ids end the vocabulary (some are reserved)."""
+    """Text and special tokens; in ours COUNT special ids (some are reserved) end the vocabulary, from bos on."""
 
     name: str  # as in data.tokenizer
     digest: str  # of everything that decides how a text is encoded
-    vocab_size: int
+    vocab_size: int  # the highest id and one
+    exact = True  # any bytes come back, and the bytes of a text's tokens are those of the text
+    lead = b""  # what encoding puts before a text
+    leads_again = False  # and behind every special token
 
     @abstractmethod
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -29,10 +35,24 @@ class Tokenizer(ABC):
     @cached_property
     @abstractmethod
     def pieces(self) -> tuple[bytes, ...]:
-        """What each token that is not special stands for."""
+        """What each id stands for, nothing for special tokens; ids from its end on stand for nothing either."""
+
+    def spell(self, data: bytes) -> list[int]:
+        """Tokens whose bytes are exactly these, wherever in a text they stand; where the vocabulary has none for some
+        of them, those of the bytes before.
+        """
+        return self.encode_bytes(data)
+
+    def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[list[int]]:
+        """The tokens of a document that comes in pieces."""
+        return map(self.encode_bytes, chunks)
+
+    def count_chunks(self, chunks: Iterable[bytes]) -> Iterator[list[int]]:
+        """How many of the document's bytes each of these tokens is made of."""
+        return ([len(self.token_bytes(token)) for token in ids] for ids in self.encode_chunks(chunks))
 
     def files(self) -> dict[str, str]:
-        """What is kept of it, by file name: nothing, unless it was trained."""
+        """What is kept of it, by file name."""
         return {}
 
     def save(self, folder: Path) -> None:
@@ -49,7 +69,13 @@ class Tokenizer(ABC):
         return special_ids(self.vocab_size - COUNT)
 
     @property
+    def least(self) -> int:
+        """Rows that a model needs to be trained on text: for its tokens and bos."""
+        return max(len(self.pieces), self.bos + 1)
+
+    @property
     def bos(self) -> int:
+        """Opens a document."""
         return self.special[BOS]
 
     @property
@@ -80,23 +106,35 @@ class Tokenizer(ABC):
             raise ValueError(f"token={token}: allowed are 0 and more")
         return self.pieces[token] if token < len(self.pieces) else b""
 
-    def decode_bytes(self, ids: Iterable[int], special: bool = False) -> bytes:
-        """The bytes of tokens; special tokens are left out, or with `special` written as their strings."""
-        return b"".join(self._written(token, special) for token in ids)
+    def decode_bytes(self, ids: Iterable[int], special: bool = False, continues: bool = False) -> bytes:
+        """The bytes of tokens; special tokens are left out, or with `special` written as their strings.
 
-    def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """The text of tokens; what is no UTF-8 becomes U+FFFD. Special tokens as in `decode_bytes`."""
-        return self.decode_bytes(ids, special).decode("utf-8", "replace")
+        `continues`: they follow on text, and the lead of their first one is part of it.
+        """
+        return b"".join(self._written(ids, special, continues))
 
-    def decode_stream(self, ids: Iterable[int], special: bool = False) -> Iterator[str]:
+    def decode(self, ids: Iterable[int], special: bool = False, continues: bool = False) -> str:
+        """The text of tokens, as `decode_bytes`; what is no UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids, special, continues).decode("utf-8", "replace")
+
+    def decode_stream(self, ids: Iterable[int], special: bool = False, continues: bool = False) -> Iterator[str]:
         """`decode`, a piece for each token as it comes and one for the end; a character waits for its last byte."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in ids:
-            yield decoder.decode(self._written(token, special))
+        for piece in self._written(ids, special, continues):
+            yield decoder.decode(piece)
         yield decoder.decode(b"", final=True)
 
-    def _written(self, token: int, special: bool) -> bytes:
-        return self._strings.get(token, b"") if special and token >= self.bos else self.token_bytes(token)
+    def _written(self, ids: Iterable[int], special: bool, continues: bool) -> Iterator[bytes]:
+        begins = not continues
+        for token in ids:
+            piece = self.token_bytes(token)
+            if piece:
+                yield piece.removeprefix(self.lead) if begins else piece
+                begins = False
+            else:
+                string = self._strings.get(token, b"")
+                yield string if special else b""
+                begins = (self.leads_again and bool(string)) or (begins and not (string and special))
 
     @cached_property
     def _strings(self) -> dict[int, bytes]:

@@ -4,8 +4,7 @@
 
 Training, merging and the cut into words are those of the `tokenizers` library (the regular expression of GPT-2). It
 reads text only, so bytes that are no UTF-8 are left out of the words and become byte tokens: any bytes come back
-exactly. `tokenizer.json` is the library's own file, so that others can read it; `tokenizer_config.json` says which of
-its special tokens open, end and pad.
+exactly. Its files are those that the library reads, so that others can read them.
 """
 
 import hashlib
@@ -13,30 +12,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .base import Tokenizer
-from .special import BOS, COUNT, EOS, PAD, STRINGS
+from .files import BYTE_OF, BYTES, CONFIG, FILE, SPELLING, config, library, written
+from .special import COUNT, STRINGS
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Library
-
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-BYTES = 256
 CHUNK = 1 << 20  # bytes that the library gets at once, so that its memory stays small
 NOT_UTF8 = re.compile("[\udc80-\udcff]+")
-
-
-def _spelling() -> list[str]:
-    """The character by which the library's files spell each byte: itself if it prints, else one above 255."""
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in prints else next(others)) for byte in range(BYTES)]
-
-
-SPELLING = _spelling()
-BYTE_OF = {character: byte for byte, character in enumerate(SPELLING)}
 
 
 class BPETokenizer(Tokenizer):
@@ -52,7 +35,7 @@ class BPETokenizer(Tokenizer):
         merges, self._spelt = _read(contents, name)
         self.vocab_size = len(self._spelt) + COUNT
         self.digest = hashlib.sha256(json.dumps(merges).encode()).hexdigest()
-        self._library = _library().from_str(contents)
+        self._library = library().from_str(contents)
         self._library.encode_special_tokens = True  # special strings are text here; `encode` looks for them
 
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -71,12 +54,7 @@ class BPETokenizer(Tokenizer):
         return tuple(bytes(BYTE_OF[character] for character in spelt) for spelt in self._spelt)
 
     def files(self) -> dict[str, str]:
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **{"bos_token": BOS, "eos_token": EOS, "pad_token": PAD},
-            "clean_up_tokenization_spaces": False,
-        }
-        return {FILE: self._contents, CONFIG: json.dumps(config, ensure_ascii=False, indent=1) + "\n"}
+        return {FILE: self._contents, CONFIG: config()}
 
     def _words(self, text: str) -> list[int]:
         return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
@@ -92,50 +70,19 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> BPETokenizer:
     room = vocab_size - COUNT
     if room <= BYTES:
         raise ValueError(f"vocab_size={vocab_size}: allowed is above {BYTES + COUNT}, bytes and special tokens")
-    library = _words_only(_library())
-    from tokenizers import pre_tokenizers, trainers
+    tokenizer = library()
+    from tokenizers import models, pre_tokenizers, trainers
 
+    learner = tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator(_texts(documents), trainer)
-    merges = [(first, second) for first, second in json.loads(library.to_str())["model"]["merges"]]
+    learner.train_from_iterator(_texts(documents), trainer)
+    merges = [(first, second) for first, second in json.loads(learner.to_str())["model"]["merges"]]
     spelt = list(dict.fromkeys([*SPELLING, *map("".join, merges)]))
     if len(spelt) < room:
         raise ValueError(f"vocab_size={vocab_size}: the documents have pairs for {len(spelt) + COUNT} tokens only")
-    return BPETokenizer(_contents(spelt, merges))
-
-
-def read_bpe(path: Path, name: str = "") -> BPETokenizer:
-    """The tokenizer of a folder or of a tokenizer.json.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not one of ours.
-    """
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"tokenizer={str(path)!r}: no such file, and no folder with {FILE} in it")
-    return BPETokenizer(file.read_text("utf-8"), name or str(path))
-
-
-def _contents(spelt: list[str], merges: list[tuple[str, str]]) -> str:
-    """tokenizer.json of our order of tokens."""
-    from tokenizers import AddedToken, decoders, models
-
-    vocabulary = {token: i for i, token in enumerate(spelt)}
-    library = _words_only(_library(), models.BPE(vocab=vocabulary, merges=merges))
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(string, special=True, normalized=False) for string in STRINGS])
-    return library.to_str(pretty=True)
-
-
-def _words_only(library: "type[Library]", model: Any = None) -> "Library":
-    """A tokenizer of the library that cuts text into words and merges their bytes."""
-    from tokenizers import models, pre_tokenizers
-
-    made = library(model or models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    return made
+    return BPETokenizer(written({token: i for i, token in enumerate(spelt)}, merges, words=True))
 
 
 def _read(contents: str, name: str) -> tuple[list[Any], list[str]]:
@@ -168,13 +115,3 @@ def _chunks(data: bytes) -> Iterator[bytes]:
         yield data[start:stop]
         start = stop
     yield data[start:]
-
-
-def _library() -> "type[Library]":
-    try:
-        from tokenizers import Tokenizer as Library
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "trained tokenizers need the tokenizers library: pip install 'abyssal[text]'", name="tokenizers"
-        ) from None
-    return Library

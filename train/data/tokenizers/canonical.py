@@ -12,4 +12,4 @@ from .base import Tokenizer
 
 def canonical_ids(tokenizer: Tokenizer, size: int) -> Tensor:
     """int64 [size]: the class of every id of a model's vocabulary; ids that the tokenizer does not have share one."""
-    return compress_vocabulary([tokenizer.decode([token], special=True) for token in range(size)])[0]
+    return compress_vocabulary([tokenizer.decode([token], special=True, continues=True) for token in range(size)])[0]

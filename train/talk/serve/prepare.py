@@ -67,7 +67,7 @@ def prepare_text(voice: Voice, asked: TextRequest, max_new_tokens: int) -> Work:
     ids = [voice.tokenizer.bos, *voice.tokenizer.encode(asked.prompt)]
 
     def reader() -> Reader:
-        return Reader(voice.tokenizer, stop=asked.manner.stop)
+        return Reader(voice.tokenizer, stop=asked.manner.stop, begins=not asked.prompt)
 
     return _work(voice, asked, ids, max_new_tokens, reader, None, TextReply(voice.name))
 

@@ -1,0 +1,62 @@
+"""Tensors in parts: the files that several processes wrote of one model, each with what it held (torch's distributed
+checkpoints). A file says of each of its tensors where in the whole it begins.
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+OFFSETS = "DCP_SHARDING_INFO"  # in a file's metadata
+
+
+class Part(NamedTuple):
+    """One of them: where it is kept and where it belongs."""
+
+    file: Path
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def parts_of(folder: Path, opened: Any) -> dict[str, list[Part]]:
+    """The parts of each tensor in the files of a folder, which `opened(file)` opens.
+
+    Raises:
+        ValueError: files that do not say where their tensors belong, or parts that do not make up a whole.
+    """
+    found: dict[str, list[Part]] = defaultdict(list)
+    for file in sorted(folder.glob("*.safetensors")):
+        handle = opened(file)
+        offsets = json.loads((handle.metadata() or {}).get(OFFSETS, "{}"))
+        for name in handle.keys():  # noqa: SIM118  (the handle is no mapping)
+            view = handle.get_slice(name)
+            shape = tuple(view.get_shape())
+            start = tuple(offsets.get(name, {}).get("saved_offsets", ()))
+            if len(start) != len(shape):
+                raise ValueError(f"{file} does not say where its part of {name} belongs")
+            found[name].append(Part(file, start, shape, view.get_dtype()))
+    for name, parts in found.items():
+        if sum(math.prod(part.shape) for part in parts) != math.prod(whole_shape(parts)):
+            raise ValueError(f"{folder} does not hold all parts of {name}")
+    return dict(found)
+
+
+def whole_shape(parts: list[Part]) -> tuple[int, ...]:
+    ends = ([start + size for start, size in zip(part.start, part.shape)] for part in parts)
+    return tuple(map(max, zip(*ends)))
+
+
+def joined(name: str, parts: list[Part], opened: Any) -> Tensor:
+    """The whole tensor."""
+    out = None
+    for part in parts:
+        tensor = opened(part.file).get_tensor(name)
+        out = torch.empty(whole_shape(parts), dtype=tensor.dtype) if out is None else out
+        out[tuple(slice(start, start + size) for start, size in zip(part.start, part.shape))] = tensor
+    assert out is not None
+    return out
