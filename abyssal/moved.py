@@ -14,8 +14,7 @@ from types import ModuleType
 
 _TRAIN = {
     "data": "corpus mapped planted source tokenizers trigram",
-    "run": "accumulate checkpoint diagnose loop metrics observe progress provenance schedule stability step tables"
-    " tensorboard",
+    "run": "accumulate checkpoint diagnose loop metrics observe progress provenance schedule stability step tables",
     "evaluate": "constrained needle speculation",
     "measure": "bench cost long_context profile roofline",
     "talk": "serve terminal voice",
@@ -35,6 +34,7 @@ MOVED = {
     "abyssal.train.bench.loss": "abyssal.train.measure.bench.cross_entropy",
     "abyssal.train.bench.moe": "abyssal.train.measure.bench.moe_experts",
     "abyssal.train.chatting": "abyssal.train.talk.dialogue",
+    "abyssal.train.tensorboard": "abyssal.train.run.loggers",
     "abyssal.train.roofline.moe": "abyssal.train.measure.roofline.moe_experts",
     **{
         f"abyssal.train.{name}": f"abyssal.train.{room}.{name}"

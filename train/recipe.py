@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.config import ModelConfig, laid_over, read_recipe
-from ..model.fields import LIST, NONE, build, unknown
+from ..model.fields import LIST, NONE, build, typed, unknown
 from ..model.folders import STATE, model_folder, read_json
 from ..model.interchange import Stored
 from ..model.kinds import SPARSE
@@ -125,7 +125,17 @@ def of_kind(kind: type[Table], values: Any) -> Any:
     """A table out of its keys. Raises TypeError or ValueError naming the one that is wrong."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.name}={values!r}: allowed is a table [{kind.name}]")
-    return build(kind, values, f"{kind.name}.", see=LIST)
+    return build(kind, _renamed(values) if kind is TrainConfig else values, f"{kind.name}.", see=LIST)
+
+
+def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """[train] with the keys of earlier recipes under their present names: tensorboard = true is one of `log`."""
+    if "tensorboard" not in values:
+        return values
+    rest, wanted = dict(values), typed("train.tensorboard", values["tensorboard"], bool)
+    del rest["tensorboard"]
+    others = [name for name in rest.get("log", ()) if name != "tensorboard"]
+    return {**rest, "log": [*others, *["tensorboard"] * wanted]}
 
 
 def _check_data(recipe: Recipe) -> None:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from ..model.fields import settle
 
+LOGS = ("tensorboard", "trackio", "wandb")
+
 
 def key(default: Any, meaning: str, allowed: str = "", check: Any = None) -> Any:
     """A recipe key: its default, one line of meaning, and (in words and as a function) which values are allowed."""
@@ -175,7 +177,12 @@ class TrainConfig(Table):
     observe_every: int = _not_negative(
         20, "steps between two looks into the mechanisms (gradients, updates, mHC, indexer, Engram); 0 = none"
     )
-    tensorboard: bool = key(False, "also write the metrics for TensorBoard")
+    log: tuple[str, ...] = key(
+        (),
+        "programs that get the metrics too: tensorboard, trackio, wandb",
+        f"{', '.join(LOGS)}, each at most once",
+        lambda names: len(set(names)) == len(names) and set(names) <= set(LOGS),
+    )
     eval_every: int = _not_negative(100, "steps between two evaluations on held-out text; 0 = at the end only")
     checkpoint_every: int = _not_negative(200, "steps between two checkpoints; 0 = at the end only")
     keep: int = _positive(2, "checkpoints that are kept")

@@ -18,6 +18,7 @@ from .reason.source import ReasonSource
 from .recipe import Recipe, check_vocabulary
 from .run import checkpoint, folder, metrics, provenance
 from .run.loop import Run, Summary
+from .run.stop import Stopped, noted
 from .settings import PLANTED, ChatConfig
 
 
@@ -28,6 +29,7 @@ def train(
     stop_at: int | None = None,
     shown: bool = True,
     prepare: Callable[[Transformer], None] | None = None,
+    signals: bool = False,
 ) -> Summary:
     """Trains `recipe` in folder `out`, from the start or from the checkpoint (or newest of the run) `resume`.
 
@@ -37,9 +39,11 @@ def train(
     it is resumed. Keys of the recipe that a resumed run has changed are told, a line each, and kept in run.json.
 
     `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there. `prepare` may
-    change the model as soon as it is built: an experiment's variant of it.
+    change the model as soon as it is built: an experiment's variant of it. With `signals`, Ctrl-C and SIGTERM let a run
+    of one process finish its step and save a checkpoint; several processes end where they are.
 
     Raises:
+        Stopped: a signal ended the run so.
         FileExistsError: `out` holds a run and this is no resumption of it.
         BlockingIOError: another process writes a run there.
         ValueError: the checkpoint's model, tokenizer, rules or kind of run are others, or it is broken, or later
@@ -56,12 +60,13 @@ def train(
             with folder.written(Path(out) if out else None, recipe.name, world) as (place, held):
                 run = _run(recipe, place, _start(resume, place), shown, prepare, world, held)
                 try:
-                    run.loop(stop_at or settings.steps)
+                    with noted(signals and world.size == 1) as run.asked:
+                        run.loop(stop_at or settings.steps)
                 finally:
                     run.close()
                 return run.finish()
     except (KeyboardInterrupt, OSError) as error:  # of which ProcessLost is one
-        if run and not isinstance(error, folder.FolderLost):
+        if run and not isinstance(error, folder.FolderLost | Stopped):
             found = checkpoint.checkpoints(run.out)
             last = f"the last checkpoint is {found[-1].name if found else 'none'}"
             error.add_note(f"{last}: go on with --resume {shlex.quote(str(run.out))}")

@@ -95,8 +95,9 @@ def _run(options: argparse.Namespace) -> int:
         print(f"abyssal {options.command}: {visible(_said(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"\nabyssal {options.command}: {'; '.join(['interrupted', *_notes(error)])}", file=sys.stderr)
-        return 130
+        said = [str(error) or "interrupted", *_notes(error)]
+        print(f"\nabyssal {options.command}: {'; '.join(said)}", file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
 

@@ -25,6 +25,8 @@ def _plot(options: argparse.Namespace) -> None:
         print(f"\n{compare.draw(runs, options.out or compare.FILE, options.by)}")
         return
     (run,) = options.runs
+    if options.by != "step":
+        raise ValueError(f"--by {options.by}: allowed with two or more runs")
     print(plot(run, options.out))
     mechanisms = plot_mechanisms(run, options.out and _beside(options.out))
     if mechanisms:

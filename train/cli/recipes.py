@@ -24,7 +24,7 @@ def _recipe(options: argparse.Namespace) -> None:
     if file.name.endswith(".toml") and "model" in values:  # a released configuration is none that reads bytes
         naming(options.name, Recipe.from_dict, values)
     text = naming(options.name, written, values, options.all, width())
-    header = [*_header(file), *(f"# changed: {change}" for change in options.set)]
+    header = [*_header(file), *(f"# changed: {' '.join(change.split())}" for change in options.set)]
     print("\n".join([*header, *[""] * bool(header), text]), end="")
 
 

@@ -25,7 +25,7 @@ def _train(options: argparse.Namespace) -> None:
     from ..talk.terminal.visible import shown
 
     recipe, out = _recipe_and_folder(options)
-    summary = train(recipe, out, options.resume)
+    summary = train(recipe, out, options.resume, signals=True)
     if not first_process():
         return
     print(shown(_describe(summary, _try_plot(summary.out)), sys.stdout))

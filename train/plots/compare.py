@@ -24,7 +24,11 @@ AXES: dict[str, Callable[[dict[str, Any]], float]] = {
     "time": lambda record: record["seconds"] / 60,
 }
 UNITS = {"step": "step", "tokens": "tokens", "time": "minutes of training"}
-SCORES = {"held_out": "Held-out text", "accuracy": "Held-out questions answered right"}
+SCORES = {
+    "held_out": ("Held-out text", "bits per byte"),
+    "answers": ("Held-out answers", "bits per token"),
+    "accuracy": ("Held-out questions answered right", "share"),
+}
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -49,7 +53,7 @@ class Finished:
     @property
     def in_bytes(self) -> bool:
         data = self.recipe["data"]
-        learns_text = not (self.recipe.get("reason") or data["source"].startswith(PLANTED))
+        learns_text = not ({"reason", "chat"} & self.recipe.keys() or data["source"].startswith(PLANTED))
         return learns_text and data["tokenizer"] == "bytes"
 
 
@@ -147,7 +151,8 @@ def _scores(kind: str, axis: Any, runs: Coloured, by: str) -> None:
     trigrams = [(run.series("trigram")[1][-1], colour) for run, colour in runs if run.scores("trigram")]
     for bits, colour in trigrams if kind == "held_out" else ():
         axis.axhline(bits, color=colour if len(dict(trigrams)) > 1 else GREY, linestyle="--", linewidth=1)
-    axis.set(title=SCORES[kind], ylabel="bits per byte" if kind == "held_out" else "share")
+    title, unit = SCORES[kind]
+    axis.set(title=title, ylabel=unit)
     if kind == "held_out" and trigrams:
         axis.plot([], [], color=GREY, linestyle="--", linewidth=1, label="trigram model")
     names = max((run.scores(kind) for run, _ in runs), key=len)

@@ -8,8 +8,9 @@ with the same bits (same machine, same number of threads).
 """
 
 import math
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,13 +33,14 @@ from .folder import nothing_to_check
 from .graph import GraphStepper
 from .line import Line, Lines, Stopwatch
 from .load import prepared, start_from
+from .loggers import Loggers
 from .observe import Observer
 from .progress import ProgressLine
 from .schedule import Phase, Schedule
 from .stability import Stability
 from .step import BLIND, Experts, Outcome, Stepper
+from .stop import Stopped
 from .tables import Tables, places
-from .tensorboard import TensorBoard
 
 SAMPLE = "sample.txt"
 
@@ -76,6 +78,7 @@ class Run:
         held: Callable[[], None] = nothing_to_check,
     ):
         self.held = held
+        self.asked: Sequence[int] = ()  # signals to end
         self.recipe, self.source, self.out, self.saved, self.world = recipe, source, out, resumed, world
         _check_folder(out, resumed)
         if resumed:
@@ -140,7 +143,7 @@ class Run:
         self._open_metrics(origin)
         steps, every = self.recipe.train.steps, self.recipe.train.log_every
         in_bytes = isinstance(self.source.tokenizer, ByteTokenizer)
-        self.line = ProgressLine(step, steps, every, shown, in_bytes) if self.world.first else Nowhere()
+        self.line: Any = ProgressLine(step, steps, every, shown, in_bytes) if self.world.first else Nowhere()
         for text in changed:
             self.line.say(f"changed  {text}")
         if shown:
@@ -158,33 +161,56 @@ class Run:
         """To be gone on with behind the present step."""
         step, first = self.progress.step, self.world.first
         self.metrics = metrics.MetricsFile(self.out, step, source) if first else Nowhere()
-        self.board = TensorBoard(self.out, step) if first and self.recipe.train.tensorboard else None
+        self.loggers = Loggers(self.out, self.recipe, step) if first else Nowhere()
 
     def loop(self, stop: int) -> None:
-        """Steps until `stop` or until the clock says so; evaluates and saves on the way and at the end."""
+        """Steps until `stop` or until the clock says so; evaluates and saves on the way and at the end.
+
+        Raises:
+            Stopped, BrokenPipeError: a signal asked for the end, or nobody reads what is said; all is saved.
+        """
         steps, minutes = self.recipe.train.steps, self.recipe.train.minutes
         if self.stability and not checkpoint.checkpoints(self.out):
             self.save()
-        while self.progress.step < stop and not self.cut:
+        asked = self._is_asked()
+        while self.progress.step < stop and not (self.cut or asked):
             line = self.step()
             if line is None:
+                asked = self._is_asked()
                 continue
             step = self.progress.step
             self.cut = step < stop and bool(minutes) and self.world.agree(self.seconds()) >= 60 * minutes
-            last = self.cut or step == stop
             if step == steps or self.cut or _due(step, self.recipe.train.eval_every):
                 self.lines.flush()
                 self._check_line(line)
                 line.record |= self.evaluate()
                 self.line.report(step, self.source.report(self.scores))
             self.lines.add(line)
-            if last or _due(step, self.recipe.train.checkpoint_every):
+            asked = self._is_asked()
+            if asked or self.cut or step == stop or _due(step, self.recipe.train.checkpoint_every):
                 self.save()
+        if asked:
+            self._end()
         if self.cut:
             self.line.say(
                 f"stopped by train.minutes={minutes:g} after step {self.progress.step} of {steps}: the learning rate"
                 " had not fallen to its end; lower train.steps or raise train.minutes"
             )
+
+    def _is_asked(self) -> bool:
+        """Whether the run is to end before its time. One of several processes that is not heard ends at once."""
+        lost = self.line.lost if self.world.first else None
+        if lost and self.world.size > 1:
+            raise lost
+        return bool(self.asked or lost)
+
+    def _end(self) -> NoReturn:
+        if not checkpoint.checkpoints(self.out):
+            self.save()
+        if not self.asked:
+            raise self.line.lost
+        done = f"stopped after step {self.progress.step} of {self.recipe.train.steps}"
+        raise Stopped(f"{done}; go on with: abyssal train --resume {shlex.quote(str(self.out))}", self.asked[0])
 
     def step(self) -> Line | None:
         """One optimizer step and its line; None if its loss was a spike and the run went back."""
@@ -218,8 +244,7 @@ class Run:
         """A line whose step is over, to where lines go."""
         self._check_line(line)
         self.metrics.write(line.record)
-        if self.board:
-            self.board.write(line.record)
+        self.loggers.write(line.record)
         self.line.step(line.record)
 
     def _check_line(self, line: Line) -> None:
@@ -353,8 +378,7 @@ class Run:
 
     def close_metrics(self) -> None:
         self.metrics.close()
-        if self.board:
-            self.board.close()
+        self.loggers.close()
 
     def _check_finite(self, step: int, numbers: dict[str, float], cause: Callable[[], str] | None = None) -> None:
         """`cause()` says what else is known of a number that is not."""

@@ -7,10 +7,14 @@ from typing import Any
 
 
 class ProgressLine:
-    """A bar, or a line every `every` steps; `shown=False` keeps quiet but for `say`. `in_bytes`: a token is a byte."""
+    """A bar, or a line every `every` steps; `shown=False` keeps quiet but for `say`. `in_bytes`: a token is a byte.
+
+    Once nobody reads the pipe that it writes to, it is quiet, and `lost` is the error.
+    """
 
     def __init__(self, start: int, steps: int, every: int, shown: bool = True, in_bytes: bool = True):
         self.steps, self.every, self.shown, self.in_bytes = steps, every, shown, in_bytes
+        self.lost: BrokenPipeError | None = None
         self.bar: Any = None
         if shown and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
             from tqdm import tqdm
@@ -23,7 +27,7 @@ class ProgressLine:
             self.bar.update()
             self.bar.set_postfix_str(text, refresh=False)
         elif self.shown and (record["step"] % self.every == 0 or record["step"] in (1, self.steps)):
-            print(f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  {text}", flush=True)
+            self.say(f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  {text}")
 
     def report(self, step: int, lines: dict[str, str]) -> None:
         """What an evaluation found."""
@@ -31,10 +35,12 @@ class ProgressLine:
             self.say(f"step {step}: " + "; ".join(f"{label} {text}" for label, text in lines.items()))
 
     def say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
+        if self.lost:
+            return
+        try:
+            self.bar.write(text) if self.bar is not None else print(text, flush=True)
+        except BrokenPipeError as error:
+            self.lost = error
 
     def close(self) -> None:
         if self.bar is not None:

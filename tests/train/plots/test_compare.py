@@ -59,12 +59,13 @@ def test_runs_of_one_recipe_say_so(tmp_path):
 def test_the_picture_has_a_panel_for_each_quantity(tmp_path, by, monkeypatch):
     pytest.importorskip("matplotlib")
     text = write(tmp_path / "a", held_out=2.5, trigram=2.7)
-    planted = write(tmp_path / "b", "indexer", accuracy=0.5, accuracy_at={"8": 0.5})
+    planted = write(tmp_path / "b", "indexer", accuracy=0.5, accuracy_at={"8": 0.5}, answers=1.5)
     rewarded = write(tmp_path / "c", "reason-grpo", reward=0.5, accuracy_thinking=0.2, accuracy_chat=0.3)
     figures = []
     monkeypatch.setattr(compare, "save", lambda figure, path: figures.append(figure) or path)
     compare.draw(compare.read([text, planted, rewarded]), by=by)
-    titles = ["Training loss", "Reward of the rollouts", "Held-out text", "Held-out questions answered right"]
+    titles = ["Training loss", "Reward of the rollouts", "Held-out text", "Held-out answers"]
+    titles.append("Held-out questions answered right")
     axes = figures[0].axes
     assert [axis.get_title() for axis in axes] == [*titles, "Learning rate"]
     assert all(axis.get_xlabel() == compare.UNITS[by] for axis in axes)
@@ -87,5 +88,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     run = str(write(tmp_path / "a"))
     assert main(["plot", run, run]) == 2
     assert "allowed are two or more different folders" in capsys.readouterr().err
+    assert main(["plot", run, "--by", "time"]) == 2
+    assert "--by time: allowed with two or more runs" in capsys.readouterr().err
     assert main(["plot", run, str(tmp_path / "none")]) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
