@@ -91,6 +91,8 @@ task 6. Fine-tune a checkpoint that transformers made
 "$python" - <<'PYTHON'
 from transformers import AutoTokenizer, DeepseekV4Config, DeepseekV4ForCausalLM
 
+import abyssal.hf
+
 config = DeepseekV4Config(
     vocab_size=288, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, head_dim=32, q_lora_rank=32, o_groups=1,
     o_lora_rank=32, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, sliding_window=32,

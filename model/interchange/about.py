@@ -48,7 +48,7 @@ def generation(config: Config) -> bytes:
     """generation_config.json: which tokens open, end and pad a text; to be drawn from the whole distribution."""
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     given = {name: token for name, token in tokens.items() if token is not None}
-    return _json({**given, "do_sample": True, "temperature": 1.0, "top_p": 1.0})
+    return _json({**given, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0})
 
 
 def carried(folder: Path) -> dict[str, bytes]:
