@@ -18,7 +18,7 @@ class AbyssalConfig(PreTrainedConfig):
     """The keys of a config.json in the layout "abyssal". They are checked when a model is made of them."""
 
     model_type = str(OURS["model_type"])
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (as transformers has it)
     rope_scaling = None  # a key like the others, where transformers has a property that rewrites it
 
     def __post_init__(self, **keys: Any) -> None:
