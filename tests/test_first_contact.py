@@ -215,7 +215,7 @@ def test_every_part_runs_to_its_end_on_a_cpu(tmp_path):
 
 def carried(folder):
     """A cache holds in another checkout of the same sources."""
-    for name in ("abyssal", "kernels", "model", "train", "configs", "tests/first_contact", "tests/support"):
+    for name in ("abyssal", "kernels", "model", "hf", "train", "configs", "tests/first_contact", "tests/support"):
         shutil.copytree(ROOT / name, folder / "elsewhere" / name, ignore=shutil.ignore_patterns("*.png", "__pycache__"))
     command = [sys.executable, str(folder / "elsewhere/tests/first_contact"), "--cpu", "--only", "compile"]
     command += ["--cache", str(folder / "cache"), "--out", str(folder / "again")]

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "kernels/BENCHMARKS.md", "train/RESULTS.md"]
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-FILE = re.compile(r"`((?:kernels|model|train|tests|configs)/[\w./*<>-]+)`")
+FILE = re.compile(r"`((?:kernels|model|hf|train|examples|tests|configs)/[\w./*<>-]+)`")
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -21,7 +21,9 @@ def test_there_is_python_to_run():
     assert BLOCKS
 
 
-SOURCES = sorted(path for top in ("kernels", "model", "hf", "train", "tests") for path in (ROOT / top).rglob("*.py"))
+SOURCES = sorted(
+    path for top in ("kernels", "model", "hf", "train", "examples", "tests") for path in (ROOT / top).rglob("*.py")
+)
 
 
 def test_files_named_in_sources_are_there():

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .options import Command, flag, set_argument, width
+from .options import Command, flag, set_argument, trust_argument, width
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     flag(parser, "--out", Path, None, "folder of the run", "runs/NAME-DATE-TIME, or the resumed run's")
     flag(parser, "--resume", Path, None, "run or checkpoint to go on with", "start anew")
     set_argument(parser)
+    trust_argument(parser)
 
 
 def _train(options: argparse.Namespace) -> None:
