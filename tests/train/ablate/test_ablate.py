@@ -221,7 +221,7 @@ def test_the_key_is_the_recipe_and_the_variant_and_nothing_else():
 def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkeypatch):
     out, _ = done
     job = replace(jobs(suite(), [0])[0], probes=("size",))
-    monkeypatch.setitem(runner.PROBES, "size", lambda model, recipe: {"size": model.embed.weight.abs().sum().item()})
+    monkeypatch.setitem(probes.PROBES, "size", lambda model, recipe: {"size": model.embed.weight.abs().sum().item()})
     monkeypatch.setattr(runner, "train", None)
     found = runner.run_job(job, out / RUNS)
     from abyssal.train.run.load import load_trained

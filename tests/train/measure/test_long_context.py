@@ -173,7 +173,7 @@ def test_the_command_takes_a_checkpoint(tiny, texts, tmp_path, capsys):
         (["--tokens", "9", "--decode", "0"], "decode=0: allowed are positive numbers"),
         (["--tokens", "9", "--chunk", "-1"], "chunk=-1: allowed are positive numbers"),
         (["--config", "nanoo"], "'nanoo' is no configuration"),
-        (["--checkpoint", "nowhere"], "is no checkpoint"),
+        (["--checkpoint", "nowhere"], "is no configuration"),
         (["--tokens", "9", "--source", "nowhere"], "data.source='nowhere'"),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_run_starts_from_the_weights_it_is_given(tuned, whole):
     assert first["kl"] < 1e-2 and first["clip_fraction"] == first["off_policy"] == 0
     with pytest.raises(ValueError, match=r"train\.init='': allowed is a trained run"):
         train(recipe(), whole.out.parent / "other", shown=False)
-    with pytest.raises(ValueError, match=r"checkpoint of another model: model\.hc_mult: 2 -> 4"):
+    with pytest.raises(ValueError, match=r"is of another model: model\.hc_mult: 2 -> 4"):
         train(recipe(f"train.init={tuned.out}", "model.hc_mult=4"), whole.out.parent / "other", shown=False)
 
 
