@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 import abyssal
-from abyssal.model import ModelConfig, Transformer
+from abyssal.model import ModelConfig, Transformer, convert_pretrained, load_pretrained
 from abyssal.model.kept import kept
 from abyssal.train.distributed.world import World, check, own_device
 from abyssal.train.recipe import Recipe
@@ -229,6 +230,21 @@ def test_one_process_goes_on_from_a_checkpoint_in_parts(done, recipe_of, alone, 
     train(recipe_of("adamw"), tmp_path / "run", resume=pair / "adamw" / "checkpoints" / "step-000002", shown=False)
     assert_same_losses(tmp_path / "run", alone / "adamw")
     assert_same_weights(tmp_path / "run", alone / "adamw")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_of_two_processes_is_a_model(done, pair, tmp_path, name):
+    whole, parts = load_trained(pair / name, device="cpu")[0], load_pretrained(pair / name)
+    assert parts.state_dict().keys() == whole.state_dict().keys()
+    assert all(torch.equal(tensor, parts.state_dict()[key]) for key, tensor in whole.state_dict().items())
+    convert_pretrained(pair / name, tmp_path / "out", layout="official")
+    again = load_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in whole.state_dict().items())
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint.find(pair / name), broken)
+    sorted((broken / "model").glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match=r"n_routed_experts=8: the checkpoint has tensors for 4"):
+        load_pretrained(broken)
 
 
 def test_only_the_first_process_writes(done, pair):
