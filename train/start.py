@@ -11,7 +11,7 @@ from .data.conversations import ChatSource
 from .data.corpus import load_corpus
 from .data.planted import PlantedSource, planted_task
 from .data.source import Source, TextSource, maps, open_tokenizer
-from .data.tokenizers import Tokenizer, load_tokenizer
+from .data.tokenizers import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer
 from .distributed.world import World, check, choose_device, processes
 from .reason.loop import GrpoRun
 from .reason.source import ReasonSource
@@ -112,11 +112,16 @@ def _run(
     world: World,
     held: Callable[[], None],
 ) -> Run:
-    """A run of the kind that the recipe asks for."""
-    source = open_source(recipe)
+    """A run of the kind that the recipe asks for; where its tokenizer is gone, the checkpoint has one."""
+    gone = start is not None and _is_path(recipe.data.tokenizer) and not Path(recipe.data.tokenizer).exists()
+    source = open_source(recipe, checkpoint.tokenizer_of(start) if start and gone else None)
     if recipe.grpo is not None:
         return GrpoRun(recipe, source, out, start, shown, prepare, held)
     return Run(recipe, source, out, start, shown, prepare, world, held)
+
+
+def _is_path(tokenizer: str) -> bool:
+    return tokenizer != ByteTokenizer.name and bpe_size(tokenizer) is None
 
 
 def open_source(recipe: Recipe, tokenizer: Tokenizer | None = None, test: bool = False) -> Source:

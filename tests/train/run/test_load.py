@@ -149,6 +149,22 @@ def test_a_recipe_without_model_takes_that_of_its_start(run, text, tmp_path):
     assert type(found).from_dict(found.to_dict()) == found
 
 
+def test_a_run_goes_on_without_the_folder_that_it_started_from(text, tmp_path):
+    pytest.importorskip("tokenizers")
+    keys = ("data.tokenizer=bpe:300", "model.vocab_size=300")
+    tokens = [f"model.{name}_token_id={268 + i}" for i, name in enumerate(("bos", "eos", "pad"))]
+    train(tiny(text, *keys, *tokens, "train.steps=1"), tmp_path / "first", shown=False)
+    recipe = tmp_path / "on.toml"
+    recipe.write_text(f'[data]\nsource = "{text}"\ntokenizer = "init"\nsequence_length = 64\n', "utf-8")
+    few = ("train.steps=2", "train.sample_tokens=0", "data.held_out_rows=1", f"train.init={tmp_path / 'first'}")
+    on = load_recipe(recipe, few)
+    assert on.data.tokenizer == str(checkpoint.find(tmp_path / "first"))
+    train(on, tmp_path / "second", stop_at=1, shown=False)
+    shutil.rmtree(tmp_path / "first")
+    stored = checkpoint.read_state(checkpoint.find(tmp_path / "second"))[0]
+    assert train(stored, tmp_path / "second", resume=tmp_path / "second", shown=False).progress.step == 2
+
+
 def test_a_folder_is_no_recipe(run, capsys):
     assert main(["train", str(run)]) == 2
     assert f"to go on with a run give --resume {run}" in capsys.readouterr().err
