@@ -261,7 +261,8 @@ class ModelConfig:
         """
         recipe = read_recipe(name_or_path)
         if "model" not in recipe:
-            raise ValueError(f"{name_or_path}: a recipe needs a table [model]; it has {', '.join(recipe) or 'none'}")
+            told = f"it has {', '.join(recipe) or 'none'}; a run of it takes that of train.init"
+            raise ValueError(f"{name_or_path}: a recipe needs a table [model]; {told}")
         return naming(name_or_path, cls.from_dict, recipe["model"])
 
     @classmethod

@@ -82,6 +82,14 @@ def test_a_run_keeps_its_own_mechanism(tmp_path, capsys):
     assert main(["generate", str(run), "--max-new-tokens", "3"]) == 2
     assert f"its recipe runs the code {reference}: allow that with --trust-code" in capsys.readouterr().err
     assert main(["generate", str(run), "--max-new-tokens", "3", "--trust-code"]) == 0
+    few = [word for key in ("data.sequence_length=64", "train.steps=1") for word in ("--set", key)]
+    more = ["--set", f"train.init={run}", "--set", f"data.source={text}", *few, "--out", str(tmp_path / "on")]
+    assert main(["train", "finetune", *more]) == 2
+    assert "own_mechanism.py:layer_norm: give train.prepare too" in capsys.readouterr().err
+    assert main(["train", "finetune", *more, "--set", f"train.prepare={reference}"]) == 0
+    assert main(["info", str(run)]) == 0
+    assert "its model was changed by" in capsys.readouterr().out
+    assert main(["profile", str(run)]) == 2
     own._allowed.clear()
     assert main(["train", "--resume", str(run), "--set", "train.steps=3"]) == 2
     assert main(["train", "--resume", str(run), "--set", "train.steps=3", "--trust-code"]) == 0

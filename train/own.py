@@ -75,7 +75,7 @@ def module_of(where: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name != where.partition(".")[0] and error.name != where:
                 raise
-            raise FileNotFoundError(f"{where!r}: no such file, and no module of that name") from None
+            raise FileNotFoundError(f"{where!r}: no such file in {Path.cwd()}, and no module of that name") from None
     name = f"own_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

@@ -23,7 +23,7 @@ from typing import Any
 from ..model.config import ModelConfig, laid_over, read_recipe
 from ..model.fields import LIST, NONE, build, typed, unknown
 from ..model.folders import STATE, model_folder, read_json
-from ..model.interchange import Stored
+from ..model.interchange import config_in
 from ..model.kinds import SPARSE
 from . import own
 from .data.places import STDLIB, absolute
@@ -219,7 +219,7 @@ def _started(values: dict[str, Any], takes_model: bool) -> dict[str, Any]:
         in_bytes = in_bytes or isinstance(load_tokenizer(folder), ByteTokenizer)
         values = {**values, "data": {**data, "tokenizer": ByteTokenizer.name if in_bytes else str(folder)}}
     if takes_model:
-        found = Stored(folder).config.to_dict()
+        found = config_in(folder).to_dict()
         stored = {key: value for key, value in found.items() if key not in ("quantization_config", "expert_dtype")}
         values = {**values, "model": laid_over({**stored, "torch_dtype": "float32"}, values.get("model", {}))}
     return values

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..model import Transformer
 from . import own
-from .data.conversations import ChatSource
+from .data.conversations import ChatSource, lacking
 from .data.corpus import load_corpus
 from .data.planted import PlantedSource, planted_task
 from .data.source import Source, TextSource, maps, open_tokenizer
@@ -149,7 +149,9 @@ def open_source(recipe: Recipe, tokenizer: Tokenizer | None = None, test: bool =
 
 
 def _chat_source(recipe: Recipe, chat: ChatConfig, tokenizer: Tokenizer, test: bool) -> ChatSource:
-    data = recipe.data
+    data, missing = recipe.data, lacking(tokenizer)
+    if missing:
+        raise ValueError(f"{missing}: give a model whose tokenizer has them")
     _check_tokens(recipe, tokenizer)
     least = max(tokenizer.special.values()) + 1
     if recipe.model.vocab_size < least:

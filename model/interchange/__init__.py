@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..folders import described_in, description, model_folder, naming, using
+from ..folders import STATE, described_in, description, model_folder, naming, using
 from ..foreign import refuse_foreign
 from ..kept import kept
 from ..tables import row_tables
 from . import about, formats
 from .counts import check_counts, check_numbers
-from .families import Config, Family, family_of, family_of_model
+from .families import V4, Config, Family, family_of, family_of_model
 from .files import Folder, Header, write
 from .names import LAYOUTS, Index, listed
 from .place import tidy
@@ -74,6 +74,14 @@ def load_pretrained(
         return model
 
     return using(folder, load, located)
+
+
+def config_in(path: str | Path) -> Config:
+    """The configuration of the model that a path means (see `load_pretrained`), from headers alone."""
+    folder = located(path)
+    if (folder / STATE).is_file():
+        return naming(described_in(folder), V4.load, description(folder), ["mtp."])
+    return Stored(folder).config
 
 
 def located(path: str | Path) -> Path:
@@ -164,7 +172,8 @@ class Stored:
         told = description(path)
         if told.get("prepared"):
             raise ValueError(
-                f"{str(path)!r}: its model was changed by {told['prepared']}: only its run's code builds it"
+                f"{str(path)!r}: its model was changed by {told['prepared']}: what opens runs and knows --trust-code"
+                " builds it, and in Python abyssal.train.run.load.load_trained"
             )
         self.family, self.stage = family_of(told), told.get("attention_stage", about.SPARSE)
         self.layout = self.family.layout_of(headers)

@@ -60,12 +60,15 @@ def _info(options: argparse.Namespace) -> None:
 
         print(plan(load_recipe(options.name)))
         return
-    from ...model.folders import model_folder
+    from ...model.folders import description, model_folder
     from ..measure import cost
 
     context, folder = cost.count(options.context), Path(options.name)
     length = None if options.length is None else cost.count(options.length)
-    if folder.is_dir() and list(model_folder(folder).glob("**/*.safetensors*")):
+    changed = description(model_folder(folder)).get("prepared") if folder.is_dir() else None
+    if changed:
+        print(f"its model was changed by {changed}; what follows is its configuration's, without that\n")
+    elif folder.is_dir() and list(model_folder(folder).glob("**/*.safetensors*")):
         import torch
 
         from ...model.interchange.describe import describe

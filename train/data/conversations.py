@@ -4,7 +4,8 @@
     {"prompt": "...", "completion": "..."}                                      the same, short
 
 Messages are those of OpenAI's API, with `reasoning_content` where the assistant has thought. What is learnt is what the
-assistant wrote, that is reasoning, answer, tool calls and the eos behind them, and nothing before it.
+assistant wrote, that is reasoning, answer, tool calls and the eos behind them, and nothing before it; a message with
+`"weight": 0` is read and not learnt.
 
 Each answer is learnt behind the prompt that the model gets when it is to write it: the messages before it, in thinking
 mode if the answer has reasoning and in chat mode otherwise. An answer whose prompt begins with all of the talk so far
@@ -26,18 +27,34 @@ import torch
 from torch import nn
 
 from ...model.fields import shown
-from ...model.text.chat import THINK, encode_messages
+from ...model.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER, encode_messages
 from ...model.text.marked import marked
-from ..settings import ChatConfig, DataConfig
+from ..settings import PLANTED, ChatConfig, DataConfig
 from .bits import total_bits
 from .packed import PackedRows, Talk, fill, pack, stack
-from .places import locate
+from .places import STDLIB, locate
 from .records import Record, held_out_by_key, key_of, no_field
 from .rows import Batch
 from .tokenizers import Tokenizer
 
+CONTROL = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)  # of the chat format; the others are for tasks
 FIELDS = ("messages", "prompt", "completion", "tools")
 ASKING = ("user", "tool", "developer")  # roles behind whose messages it is the assistant's turn
+
+
+def lacking(tokenizer: Tokenizer) -> str:
+    """Which special tokens of the chat format a tokenizer does not have, in words; '' if it has all."""
+    missing = [string for string in CONTROL if string not in tokenizer.special]
+    return f"tokenizer={tokenizer.name!r} has no {', '.join(missing)}, which the chat format is made of" * bool(missing)
+
+
+def are_conversations(source: str) -> bool:
+    """Whether the first record of a source is one, and not a text."""
+    if source == STDLIB or source.startswith(PLANTED):
+        return False
+    files = locate(source, (*FIELDS, "text", "content"))[1]
+    first = next(iter(files[0]), None) if files else None
+    return first is not None and ("messages" in first[1] or {"prompt", "completion"} <= first[1].keys())
 
 
 @dataclass(frozen=True)
@@ -49,7 +66,9 @@ class Conversation:
     @property
     def key(self) -> int:
         """A hash of all that is said."""
-        said = [{name: part for name, part in message.items() if part is not None} for message in self.messages]
+        said = [
+            {name: part for name, part in message.items() if part not in (None, "", [])} for message in self.messages
+        ]
         return key_of(json.dumps(said, sort_keys=True).encode())
 
 
@@ -86,6 +105,10 @@ def _check(i: int, message: Any, before: Mapping[str, Any] | None) -> None:
     content = message.get("content")
     if not content and not message.get("tool_calls"):
         raise ValueError(f"messages[{i}] is the assistant's without content: allowed is text, or tool_calls")
+    if message.get("weight", 1) not in (0, 1):
+        raise ValueError(f"messages[{i}].weight={shown(message['weight'])}: allowed are 1, learnt, and 0, only read")
+    if "reasoning" in message:
+        raise ValueError(f"messages[{i}] has reasoning: allowed is reasoning_content")
     if isinstance(content, str) and content.lstrip().startswith(THINK):
         raise ValueError(f"messages[{i}] has content that begins with {THINK}: reasoning belongs in reasoning_content")
 
@@ -96,7 +119,7 @@ def _with_tools(messages: list[dict[str, Any]], tools: Any) -> list[dict[str, An
         tools = json.loads(tools) if isinstance(tools, str) else tools
         encode_messages([{"role": "system", "tools": tools}])
     except (ValueError, TypeError):
-        allowed = "allowed are {'type': 'function', 'function': {...}}, a list of them"
+        allowed = "allowed is a list of {'type': 'function', 'function': {...}}"
         raise ValueError(f"tools={shown(tools)}: {allowed}") from None
     first = messages if messages[0]["role"] == "system" else [{"role": "system", "content": ""}, *messages]
     return [{**first[0], "tools": tools}, *first[1:]]
@@ -117,7 +140,8 @@ def talks(conversation: Conversation, tokenizer: Tokenizer, turns: str = "all") 
         if not found or not prompt.startswith(written):
             found.append(Talk())
             written = ""
-        for text, learnt in ((prompt[len(written) :], False), (whole[len(prompt) :], True)):
+        is_learnt = messages[i].get("weight", 1) != 0
+        for text, learnt in ((prompt[len(written) :], False), (whole[len(prompt) :], is_learnt)):
             ids = [token for part in text.split(mark) for token in tokenizer.encode(part, special=True)]
             found[-1].ids.extend(ids)
             found[-1].learnt.extend([learnt] * len(ids))

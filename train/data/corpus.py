@@ -181,7 +181,7 @@ def load_corpus(
         ModuleNotFoundError: a library that reads it is not installed.
     """
     texts, files = locate(source, (text_key, ALSO))
-    alone = [path for _, path in texts] == [Path(os.path.expanduser(source))]
+    alone = len(texts) == 1 and not files
     documents = _without_copies(_cut(texts[0][1]) if alone else _read(texts))
     records, keys = _read_records(files, text_key)
     count = len(documents) + len(keys)
@@ -257,6 +257,11 @@ def _cut(path: Path) -> list[FileDocument]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         while starts[-1] < size:
             starts.append(text.find(b"\n", starts[-1] + piece - 1) + 1 or size)
+        if len(starts) == 2 and size > PIECE_BYTES:  # one line: cut at blanks, or where there are none as it comes
+            starts = [0]
+            while starts[-1] < size:
+                stop = min(starts[-1] + piece, size)
+                starts.append(size if stop == size else text.rfind(b" ", starts[-1], stop) + 1 or stop)
     spans = enumerate(pairwise(starts))
     return [FileDocument(f"{path.name}:{i:06d}", path, start, stop - start, changed) for i, (start, stop) in spans]
 

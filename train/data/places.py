@@ -47,18 +47,26 @@ def locate(source: str, fields: Collection[str]) -> tuple[list[tuple[str, Path]]
         return _by_kind(path.parent, [(path.name, path)], fields)
     if path.is_dir():
         return _by_kind(path, _named(path, path.rglob("*")), fields)
-    found = [Path(name) for name in glob.glob(str(path), recursive=True)] if glob.has_magic(str(path)) else []
+    root, found = _globbed(path)
     if not found:
         what = "neither a file nor a folder" if path.exists() else "no such file or folder"
         raise FileNotFoundError(f"data.source={source!r}: {what}; allowed are {SOURCES}")
-    root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
     return _by_kind(root, _named(root, found), fields)
+
+
+def _globbed(path: Path) -> tuple[Path, list[Path]]:
+    """The part of a glob that is the same for all, and what it finds; `**` follows no links."""
+    if not glob.has_magic(str(path)):
+        return path, []
+    root = next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+    pattern = str(path.relative_to(root))
+    return root, list(root.glob(f"{pattern}/*" if path.name == "**" else pattern))
 
 
 def absolute(name: str) -> str:
     """An existing path, or a glob that finds something, from the root on; any other name as it is."""
     path = os.path.expanduser(name)
-    there = os.path.exists(path) or (glob.has_magic(path) and any(glob.iglob(path, recursive=True)))
+    there = os.path.exists(path) or bool(_globbed(Path(path))[1])
     return os.path.abspath(path) if there else name
 
 

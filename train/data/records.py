@@ -88,10 +88,21 @@ class Table:
     def read(self, place: Place) -> Record:
         row = place[0] - 1
         block = int(np.searchsorted(self.starts, row, "right")) - 1
-        return self.load(block).slice(row - int(self.starts[block]), 1).to_pylist()[0]
+        try:
+            found = self.load(block).slice(row - int(self.starts[block]), 1).to_pylist()[0]
+        except (OSError, ValueError) as error:  # of which pyarrow's own are
+            raise ValueError(f"{self.where(place)}: {' '.join(str(error).split())}") from None
+        return {name: _without_nulls(value) for name, value in found.items()}
 
     def where(self, place: Place) -> str:
         return f"{self.shown}: row {place[0]}"
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that only other rows have: a column of tables has all keys of all rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def from_parquet(name: str, path: Path, fields: Collection[str]) -> Table:
@@ -116,7 +127,12 @@ def from_parquet(name: str, path: Path, fields: Collection[str]) -> Table:
 
 def from_saved(name: str, path: Path, fields: Collection[str]) -> Table:
     """A folder that `save_to_disk` of the datasets library wrote: a data set, or several, of which one is `train`."""
-    return _from_dataset(name, str(path), _library(f"the folder {str(path)!r}").load_from_disk(str(path)), fields)
+    library = _library(f"the folder {str(path)!r}")
+    try:
+        found = library.load_from_disk(str(path))
+    except (LookupError, ValueError) as error:  # an IndexError of an empty one
+        raise ValueError(f"{path}: no data set that can be read: {' '.join(str(error).split())}") from None
+    return _from_dataset(name, str(path), found, fields)
 
 
 def from_hub(source: str, name: str, fields: Collection[str]) -> Table:
@@ -127,6 +143,8 @@ def from_hub(source: str, name: str, fields: Collection[str]) -> Table:
         ValueError: it has several configurations and none is named, or no split `train`.
     """
     library, (path, _, config) = _library(f"data.source={source!r}"), name.partition(":")
+    if not path:
+        raise ValueError(f"data.source={source!r}: allowed are hf:NAME and hf:NAME:CONFIG")
     try:
         found = library.load_dataset(path, config or None, split="train")
     except (OSError, ValueError) as error:
@@ -156,7 +174,8 @@ def no_field(where: str, fields: Collection[str], there: Collection[str]) -> Val
     hint = (
         "; conversations are for abyssal train sft" if "messages" in there else "; data.text_key names that of a text"
     )
-    hint = "" if "messages" in fields else hint
+    if "messages" in fields:
+        hint = "; texts are for abyssal train finetune" if {"text", "content"} & set(there) else ""
     named = ", ".join(map(shown, there)) or "nothing"
     return ValueError(f"{where}: it has {named}: allowed is {' or '.join(fields)}{hint}")
 

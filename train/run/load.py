@@ -11,12 +11,13 @@ from ...model import Transformer, load_pretrained
 from ...model.config import ModelConfig
 from ...model.fields import shown
 from ...model.folders import STATE, description, using
-from ...model.interchange import Stored, located
+from ...model.interchange import config_in, located
 from .. import own
+from ..data.conversations import are_conversations
 from ..data.tokenizers import Tokenizer, load_tokenizer
 from ..distributed.world import choose_device
 from ..recipe import Recipe
-from ..settings import DataConfig
+from ..settings import ChatConfig, DataConfig
 from . import checkpoint
 from .schedule import Schedule
 from .tables import places
@@ -54,7 +55,10 @@ class Loaded:
         recipe = self.recipe or self._plain()
         in_bytes = self.tokenizer is None or self.tokenizer.name == "bytes"
         given = replace(recipe.data, tokenizer="bytes" if in_bytes else str(self.folder), **data)
-        recipe = replace(recipe, data=given, grpo=None, reason=None if "source" in data else recipe.reason)
+        recipe = replace(recipe, data=given, grpo=None)
+        if "source" in data:
+            chat = (recipe.chat or ChatConfig()) if are_conversations(given.source) else None
+            recipe = replace(recipe, reason=None, chat=chat)
         return recipe.with_absolute_paths()
 
     def _plain(self) -> Recipe:
@@ -126,8 +130,10 @@ def _load(folder: Path, device: str) -> tuple[Transformer, Recipe]:
     return model.eval(), recipe
 
 
-def start_from(path: Path | str, model: Transformer) -> list[str]:
+def start_from(path: Path | str, model: Transformer, changed: str = "") -> list[str]:
     """Gives a new model the weights of a run, a checkpoint or a folder of weights; says what its [model] has otherwise.
+
+    changed: by which code of one's own the model was.
 
     Raises:
         FileNotFoundError: there are none.
@@ -135,7 +141,12 @@ def start_from(path: Path | str, model: Transformer) -> list[str]:
     """
 
     def load(folder: Path) -> list[str]:
+        before = description(folder).get("prepared", "")
+        if before and not changed:
+            raise ValueError(f"train.init={str(folder)!r}: its model was changed by {before}: give train.prepare too")
         told = _told(folder, model.config)
+        if before != changed:
+            told.append(f"train.prepare: {before!r} -> {changed!r}")
         if (folder / STATE).is_file():
             checkpoint.load_model(folder, model)
         else:
@@ -146,9 +157,7 @@ def start_from(path: Path | str, model: Transformer) -> list[str]:
 
 
 def _told(folder: Path, config: ModelConfig) -> list[str]:
-    is_run = (folder / STATE).is_file()
-    there = (ModelConfig.from_dict(description(folder)) if is_run else Stored(folder).config).to_dict()
-    here = config.to_dict()
+    there, here = config_in(folder).to_dict(), config.to_dict()
     changed = {
         key: (there.get(key), here.get(key)) for key in sorted({*there, *here}) if there.get(key) != here.get(key)
     }

@@ -102,7 +102,7 @@ class Run:
             prepare(self.model)
         self.prepared = recipe.train.prepare or (getattr(prepare, "__qualname__", repr(prepare)) if prepare else "")
         init = "" if resumed else recipe.train.init
-        self.differs = start_from(init, self.model) if init else []
+        self.differs = start_from(init, self.model, self.prepared) if init else []
         self.model.recompute = recipe.train.recompute
         shard(self.model, world)
         self.optimizer = split_by_mesh(build_optimizer(self.model, recipe.optim))

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...model.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER
+from ..data.conversations import lacking
 from ..data.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from ...model import Transformer
     from ..recipe import Recipe
 
-CONTROL = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML)  # of the chat format; the others are for tasks
 CONTEXT = 32_768  # tokens of a conversation, unless the model has fewer or the user asks for another number
 
 
@@ -30,12 +29,9 @@ class Voice:
 
     def check_chat(self) -> None:
         """Raises ValueError if the tokenizer lacks special tokens of the chat format, or the vocabulary has no room."""
-        missing = [string for string in CONTROL if string not in self.tokenizer.special]
+        missing = lacking(self.tokenizer)
         if missing:
-            raise ValueError(
-                f"{self.name}: tokenizer={self.tokenizer.name!r} has no {', '.join(missing)}, which the chat format is"
-                " made of: it can go on with text"
-            )
+            raise ValueError(f"{self.name}: {missing}: it can go on with text")
         vocabulary, needed = self.model.config.vocab_size, max(self.tokenizer.special.values()) + 1
         if vocabulary < needed:
             raise ValueError(

@@ -115,8 +115,8 @@ def test_a_pair_and_tools_as_json_say_the_same():
         ({"messages": [user("a")]}, "none is the assistant's"),
         ({"messages": [said("a")]}, r"messages\[0\] is the assistant's behind nothing: allowed is one of user"),
         ({"messages": [user("a"), said("b"), said("c")]}, r"messages\[2\] is the assistant's behind one of assistant"),
-        ({"messages": [user("a"), said("b")], "tools": [5]}, r"tools=\[5\]: allowed are {'type': 'function'"),
-        ({"messages": [user("a"), said("b")], "tools": "{"}, r"tools='{': allowed are"),
+        ({"messages": [user("a"), said("b")], "tools": [5]}, r"tools=\[5\]: allowed is a list of {'type': 'function'"),
+        ({"messages": [user("a"), said("b")], "tools": "{"}, r"tools='{': allowed is"),
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_is_told_with_line_and_message(tmp_path, record, message):
@@ -291,8 +291,8 @@ def test_eval_scores_held_out_answers_or_all_of_another_source(run, mine, tmp_pa
     monkeypatch.chdir(Path(mine).parent)
     assert main(["eval", str(run), "--source", "mine.jsonl"]) == 0
     assert f"held-out bits per answer token {last['answers']:.4f}" in capsys.readouterr().out, "the run's own source"
-    assert main(["eval", str(run), "--source", "stdlib"]) == 2
-    assert "holds no conversations" in capsys.readouterr().err
+    assert main(["eval", str(run), "--source", "stdlib", "--rows", "1"]) == 0
+    assert "held-out bits per byte" in capsys.readouterr().out, "a text is scored as one"
 
 
 def test_a_run_goes_on_as_the_kind_that_it_is(run, mine, tmp_path):
@@ -383,3 +383,46 @@ def test_names_are_not_taken_for_paths(tmp_path, monkeypatch):
     pattern = load_recipe("nano", ["data.source='th*'"]).with_absolute_paths()
     assert pattern.data.source == str(tmp_path / "th*")
     assert load_recipe("nano", ["data.source='no*'"]).with_absolute_paths().data.source == "no*"
+
+
+def test_a_message_of_weight_0_is_read_and_not_learnt():
+    (talk,) = of([user("a"), said("no", weight=0), user("b"), said("yes", weight=1)])
+    assert texts([talk]) == [["yes" + EOS]] and "no" in TOKENIZER.decode(talk.ids)
+    for part, words in (
+        ({"weight": 0.5}, r"weight=0.5: allowed are 1"),
+        ({"reasoning": "x"}, "allowed is reasoning_con"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            of([user("a"), said("b") | part])
+
+
+def test_a_tokenizer_without_the_formats_tokens_is_refused(mine, tmp_path):
+    pytest.importorskip("tokenizers")
+    from foreign import foreign
+
+    qwen = foreign(tmp_path / "qwen", "qwen")
+    keys = [f"model.vocab_size={qwen.vocab_size}", f"data.tokenizer='{tmp_path / 'qwen'}'"]
+    keys += [f"model.{name}_token_id={getattr(qwen, name)}" for name in ("bos", "eos", "pad")]
+    with pytest.raises(ValueError, match=r"has no .*<｜User｜>.* which the chat format is made of: give a model whose"):
+        open_source(recipe(mine, *keys, f"model.engram.pad_token_id={qwen.pad}"))
+
+
+def test_what_only_other_rows_have_is_not_learnt(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    calls = [{"a": 1, "b": "x"}, {"c": 2}]
+    records = []
+    for given in calls:
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": given}}
+        records.append({"messages": [user("go"), {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "calls.parquet")
+    from abyssal.train.data.places import locate
+
+    (file,) = locate(str(tmp_path / "calls.parquet"), ("messages",))[1]
+    for (_, record), expected in zip(file, records):
+        assert texts(talks(read_conversation(record), TOKENIZER)) == texts(of(expected["messages"]))
+
+
+def test_what_is_not_said_makes_no_other_conversation():
+    one = read_conversation({"messages": [user("a"), said("b")]})
+    other = read_conversation({"messages": [user("a"), {**said("b"), "reasoning_content": "", "tool_calls": []}]})
+    assert one.key == other.key

@@ -150,3 +150,25 @@ def test_pipes_and_links_to_nowhere_in_a_folder_are_left_out(tmp_path: Path):
     (tmp_path / "round").symlink_to(tmp_path, target_is_directory=True)
     corpus = load_corpus(str(tmp_path))
     assert {d.name for d in (*corpus.train, *corpus.held_out)} == {"a", "b"}
+
+
+def test_a_glob_follows_no_links(tmp_path):
+    (tmp_path / "f").mkdir()
+    for name in "ab":
+        (tmp_path / "f" / f"{name}.txt").write_text(name * 20, "utf-8")
+    (tmp_path / "f" / "loop").symlink_to(tmp_path / "f")
+    whole, globbed = load_corpus(str(tmp_path / "f")), load_corpus(str(tmp_path / "f" / "**" / "*.txt"))
+    assert globbed.digest == whole.digest == load_corpus(str(tmp_path / "f" / "**")).digest
+
+
+@pytest.mark.parametrize("blank", [" ", ""])
+def test_a_long_line_is_cut(tmp_path, blank):
+    text = blank.join(f"w{i}" for i in range(9000))
+    (tmp_path / "one.txt").write_text(text, "utf-8")
+    corpus = load_corpus(str(tmp_path / "one.txt"))
+    documents = sorted((*corpus.train, *corpus.held_out), key=lambda document: document.name)
+    assert b"".join(document.text for document in documents) == text.encode() and len(documents) > 2
+    assert all(document.text.endswith(b" ") for document in documents[:-1]) == bool(blank)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "one.txt").write_text(text, "utf-8")
+    assert load_corpus(str(tmp_path / "alone")).digest == corpus.digest, "a folder of one text is that text"

@@ -24,6 +24,7 @@ from abyssal.train.data.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     LibraryTokenizer,
+    bpe_size,
     canonical_ids,
     load_tokenizer,
     train_bpe,
@@ -503,3 +504,24 @@ def test_forced_text_is_spelt_as_the_tokenizer_writes_it(known):
     assert known["llama2"].spell(b"then") == known["llama2"].encode("xthen")[len(known["llama2"].encode("x")) :]
     assert known["bert"].decode_bytes(known["bert"].spell(b"{then"), continues=True) == b"{then"
     assert known["t5"].decode_bytes(known["t5"].spell(b"the\xff"), continues=True) == b"the"
+
+
+def test_dropout_of_a_file_is_left_out(tmp_path):
+    foreign(tmp_path, "gpt2")
+    read = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    read["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(read), "utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert len({tuple(tokenizer.encode("the same words again and again")) for _ in range(8)}) == 1
+
+
+def test_what_makes_the_library_panic_is_one_line(tmp_path):
+    foreign(tmp_path, "gpt2")
+    read = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    panics = {"type": "Precompiled", "precompiled_charsmap": None}
+    read["normalizer"] = {"type": "Sequence", "normalizers": [panics]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(read), "utf-8")
+    with pytest.raises(ValueError, match="tokenizer="):
+        load_tokenizer(tmp_path).encode("x")
+    with pytest.raises(ValueError, match="up to 10,000,000"):
+        bpe_size("bpe:99999999999")

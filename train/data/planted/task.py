@@ -50,7 +50,10 @@ class Task(ABC):
         for f in fields(config):
             if f.name not in (*self.options, "eval_length") and getattr(config, f.name) != f.default:
                 read = ", ".join(self.options)
-                raise ValueError(f"planted.{f.name}: the task {self.name} has no such option; it reads {read}")
+                raise ValueError(
+                    f"planted.{f.name}: the task {self.name} has no such option; it reads {read}; leave it at its"
+                    f" default {f.default!r}"
+                )
 
     @abstractmethod
     def row(self, draw: np.random.Generator, length: int) -> Row:

@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+MOST = 10_000_000  # tokens of a vocabulary that is trained
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer that "bytes", a tokenizer.json, or a folder with one means; files beside it are read too.
 
@@ -62,6 +65,7 @@ def bpe_size(name: str) -> int | None:
     kind, colon, size = name.partition(":")
     if (kind, colon) != ("bpe", ":"):
         return None
-    if not size.isdecimal() or int(size) <= 256 + SPECIAL_TOKENS:
-        raise ValueError(f"tokenizer={name!r}: allowed after 'bpe:' is a size above {256 + SPECIAL_TOKENS}")
+    least = 256 + SPECIAL_TOKENS
+    if not size.isdecimal() or not least < int(size) <= MOST:
+        raise ValueError(f"tokenizer={name!r}: allowed after 'bpe:' is a size above {least}, up to {MOST:,}")
     return int(size)

@@ -82,6 +82,8 @@ def load_preset(
         values["data"] = {"sequence_length": 4096, "batch_size": 1, "tokenizer": name} | values.get("data", {})
         values["train"] = {"dtype": "bfloat16" if device.type == "cuda" else "float32"} | values.get("train", {})
     recipe = Recipe.from_dict(values | {"name": Path(name).stem})
+    if recipe.train.prepare:
+        raise ValueError(f"train.prepare={recipe.train.prepare!r}: allowed is none: ours are the mechanisms measured")
     recipe = _resized(replace(recipe, model=cut(recipe.model, layers, experts)), tokens, batch)
     longest = recipe.model.max_position_embeddings
     length = min(1024, longest // 2) if decode_length is None else decode_length
