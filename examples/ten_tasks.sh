@@ -51,7 +51,7 @@ trap 'kill "$server" 2> /dev/null || true' EXIT
 "$python" - <<'PYTHON'
 import json, os, time, urllib.error, urllib.request
 
-asked = {"model": "chat", "max_tokens": 8, "messages": [{"role": "user", "content": "What follows 7?"}]}
+asked = {"model": "chat", "max_tokens": 8, "temperature": 0, "messages": [{"role": "user", "content": "What follows 7?"}]}
 request = urllib.request.Request(
     f"http://127.0.0.1:{os.environ['PORT']}/v1/chat/completions", json.dumps(asked).encode(), {"content-type": "application/json"}
 )

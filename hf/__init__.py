@@ -11,7 +11,8 @@
     model.save_pretrained("mine")                                           # `load_pretrained("mine")` reads it
 
 A folder is in the layout "abyssal": a checkpoint of a run, or what `save_pretrained(model, folder, layout="abyssal")`
-writes; `abyssal convert` makes one of any other. Without Engram the layout "huggingface" needs nothing of ours.
+writes; `abyssal convert` makes one of any other, also of a run of several processes, whose weights lie in parts. The
+layout "huggingface" of a model without Engram needs nothing of ours.
 
 config   AbyssalConfig, the keys of `ModelConfig`
 cache    AbyssalCache, what a model has seen, as transformers asks for it

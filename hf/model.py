@@ -35,6 +35,8 @@ class AbyssalForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AbyssalConfig) -> None:
         super().__init__(config)
+        if getattr(config, "prepared", None):
+            raise ValueError(f"the model was changed by {config.prepared}: only its run's code builds it")
         self.model = Transformer(config.ours()).to(torch.get_default_dtype())  # as far as casts go: see model/kept.py
         self.model.attention_stage = getattr(config, "attention_stage", "sparse")
         if not self.model.embed.weight.is_meta:

@@ -66,6 +66,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = 0
+        self.changed_by = ""  # code of somebody's own, which `save_pretrained` cannot write down
         self.fast_decode = True
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))

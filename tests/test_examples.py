@@ -78,7 +78,7 @@ def test_a_run_keeps_its_own_mechanism(tmp_path, capsys):
     assert torch.allclose(torch.cat(pieces, 1), whole, atol=1e-4), "decoding computes with the mechanism too"
     with pytest.raises(ValueError, match=r"its model was changed by .*own_mechanism.py:layer_norm"):
         load_pretrained(run)
-    own._allowed.clear()
+    own.forget()
     assert main(["generate", str(run), "--max-new-tokens", "3"]) == 2
     assert f"its recipe runs the code {reference}: allow that with --trust-code" in capsys.readouterr().err
     assert main(["generate", str(run), "--max-new-tokens", "3", "--trust-code"]) == 0
@@ -90,7 +90,7 @@ def test_a_run_keeps_its_own_mechanism(tmp_path, capsys):
     assert main(["info", str(run)]) == 0
     assert "its model was changed by" in capsys.readouterr().out
     assert main(["profile", str(run)]) == 2
-    own._allowed.clear()
+    own.forget()
     assert main(["train", "--resume", str(run), "--set", "train.steps=3"]) == 2
     assert main(["train", "--resume", str(run), "--set", "train.steps=3", "--trust-code"]) == 0
 

@@ -11,17 +11,25 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-_allowed: set[str] = set()
-ANY = "*"
+_allowed: set[Any] = set()
+_ANY = object()
 
 
-def allow(reference: str = ANY) -> None:
-    """Lets this code run in this process, or (by default) whatever code is named."""
-    _allowed.add(absolute(reference))
+def allow(*references: str) -> None:
+    """Lets the code of these references run in this process; without any, whatever code is named. What is no reference
+    is passed over.
+    """
+    _allowed.update(map(absolute, filter(is_own, references)) if references else [_ANY])
+
+
+def forget() -> None:
+    """Nothing is allowed any more."""
+    _allowed.clear()
 
 
 def is_own(reference: str) -> bool:
@@ -58,7 +66,7 @@ def load(reference: str) -> Any:
     where, _, name = reference.rpartition(":")
     if not where:
         raise ValueError(f"{reference!r}: allowed are FILE.py:NAME and MODULE:NAME")
-    if not _allowed & {reference, ANY}:
+    if not _allowed & {reference, _ANY}:
         raise PermissionError(f"its recipe runs the code {reference}: allow that with --trust-code if it is yours")
     module = module_of(where)
     if not hasattr(module, name):
@@ -97,6 +105,6 @@ def digest(reference: str) -> str:
 
 
 def _file(where: str) -> Path | None:
-    path = Path(where).expanduser()
+    path = Path(os.path.expanduser(where))
     path = path if path.suffix == ".py" else path.with_name(f"{path.name}.py") if path.name else path
     return path if path.is_file() else None

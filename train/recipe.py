@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..model.config import ModelConfig, laid_over, read_recipe
+from ..model.config import ModelConfig, laid_over, read_recipe, shipped
 from ..model.fields import LIST, NONE, build, typed, unknown
 from ..model.folders import STATE, model_folder, read_json
 from ..model.interchange import config_in
@@ -197,10 +197,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     values = {"name": Path(name_or_path).stem, **read_recipe(name_or_path)}
     asked = apply(values, overrides)
-    if not Path(name_or_path).is_dir():  # whose recipe somebody else may have written
-        for reference in (asked.get("data", {}).get("source", ""), asked.get("train", {}).get("prepare", "")):
-            own.allow(str(reference).removeprefix(PLANTED))
+    if str(name_or_path) in shipped() or not Path(name_or_path).is_dir():  # whose recipe is somebody else's
+        own.allow(*own_code(asked))
     return Recipe.from_dict(_started(asked, "model" not in values))
+
+
+def own_code(values: Mapping[str, Any]) -> list[str]:
+    """The references to code of one's own in a recipe's tables, and '' for none."""
+    source, prepare = values.get("data", {}).get("source", ""), values.get("train", {}).get("prepare", "")
+    planted = isinstance(source, str) and source.startswith(PLANTED)
+    return [source.removeprefix(PLANTED) if planted else "", str(prepare)]
 
 
 def _started(values: dict[str, Any], takes_model: bool) -> dict[str, Any]:
@@ -214,13 +220,19 @@ def _started(values: dict[str, Any], takes_model: bool) -> dict[str, Any]:
         raise ValueError(f"{values['name']!r} takes {what} from the model that it starts from: give train.init=RUN")
     folder = model_folder(train["init"])
     if takes_tokens:
-        run = read_json(folder / STATE)["recipe"] if (folder / STATE).is_file() else {}
-        in_bytes = run.get("data", {}).get("tokenizer") == ByteTokenizer.name
+        learnt = read_json(folder / STATE)["recipe"].get("data", {}) if (folder / STATE).is_file() else {}
+        if str(learnt.get("source", "")).startswith(PLANTED):
+            raise ValueError(f"{str(folder)!r} was trained on {learnt['source']}: its tokens spell no text")
+        in_bytes = learnt.get("tokenizer") == ByteTokenizer.name
         in_bytes = in_bytes or isinstance(load_tokenizer(folder), ByteTokenizer)
         values = {**values, "data": {**data, "tokenizer": ByteTokenizer.name if in_bytes else str(folder)}}
     if takes_model:
-        found = config_in(folder).to_dict()
-        stored = {key: value for key, value in found.items() if key not in ("quantization_config", "expert_dtype")}
+        found = config_in(folder)
+        if not isinstance(found, ModelConfig):
+            raise ValueError(f"train.init={train['init']!r} is of {found.model_type}: allowed are models of V4")
+        stored = {
+            key: value for key, value in found.to_dict().items() if key not in ("quantization_config", "expert_dtype")
+        }
         values = {**values, "model": laid_over({**stored, "torch_dtype": "float32"}, values.get("model", {}))}
     return values
 

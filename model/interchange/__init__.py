@@ -117,6 +117,8 @@ def save_pretrained(
         OSError: the folder cannot be written, or the disk is full; it is what it was.
     """
     plain: Any = getattr(model, "_orig_mod", model)  # torch.compile(model) holds it
+    if getattr(plain, "changed_by", ""):
+        raise ValueError(f"the model was changed by {plain.changed_by}: a folder of weights does not hold that")
     family, state = family_of_model(plain), plain.state_dict()
     _check_model(family, plain.config, state)
     _save(
@@ -145,7 +147,7 @@ def convert_pretrained(
     Raises:
         ValueError, OSError: as `load_pretrained` and `save_pretrained`; or both folders are the same.
     """
-    if os.path.realpath(source) == os.path.realpath(target):
+    if os.path.realpath(target) in map(os.path.realpath, (source, located(source))):
         raise ValueError(f"target={str(target)!r}: the checkpoint that is read must not be written over")
     stored = Stored(source)
     kinds = {name: (shape, stored.dtype(name, dtype)) for name, shape in stored.shapes.items()}

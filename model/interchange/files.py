@@ -120,7 +120,7 @@ class Folder:
 
     def _read_headers(self) -> None:
         if (self.path / PARTS).is_dir() and not (self.path / WEIGHTS).exists():
-            self._parts = parts_of(self.path / PARTS, _opened)
+            self._parts = checked_parts(self.path / PARTS)
             self.headers = {
                 name: Header(parts[0].file, parts[0].dtype, whole_shape(parts)) for name, parts in self._parts.items()
             }
@@ -230,6 +230,11 @@ def _headers(file: Path) -> dict[str, Header]:
     tensors = _opened(file)
     views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  (the handle is no mapping)
     return {name: Header(file, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+
+
+def checked_parts(folder: Path) -> dict[str, list[Part]]:
+    """See `parts_of`."""
+    return parts_of(folder, _opened)
 
 
 def _opened(file: Path, device: str = "cpu") -> Any:

@@ -5,6 +5,7 @@ checkpoints). A file says of each of its tensors where in the whole it begins.
 import json
 import math
 from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,16 +35,30 @@ def parts_of(folder: Path, opened: Any) -> dict[str, list[Part]]:
         handle = opened(file)
         offsets = json.loads((handle.metadata() or {}).get(OFFSETS, "{}"))
         for name in handle.keys():  # noqa: SIM118  (the handle is no mapping)
-            view = handle.get_slice(name)
-            shape = tuple(view.get_shape())
-            start = tuple(offsets.get(name, {}).get("saved_offsets", ()))
-            if len(start) != len(shape):
+            view, told = handle.get_slice(name), offsets.get(name) if isinstance(offsets, dict) else None
+            shape, start = tuple(view.get_shape()), told.get("saved_offsets") if isinstance(told, dict) else None
+            if not isinstance(start, list) or len(start) != len(shape) or any(type(at) is not int for at in start):
                 raise ValueError(f"{file} does not say where its part of {name} belongs")
-            found[name].append(Part(file, start, shape, view.get_dtype()))
+            found[name].append(Part(file, tuple(start), shape, view.get_dtype()))
     for name, parts in found.items():
-        if sum(math.prod(part.shape) for part in parts) != math.prod(whole_shape(parts)):
-            raise ValueError(f"{folder} does not hold all parts of {name}")
+        _check_whole(folder, name, parts)
     return dict(found)
+
+
+def _check_whole(folder: Path, name: str, parts: list[Part]) -> None:
+    """Parts of one dtype that lie side by side and fill the whole."""
+    filled = sum(math.prod(part.shape) for part in parts) == math.prod(whole_shape(parts))
+    apart = not any(_overlap(a, b) for a, b in combinations(parts, 2))
+    inside = all(at >= 0 for part in parts for at in part.start)
+    if not (filled and apart and inside):
+        raise ValueError(f"{folder} does not hold all parts of {name}, each once")
+    if len({part.dtype for part in parts}) > 1:
+        raise ValueError(f"{folder}: the parts of {name} are {', '.join(sorted({part.dtype for part in parts}))}")
+
+
+def _overlap(a: Part, b: Part) -> bool:
+    sides = zip(a.start, a.shape, b.start, b.shape)
+    return all(i < j + m and j < i + n for i, n, j, m in sides)
 
 
 def whole_shape(parts: list[Part]) -> tuple[int, ...]:

@@ -26,9 +26,10 @@ from ...model import Transformer
 from ...model.disk import write_json
 from ...model.folders import read_json
 from .. import own
+from ..recipe import own_code
 from ..run import checkpoint, metrics, provenance
+from ..run.load import prepared
 from ..run.tables import places
-from ..settings import PLANTED
 from ..start import never_saved, train
 from .measures import curves, measure
 from .probes import probe_of
@@ -147,8 +148,7 @@ def run_job(job: Job, runs: Path) -> dict[str, Any]:
 
     Two processes that want the same run take turns, and the second reads what the first wrote.
     """
-    for reference in (job.variant, *job.probes, job.recipe.data.source.removeprefix(PLANTED)):
-        own.allow(reference)  # the suite is of whoever runs it
+    own.allow(job.variant, *job.probes, *own_code(job.recipe.to_dict()))  # the suite is of whoever runs it
     folder = runs / job.key
     runs.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
@@ -192,18 +192,21 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
 
 def _probe(job: Job, folder: Path, result: dict[str, Any]) -> None:
     """Adds what the job's probes measure on the trained model; those that were asked before are not asked again."""
-    missing = [name for name in job.probes if name not in result["probes"]]
+    told = {name: f"{name} {own.digest(name)}" if own.is_own(name) else name for name in job.probes}
+    missing = {name: text for name, text in told.items() if text not in result["probes"]}
     if missing:
         model = _built(job)
         checkpoint.load_model(checkpoint.find(folder), model)
-        for name in missing:
+        for name, text in missing.items():
             result["measures"] |= probe_of(name)(model.eval(), job.recipe)
-            result["probes"].append(name)
+            result["probes"].append(text)
 
 
 def _built(job: Job) -> Transformer:
     """The job's model with new weights."""
     with places(job.recipe, None):
         model = Transformer(job.recipe.model)
-    variant_of(job.variant)(model)
+    for change in (prepared(job.recipe), variant_of(job.variant)):
+        if change:
+            change(model)
     return model

@@ -16,8 +16,7 @@ from typing import Any
 from ...model import Transformer
 from ...model.config import read_recipe
 from .. import own
-from ..recipe import Recipe, apply
-from ..settings import PLANTED
+from ..recipe import Recipe, apply, own_code
 from .variants import VARIANTS
 
 Probe = Callable[[Transformer, Recipe], dict[str, float]]
@@ -99,6 +98,8 @@ class Suite:
     def __post_init__(self) -> None:
         probes = tuple(own.named(probe) if callable(probe) else probe for probe in self.probes)
         object.__setattr__(self, "probes", probes)
+        if not self.panels:
+            raise ValueError(f"suite {self.name!r}: panels is empty: at least one is needed")
         arms, measures = [arm.name for arm in self.arms], {measure.name: measure for measure in self.measures}
         for claim in self.claims:
             for name in (claim.arm, claim.than):
@@ -123,8 +124,9 @@ class Job:
 
     @property
     def key(self) -> str:
+        recipe = self.recipe.with_absolute_paths().to_dict()
         values = self.recipe.to_dict() | {"name": ""}
-        code = [own.digest(self.variant)] if own.is_own(self.variant) else []
+        code = [own.digest(name) for name in (self.variant, *own_code(recipe)) if own.is_own(name)]
         text = json.dumps([values, self.variant, *code], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -161,7 +163,7 @@ def recipe_of(suite: Suite, arm: Arm, seed: int, size: str, overrides: Sequence[
     for key in arm.without:
         values = _without(values, key)
     values = apply(values, [*overrides, *arm.set, f"train.seed={seed}"])
-    own.allow(values.get("data", {}).get("source", "").removeprefix(PLANTED))  # the suite is of whoever runs it
+    own.allow(*own_code(values))  # the suite is of whoever runs it
     return Recipe.from_dict(values)
 
 

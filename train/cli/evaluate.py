@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .options import Command, checkpoint_argument, flag, tokenizer_argument
+from .options import Command, checkpoint_argument, flag, tokenizer_argument, trust_argument
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +78,7 @@ def _lm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="folder of a model, of any layout, or of a run (path)"
     )
+    trust_argument(parser)
     flag(parser, "--tasks", str, None, "names of tasks, divided by commas", "none")
     flag(parser, "--limit", int, None, "questions of each task", "all")
     flag(parser, "--shots", int, None, "solved examples before each question", "as the task says")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .options import Command, flag
+from .options import Command, flag, trust_argument
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,7 @@ def _beside(path: Path) -> Path:
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
     text = "shipped name (also v3, v3.2), .toml or .json file, run, checkpoint, or folder with config.json (str)"
     parser.add_argument("name", metavar="NAME", help=text)
+    trust_argument(parser)
     flag(parser, "--context", str, "0", "tokens before the current one, for FLOPs and cache, such as 4096, 128K or 1M")
     flag(parser, "--gpu", str, None, "estimate training and serving: a100, h100, rtx4090, mi300x, ...", "no estimate")
     flag(parser, "--price", float, 2.0, "dollars of a GPU-hour")
@@ -60,15 +61,17 @@ def _info(options: argparse.Namespace) -> None:
 
         print(plan(load_recipe(options.name)))
         return
+    from ...model.config import shipped
     from ...model.folders import description, model_folder
     from ..measure import cost
 
     context, folder = cost.count(options.context), Path(options.name)
     length = None if options.length is None else cost.count(options.length)
-    changed = description(model_folder(folder)).get("prepared") if folder.is_dir() else None
+    is_folder = folder.is_dir() and options.name not in shipped()
+    changed = description(model_folder(folder)).get("prepared") if is_folder else None
     if changed:
         print(f"its model was changed by {changed}; what follows is its configuration's, without that\n")
-    elif folder.is_dir() and list(model_folder(folder).glob("**/*.safetensors*")):
+    elif is_folder and list(model_folder(folder).glob("**/*.safetensors*")):
         import torch
 
         from ...model.interchange.describe import describe

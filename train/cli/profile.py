@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from .options import Command, flag
+from .options import Command, flag, trust_argument
 
 
 def _profile_arguments(parser: argparse.ArgumentParser) -> None:
     text = "shipped recipe or released configuration, or a .toml or .json file (str)"
     parser.add_argument("preset", metavar="PRESET", help=text)
+    trust_argument(parser)
     flag(parser, "--tokens", int, None, "tokens of a row of the training step", "the recipe's; else 4096")
     flag(parser, "--batch", int, None, "rows of the training step", "the recipe's; else 1")
     flag(parser, "--device", str, None, "cpu, cuda, cuda:1, ...", "a GPU if there is one")

@@ -34,11 +34,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:
     """The recipe asked for (a resumed run's own unless one is named), and where the run goes; None = a new folder."""
-    from ..recipe import Recipe, apply, load_recipe
+    from ...model.config import shipped
+    from .. import own
+    from ..recipe import Recipe, apply, load_recipe, own_code
     from ..run import checkpoint
     from ..start import never_saved
 
-    if options.recipe and Path(options.recipe).is_dir():
+    if options.recipe and options.recipe not in shipped() and Path(options.recipe).is_dir():
         raise ValueError(
             f"RECIPE={options.recipe!r} is a folder: to go on with a run give --resume {options.recipe}; to start from"
             f" its weights give a recipe and --set train.init={options.recipe} (finetune on text, sft on chats)"
@@ -47,6 +49,7 @@ def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:
         if options.recipe is None:
             raise ValueError("RECIPE is missing: give a shipped name, a .toml file, or --resume DIR")
         return load_recipe(options.recipe, options.set), options.out
+    own.allow(*own_code(apply({}, options.set)))
     begun = never_saved(options.resume)
     if begun:  # it starts over
         stored, out = begun, options.out or options.resume

@@ -45,6 +45,7 @@ from ...model.config import ModelConfig
 from ...model.disk import flush, naming, read_tensors, tensor_shapes, write_tensors
 from ...model.folders import CHECKPOINTS, STATE, STEP, checkpoints, named, read_json, step_of
 from ...model.interchange import about
+from ...model.interchange.files import checked_parts
 from ...model.tables import RowTable
 from ..data.tokenizers import Tokenizer, load_tokenizer
 from ..distributed.world import ALONE, World
@@ -279,6 +280,8 @@ def load_model(folder: Path, model: nn.Module) -> None:
         return
     from ..distributed import checkpoint as parts
 
+    if path.is_dir():
+        checked_parts(path)
     state = model.state_dict()
     unexpected = parts.shapes(path).keys() - state.keys()
     if unexpected:

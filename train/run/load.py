@@ -12,6 +12,7 @@ from ...model.config import ModelConfig
 from ...model.fields import shown
 from ...model.folders import STATE, description, using
 from ...model.interchange import config_in, located
+from ...model.kept import kept
 from .. import own
 from ..data.conversations import are_conversations
 from ..data.tokenizers import Tokenizer, load_tokenizer
@@ -96,6 +97,8 @@ def open_model(path: Path | str, device: str = "auto", tokenizer: str | None = N
             return Loaded(folder, _load(folder, device)[0], own, recipe)
         own = load_tokenizer(tokenizer or folder) if tokenizer or (folder / "tokenizer.json").is_file() else None
         model = load_pretrained(folder, device=choose_device(device)).eval()
+        if len({tensor.dtype for name, tensor in model.named_parameters() if name not in kept(model)}) > 1:
+            model = model.float()  # of quantised weights beside others, to compute in one dtype
         return Loaded(folder, model, own, None)
 
     return using(path, load, located)
@@ -118,13 +121,16 @@ def prepared(recipe: Recipe) -> Callable[[Transformer], None] | None:
 
 def _load(folder: Path, device: str) -> tuple[Transformer, Recipe]:
     recipe, progress = checkpoint.read_state(folder)
-    prepare = prepared(recipe)
+    prepare, changed = prepared(recipe), description(folder).get("prepared", "")
+    if changed and not prepare:
+        raise ValueError(f"{str(folder)!r}: its model was changed by {changed}, which its recipe does not name")
     if not prepare:
         checkpoint.check_size(folder, recipe.model)
     with places(recipe, None):
         model = Transformer(recipe.model).to(choose_device(device))
     if prepare:
         prepare(model)
+        model.changed_by = changed
     checkpoint.load_model(folder, model)
     model.attention_stage = Schedule(recipe).last(progress.step).attention
     return model.eval(), recipe

@@ -19,6 +19,7 @@ import torch
 
 from ...model import Transformer, generate
 from ...model.disk import write_text
+from ...model.folders import description
 from ..data.rows import Batch
 from ..data.source import Source
 from ..data.tokenizers import ByteTokenizer, Tokenizer, canonical_ids
@@ -101,6 +102,9 @@ class Run:
         if prepare:
             prepare(self.model)
         self.prepared = recipe.train.prepare or (getattr(prepare, "__qualname__", repr(prepare)) if prepare else "")
+        self.model.changed_by = self.prepared
+        if resumed:
+            _check_same_code(self.prepared, resumed)
         init = "" if resumed else recipe.train.init
         self.differs = start_from(init, self.model, self.prepared) if init else []
         self.model.recompute = recipe.train.recompute
@@ -419,6 +423,13 @@ def _check_same_model(recipe: Recipe, resumed: Path) -> None:
     changed = [text for text in differences(checkpoint.read_state(resumed)[0], recipe) if text.startswith("model.")]
     if changed:
         raise ValueError(f"{str(resumed)!r} is a checkpoint of another model: {'; '.join(changed)}")
+
+
+def _check_same_code(prepared: str, resumed: Path) -> None:
+    """A model that code of one's own has changed goes on with that code."""
+    before = description(resumed).get("prepared", "")
+    if before and not prepared:
+        raise ValueError(f"{str(resumed)!r}: its model was changed by {before}: go on with train.prepare, or that code")
 
 
 def _check_same_kind(recipe: Recipe, resumed: Path) -> None:

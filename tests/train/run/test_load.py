@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from abyssal.model import ModelConfig, convert_pretrained, generate, load_pretrained, save_pretrained
+from abyssal.model import ModelConfig, Transformer, convert_pretrained, generate, load_pretrained, save_pretrained
 from abyssal.train.cli import main
 from abyssal.train.recipe import load_recipe
 from abyssal.train.run import checkpoint
@@ -192,3 +192,33 @@ def test_generation_of_a_loaded_run_is_that_of_the_run(run):
         for model in (load_pretrained(run), open_model(run).model)
     )
     assert list(a) == list(b)
+
+
+def test_a_checkpoint_is_not_converted_over_itself(run):
+    for target in (checkpoint.find(run), run / "checkpoints" / ".." / "checkpoints" / checkpoint.find(run).name):
+        with pytest.raises(ValueError, match="must not be written over"):
+            convert_pretrained(run, target, layout="official")
+
+
+def test_quantised_weights_beside_float32_compute_in_one_dtype(tmp_path, capsys):
+    wide = load_recipe("nano", ["model.head_dim=80", "model.qk_rope_head_dim=16", "model.vocab_size=288"])
+    torch.manual_seed(0)
+    save_pretrained(Transformer(wide.model), tmp_path / "fp8", layout="official", weights="fp8")
+    assert len({tensor.dtype for tensor in load_pretrained(tmp_path / "fp8").parameters()}) == 2
+    assert main(["generate", str(tmp_path / "fp8"), "--tokenizer", "bytes", "--max-new-tokens", "2"]) == 0
+
+
+def test_a_folder_of_a_shipped_name_is_in_nobodys_way(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert main(["info", "nano"]) == 0
+    assert load_recipe("nano").name == "nano"
+    assert main(["train", "nano", "--set", "optim.lrr=1"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
+
+
+def test_tokens_that_spell_nothing_go_into_no_text(text, tmp_path):
+    few = ("data.source=planted:recall", "data.sequence_length=64", "data.held_out_rows=1", "train.steps=1")
+    train(load_recipe("nano", [*few, "train.eval_every=0"]), tmp_path / "planted", shown=False)
+    with pytest.raises(ValueError, match="was trained on planted:recall: its tokens spell no text"):
+        load_recipe("finetune", [f"train.init={tmp_path / 'planted'}", f"data.source={text}"])
