@@ -93,13 +93,13 @@ def open_model(path: Path | str, device: str = "auto", tokenizer: str | None = N
     def load(folder: Path) -> Loaded:
         if (folder / STATE).is_file():
             recipe = checkpoint.read_state(folder)[0]
-            own = tokenizer_of(folder) if tokenizer is None else load_tokenizer(tokenizer)
-            return Loaded(folder, _load(folder, device)[0], own, recipe)
-        own = load_tokenizer(tokenizer or folder) if tokenizer or (folder / "tokenizer.json").is_file() else None
+            tokens = tokenizer_of(folder) if tokenizer is None else load_tokenizer(tokenizer)
+            return Loaded(folder, _load(folder, device)[0], tokens, recipe)
+        tokens = load_tokenizer(tokenizer or folder) if tokenizer or (folder / "tokenizer.json").is_file() else None
         model = load_pretrained(folder, device=choose_device(device)).eval()
         if len({tensor.dtype for name, tensor in model.named_parameters() if name not in kept(model)}) > 1:
             model = model.float()  # of quantised weights beside others, to compute in one dtype
-        return Loaded(folder, model, own, None)
+        return Loaded(folder, model, tokens, None)
 
     return using(path, load, located)
 
