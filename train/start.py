@@ -39,8 +39,9 @@ def train(
     it is resumed. Keys of the recipe that a resumed run has changed are told, a line each, and kept in run.json.
 
     `stop_at` ends the run early after that step, with a checkpoint, as if it had been interrupted there. `prepare` may
-    change the model as soon as it is built: an experiment's variant of it. With `signals`, Ctrl-C and SIGTERM let a run
-    of one process finish its step and save a checkpoint; several processes end where they are.
+    change the model as soon as it is built: an experiment's variant of it. A model that it has built otherwise goes on,
+    and is opened, with that code alone; where train.prepare names it, it is found again. With `signals`, Ctrl-C and
+    SIGTERM let a run of one process finish its step and save a checkpoint; several processes end where they are.
 
     Raises:
         Stopped: a signal ended the run so.
@@ -114,7 +115,7 @@ def _run(
 ) -> Run:
     """A run of the kind that the recipe asks for; where its tokenizer is gone, the checkpoint has one."""
     gone = start is not None and _is_path(recipe.data.tokenizer) and not Path(recipe.data.tokenizer).exists()
-    source = open_source(recipe, checkpoint.tokenizer_of(start) if start and gone else None)
+    source = open_source(recipe, checkpoint.tokenizer_of(start)) if start and gone else open_source(recipe)
     if recipe.grpo is not None:
         return GrpoRun(recipe, source, out, start, shown, prepare, held)
     return Run(recipe, source, out, start, shown, prepare, world, held)

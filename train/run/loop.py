@@ -99,9 +99,12 @@ class Run:
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)
         _compress_vocabulary(self.model, source.tokenizer)
+        self.prepared = recipe.train.prepare
         if prepare:
+            before = _built_of(self.model)
             prepare(self.model)
-        self.prepared = recipe.train.prepare or (getattr(prepare, "__qualname__", repr(prepare)) if prepare else "")
+            if _built_of(self.model) != before:
+                self.prepared = self.prepared or getattr(prepare, "__qualname__", repr(prepare))
         self.model.changed_by = self.prepared
         if resumed:
             _check_same_code(self.prepared, resumed)
@@ -399,6 +402,15 @@ class Run:
             f"{why} training stopped before it could spread. The last checkpoint is {last[-1] if last else 'none'};"
             " try a lower optim.lr or more optim.warmup_steps"
         )
+
+
+def _built_of(model: Transformer) -> list[Any]:
+    """What a model is built of: its modules, their functions of their own, its tensors. Hooks, which look, are none."""
+    modules = [
+        (name, type(module), sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_"))
+        for name, module in model.named_modules()
+    ]
+    return [modules, [(name, tensor.shape) for name, tensor in model.state_dict().items()]]
 
 
 def _due(step: int, every: int) -> bool:
