@@ -202,9 +202,9 @@ def held_out_by_key(keys: np.ndarray, fraction: float, some: bool = True) -> np.
     """
     held_out = keys < np.uint64(int(fraction * 2**64))
     if some and len(keys) and not held_out.any():
-        held_out[keys.argmin()] = True
+        held_out[np.argmin(keys)] = True
     if held_out.all() and len(keys) > 1:
-        held_out[keys.argmax()] = False
+        held_out[np.argmax(keys)] = False
     return held_out
 
 
