@@ -33,6 +33,9 @@ class Copy(Task):
 def probe(model, recipe):
     return {"probed": 1.0}
 
+def wider(model):
+    model.norm.forward = lambda x, old=model.norm.forward: 2 * old(x)
+
 def swap(model):
     old = model.norm.forward
     model.norm.forward = lambda x: -old(x)
@@ -91,6 +94,10 @@ def test_a_model_that_code_changed_is_opened_with_the_code_alone(file, tmp_path)
     with pytest.raises(ValueError, match=r"its model was changed by swap: go on with train.prepare, or that code"):
         train(longer, given, resume=given, shown=False)
     assert train(longer, given, resume=given, shown=False, prepare=swap).progress.step == 3
+    both = load_recipe("nano", [*FEW, f"train.prepare={file}:swap"])
+    train(both, tmp_path / "both", shown=False, prepare=own.module_of(str(file)).wider)
+    with pytest.raises(ValueError, match=r"changed by .*mine.py:swap and wider, which its recipe does not name"):
+        load_trained(tmp_path / "both")
     transformers = pytest.importorskip("transformers")
     import abyssal.hf  # noqa: F401
 

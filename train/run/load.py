@@ -122,7 +122,7 @@ def prepared(recipe: Recipe) -> Callable[[Transformer], None] | None:
 def _load(folder: Path, device: str) -> tuple[Transformer, Recipe]:
     recipe, progress = checkpoint.read_state(folder)
     prepare, changed = prepared(recipe), description(folder).get("prepared", "")
-    if changed and not prepare:
+    if changed != recipe.train.prepare:
         raise ValueError(f"{str(folder)!r}: its model was changed by {changed}, which its recipe does not name")
     if not prepare:
         checkpoint.check_size(folder, recipe.model)

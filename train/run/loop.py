@@ -89,22 +89,23 @@ class Run:
         if recipe.train.graph:
             graph.check(recipe, self.device, world)
         self.dtype = getattr(torch, recipe.train.dtype)
-        prepare = prepare or prepared(recipe)
+        changes = [change for change in (prepared(recipe), prepare) if change]
         _check_sample(recipe, source.tokenizer)
         if resumed:
             _check_same_tokenizer(self.source.tokenizer, resumed)
-        if resumed and not prepare:
+        if resumed and not changes:
             checkpoint.check_size(resumed, recipe.model)
         torch.manual_seed(recipe.train.seed)
         with places(recipe, out):
             self.model = Transformer(recipe.model).to(self.device)
         _compress_vocabulary(self.model, source.tokenizer)
-        self.prepared = recipe.train.prepare
-        if prepare:
+        told = [recipe.train.prepare] if recipe.train.prepare else []
+        for change in changes:
             before = _built_of(self.model)
-            prepare(self.model)
-            if _built_of(self.model) != before:
-                self.prepared = self.prepared or getattr(prepare, "__qualname__", repr(prepare))
+            change(self.model)
+            if change is prepare and _built_of(self.model) != before:
+                told.append(getattr(prepare, "__qualname__", repr(prepare)))
+        self.prepared = " and ".join(told)
         self.model.changed_by = self.prepared
         if resumed:
             _check_same_code(self.prepared, resumed)
@@ -407,7 +408,7 @@ class Run:
 def _built_of(model: Transformer) -> list[Any]:
     """What a model is built of: its modules, their functions of their own, its tensors. Hooks, which look, are none."""
     modules = [
-        (name, type(module), sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_"))
+        (name, type(module), {key: value for key, value in vars(module).items() if callable(value) and key[0] != "_"})
         for name, module in model.named_modules()
     ]
     return [modules, [(name, tensor.shape) for name, tensor in model.state_dict().items()]]

@@ -14,7 +14,7 @@ from foreign import KINDS, TEXTS, fit, foreign, gpt2, t5, write
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lively import lively
-from torch import nn
+from uniform import Uniform
 
 from abyssal.train.data import mapped
 from abyssal.train.data.corpus import Corpus, Document
@@ -338,15 +338,6 @@ def test_byte_pairs_put_bos_in_front_and_older_files_load(tmp_path):
 
 
 # held-out bytes ------------------------------------------------------------------------------------------------------
-
-
-class Uniform(nn.Module):
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.vocabulary, self.weight = vocabulary, nn.Parameter(torch.zeros(1))
-
-    def forward(self, ids, documents=None):
-        return type("Output", (), {"logits": torch.zeros(*ids.shape, self.vocabulary)})
 
 
 @pytest.fixture(scope="module")

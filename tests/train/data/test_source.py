@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from uniform import Uniform
 
 from abyssal.train.cli import main
 from abyssal.train.data.corpus import Corpus, Document
@@ -75,17 +75,6 @@ def test_mapped_bytes_give_the_same_run(tiny):
     for stage in (0, 1):
         one, other = (source.batch(range(7, 12), 48, stage) for source in (plain, there))
         assert torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
-
-
-class Uniform(nn.Module):
-    """Every token is as likely as any other."""
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.vocabulary, self.weight = vocabulary, nn.Parameter(torch.zeros(1))
-
-    def forward(self, ids, documents=None):
-        return type("Output", (), {"logits": torch.zeros(*ids.shape, self.vocabulary)})
 
 
 @pytest.mark.parametrize("rows", [0, 3])
