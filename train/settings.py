@@ -102,6 +102,12 @@ class OptimConfig(Table):
     update_scale: float = _positive(
         0.18, "root mean square of an update of muon or of the balanced rule, as a multiple of the learning rate"
     )
+    muon_on: str = _choice(
+        "all",
+        "linear maps that muon takes: all, those of the routed experts, or the rest; others learn by adamw",
+        "experts",
+        "rest",
+    )
     head_wise: bool = key(
         False,
         "whether muon takes each head of the query matrices, each group of the output's first and each half of CSA's"

@@ -38,6 +38,13 @@ def flatten(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
+def answers(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Which held-out questions were answered right, by measure: a string of 1 and 0, as the source tells them."""
+    found = scores.get("answers", {})
+    every = {"accuracy": "".join(found.values())} if found else {}
+    return every | {f"accuracy_at.{least}": text for least, text in found.items()}
+
+
 def curves(records: Sequence[Mapping[str, Any]], scores: Iterable[str]) -> dict[str, list[list[float]]]:
     """[step, value] of every score that was evaluated on the way, and of the loss in means of POINTS stretches."""
     found: dict[str, list[list[float]]] = {"train.lm": []}
