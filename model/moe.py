@@ -6,6 +6,12 @@
     y = sum_e W2_e( silu(min(W1_e x, 10)) clamp(W3_e x, -10, 10) w_e )
         + the same form, unweighted, for the shared expert
 
+    balance = mean_b sum_e f_e P_e      f_e = E / (k t) count_e of the sequence, without gradient
+                                        P_e = mean_t s_te / sum_e s_te
+
+Which experts are counted is read in two ways (`balance_picks`): "biased" counts those that are chosen (TileKernels'
+`aux_fi`), "unbiased" the top-k of s alone (V3, equations 17 to 20; Megatron-LM). Both agree while the bias is zero.
+
 b batch · t tokens · d width · E routed experts · k experts per token · n expert width · v vocabulary
 """
 
@@ -16,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Routing, exact_linear, moe_balance, moe_experts, moe_route, swiglu
+from ..kernels import Routing, balance_loss, exact_linear, moe_balance, moe_experts, moe_route, stable_topk, swiglu
 from .config import ModelConfig
 from .kept import KeepingModule
 from .layout import Layout
@@ -152,11 +158,16 @@ class MoE(nn.Module):
         """Hash layers are fixed by their table: their balance loss is left out of the objective (zero)."""
         gate = self.gate
         scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
-        found = moe_balance(scores, experts, None if real is None else real.expand(shape))
-        counts = found.counts.to(torch.float32)
+        real = None if real is None else real.expand(shape)
+        loss, counts = moe_balance(scores, experts, real)
+        counts = counts.to(torch.float32)
         if gate.training:
             gate.counts = counts if gate.counts is None else gate.counts + counts
-        return LoadSignal(scores.new_zeros(()) if gate.is_hash else found.loss, counts)
+        if gate.is_hash:
+            loss = scores.new_zeros(())
+        elif gate.config.balance_picks == "unbiased":
+            loss = balance_loss(scores, stable_topk(scores, experts.shape[-1]), real)
+        return LoadSignal(loss, counts)
 
 
 def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tensor:
