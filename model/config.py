@@ -26,6 +26,7 @@ from .kinds import LAYER_TYPES, SLIDING, kinds_of
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MLP_KINDS = ("hash_moe", "moe")
 BALANCE_PICKS = ("biased", "unbiased")
+BIAS_RULES = ("sign", "quantile")
 
 # Keys of a released config.json that V4 does not vary: read and checked, written back, never stored.
 FIXED: dict[str, Any] = {
@@ -60,7 +61,7 @@ _POSITIVE = (
     *("hc_eps", "rms_norm_eps", "initializer_range"),
 )
 _WEIGHTS = ("mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
-_OBJECTIVE = (*_WEIGHTS, "balance_picks")
+_OBJECTIVE = (*_WEIGHTS, "balance_picks", "router_bias_rule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +236,10 @@ class ModelConfig:
     )
     index_loss_weight: float = means("weight of the indexer's loss", 1e-2)
     router_bias_update_speed: float = means("step of the routers' biases, which even out the load without a loss", 1e-3)
+    router_bias_rule: str = means(
+        "how they move: sign, that step against the load, or quantile, that share of the way to those that even it out",
+        "sign",
+    )
 
     def __post_init__(self) -> None:
         settle(self)
@@ -406,7 +411,10 @@ def _check_sizes(c: ModelConfig) -> None:
         require(getattr(c, name) > 1, name, getattr(c, name), "positive numbers above 1")
     for name in ("num_hash_layers", *_WEIGHTS):
         require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
-    require(c.balance_picks in BALANCE_PICKS, "balance_picks", c.balance_picks, " or ".join(map(repr, BALANCE_PICKS)))
+    for name, words in {"balance_picks": BALANCE_PICKS, "router_bias_rule": BIAS_RULES}.items():
+        require(getattr(c, name) in words, name, getattr(c, name), " or ".join(map(repr, words)))
+    speed, sign = c.router_bias_update_speed, c.router_bias_rule == "sign"
+    require(sign or speed <= 1, "router_bias_update_speed", speed, "a share of the way, up to 1, of router_bias_rule")
     require(c.hc_sinkhorn_iters <= 1000, "hc_sinkhorn_iters", c.hc_sinkhorn_iters, "up to 1000 rounds")
     require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
     require(c.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", c.num_nextn_predict_layers, "0 or 1")

@@ -123,42 +123,6 @@ def test_loss_is_the_weighted_sum_of_its_parts():
     assert_same("loss", out.loss, parts["lm"] + 0.5 * parts["mtp"] + 0.25 * parts["balance"] + 2 * parts["index"], 1e-6)
 
 
-def test_balance_loss_counts_the_picks_that_the_configuration_names():
-    """Pick by pick: V3's equations 17 to 20 over a padded row, whose counts the bias changes in one reading alone."""
-    ids, documents = draw(2, 40), torch.zeros(2, 40, dtype=torch.int64)
-    documents[1, 25:] = -1
-    real, found = documents >= 0, {}
-    for picks in ("biased", "unbiased"):
-        model, routings = nano(balance_picks=picks, num_nextn_predict_layers=0), {}
-        assert ModelConfig.from_dict(model.config.to_dict()).balance_picks == picks
-        gates = [block.ffn.gate for block in model.layers if not block.ffn.gate.is_hash]
-        for gate in gates:
-            gate.bias.copy_(0.3 * torch.randn(len(gate.bias), generator=torch.Generator().manual_seed(1)))
-            gate.register_forward_hook(lambda gate, _, routing, kept=routings: kept.update({gate: routing}))
-        losses = model(ids, targets=draw(2, 40, seed=1), documents=documents).losses
-        want = sum(slow_balance(gate, routings[gate].scores.unflatten(0, (2, 40)), (40, 25), picks) for gate in gates)
-        assert_same("balance", losses["balance"], want, 1e-6)
-        found[picks] = want.item()
-        for gate in gates:
-            made = torch.bincount(routings[gate].experts[real.flatten()].flatten(), minlength=len(gate.bias))
-            assert torch.equal(gate.counts, made.float()), "the bias moves by the picks that are made"
-    assert abs(found["biased"] / found["unbiased"] - 1) > 1e-4
-
-
-def slow_balance(gate, scores, lengths, picks):
-    loss, c = 0.0, gate.config
-    for row, length in zip(scores, lengths):
-        count, share = [0] * c.n_routed_experts, 0.0
-        for s in row[:length]:
-            by = (s + gate.bias if picks == "biased" else s).tolist()
-            for e in sorted(range(len(by)), key=by.__getitem__)[-c.num_experts_per_tok :]:
-                count[e] += 1
-            share = share + s / s.sum() / length
-        f = torch.tensor(count) * c.n_routed_experts / (c.num_experts_per_tok * length)
-        loss = loss + (f * share).sum() / len(lengths)
-    return loss
-
-
 def test_router_bias_moves_against_the_load():
     model = nano()
     out = model(draw(2, 100), targets=draw(2, 100, seed=1))
