@@ -30,7 +30,7 @@ from ...model.fields import shown
 from ...model.text.chat import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, USER, encode_messages
 from ...model.text.marked import marked
 from ..settings import PLANTED, ChatConfig, DataConfig
-from .bits import total_bits
+from .bits import target_bits
 from .packed import PackedRows, Talk, fill, pack, stack
 from .places import STDLIB, locate
 from .records import Record, held_out_by_key, key_of, no_field
@@ -231,7 +231,7 @@ class ChatSource:
 
     def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         batches = self.held_out.batches(self.data.batch_size)
-        return {"answers": total_bits(model, batches, dtype) / self.held_out.learnt()}
+        return {"answers": float(target_bits(model, batches, dtype).sum()) / self.held_out.learnt()}
 
     def report(self, scores: dict[str, Any]) -> dict[str, str]:
         return {"held-out bits per answer token": f"{scores['answers']:.4f}"}

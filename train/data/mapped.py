@@ -5,6 +5,7 @@
                                    held_out.bytes        uint32: how many each token is made of, where none can say
                      contents.json                       what KEY stands for: corpus and tokenizer; files and digests
     CACHE/tokenizers/KEY/tokenizer.json ...              a tokenizer trained on a corpus's training documents
+    CACHE/overlap/KEY/copied.npy                         which held-out bytes training text has as well (`overlap.py`)
 
 A folder is written under another name, flushed to the disk, and renamed when it is whole: a process that is killed
 leaves none that looks finished, and of several that write the same one, the first to finish wins. Its writer locks it
@@ -76,7 +77,7 @@ def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> Tokenised:
         if not tokenizer.exact:
             _write_sizes(folder, "held_out", corpus.held_out, tokenizer)
 
-    folder = _whole(cache_folder() / "tokens", contents, write)
+    folder = cached("tokens", contents, write)
     return Tokenised(_map(folder, "train", tokenizer), _map(folder, "held_out", tokenizer))
 
 
@@ -89,12 +90,13 @@ def trained_tokenizer(corpus: Corpus, vocab_size: int) -> BPETokenizer:
     """
     contents = {"corpus": corpus.digest, "vocabulary": str(vocab_size)}
     chunks = (chunk for document in corpus.train for chunk in document.chunks(CHUNK))
-    folder = _whole(cache_folder() / "tokenizers", contents, lambda folder: train_bpe(chunks, vocab_size).save(folder))
+    folder = cached("tokenizers", contents, lambda folder: train_bpe(chunks, vocab_size).save(folder))
     return BPETokenizer((folder / FILE).read_text("utf-8"), f"bpe:{vocab_size}")
 
 
-def _whole(parent: Path, contents: dict[str, str], write: Callable[[Path], None]) -> Path:
-    """The folder of these contents, which `write` fills if it is not there."""
+def cached(kind: str, contents: dict[str, str], write: Callable[[Path], object]) -> Path:
+    """The cache's folder of these contents, which `write` fills if it is not there."""
+    parent = cache_folder() / kind
     key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:32]
     folder = parent / key
     _sweep(parent)

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from ..settings import DataConfig
-from .bits import bits_per_byte, count_bytes, trigram_bits_per_byte
+from .bits import TRIGRAM_BYTES, first, target_bits, trigram_bits_per_byte
 from .corpus import Corpus
 from .mapped import Tokenised, tokenised, trained_tokenizer
+from .overlap import WINDOW, copied_of, searched
 from .rows import Batch, held_out, train_rows
+from .scored import Scored
 from .tokenizers import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer
 
 
@@ -56,19 +58,28 @@ class TextSource:
         self.corpus, self.tokenizer, self.seed, self.batch_size = corpus, tokenizer, seed, data.batch_size
         self.vocabulary = tokenizer.least
         in_bytes = isinstance(self.tokenizer, ByteTokenizer)
-        self.tokens = tokenised(corpus, self.tokenizer) if maps(data) else corpus
+        self.maps = maps(data)
+        self.tokens = tokenised(corpus, self.tokenizer) if self.maps else corpus
         self.held_out = held_out(self.tokens, data.sequence_length, data.held_out_rows)
         self.sizes = None if in_bytes else self._sizes()
+        self.scored = Scored(corpus.held_out, self.held_out, self.sizes)
         self.name = data.source
         self.digest = corpus.digest if in_bytes else f"{corpus.digest} {self.tokenizer.digest}"
 
     @cached_property
     def trigram(self) -> float:
-        return trigram_bits_per_byte(self.corpus, self.held_out, self.sizes)
+        """Of all training text; of the first TRIGRAM_BYTES of it, at most, where it is not in memory."""
+        train = first(self.corpus.train, TRIGRAM_BYTES) if self.maps else self.corpus.train
+        return trigram_bits_per_byte(train, self.scored)
+
+    @cached_property
+    def clean(self) -> np.ndarray:
+        """Bool [held-out targets]: no byte of it lies in a match of WINDOW bytes or more with a training document."""
+        return self.scored.without(copied_of(self.corpus, self.scored.numbers, self.maps))
 
     def held_out_bytes(self) -> int:
         """Bytes that the held-out targets are made of."""
-        return count_bytes(self.held_out, self.sizes)
+        return self.scored.bytes
 
     def describe(self) -> str:
         count = sum(map(bool, self.tokenizer.pieces))
@@ -86,10 +97,15 @@ class TextSource:
         return train_rows(self.tokens, length, self.seed, rows, stage)
 
     def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-        return {
-            "held_out": bits_per_byte(model, self.held_out, self.batch_size, dtype, self.sizes),
-            "trigram": self.trigram,
-        }
+        bits = target_bits(model, self.held_out.batches(self.batch_size), dtype)
+        scores = {"held_out": bits.sum() / self.scored.bytes, "trigram": self.trigram}
+        if self.clean_bytes():
+            scores["clean"] = bits[self.clean].sum() / self.clean_bytes()
+        return {name: float(score) for name, score in scores.items()}
+
+    def clean_bytes(self) -> int:
+        """Held-out bytes that no match with training text holds."""
+        return int(self.scored.widths[self.clean].sum())
 
     def report(self, scores: dict[str, Any]) -> dict[str, str]:
         gap = scores["trigram"] - scores["held_out"]
@@ -97,7 +113,15 @@ class TextSource:
         return {
             "held-out bits per byte": f"{scores['held_out']:.4f}",
             "trigram, same bytes": f"{scores['trigram']:.4f}   ({compared})",
+            "on clean bytes alone": f"{scores['clean']:.4f}   ({self._cleanness})"
+            if "clean" in scores
+            else "no byte is",
         }
+
+    @cached_property
+    def _cleanness(self) -> str:
+        share = self.clean_bytes() / self.scored.bytes
+        return f"{share:.1%} of them, in no match of {WINDOW} bytes with {searched(self.corpus.train)}"
 
 
 def maps(data: DataConfig) -> bool:

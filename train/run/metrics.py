@@ -13,7 +13,9 @@ grad_by, update_by, sinkhorn, gain, recall, gate, collisions      of mechanisms,
 stage, attention, rows, length        of the step, in runs with stages or a batch that grows
 went_back                             spikes of the loss that led back to the step before this one (`stability.py`)
 anticipatory, anticipation_seconds    1, and the time it took, where experts are chosen by earlier weights
-held_out, trigram                     bits per byte, only on steps that evaluated; other sources have other scores
+held_out, trigram, clean              bits per byte, only on steps that evaluated; `clean` of the bytes alone that no
+                                      training document has in a match of 32 or more, and not there if none is such
+                                      (`train/data/overlap.py`); other sources have other scores
 """
 
 import json
@@ -33,7 +35,7 @@ from ...model.disk import naming, write_text
 
 FILE = "metrics.jsonl"
 OF_ALL = ("tokens", "seconds", "tokens_per_second", "peak_memory_gib")
-OF_SOME = ("loss", "lm", "mtp", "balance", "index", "lr", "grad_norm", "held_out", "trigram")
+OF_SOME = ("loss", "lm", "mtp", "balance", "index", "lr", "grad_norm", "held_out", "trigram", "clean")
 OF_LAYERS = ("load_max", "load_cv", "spread", "captured", "sinkhorn", "gain", "recall", "gate", "collisions")
 KINDS: dict[str, type] = dict.fromkeys(OF_ALL + OF_SOME, float)
 KINDS |= dict.fromkeys(OF_LAYERS, list) | dict.fromkeys(("grad_by", "update_by"), dict)

@@ -127,7 +127,7 @@ def test_the_trigram_model_of_a_large_corpus_counts_its_beginning(tiny, monkeypa
     source = open_source(tiny(*BPE))
     sizes = [document.size for document in source.corpus.train]
     for size, count in ((0, 1), (sizes[0] + sizes[1], 2), (sizes[0] + sizes[1] - 1, 1), (10**9, len(sizes))):
-        assert len(evaluate._first(source.corpus.train, size)) == count
+        assert len(evaluate.first(source.corpus.train, size)) == count
 
 
 @pytest.mark.parametrize(

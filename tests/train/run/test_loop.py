@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import abyssal
-from abyssal.train.data.bits import bits_per_byte
+from abyssal.train.data.bits import target_bits
 from abyssal.train.data.corpus import load_corpus
 from abyssal.train.data.rows import held_out
 from abyssal.train.distributed import world
@@ -148,7 +148,7 @@ def test_held_out_bits_are_the_mean_over_bytes(whole, tiny):
                 count += 1
     assert whole.scores["held_out"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
     model.train()
-    assert bits_per_byte(model, rows, 2) == pytest.approx(whole.scores["held_out"], rel=1e-5)
+    assert target_bits(model, rows.batches(2)).mean() == pytest.approx(whole.scores["held_out"], rel=1e-5)
     assert model.training
 
 
