@@ -138,7 +138,7 @@ def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
 
 
 def _floors(found: dict[str, Any]) -> dict[str, float]:
-    """What the best blind readers score on the rows, the same ones in all runs: `floor`, and `floor_at.N` by distance."""
+    """What the best blind readers score on the rows, the same in all runs: `floor`, and `floor_at.N` by distance."""
     run = next(iter(found["arms"].values()))["runs"][0]
     return {name: value for name, value in run["measures"].items() if name.startswith("floor")}
 

@@ -279,9 +279,7 @@ def test_tables_and_experts_have_the_same_parameters_and_dense_networks_those_of
             model = Transformer(job.recipe.model)
             VARIANTS[job.variant](model)
         counts[job.arm] = sum(p.numel() for p in model.parameters())
-    assert (
-        abs(counts["experts-time"] / counts["v4"] - 1) < 0.005 and abs(counts["logits-time"] / counts["v4"] - 1) < 0.02
-    )
+    assert abs(counts["experts-time"] / counts["v4"] - 1) < 0.02 and 0.94 < counts["logits-time"] / counts["v4"] < 1
     assert 0.2 < 1 - counts["without"] / counts["v4"] < 0.3  # the share that the paper finds best
     c = jobs(SUITES["dense"], [0])[1].recipe.model
     assert c.n_shared_experts == 1 + c.num_experts_per_tok

@@ -1,7 +1,7 @@
 """Python's own sources, byte by byte: what each mechanism brings to a model of a million parameters.
 
-All suites have the same baseline, the recipe nano with Muon, a larger n-gram table and no MTP module, so that each of its
-runs is made once; and the same opponent, a dense transformer that trains as long.
+All suites have the same baseline, the recipe nano with Muon, a larger n-gram table and no MTP module, so that each of
+its runs is made once; and the same opponent, a dense transformer that trains as long.
 """
 
 from ..suite import Arm, Claim, Measure, Panel, Suite
@@ -92,15 +92,15 @@ DENSE = suite(
         Claim("experts learn better than dense networks in equal time", "clean", "v4", "networks-time"),
     ),
     caveat="A dense network has the width of the two experts and the shared one that a token has. On a CPU small"
-    " operations cost more than their products: time favours few large ones. The dense transformer's width and depth are"
-    " ours; it has no n-gram table.",
+    " operations cost more than their products: time favours few large ones. The dense transformer's width and depth"
+    " are ours; it has no n-gram table.",
 )
 
 STREAMS = suite(
     "streams",
     "Residual streams: mHC against identity mixing, static mixing and a plain residual",
-    "Do several residual streams with mixing that each token computes learn better than one, or than streams whose mixing"
-    " is the same for every token, or that never mix?",
+    "Do several residual streams with mixing that each token computes learn better than one, or than streams whose"
+    " mixing is the same for every token, or that never mix?",
     arms=(PLAIN, PLAIN.in_equal_time(), STATIC, IDENTITY),
     claims=(
         Claim("mHC learns better than a plain residual", "clean", "v4", "plain"),
@@ -120,11 +120,11 @@ STREAMS = suite(
 ENGRAM = suite(
     "engram",
     "Engram: a memory of n-grams against experts, a table without a memory, and n-grams in the logits",
-    "Does a table of n-grams earn its parameters, or would more experts, the gate and the projections around a table that"
-    " remembers nothing, or the same table added to the logits, do as well?",
+    "Does a table of n-grams earn its parameters, or would more experts, the gate and the projections around a table"
+    " that remembers nothing, or the same table added to the logits, do as well?",
     arms=(
         Arm("logits", "n-grams in the logits", variant="n-gram logits").in_equal_time(),
-        Arm("experts", "12 experts, no Engram", set=("model.n_routed_experts=12",), without=NO_ENGRAM).in_equal_time(),
+        Arm("experts", "13 experts, no Engram", set=("model.n_routed_experts=13",), without=NO_ENGRAM).in_equal_time(),
         Arm("one-row", "Engram, table of one row", variant="one-row table"),
         Arm("without", "neither", without=NO_ENGRAM),
         Arm("without", "neither", without=NO_ENGRAM).in_equal_time(),
@@ -140,9 +140,9 @@ ENGRAM = suite(
         Measure("collisions", "n-grams that share a row", percent=True),
         Measure("load_cv", "variation of the experts' load"),
     ),
-    caveat="Bytes have few n-grams; facts about the world, which the memory is meant for, are not in this text. So short a"
-    " run favours what learns at once: a row learns its n-gram from a few occurrences, layers do not. The table learns at"
-    " five times the learning rate, as in the paper; experts do not.",
+    caveat="Bytes have few n-grams; facts about the world, which the memory is meant for, are not in this text. So short"
+    " a run favours what learns at once: a row learns its n-gram from a few occurrences, layers do not. The table learns"
+    " at five times the learning rate, as in the paper; experts do not.",
 )
 
 MUON = suite(
@@ -205,14 +205,14 @@ BALANCE = suite(
         Measure("load_cv", "variation of the load", "lower"),
     ),
     panels=(Panel("bars", "Variation of the load", ("load_cv",), "standard deviation / mean"),),
-    caveat="So few experts spread more evenly by themselves than hundreds do. All arms have the weak balance loss of V3.",
+    caveat="So few experts spread more evenly by themselves than hundreds do. All arms have V3's weak balance loss.",
 )
 
 DEPTH = Suite(
     name="depth",
     title="Residual streams of a deep and narrow model",
     question="Do streams that mix help a model of 24 layers, where the residual is long?",
-    caveat=f"{SMALL} Twenty-four layers of width 32 are deep for their width, and few for a remedy that was made for sixty.",
+    caveat=f"{SMALL} Twenty-four layers of width 32 are deep for their width; the remedy was made for sixty.",
     recipe="nano",
     set=(
         *TEXT,
