@@ -140,8 +140,8 @@ ENGRAM = suite(
         Measure("collisions", "n-grams that share a row", percent=True),
         Measure("load_cv", "variation of the experts' load"),
     ),
-    caveat="Bytes have few n-grams; facts about the world, which the memory is meant for, are not in this text. So short"
-    " a run favours what learns at once: a row learns its n-gram from a few occurrences, layers do not. The table learns"
+    caveat="Bytes have few n-grams; facts about the world, which the memory is meant for, are not in this text. A short"
+    " run favours what learns at once: a row learns its n-gram from a few occurrences, layers do not. The table learns"
     " at five times the learning rate, as in the paper; experts do not.",
 )
 
