@@ -24,6 +24,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help=text)
     text = "run nothing: draw the pictures of the suites again from the JSON in --out (default: off)"
     parser.add_argument("--draw", action="store_true", help=text)
+    text = "tune instead, by a written procedure: toy, or the dense transformer that is held against it"
+    flag(parser, "--sweep", str, None, text, "none")
     flag(parser, "--page", Path, None, "write a page of results from all JSON in --out to this file", "none")
 
 
@@ -39,6 +41,9 @@ def _run(options: argparse.Namespace) -> None:
         return
     if not importlib.util.find_spec("scipy"):
         raise ModuleNotFoundError("abyssal ablate needs scipy: pip install 'abyssal[ablate]'")
+    if options.sweep is not None:
+        _sweep(options)
+        return
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: allowed are positive numbers")
     for suite in suites:
@@ -63,6 +68,15 @@ def _run(options: argparse.Namespace) -> None:
             print(f"not drawn: {error.name} is not installed (pip install abyssal[plot])")
     if options.page:
         print(write_page(options.out, options.page, list(SUITES | {suite.name: suite for suite in suites})))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from ..ablate import sweep
+    from ..ablate.suites.sweeps import SWEEPS
+
+    if options.sweep not in SWEEPS:
+        raise ValueError(f"--sweep {options.sweep!r}: allowed are {', '.join(SWEEPS)}")
+    print(f"\n{sweep.table(sweep.run_sweep(SWEEPS[options.sweep], options.out, workers=options.workers))}")
 
 
 COMMANDS = {

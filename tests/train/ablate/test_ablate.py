@@ -16,7 +16,7 @@ import pytest
 from patience import wait_for
 
 import abyssal
-from abyssal.train.ablate import clock, measures, probes, summary
+from abyssal.train.ablate import clock, measures, probes, summary, sweep
 from abyssal.train.ablate import run as runner
 from abyssal.train.ablate.draw import draw
 from abyssal.train.ablate.measures import curves, flatten, measure
@@ -436,3 +436,34 @@ def test_answers_make_the_questions_noise_part_of_the_verdict(done):
     assert measures.answers({"answers": {"32": "10", "64": "1"}}) == {
         "accuracy": "101", "accuracy_at.32": "10", "accuracy_at.64": "1"
     }  # fmt: skip
+
+
+def test_a_sweep_keeps_the_best_change_of_each_axis_at_equal_time(tmp_path, monkeypatch):
+    """Scores are made up by what is set; the steps are those that fit."""
+    scores = {"16": 3.0, "8": 2.5, "32": 2.7, "8 0.5": 2.6, "8 2.0": 2.4}
+
+    def run_job(job, runs):
+        change = f"{job.recipe.model.index_topk} {job.recipe.model.routed_scaling_factor}".removesuffix(" 1.0")
+        found = json.loads((tmp_path / "one.json").read_text("utf-8"))
+        return (
+            found
+            | {"key": job.key, "seed": job.seed, "steps": job.recipe.train.steps}
+            | {"measures": found["measures"] | {"clean": scores[change]}}
+        )
+
+    job = jobs(suite(), [0])[0]
+    (tmp_path / "one.json").write_text(json.dumps(runner.run_job(job, tmp_path / RUNS)), "utf-8")
+    monkeypatch.setattr(runner, "run_job", run_job)
+    monkeypatch.setattr(runner, "seconds_per_step", lambda jobs: [0.3, *(0.1 for _ in jobs[1:])])
+    axes = (
+        sweep.Axis("picks", (("model.index_topk=8",), ("model.index_topk=32",))),
+        sweep.Axis("scale", (("model.routed_scaling_factor=0.5",), ("model.routed_scaling_factor=2",))),
+    )
+    arm = Arm("start", "start", without=("stages",))
+    found = sweep.run_sweep(sweep.Sweep("t", "indexer", TINY, arm, arm, axes), tmp_path, workers=1, shown=False)
+    assert found["best"] == ["model.index_topk=8", "model.routed_scaling_factor=2"]
+    assert [(t["steps"], t["score"]) for t in found["trials"]] == [(4, 3.0), (12, 2.5), (12, 2.7), (12, 2.6), (12, 2.4)]
+    assert json.loads((tmp_path / "sweep-t.json").read_text("utf-8")) == found
+    marked = [line for line in sweep.table(found).splitlines() if line.endswith("*")]
+    assert len(marked) == 1 and "model.index_topk=8 model.routed_scaling_factor=2" in marked[0]
+    assert main(["ablate", "--sweep", "nothing"]) == 2
