@@ -19,7 +19,7 @@ from ..start import train
 from .suite import Job
 from .variants import variant_of
 
-ROUNDS, STEPS, UNTIMED = 3, 8, 2
+ROUNDS, STEPS, UNTIMED = 2, 7, 2
 
 
 def seconds_per_step(jobs: Sequence[Job]) -> list[float]:

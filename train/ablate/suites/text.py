@@ -189,7 +189,11 @@ BALANCE = suite(
     " loss counts the picks with the bias or without?",
     arms=(
         Arm("none", "no bias", set=("model.router_bias_update_speed=0",)),
-        Arm("quantile", "quantile bias", set=("model.router_bias_rule=quantile",)),
+        Arm(
+            "quantile",
+            "quantile bias",
+            set=("model.router_bias_rule=quantile", "model.router_bias_update_speed=0.1"),
+        ),
         Arm("unbiased", "loss of unbiased picks", set=("model.balance_picks=unbiased",)),
     ),
     claims=(
@@ -205,7 +209,8 @@ BALANCE = suite(
         Measure("load_cv", "variation of the load", "lower"),
     ),
     panels=(Panel("bars", "Variation of the load", ("load_cv",), "standard deviation / mean"),),
-    caveat="So few experts spread more evenly by themselves than hundreds do. All arms have V3's weak balance loss.",
+    caveat="So few experts spread more evenly by themselves than hundreds do. All arms have V3's weak balance loss. The"
+    " quantiles are a running mean over ten steps.",
 )
 
 DEPTH = Suite(
