@@ -72,7 +72,7 @@ class Claim:
     text: str
     measure: str
     arm: str
-    than: str | float  # another arm, or a number
+    than: str | float  # another arm, another measure of the same arm, or a number
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Suite:
             raise ValueError(f"suite {self.name!r}: panels is empty: at least one is needed")
         arms, measures = [arm.name for arm in self.arms], {measure.name: measure for measure in self.measures}
         for claim in self.claims:
-            for name in (claim.arm, claim.than):
-                if isinstance(name, str) and name not in arms:
+            for name, known in ((claim.arm, arms), (claim.than, [*arms, *measures])):
+                if isinstance(name, str) and name not in known:
                     raise ValueError(f"suite {self.name!r}: claim {claim.text!r}: arm {name!r}: allowed are {arms}")
             if claim.measure not in measures or not measures[claim.measure].better:
                 raise ValueError(f"suite {self.name!r}: claim {claim.text!r}: no direction for {claim.measure!r}")

@@ -110,17 +110,19 @@ def _arm(arm: Arm, runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _claim(suite: Suite, claim: Any, arms: dict[str, Any]) -> dict[str, Any]:
     """The claim and its verdict, of the seeds whose runs have the number in both arms."""
     better = suite.measure(claim.measure).better
-    ours = _by_seed(arms[claim.arm], claim.measure)
-    fixed = claim.than if isinstance(claim.than, float) else None
-    theirs = dict.fromkeys(ours, fixed) if fixed is not None else _by_seed(arms[claim.than], claim.measure)
+    ours, other = _by_seed(arms[claim.arm], claim.measure), arms.get(claim.than)
+    if other is not None:
+        theirs = _by_seed(other, claim.measure)
+    else:
+        fixed = isinstance(claim.than, float)
+        theirs = dict.fromkeys(ours, claim.than) if fixed else _by_seed(arms[claim.arm], claim.than)
     wanted, common = len(arms[claim.arm]["runs"]), sorted(ours.keys() & theirs.keys())
     if len(common) < wanted:
         note = f"{len(common)} of {wanted} runs"
         return {**asdict(claim), "better": better, "verdict": NO_VERDICT | {"note": note}}
-    values = [ours[seed] for seed in common]
-    others = fixed if fixed is not None else [theirs[seed] for seed in common]
-    items = None if fixed is not None else _items(arms[claim.arm], arms[claim.than], claim.measure)
-    return {**asdict(claim), "better": better, "verdict": judge(values, others, better, items).to_dict()}
+    values = [ours[seed] for seed in common], [theirs[seed] for seed in common]
+    items = None if other is None else _items(arms[claim.arm], other, claim.measure)
+    return {**asdict(claim), "better": better, "verdict": judge(*values, better, items).to_dict()}
 
 
 def _by_seed(arm: dict[str, Any], measure: str) -> dict[int, float]:

@@ -64,11 +64,11 @@ class Verdict:
 
 def judge(
     arm: Sequence[float],
-    other: Sequence[float] | float,
+    other: Sequence[float],
     better: str,
     items: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Verdict:
-    """Whether the values of `arm` are better than those of `other`, value by value, or than a given number.
+    """Whether the values of `arm` are better than those of `other`, value by value.
 
     Args:
         better: "higher" or "lower".
@@ -78,16 +78,14 @@ def judge(
         ValueError: no values, values that are not finite, different numbers of them, or another word for `better`.
         ModuleNotFoundError: scipy is not installed.
     """
-    fixed = isinstance(other, int | float)
-    others: Sequence[float] = [other] * len(arm) if isinstance(other, int | float) else other
-    _check(arm, others, better)
-    if len(arm) != len(others):
-        raise ValueError(f"{len(arm)} values against {len(others)}: allowed are as many, in the order of their seeds")
-    differences = np.array(arm, float) - np.array(others, float)
+    _check(arm, other, better)
+    if len(arm) != len(other):
+        raise ValueError(f"{len(arm)} values against {len(other)}: allowed are as many, in the order of their seeds")
+    differences = np.array(arm, float) - np.array(other, float)
     if len(differences) < 2:
         return Verdict(UNDECIDED, float(differences[0]), None, None)
     variance, freedom = differences.var(ddof=1) / len(differences), len(differences) - 1.0
-    if items is not None and not fixed:
+    if items is not None:
         variance, freedom = _two_way(items[0].astype(float) - items[1].astype(float))
     return _verdict(float(differences.mean()), float(variance), freedom, better)
 

@@ -424,6 +424,20 @@ def test_the_page_corrects_for_all_its_claims_and_names_shared_runs(done, tmp_pa
     assert "for all 3 claims" in page and "Runs shared with two (few picks, many picks)." in page
 
 
+def test_a_claim_may_be_against_a_number_or_another_measure_of_the_same_runs(done):
+    measured = suite(
+        measures=(Measure("accuracy", "answers right", "higher"), Measure("floor", "blind")),
+        claims=(Claim("a", "accuracy", "few", "floor"), Claim("b", "accuracy", "few", 0.25)),
+    )
+    arms = json.loads(json.dumps(done[1]["arms"]))
+    for run, right, floor in zip(arms["few"]["runs"], (0.5, 0.75), (0.25, 0.375)):
+        run["measures"] |= {"accuracy": right, "floor": floor}
+    found = [summary._claim(measured, claim, arms)["verdict"] for claim in measured.claims]
+    assert found == [judge([0.5, 0.75], other, "higher").to_dict() for other in ([0.25, 0.375], [0.25, 0.25])]
+    with pytest.raises(ValueError, match="arm 'flor'"):
+        suite(claims=(Claim("a", "accuracy", "few", "flor"),))
+
+
 def test_answers_make_the_questions_noise_part_of_the_verdict(done):
     few, many = json.loads(json.dumps(done[1]["arms"])).values()
     for arm, texts in ((few, ("1101", "1111")), (many, ("0100", "0101"))):

@@ -31,7 +31,7 @@ def test_runs_apart_are_scipys_welch():
 
 def test_against_a_number_it_is_the_one_sample_test():
     values = [0.4, 0.5, 0.6]
-    verdict, one = judge(values, 0.7, "lower"), stats.ttest_1samp(values, 0.7)
+    verdict, one = judge(values, [0.7] * 3, "lower"), stats.ttest_1samp(values, 0.7)
     assert verdict.p == pytest.approx(one.pvalue) and verdict.word == UNDECIDED
     assert half_width(values) == pytest.approx(4.30265 * 0.1 / math.sqrt(3), abs=1e-5) and half_width([1.0]) is None
 
