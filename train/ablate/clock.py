@@ -2,24 +2,29 @@
 
     steps of an arm = steps of the baseline · seconds of its step / seconds of the arm's step
 
-A step's time is the median over a short run's steps but the first two; of several rounds, in which the jobs take turns,
-the fastest counts: whatever else the machine does only adds to it. On one thread, as the runs themselves.
+A step's time is the median over a short run's steps but the first two, from forward pass to forward pass; of several
+rounds, in which the jobs take turns, the fastest counts: whatever else the machine does only adds to it. On one thread,
+as the runs themselves, and in seconds of the processor, which others on the machine take no share of; on a GPU, whose
+time no processor counts, in seconds.
 """
 
 import tempfile
+import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from ...model import Transformer
+from ..distributed.world import choose_device
 from ..recipe import Recipe, apply
-from ..run import metrics
 from ..start import train
 from .suite import Job
 from .variants import variant_of
 
-ROUNDS, STEPS, UNTIMED = 2, 7, 2
+ROUNDS, STEPS, UNTIMED = 3, 7, 2
 
 
 def seconds_per_step(jobs: Sequence[Job]) -> list[float]:
@@ -48,9 +53,13 @@ def equal_steps(steps: int, baseline: float, seconds: float) -> int:
 def _time(job: Job) -> float:
     changes = [f"train.steps={STEPS}", "train.eval_every=0", "train.minutes=0", "data.held_out_rows=1"]
     recipe = Recipe.from_dict(apply(job.recipe.to_dict(), changes))
+    now = time.process_time if choose_device(recipe.train.device).type == "cpu" else time.perf_counter
+    begins: list[float] = []
+
+    def prepare(model: Transformer) -> None:
+        variant_of(job.variant)(model)
+        model.register_forward_pre_hook(lambda *_: begins.append(now()))
+
     with tempfile.TemporaryDirectory() as folder:
-        prepare = None if job.variant == "as configured" else variant_of(job.variant)
         train(recipe, Path(folder) / "run", shown=False, prepare=prepare)
-        records = metrics.read(Path(folder) / "run")
-    ends = [0.0, *(record["seconds"] for record in records)]
-    return median(after - before for before, after in zip(ends[UNTIMED:], ends[UNTIMED + 1 :]))
+    return median(after - before for before, after in pairwise(begins[UNTIMED:STEPS]))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.disk import write_text
+from ...model.folders import read_json
 from ..evaluate.verdict import holm
 from .suite import Measure
 from .summary import read_summary, values_of
@@ -52,8 +53,30 @@ def write_page(folder: Path, page: Path, order: Sequence[str]) -> Path:
     pictures = Path(os.path.relpath(folder, page.parent))
     sections = [_section(found, every, pictures) for found in every]
     head = HEAD.replace("{claims}", str(sum(len(found["claims"]) for found in every)))
-    write_text(page, "\n".join([head, _overview(every), *sections]))
+    tuned = [_tuned(read_json(path)) for path in sorted(folder.glob("sweep-*.json"))]
+    write_text(page, "\n".join([head, _overview(every), *sections, *tuned]))
     return page
+
+
+def _tuned(found: dict[str, Any]) -> str:
+    """A sweep's trials, the chosen changes first."""
+    lines = [
+        f"## sweep-{found['sweep']}\n",
+        f"`abyssal ablate --sweep {found['sweep']}`: one axis after the other at equal time, one seed and one thread a"
+        f" trial (`train/ablate/sweep.py`). Chosen: {_code(found['best'])}.\n",
+        "| axis | changes | steps | parameters | held-out bits per byte, clean bytes |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for trial in found["trials"]:
+        score = f"{trial['score']:.4f}" if trial["changes"] != found["best"] else f"**{trial['score']:.4f}**"
+        numbers = f"{trial['steps']:,}", f"{trial['parameters']:,}", score
+        lines.append(f"| {' | '.join((trial['axis'], _code(trial['changes']), *numbers))} |")
+    commits = sorted({trial["commit"][:7] for trial in found["trials"] if trial["commit"]})
+    return "\n".join([*lines, f"\nCommit {', '.join(commits)}.\n"])
+
+
+def _code(changes: Sequence[str]) -> str:
+    return ", ".join(f"`{change}`" for change in changes) or "nothing"
 
 
 def _correct(every: Sequence[dict[str, Any]]) -> None:

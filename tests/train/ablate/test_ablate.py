@@ -209,7 +209,7 @@ def test_an_arm_of_equal_time_takes_the_steps_that_fit(tmp_path, monkeypatch):
 
 
 def test_the_clock_takes_the_fastest_round_and_refuses_stages(monkeypatch):
-    times = iter([3.0, 1.0, 2.0, 5.0])
+    times = iter([3.0, 1.0, 2.0, 5.0, 4.0, 1.5])
     monkeypatch.setattr(clock, "_time", lambda job: next(times))
     few, many = jobs(suite(), [0])
     assert clock.seconds_per_step([few, many]) == [2.0, 1.0] and clock.equal_steps(160, 2.0, 0.5) == 640
