@@ -1,6 +1,7 @@
 """What was tuned: the toy, for five minutes of two cores, and the dense transformer that is held against it.
 
-A trial has about two and a half minutes of one core, a quarter of the toy's own time. Each axis starts from the best of those before it.
+A trial has about two and a half minutes of one core, a quarter of the toy's own time. Each axis starts from the best of
+those before it.
 """
 
 from ..suite import Arm
