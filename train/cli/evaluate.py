@@ -21,6 +21,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     from ..data.conversations import ChatSource
     from ..data.source import TextSource
+    from ..run import checkpoint, opponents
     from ..run.load import open_model
     from ..start import open_source
     from ..talk.terminal.visible import shown
@@ -39,6 +40,10 @@ def _eval(options: argparse.Namespace) -> None:
         print(f"{'held-out answers':<24} {source.held_out.learnt():,} tokens in {len(source.held_out.rows)} rows")
     for label, text in source.report(scores).items():
         print(f"{label:<24} {text}")
+    if isinstance(source, TextSource):
+        run = checkpoint.run_of(loaded.folder) if loaded.recipe else None
+        step = checkpoint.read_state(loaded.folder)[1].step if run else 0
+        print(f"\n{opponents.table(opponents.compare(source, scores, step, run))}")
 
 
 def _needle_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..settings import DataConfig
-from .bits import TRIGRAM_BYTES, first, target_bits, trigram_bits_per_byte
+from .bits import target_bits
 from .corpus import Corpus
 from .mapped import Tokenised, tokenised, trained_tokenizer
+from .opponents import n_grams, training_text
 from .overlap import WINDOW, copied_of, searched
 from .rows import Batch, held_out, train_rows
 from .scored import Scored
@@ -68,9 +69,7 @@ class TextSource:
 
     @cached_property
     def trigram(self) -> float:
-        """Of all training text; of the first TRIGRAM_BYTES of it, at most, where it is not in memory."""
-        train = first(self.corpus.train, TRIGRAM_BYTES) if self.maps else self.corpus.train
-        return trigram_bits_per_byte(train, self.scored)
+        return float(n_grams(training_text(self.corpus.train), self.scored, [3])[3].mean())
 
     @cached_property
     def clean(self) -> np.ndarray:
@@ -121,7 +120,7 @@ class TextSource:
     @cached_property
     def _cleanness(self) -> str:
         share = self.clean_bytes() / self.scored.bytes
-        return f"{share:.1%} of them, in no match of {WINDOW} bytes with {searched(self.corpus.train)}"
+        return f"{share:.1%} of all, in no match of {WINDOW} bytes with {searched(self.corpus.train)}"
 
 
 def maps(data: DataConfig) -> bool:

@@ -1,16 +1,17 @@
-"""curves.png: how a run went, drawn from its metrics.jsonl alone, so that anyone can draw it again.
+"""curves.png: how a run went, drawn from its files alone (metrics.jsonl, opponents.json), so that anyone can draw it.
 
-Five panels: bits per byte against the trigram model; the parts of the loss; expert load; residual streams; what the
-indexer captures. Per-layer curves run from dark (first layer) to light (last). Faint lines are single steps,
-strong ones a running mean.
+Five panels: bits per byte, against what else training text can tell of the same held-out bytes; the parts of the loss;
+expert load; residual streams; what the indexer captures. Per-layer curves run from dark (first layer) to light (last).
+Faint lines are single steps, strong ones a running mean.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..run import metrics
+from ..run import metrics, opponents
 from . import rewards
 from .style import (
     BLUE,
@@ -55,19 +56,22 @@ def plot(folder: Path | str, path: Path | str | None = None) -> Path:
             raise ValueError(f"{str(folder / metrics.FILE)!r}: line {number} has no {missing[0]}")
     figure = canvas(14, 8)
     axes = figure.subplot_mosaic("AAB;CDE")
-    for name, panel in zip("ABCDE", _panels(records)):
+    for name, panel in zip("ABCDE", _panels(records, opponents.read(folder))):
         panel(axes[name], records)
         tidy(axes[name])
     return save(figure, Path(path) if path else folder / FILE, _title(folder, records))
 
 
-def _panels(records: list[dict[str, Any]]) -> tuple[Callable[[Any, list[dict[str, Any]]], None], ...]:
+def _panels(
+    records: list[dict[str, Any]], compared: dict[str, Any]
+) -> tuple[Callable[[Any, list[dict[str, Any]]], None], ...]:
     """The large panel and four small ones, as the run's metrics ask for."""
     if any("reward" in record for record in records):
         return rewards.reward, rewards.distance, rewards.entropy, rewards.length, rewards.limits
     scored = any("accuracy" in record for record in records)
     answers = any("answers" in record for record in records)
-    return rewards.accuracy if scored else rewards.answers if answers else _bits, _losses, _load, _spread, _captured
+    bits = partial(_bits, compared)
+    return rewards.accuracy if scored else rewards.answers if answers else bits, _losses, _load, _spread, _captured
 
 
 def _title(folder: Path, records: list[dict[str, Any]]) -> str:
@@ -84,24 +88,39 @@ def _title(folder: Path, records: list[dict[str, Any]]) -> str:
     return "   ·   ".join(parts)
 
 
-def _bits(axis: Any, records: list[dict[str, Any]]) -> None:
+def _bits(compared: dict[str, Any], axis: Any, records: list[dict[str, Any]]) -> None:
     steps, nats = series(records, "lm")
     bits = [value / math.log(2) for value in nats]
     mean = smooth(bits)
     axis.plot(steps, bits, color=BLUE, alpha=0.25, linewidth=0.8)
     axis.plot(steps, mean, color=BLUE, label=f"training text: {mean[-1]:.3f} at the end")
-    shown = [*mean]
-    steps, held_out = series(records, "held_out")
-    if steps:
-        trigram = series(records, "trigram")[1][-1]
-        label = f"held-out text: {held_out[-1]:.3f} at the end"
-        axis.plot(steps, held_out, color=ORANGE, marker="o", markersize=4, label=label)
-        label = f"trigram model, same held-out bytes: {trigram:.3f}"
-        axis.axhline(trigram, color=GREY, linestyle="--", linewidth=1.2, label=label)
-        shown += [*held_out, trigram]
-    axis.set_ylim(max(0, min(shown) - 0.3), max(max(shown[len(mean) :], default=0), mean[len(mean) // 20]) + 0.3)
-    axis.set(title="Compression: held-out text against a trigram model", ylabel="bits per byte")
+    shown = [mean[len(mean) // 20], min(mean)]
+    for name, label, style in (("held_out", "held-out text", "-"), ("clean", "its clean bytes alone", ":")):
+        steps, values = series(records, name)
+        if steps:
+            label = f"{label}: {values[-1]:.3f} at the end"
+            axis.plot(steps, values, style, color=ORANGE, marker="o", markersize=4, label=label)
+            shown += values
+    for bits, label, style in _lines(compared, records):
+        axis.axhline(bits, color=GREY, linestyle=style, linewidth=1.2, label=f"{label}: {bits:.3f}")
+        shown.append(bits)
+    if curve := compared.get("curve"):
+        label = f"5-gram model (KN) of what was read: {curve[-1]['held_out']:.3f} at the end"
+        steps, values = series(curve, "held_out")
+        axis.plot(steps, values, color=GREEN, marker="s", markersize=4, label=label)
+    axis.set_ylim(max(0, min(shown) - 0.3), max(shown) + 0.3)
+    axis.set(title="Compression: held-out text against other models of it", ylabel="bits per byte")
     axis.legend(loc="upper right")
+
+
+def _lines(compared: dict[str, Any], records: list[dict[str, Any]]) -> Iterator[tuple[float, str, str]]:
+    """What all training text makes of the same held-out bytes."""
+    if compared:
+        given = f"{compared['training']['all'] / 1e6:.2f} MB"
+        yield opponents.bits(compared, "KN-5"), f"5-gram model (KN) of {given}", "--"
+        yield opponents.bits(compared, "xz"), f"xz after {given}", "-."
+    elif trigrams := series(records, "trigram")[1]:
+        yield trigrams[-1], "trigram model, same held-out bytes", "--"
 
 
 def _losses(axis: Any, records: list[dict[str, Any]]) -> None:

@@ -52,7 +52,7 @@ class TrainingDiverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run reached: the source's scores, and those as lines for people; `cut`: by the clock."""
+    """What a run reached: its source's scores, and those as lines for people; `cut`: by the clock."""
 
     out: Path
     checkpoint: Path
@@ -62,6 +62,7 @@ class Summary:
     scores: dict[str, Any]
     report: dict[str, str]
     sample: str
+    source: Source
 
 
 class Run:
@@ -357,7 +358,7 @@ class Run:
         if sample:
             write_text(self.out / SAMPLE, sample)
         steps, report = self.recipe.train.steps, self.source.report(self.scores)
-        return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample)
+        return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample, self.source)
 
     def sample(self) -> str:
         """Text that the model writes on from the recipe's prompt (temperature 0.8, top-p 0.95)."""
