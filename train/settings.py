@@ -304,7 +304,7 @@ class PlantedConfig(Table):
     name = "planted"
     density: float = key(
         0.0625,
-        "answers per token of a row, as far as they find a place",
+        "answers per token of a row; of selective_copy, per token of an episode's longest distance",
         "above 0, at most 0.5",
         lambda x: 0 < x <= 0.5,
     )
@@ -315,6 +315,9 @@ class PlantedConfig(Table):
     keys: int = key(64, "different keys", "2 or more", lambda count: count >= 2)
     values: int = key(64, "different values, or items, or tokens of induction", "2 or more", lambda count: count >= 2)
     fillers: int = _positive(1, "different tokens that mean nothing")
+    fill: float = key(
+        0.5, "share of the cells of recall, two tokens each, that hold a pair", "above 0, below 1", lambda x: 0 < x < 1
+    )
     questions: str = _choice(
         "spread",
         "where recall asks: spread over the row, or all at its end",
@@ -324,6 +327,7 @@ class PlantedConfig(Table):
     facts: int = _positive(1000, "n-grams with a known answer")
     zipf: float = _not_negative(1.0, "use of fact r is in proportion to r^-zipf")
     eval_length: int = _not_negative(0, "tokens of a held-out row; 0 = data.sequence_length")
+    eval_nearest: int = _not_negative(0, "`nearest` of held-out rows; 0 = nearest")
 
 
 TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig, ScheduleConfig)}
