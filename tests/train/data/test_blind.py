@@ -81,7 +81,13 @@ def test_a_reader_is_fitted_on_other_rows_by_octave():
             )
         best = {octave: max(hits, key=lambda g: (hits[g], -g)) for octave, hits in wins.items()}
         slow = [task.blind(row)[reader][i][best[d.bit_length()]] == answer for row, i, _, answer, d in graded(scored)]
-        assert found[reader].tolist() == slow, reader
+        assert found[reader][1].tolist() == slow, reader
+        overall = Counter()
+        for hits in wins.values():
+            overall.update(hits)
+        one = max(overall, key=lambda g: (overall[g], -g))
+        plain = [task.blind(row)[reader][i][one] == answer for row, i, _, answer, _ in graded(scored)]
+        assert found[reader][0].tolist() == plain, reader
     common = Counter(answer for *_, answer, _ in graded(other))
     likeliest = min(common, key=lambda answer: (-common[answer], answer))
-    assert found["likeliest"].tolist() == [answer == likeliest for *_, answer, _ in graded(scored)]
+    assert found["likeliest"][0].tolist() == [answer == likeliest for *_, answer, _ in graded(scored)]

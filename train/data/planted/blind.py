@@ -8,8 +8,8 @@ question, but not what it asks for. A task's floor is the best of them, on the v
     likeliest   the answer that is right most often, the same for every question
 
 Candidates are the tokens of a row that can be an answer. Of a reader with several guesses (n, r) the one is taken that
-is right most often in other rows of the task, for each octave of distances its own: a floor by distance is that of a
-reader who is told the octave. `likeliest` is told nothing.
+is right most often in other rows of the task, one for each kind of answer. For a floor by distance it is one for each
+octave of distances, too: that of a reader who is told the octave. `likeliest` is told nothing.
 
 a answers · g guesses of one reader · c candidates of a row
 """
@@ -71,24 +71,40 @@ def octaves(distances: np.ndarray) -> np.ndarray:
     return np.where(distances > 0, 1 << (np.frexp(np.maximum(distances, 1))[1].astype(np.int64) - 1), 0)
 
 
-def right(task: Task, other: Sequence[Row], scored: Sequence[Row]) -> dict[str, np.ndarray]:
-    """By reader: which answers of the scored rows it has right [a]; what it has to be fitted on are other rows."""
-    answers, octave, guesses = _flat(task, other)
-    asked, at, blind = _flat(task, scored)
-    found = {LIKELIEST: asked == np.bincount(answers).argmax()}
+def right(task: Task, other: Sequence[Row], scored: Sequence[Row]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By reader: which answers of the scored rows it has right [a], and which when it is told the octave of each
+    distance [a]; what it has to be fitted on are other rows.
+    """
+    answers, kinds, octave, guesses = _flat(task, other)
+    asked, asked_kinds, asked_octave, blind = _flat(task, scored)
+    labels = [
+        (kinds, asked_kinds),
+        tuple(np.char.add(a, b.astype(str)) for a, b in ((kinds, octave), (asked_kinds, asked_octave))),
+    ]
+    likeliest = asked == np.bincount(answers).argmax()
+    found = {LIKELIEST: (likeliest, likeliest)}
     for name, every in blind.items():
-        known = guesses[name] == answers[:, None]
-        fitted = {n: known[octave == n].mean(0).argmax() for n in np.unique(octave).tolist()}
-        taken = np.array([fitted.get(n, 0) for n in at.tolist()])
-        found[name] = every[np.arange(len(asked)), taken] == asked
+        known, hits = guesses[name] == answers[:, None], every == asked[:, None]
+        plain, told = (hits[np.arange(len(hits)), _fitted(known, *pair)] for pair in labels)
+        found[name] = plain, told
     return found
 
 
-def _flat(task: Task, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, dict[str, Guesses]]:
-    """Answers, octaves of their distances, and guesses by reader, of all rows one after the other."""
+def _fitted(known: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """For each wanted label the guess that was right most often under it, the first guess for a label never seen."""
+    best = {label: known[labels == label].mean(0).argmax() for label in np.unique(labels).tolist()}
+    return np.array([best.get(label, 0) for label in wanted.tolist()])
+
+
+def _flat(task: Task, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Guesses]]:
+    """Answers, their kinds, octaves of their distances, and guesses by reader, of all rows one after the other."""
     guesses = [task.blind(row) for row in rows]
+    targets, kinds, distances = (
+        np.concatenate([getattr(row, name)[row.asked] for row in rows]) for name in ("targets", "kinds", "distances")
+    )
     return (
-        np.concatenate([row.targets[row.asked] for row in rows]),
-        octaves(np.concatenate([row.distances[row.asked] for row in rows])),
+        targets,
+        kinds,
+        octaves(distances),
         {name: np.concatenate([some[name] for some in guesses]) for name in guesses[0]},
     )

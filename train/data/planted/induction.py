@@ -13,6 +13,7 @@ Tokens: 0 bos · values
 from typing import ClassVar
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ...settings import PlantedConfig
 from .blind import readers
@@ -67,11 +68,12 @@ class Induction(Task):
     def blind(self, row: Row) -> dict[str, Guesses]:
         return readers(row, np.arange(1, len(row.ids)), self.config.nearest)
 
-    def _stood_once(self, ids: np.ndarray) -> list[bool]:
-        """For each position: the n tokens that end there stood exactly once before."""
-        n, seen, found = self.config.order, dict[bytes, int](), [False] * len(ids)
-        for end in range(n, len(ids)):
-            gram = ids[end - n + 1 : end + 1].tobytes()
-            found[end] = seen.get(gram, 0) == 1
-            seen[gram] = seen.get(gram, 0) + 1
+    def _stood_once(self, ids: np.ndarray) -> np.ndarray:
+        """For each position: the n tokens that end there stood exactly once before, bos not counted."""
+        n = self.config.order
+        which = np.unique(sliding_window_view(ids[1:], n), axis=0, return_inverse=True)[1].ravel()
+        order = np.argsort(which, kind="stable")
+        first = np.searchsorted(which[order], which[order])
+        found = np.zeros(len(ids), bool)
+        found[n + order] = np.arange(len(order)) - first == 1
         return found

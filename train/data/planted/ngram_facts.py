@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...settings import PlantedConfig
-from .task import Row, Task
+from .task import Row, Task, zipf
 
 
 class NgramFacts(Task):
@@ -36,8 +36,7 @@ class NgramFacts(Task):
         digits = [numbers // c.keys**i % c.keys for i in range(n)]
         self.grams = self.first_key + np.stack(digits, 1)  # [facts, n]
         self.values = self.first_value + draw.integers(c.values, size=c.facts)
-        use = np.arange(1, c.facts + 1) ** -c.zipf
-        self.use = use / use.sum()
+        self.use = zipf(c.facts, c.zipf)
 
     def row(self, draw: np.random.Generator, length: int) -> Row:
         row, n = Row.blank(draw.integers(self.first_filler, self.first_key, length)), self.config.order

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...settings import PlantedConfig
 from .blind import readers
-from .task import Guesses, Row, Task
+from .task import Guesses, Row, Task, zipf
 
 QUESTION = 1
 CELL = 2
@@ -32,7 +32,7 @@ ROWS = 20  # draws of a row's pairs; short rows, of few cells, may have none at 
 class Recall(Task):
     name: ClassVar[str] = "recall"
     options: ClassVar[tuple[str, ...]] = (
-        *("density", "nearest", "farthest", "keys", "values", "fillers", "fill", "questions", "eval_nearest"),
+        *("density", "nearest", "farthest", "keys", "values", "fillers", "fill", "zipf", "questions", "eval_nearest"),
     )
 
     def __init__(self, config: PlantedConfig) -> None:
@@ -40,6 +40,7 @@ class Recall(Task):
         self.first_filler = QUESTION + 1
         self.first_key = self.first_filler + config.fillers
         self.first_value = self.first_key + config.keys
+        self.use = zipf(config.keys, config.zipf)
         self.vocabulary = self.first_value + config.values
 
     def row(self, draw: np.random.Generator, length: int) -> Row:
@@ -49,7 +50,7 @@ class Recall(Task):
         cell, question, pair = self._places(draw, cells, pairs, asked)
         row = Row.blank(draw.integers(self.first_filler, self.first_key, length))
         at = first + CELL * cell
-        row.ids[at] = self.first_key + draw.permutation(c.keys)[:pairs]
+        row.ids[at] = self.first_key + draw.choice(c.keys, pairs, replace=False, p=self.use)
         row.ids[at + 1] = self.first_value + draw.permutation(pairs) % c.values
         at, evidence = first + CELL * question, first + CELL * pair
         row.ids[at], row.ids[at + 1] = QUESTION, row.ids[evidence]

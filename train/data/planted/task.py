@@ -24,20 +24,23 @@ Guesses = np.ndarray  # int64 [answers of a row, guesses of one reader]
 class Row:
     """int64 [t] each. `targets`: the answer at the position that predicts it, else -100. `distances`: how many tokens
     before that position the evidence stands, else -1; it is in the window if the distance is below the window's size.
+    `kinds`: words [t], what answers are scored apart by, in a task that has several kinds of them.
     """
 
     ids: np.ndarray
     targets: np.ndarray
     distances: np.ndarray
+    kinds: np.ndarray
 
     @classmethod
     def blank(cls, ids: np.ndarray) -> "Row":
         """A row that asks nothing yet; its first token becomes BOS."""
         ids[0] = BOS
-        return cls(ids.astype(np.int64), np.full(len(ids), IGNORED), np.full(len(ids), NO_ANSWER))
+        targets, distances = np.full(len(ids), IGNORED), np.full(len(ids), NO_ANSWER)
+        return cls(ids.astype(np.int64), targets, distances, np.full(len(ids), "", "U16"))
 
-    def ask(self, position: Positions, answer: Positions, distance: Positions) -> None:
-        self.targets[position], self.distances[position] = answer, distance
+    def ask(self, position: Positions, answer: Positions, distance: Positions, kind: str = "") -> None:
+        self.targets[position], self.distances[position], self.kinds[position] = answer, distance, kind
 
     @property
     def asked(self) -> np.ndarray:
@@ -56,7 +59,7 @@ class Task(ABC):
     def __init__(self, config: PlantedConfig) -> None:
         self.config = config
         for f in fields(config):
-            if f.name not in (*self.options, "eval_length") and getattr(config, f.name) != f.default:
+            if f.name not in (*self.options, "eval_length", "eval_lengths") and getattr(config, f.name) != f.default:
                 read = ", ".join(self.options)
                 raise ValueError(
                     f"planted.{f.name}: the task {self.name} has no such option; it reads {read}; leave it at its"
@@ -96,3 +99,9 @@ class Task(ABC):
         use = np.log(edges[1:] / edges[:-1])
         octave = draw.choice(len(use), count, p=use / use.sum())
         return draw.integers(edges[octave], edges[octave + 1])
+
+
+def zipf(count: int, exponent: float) -> np.ndarray:
+    """Shares of so many words: that of the r-th, from 1, in proportion to r^-exponent."""
+    use = np.arange(1, count + 1) ** -float(exponent)
+    return use / use.sum()
