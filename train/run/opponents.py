@@ -36,7 +36,7 @@ def compare(source: TextSource, scores: dict[str, Any], step: int, run: Path | N
     known = bool(starts) and same and source.tokenizer.exact
     texts = {"all": training_text(source.corpus.train)}
     if known:
-        texts["read"] = _read(source, starts, step)
+        texts["read"] = read_text(source, starts, step)
     model = {"name": "model", "training": "read", **{k: scores[k] for k in ("held_out", "clean") if k in scores}}
     others = [
         {"name": name, "training": training, **bits}
@@ -89,7 +89,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read(source: TextSource, starts: Sequence[dict[str, Any]], step: int) -> Any:
+def read_text(source: TextSource, starts: Sequence[dict[str, Any]], step: int) -> Any:
     return seen(source.tokens, source.tokenizer, _rows(starts, step), MOST)
 
 
@@ -110,5 +110,5 @@ def _rows(starts: Sequence[dict[str, Any]], step: int) -> Iterator[Rows]:
 
 def _curve(source: TextSource, starts: Sequence[dict[str, Any]], step: int) -> Iterator[dict[str, Any]]:
     for part in sorted({-(-step // (1 << halves)) for halves in range(7)}):
-        bits = n_grams(_read(source, starts, part), source.scored, [CURVE])[CURVE]
+        bits = n_grams(read_text(source, starts, part), source.scored, [CURVE])[CURVE]
         yield {"step": part, "held_out": float(bits.mean())}

@@ -7,6 +7,7 @@ import pytest
 
 from abyssal.train.data.planted import TASKS
 from abyssal.train.data.planted.blind import RANKS, octaves, right
+from abyssal.train.data.planted.source import Labels
 from abyssal.train.settings import PlantedConfig
 
 SMALL = {
@@ -91,3 +92,12 @@ def test_a_reader_is_fitted_on_other_rows_by_octave():
     common = Counter(answer for *_, answer, _ in graded(other))
     likeliest = min(common, key=lambda answer: (-common[answer], answer))
     assert found["likeliest"][0].tolist() == [answer == likeliest for *_, answer, _ in graded(scored)]
+
+
+def test_single_answers_add_up_to_the_shares():
+    labels = Labels(np.array([32, 64, 32, 64]), np.array(["a", "b", "b", "b"]), np.array([9, 9, 9, 9]))
+    right = np.array([True, False, False, True])
+    found, shares = labels.answers(right), labels.shares(right)
+    assert found == {"accuracy_at.32": "10", "accuracy_at.64": "01", "accuracy_of.a.9": "1", "accuracy_of.b.9": "001"}
+    assert shares["accuracy_of"]["b"]["9"] == found["accuracy_of.b.9"].count("1") / 3
+    assert shares["accuracy_at"]["32"] == 0.5

@@ -7,10 +7,10 @@ from ... import own
 from ..suite import Suite
 from .recall import ATTENTION, INDEXER, WARMUP
 from .text import BALANCE, DENSE, DEPTH, ENGRAM, MTP, MUON, STREAMS
+from .toy import TOY
 
-SUITES = {
-    suite.name: suite for suite in (INDEXER, WARMUP, ATTENTION, DENSE, STREAMS, ENGRAM, MUON, MTP, BALANCE, DEPTH)
-}
+EVERY = (INDEXER, WARMUP, ATTENTION, TOY, DENSE, STREAMS, ENGRAM, MUON, MTP, BALANCE, DEPTH)
+SUITES = {suite.name: suite for suite in EVERY}
 
 
 def chosen(names: Sequence[str]) -> list[Suite]:

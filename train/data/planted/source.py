@@ -96,7 +96,7 @@ class PlantedSource:
     def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Share of held-out answers that are the likeliest token: `accuracy`; `accuracy_at`: by distance, each number
         standing for distances from it to below its double; `accuracy_of`: by kind and length, where there are several;
-        `answer_nats`: mean -ln p(answer); and those of `floor`.
+        `answer_nats`: mean -ln p(answer); those of `floor`; and `answers`, which were right, by distance and kind.
         """
         device = next(model.parameters()).device
         was_training = model.training
@@ -113,7 +113,8 @@ class PlantedSource:
                 right.append((logits.argmax(-1) == answers).numpy())
         model.train(was_training)
         every = np.concatenate(right)
-        return {**self._blind[0].shares(every), "answer_nats": nats / len(every), **self.floor()}
+        labels, mean = self._blind[0], nats / len(every)
+        return {**labels.shares(every), "answer_nats": mean, **self.floor(), "answers": labels.answers(every)}
 
     def report(self, scores: dict[str, Any]) -> dict[str, str]:
         def beside(found: dict[str, float], floors: dict[str, float]) -> str:
@@ -160,6 +161,17 @@ class Labels:
             of = {kind: self.kinds == kind for kind in kinds}
             found["accuracy_of"] = {kind: _shares(self.lengths[some], right[some]) for kind, some in of.items()}
         return found
+
+    def answers(self, right: np.ndarray) -> dict[str, str]:
+        """Each answer as 1 or 0, in the names of `shares`: those at a distance, those of a kind and length."""
+        at = {f"accuracy_at.{n}": right[self.octaves == n] for n in np.unique(self.octaves).tolist()}
+        of = {
+            f"accuracy_of.{kind}.{length}": right[(self.kinds == kind) & (self.lengths == length)]
+            for kind in np.unique(self.kinds).tolist()
+            for length in np.unique(self.lengths).tolist()
+        }
+        some = at | (of if len(of) > 1 else {})
+        return {name: "".join(map(str, found.astype(int))) for name, found in some.items() if len(found)}
 
 
 def _shares(labels: np.ndarray, right: np.ndarray) -> dict[str, float]:
