@@ -147,7 +147,7 @@ def test_window_only_never_sees_beyond_its_windows():
 def test_facts_are_asked_for_beyond_two_windows():
     recipe = one("indexer", "trained").recipe
     reach = recipe.model.num_hidden_layers * (recipe.model.sliding_window - 1)
-    assert recipe.planted.nearest > reach
+    assert recipe.planted.eval_nearest > reach
     assert (
         recipe.data.sequence_length // recipe.model.compress_ratios[0] > 32 * recipe.model.index_topk
     )  # a real choice

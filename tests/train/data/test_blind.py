@@ -7,7 +7,9 @@ import pytest
 
 from abyssal.train.data.planted import TASKS
 from abyssal.train.data.planted.blind import RANKS, octaves, right
+from abyssal.train.recipe import load_recipe
 from abyssal.train.settings import PlantedConfig
+from abyssal.train.start import open_source
 
 SMALL = {
     "recall": {"fill": 0.1, "nearest": 6},
@@ -91,3 +93,21 @@ def test_a_reader_is_fitted_on_other_rows_by_octave():
     common = Counter(answer for *_, answer, _ in graded(other))
     likeliest = min(common, key=lambda answer: (-common[answer], answer))
     assert found["likeliest"][0].tolist() == [answer == likeliest for *_, answer, _ in graded(scored)]
+
+
+@pytest.mark.parametrize("name", ["indexer", "recall"])
+def test_no_blind_reader_passes_chance_by_two_points_in_the_recipes_of_recall(name):
+    recipe = load_recipe(name)
+    floor = open_source(recipe).floor()
+    bar = 1 / recipe.planted.values + 0.02
+    assert floor["floor"] < bar and all(share < bar for share in floor["floor_at"].values()), floor
+    assert list(floor["floor_at"]) == ["1024", "2048"]
+
+
+def test_the_floor_is_the_best_readers():
+    source = open_source(load_recipe("indexer", ["data.held_out_rows=2", "planted.eval_length=2048"]))
+    floor, readers = source.floor(), source.floors()
+    assert floor["floor_reader"] == max(readers, key=lambda name: readers[name]["accuracy"])
+    assert floor["floor"] == readers[floor["floor_reader"]]["accuracy"]
+    for least, share in floor["floor_at"].items():
+        assert share == max(found["accuracy_at"][least] for found in readers.values())
