@@ -8,7 +8,9 @@ import pytest
 from abyssal.train.data.planted import TASKS
 from abyssal.train.data.planted.blind import RANKS, octaves, right
 from abyssal.train.data.planted.source import Labels
+from abyssal.train.recipe import load_recipe
 from abyssal.train.settings import PlantedConfig
+from abyssal.train.start import open_source
 
 SMALL = {
     "recall": {"fill": 0.1, "nearest": 6},
@@ -101,3 +103,21 @@ def test_single_answers_add_up_to_the_shares():
     assert found == {"accuracy_at.32": "10", "accuracy_at.64": "01", "accuracy_of.a.9": "1", "accuracy_of.b.9": "001"}
     assert shares["accuracy_of"]["b"]["9"] == found["accuracy_of.b.9"].count("1") / 3
     assert shares["accuracy_at"]["32"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["indexer", "recall"])
+def test_no_blind_reader_passes_chance_by_two_points_in_the_recipes_of_recall(name):
+    recipe = load_recipe(name)
+    floor = open_source(recipe).floor()
+    bar = 1 / recipe.planted.values + 0.02
+    assert floor["floor"] < bar and all(share < bar for share in floor["floor_at"].values()), floor
+    assert list(floor["floor_at"]) == ["1024", "2048"]
+
+
+def test_the_floor_is_the_best_readers():
+    source = open_source(load_recipe("indexer", ["data.held_out_rows=2", "planted.eval_length=2048"]))
+    floor, readers = source.floor(), source.floors()
+    assert floor["floor_reader"] == max(readers, key=lambda name: readers[name]["accuracy"])
+    assert floor["floor"] == readers[floor["floor_reader"]]["accuracy"]
+    for least, share in floor["floor_at"].items():
+        assert share == max(found["accuracy_at"][least] for found in readers.values())

@@ -10,7 +10,8 @@ only evidence at any depth of the model. A pair may be asked for more than once,
 asked for gains nothing.
 
 A distance and a question's cell are drawn until that is free and a pair stands at the distance before it. With
-questions = "end" the questions are the last cells of the row, after all pairs.
+questions = "end" the questions are the last cells of the row, after all pairs, and each asks for a pair, drawn with the
+same shares of distances.
 
 Tokens: 0 bos · 1 the question mark · fillers · keys · values
 """
@@ -20,11 +21,12 @@ from typing import ClassVar
 import numpy as np
 
 from ...settings import PlantedConfig
-from .blind import readers
+from .blind import octaves, readers
 from .task import Guesses, Row, Task, zipf
 
 QUESTION = 1
 CELL = 2
+Places = tuple[np.ndarray, np.ndarray, np.ndarray]  # cells of the pairs, of the questions, of what these ask for
 TRIES = 64  # draws of a distance and a place for each question
 ROWS = 20  # draws of a row's pairs; short rows, of few cells, may have none at the distances that are asked for
 
@@ -47,7 +49,8 @@ class Recall(Task):
         c, first = self.config, 1 + int(draw.integers(CELL))
         cells, asked = (length - first) // CELL, self.answers(length)
         pairs = self._pairs(cells, asked)
-        cell, question, pair = self._places(draw, cells, pairs, asked)
+        places = self._at_end if c.questions == "end" else self._spread
+        cell, question, pair = places(draw, cells, pairs, asked)
         row = Row.blank(draw.integers(self.first_filler, self.first_key, length))
         at = first + CELL * cell
         row.ids[at] = self.first_key + draw.choice(c.keys, pairs, replace=False, p=self.use)
@@ -71,14 +74,11 @@ class Recall(Task):
             )
         return pairs
 
-    def _places(
-        self, draw: np.random.Generator, cells: int, pairs: int, asked: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cells of the pairs, of the questions, and of the pairs that these ask for."""
-        ending = cells - asked if self.config.questions == "end" else 0
+    def _spread(self, draw: np.random.Generator, cells: int, pairs: int, asked: int) -> Places:
+        """Questions all over the row."""
         for _ in range(ROWS):
-            cell = draw.permutation(ending or cells)[:pairs]
-            pair, free = np.zeros(cells, bool), np.arange(cells) >= ending
+            cell = draw.permutation(cells)[:pairs]
+            pair, free = np.zeros(cells, bool), np.ones(cells, bool)
             pair[cell], free[cell] = True, False
             distance = self.distances(draw, CELL * (cells - 1), TRIES * asked, step=CELL)
             question = distance + (draw.random(len(distance)) * (cells - distance)).astype(np.int64)
@@ -86,8 +86,25 @@ class Recall(Task):
             chosen = lands[np.sort(np.unique(question[lands], return_index=True)[1])][:asked]
             if len(chosen) == asked:
                 return cell, question[chosen], (question - distance)[chosen]
+        raise self._no_pairs(cells, asked)
+
+    def _at_end(self, draw: np.random.Generator, cells: int, pairs: int, asked: int) -> Places:
+        """Questions after all pairs."""
+        self.distances(draw, CELL * (cells - 1), 1, step=CELL)  # there are any
+        question = np.arange(cells - asked, cells)
+        for _ in range(ROWS):
+            cell = draw.permutation(cells - asked)[:pairs]
+            far = CELL * (question[:, None] - cell)
+            allowed = (far >= self.config.nearest) & (far <= (self.config.farthest or CELL * cells))
+            use = np.where(allowed, 1 / octaves(far), 0).cumsum(1)
+            if use[:, -1].all():
+                chosen = (use <= draw.random((asked, 1)) * use[:, -1:]).sum(1)
+                return cell, question, cell[chosen]
+        raise self._no_pairs(cells, asked)
+
+    def _no_pairs(self, cells: int, asked: int) -> ValueError:
         c = self.config
-        raise ValueError(
+        return ValueError(
             f"planted.density={c.density}: {asked} questions find no pairs at their distances in a row of {cells} cells"
             f" with planted.fill={c.fill} and nearest={c.nearest}"
         )
