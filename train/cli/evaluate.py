@@ -109,7 +109,7 @@ COMMANDS = {
     "eval": Command(
         _eval,
         _eval_arguments,
-        "What a model scores on held-out data: bits per byte beside a trigram model's, or of answers, or right ones",
+        "What a model scores on held-out data: bits per byte beside n-gram models and xz, or of answers, or right ones",
         "abyssal eval runs/toy-20260101-120000 --rows 0",
     ),
     "eval needle": Command(

@@ -39,7 +39,8 @@ Bits = dict[str, dict[str, float]]  # opponent -> held_out, clean
 
 def training_text(documents: Sequence[AnyDocument]) -> np.ndarray:
     """Documents from the first on, as long as they come to MOST bytes, at least one: a stream of bytes."""
-    chosen, size = [], 0
+    chosen: list[AnyDocument] = []
+    size = 0
     for document in documents:
         size += document.size
         if chosen and size > MOST:

@@ -16,7 +16,7 @@ from .rows import HeldOut, Stream
 
 
 class Scored:
-    """`documents` held-out ones that the rows touch; `starts`, `widths` int64 [targets]: see the module.
+    """`documents` that the rows touch, `numbers` of theirs; `starts`, `widths` int64 [targets]: see the module.
 
     `sizes`: bytes that each token of the held-out stream is made of; None = one, and bos none.
     """

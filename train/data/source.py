@@ -63,9 +63,12 @@ class TextSource:
         self.tokens = tokenised(corpus, self.tokenizer) if self.maps else corpus
         self.held_out = held_out(self.tokens, data.sequence_length, data.held_out_rows)
         self.sizes = None if in_bytes else self._sizes()
-        self.scored = Scored(corpus.held_out, self.held_out, self.sizes)
         self.name = data.source
         self.digest = corpus.digest if in_bytes else f"{corpus.digest} {self.tokenizer.digest}"
+
+    @cached_property
+    def scored(self) -> Scored:
+        return Scored(self.corpus.held_out, self.held_out, self.sizes)
 
     @cached_property
     def trigram(self) -> float:

@@ -101,9 +101,9 @@ def _bits(compared: dict[str, Any], axis: Any, records: list[dict[str, Any]]) ->
             label = f"{label}: {values[-1]:.3f} at the end"
             axis.plot(steps, values, style, color=ORANGE, marker="o", markersize=4, label=label)
             shown += values
-    for bits, label, style in _lines(compared, records):
-        axis.axhline(bits, color=GREY, linestyle=style, linewidth=1.2, label=f"{label}: {bits:.3f}")
-        shown.append(bits)
+    for height, label, style in _lines(compared, records):
+        axis.axhline(height, color=GREY, linestyle=style, linewidth=1.2, label=f"{label}: {height:.3f}")
+        shown.append(height)
     if curve := compared.get("curve"):
         label = f"5-gram model (KN) of what was read: {curve[-1]['held_out']:.3f} at the end"
         steps, values = series(curve, "held_out")

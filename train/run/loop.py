@@ -1,6 +1,7 @@
 """The training loop: step after step as the schedule says, one line of metrics each; and what surrounds it.
 
-    DIR/run.json  metrics.jsonl  checkpoints/step-*/  curves.png  sample.txt      and, as long as it runs, .writer
+    DIR/run.json  metrics.jsonl  checkpoints/step-*/  sample.txt      and, as long as it runs, .writer
+        opponents.json  curves.png                                    by the command, at the end
 
 A step depends on the weights, the optimizer's moments, the random generators, what the run remembers of its losses and
 its own number, nothing else: all of them are in a checkpoint, so on a CPU a run that was killed at any moment continues

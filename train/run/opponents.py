@@ -37,7 +37,7 @@ def compare(source: TextSource, scores: dict[str, Any], step: int, run: Path | N
     texts = {"all": training_text(source.corpus.train)}
     if known:
         texts["read"] = read_text(source, starts, step)
-    model = {"name": "model", "training": "read", **{k: scores[k] for k in ("held_out", "clean") if k in scores}}
+    own = {part: scores[part] for part in ("held_out", "clean") if part in scores}
     others = [
         {"name": name, "training": training, **bits}
         for training, text in texts.items()
@@ -51,7 +51,7 @@ def compare(source: TextSource, scores: dict[str, Any], step: int, run: Path | N
             "corpus": sum(document.size for document in source.corpus.train),
             **{name: int((text < BYTES).sum()) for name, text in texts.items()},
         },
-        "scores": [model, *others],
+        "scores": [{"name": "model", "training": "read", **own}, *others],
         "curve": [*_curve(source, starts, step)] if known else [],
     }
 

@@ -453,6 +453,17 @@ def test_a_claim_may_be_against_a_number_or_another_measure_of_the_same_runs(don
         suite(claims=(Claim("a", "accuracy", "few", "flor"),))
 
 
+def test_the_page_has_the_floor_of_every_task(done, tmp_path):
+    from abyssal.train.ablate import floors
+    from abyssal.train.data.planted import TASKS
+
+    found = floors.floors()
+    assert list(found) == list(TASKS) and max(v for k, v in found["recall"].items() if k != "floor_at") < 1 / 32 + 0.02
+    (tmp_path / "small.json").write_text(json.dumps(committed(done[1])), "utf-8")
+    page = write_page(tmp_path, tmp_path / "R.md", ["small"]).read_text("utf-8")
+    assert f"| recall | {found['recall']['recency']:.1%} |" in page and page.count("\n| ngram_facts |") == 1
+
+
 def test_answers_make_the_questions_noise_part_of_the_verdict(done):
     few, many = json.loads(json.dumps(done[1]["arms"])).values()
     for arm, texts in ((few, ("1101", "1111")), (many, ("0100", "0101"))):

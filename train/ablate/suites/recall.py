@@ -120,6 +120,7 @@ RULER = Suite(
     caveat="One small model learns all kinds at once, in few steps: what it does not learn says nothing of the"
     " attention. Kinds differ in what blind readers find, which stands beside each.",
     recipe="ruler",
+    set=("data.held_out_rows=160",),
     arms=arms(4),
     measures=(
         *(
