@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _TRAIN = {
-    "data": "corpus mapped planted source tokenizers trigram",
+    "data": "corpus mapped planted source tokenizers",
     "run": "accumulate checkpoint diagnose loop metrics observe progress provenance schedule stability step tables",
     "evaluate": "constrained needle speculation",
     "measure": "bench cost long_context profile roofline",
@@ -36,6 +36,7 @@ MOVED = {
     "abyssal.train.chatting": "abyssal.train.talk.dialogue",
     "abyssal.train.tensorboard": "abyssal.train.run.loggers",
     "abyssal.train.roofline.moe": "abyssal.train.measure.roofline.moe_experts",
+    "abyssal.train.trigram": "abyssal.train.data.kneser_ney",
     **{
         f"abyssal.train.{name}": f"abyssal.train.{room}.{name}"
         for room, names in _TRAIN.items()

@@ -95,13 +95,16 @@ def test_training_ends_with_the_numbers_and_the_files(tiny, tmp_path, capsys):
     for pattern in (
         r"held-out bits per byte +\d\.\d{4}",
         r"trigram, same bytes +\d\.\d{4} +\(the model is \d\.\d{4} (better|worse)\)",
+        r"on clean bytes alone +(\d\.\d{4} +\(\d+\.\d% of all, in no match of 32 bytes with .*\)|no byte is)",
+        r"bits per byte of +\d+ bytes +\d+ clean ones\nmodel +\d\.\d{4} +(\d\.\d{4}|-)\nKN-3, all 0\.02 MB +\d\.\d{4}",
+        r"xz, the 0\.00 MB read +\d\.\d{4}",
         r"trained +2 steps, [\d,]+ tokens in \d+ s, [\d,]+ tokens/s",
         r"curves +.*curves\.png",
         r"checkpoint +.*step-000002",
         r"sample:\ndef ",
     ):
         assert re.search(pattern, text), pattern
-    assert {"run.json", "metrics.jsonl", "curves.png", "sample.txt", "checkpoints"} <= {
+    assert {"run.json", "metrics.jsonl", "opponents.json", "curves.png", "sample.txt", "checkpoints"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
 
@@ -162,13 +165,14 @@ def test_benchmarks_name_what_they_need(monkeypatch, capsys):
 
 
 def test_eval_repeats_the_training_number(run, capsys):
-    from abyssal.train.run import metrics
+    from abyssal.train.run import metrics, opponents
 
     assert main(["eval", str(run)]) == 0
     text = capsys.readouterr().out
     last = metrics.read(run)[-1]
     assert f"held-out bits per byte   {last['held_out']:.4f}" in text
     assert f"trigram, same bytes      {last['trigram']:.4f}" in text
+    assert text.endswith(f"\n\n{opponents.table(opponents.read(run))}\n")
     assert main(["eval", str(run), "--rows", "0"]) == 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ...model.disk import write_text
 from ...model.folders import read_json
 from ..evaluate.verdict import holm
+from .floors import table as floor_table
 from .suite import Measure
 from .summary import read_summary, values_of
 
@@ -23,6 +24,13 @@ its 95 % interval, over seeds and, of answers, over questions too; p after Holm'
 this page. A claim *holds* where p is below 5 % and the effect lies on the claimed side, *does not hold* where it lies
 on the other, and is *undecided* else. `±` is the sample standard deviation over seeds. All of this is toy scale: a
 verdict says what happened here, not what happens in a large model.
+"""
+
+
+FLOORS = """What is answered right without the question: by readers who know how rows are made and all that stands
+before a question, but not what it asks for (`train/data/planted/blind.py`), on the very rows that models are scored
+on. A model has found nothing that it does not have above them. Of recall and the tasks after RULER the rows are those
+of the recipes `indexer` and `ruler`, of others 12 rows of 4,096 tokens by the tasks' defaults.
 """
 
 
@@ -53,8 +61,9 @@ def write_page(folder: Path, page: Path, order: Sequence[str]) -> Path:
     pictures = Path(os.path.relpath(folder, page.parent))
     sections = [_section(found, every, pictures) for found in every]
     head = HEAD.replace("{claims}", str(sum(len(found["claims"]) for found in every)))
+    floors = f"## floors\n\n{FLOORS}\n{floor_table()}\n"
     tuned = [_tuned(read_json(path)) for path in sorted(folder.glob("sweep-*.json"))]
-    write_text(page, "\n".join([head, _overview(every), *sections, *tuned]))
+    write_text(page, "\n".join([head, _overview(every), *sections, floors, *tuned]))
     return page
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...model.folders import read_json
 from ..evaluate.verdict import Spread, judge
+from .measures import unpacked
 from .suite import Arm, Job, Suite
 
 NAMES = ("suite", "title", "question", "caveat", "measures", "panels", "arms", "claims", "scale", "provenance")
@@ -134,7 +135,7 @@ def _items(arm: dict[str, Any], other: dict[str, Any], measure: str) -> tuple[np
     told = [[run["answers"].get(measure) for run in one["runs"]] for one in (arm, other)]
     if not all(text for texts in told for text in texts):
         return None
-    first, second = (np.array([[int(digit) for digit in text] for text in texts]) for texts in told)
+    first, second = (np.array([unpacked(text) for text in texts]) for texts in told)
     return first, second
 
 

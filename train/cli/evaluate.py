@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .options import Command, checkpoint_argument, flag, tokenizer_argument, trust_argument
@@ -21,6 +22,7 @@ def _eval(options: argparse.Namespace) -> None:
 
     from ..data.conversations import ChatSource
     from ..data.source import TextSource
+    from ..run import checkpoint, opponents
     from ..run.load import open_model
     from ..start import open_source
     from ..talk.terminal.visible import shown
@@ -28,6 +30,8 @@ def _eval(options: argparse.Namespace) -> None:
     loaded = open_model(options.checkpoint, tokenizer=options.tokenizer)
     given = {"source": options.source, "held_out_rows": options.rows, "sequence_length": options.length}
     recipe = loaded.learning(**{key: value for key, value in given.items() if value is not None})
+    if recipe.planted and options.length:
+        recipe = replace(recipe, planted=replace(recipe.planted, eval_length=options.length, eval_lengths=()))
     own = loaded.recipe.with_absolute_paths().data.source if loaded.recipe else None
     source = open_source(recipe, loaded.tokenizer, test=own not in (None, recipe.data.source))
     scores = source.evaluate(loaded.model, getattr(torch, recipe.train.dtype))
@@ -39,6 +43,10 @@ def _eval(options: argparse.Namespace) -> None:
         print(f"{'held-out answers':<24} {source.held_out.learnt():,} tokens in {len(source.held_out.rows)} rows")
     for label, text in source.report(scores).items():
         print(f"{label:<24} {text}")
+    if isinstance(source, TextSource):
+        run = checkpoint.run_of(loaded.folder) if loaded.recipe else None
+        step = checkpoint.read_state(loaded.folder)[1].step if run else 0
+        print(f"\n{opponents.table(opponents.compare(source, scores, step, run))}")
 
 
 def _needle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +109,7 @@ COMMANDS = {
     "eval": Command(
         _eval,
         _eval_arguments,
-        "What a model scores on held-out data: bits per byte beside a trigram model's, or of answers, or right ones",
+        "What a model scores on held-out data: bits per byte beside n-gram models and xz, or of answers, or right ones",
         "abyssal eval runs/toy-20260101-120000 --rows 0",
     ),
     "eval needle": Command(

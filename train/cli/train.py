@@ -31,7 +31,8 @@ def _train(options: argparse.Namespace) -> None:
     summary = train(recipe, out, options.resume, signals=True)
     if not first_process():
         return
-    print(shown(_describe(summary, _try_plot(summary.out)), sys.stdout))
+    compared = _try_compare(summary)
+    print(shown(_describe(summary, _try_plot(summary.out), compared), sys.stdout))
     if options.export:
         print("\n" + exported(summary.checkpoint, options.export))
 
@@ -77,7 +78,22 @@ def _try_plot(out: Path) -> str:
         return f"not drawn: {error} (then: abyssal plot {out})"
 
 
-def _describe(summary: Any, curves: str) -> str:
+def _try_compare(summary: Any) -> str:
+    from ..data.source import TextSource
+    from ..run import opponents
+
+    if not isinstance(summary.source, TextSource):
+        return ""
+    print("comparing with n-gram models and compressors", flush=True)
+    try:
+        found = opponents.compare(summary.source, summary.scores, summary.progress.step, summary.out)
+        opponents.write(summary.out, found)
+        return opponents.table(found)
+    except Exception as error:  # a table, of which as little
+        return f"not compared: {error} (then: abyssal eval {summary.out})"
+
+
+def _describe(summary: Any, curves: str, compared: str) -> str:
     steps, tokens, seconds = summary.progress.step, summary.progress.tokens, summary.progress.seconds
     speed = f"{tokens / seconds:,.0f} tokens/s"
     lines = [
@@ -88,6 +104,8 @@ def _describe(summary: Any, curves: str) -> str:
         f"checkpoint               {summary.checkpoint}",
         f"all files                {summary.out}",
     ]
+    if compared:
+        lines += ["", compared]
     if summary.sample:
         lines += ["", "sample:", summary.sample]
     return "\n".join(lines)

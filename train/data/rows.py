@@ -116,17 +116,40 @@ def train_rows(corpus: Corpus | Tokenised, length: int, seed: int, rows: range, 
     numbers, parts = np.arange(rows.start, rows.stop), []
     per_epoch = _epoch(corpus, length, seed, stage, 0)[0].rows
     for epoch in np.unique(numbers // per_epoch):
-        shuffled, order = _epoch(corpus, length, seed, stage, int(epoch))
+        shuffled, _, order = _epoch(corpus, length, seed, stage, int(epoch))
         parts.append(shuffled.batch(order[numbers[numbers // per_epoch == epoch] % per_epoch]))
     return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "targets", "documents")))
 
 
+def row_spans(corpus: Corpus | Tokenised, length: int, seed: int, rows: range, stage: int = 0) -> np.ndarray:
+    """Where the tokens of such rows, targets too, lie in the stream of the training documents in their own order.
+
+    int64 [spans, 2], from and to: one for each document that a row has a part of.
+    """
+    own, numbers = stream(corpus.train, length), np.arange(rows.start, rows.stop)
+    parts = [np.empty((0, 2), np.int64)]
+    for epoch in np.unique(numbers // own.rows):
+        shuffled, documents, order = _epoch(corpus, length, seed, stage, int(epoch))
+        start = order[numbers[numbers // own.rows == epoch] % own.rows] * length
+        stop = np.minimum(start + length + 1, shuffled.size)
+        first, last = (np.searchsorted(shuffled.starts, place, side="right") - 1 for place in (start, stop - 1))
+        count = last - first + 1
+        document = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())
+        begins, ends = shuffled.starts[document], np.append(shuffled.starts, shuffled.size)[document + 1]
+        span = np.stack([np.maximum(np.repeat(start, count), begins), np.minimum(np.repeat(stop, count), ends)], 1)
+        parts.append(span + (own.starts[documents[document]] - begins)[:, None])
+    return np.concatenate(parts)
+
+
 @lru_cache(maxsize=2)
-def _epoch(corpus: Corpus | Tokenised, length: int, seed: int, stage: int, epoch: int) -> tuple[Stream, np.ndarray]:
-    """The training documents in a new order, and an order of the rows that this cuts."""
+def _epoch(
+    corpus: Corpus | Tokenised, length: int, seed: int, stage: int, epoch: int
+) -> tuple[Stream, np.ndarray, np.ndarray]:
+    """The training documents in a new order, this order, and one of the rows that it cuts."""
     random = np.random.default_rng([seed, epoch, stage] if stage else [seed, epoch])
-    shuffled = stream(corpus.train, length, random.permutation(len(corpus.train)))
-    return shuffled, random.permutation(shuffled.rows)
+    documents = random.permutation(len(corpus.train))
+    shuffled = stream(corpus.train, length, documents)
+    return shuffled, documents, random.permutation(shuffled.rows)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from functools import cached_property
 import numpy as np
 
 from .corpus import AnyDocument
-from .rows import HeldOut
+from .rows import HeldOut, Stream
 
 
 class Scored:
-    """`documents` held-out ones that the rows touch; `starts`, `widths` int64 [targets]: see the module.
+    """`documents` that the rows touch, `numbers` of theirs; `starts`, `widths` int64 [targets]: see the module.
 
     `sizes`: bytes that each token of the held-out stream is made of; None = one, and bos none.
     """
@@ -36,6 +36,11 @@ class Scored:
     @property
     def bytes(self) -> int:
         return int(self.widths.sum())
+
+    @cached_property
+    def stream(self) -> np.ndarray:
+        """uint16: bytes, and bos before each document."""
+        return Stream(self.documents, 1).tokens
 
     @cached_property
     def places(self) -> np.ndarray:

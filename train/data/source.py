@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..settings import DataConfig
-from .bits import TRIGRAM_BYTES, first, target_bits, trigram_bits_per_byte
+from .bits import target_bits
 from .corpus import Corpus
 from .mapped import Tokenised, tokenised, trained_tokenizer
+from .opponents import n_grams, training_text
 from .overlap import WINDOW, copied_of, searched
 from .rows import Batch, held_out, train_rows
 from .scored import Scored
@@ -62,15 +63,16 @@ class TextSource:
         self.tokens = tokenised(corpus, self.tokenizer) if self.maps else corpus
         self.held_out = held_out(self.tokens, data.sequence_length, data.held_out_rows)
         self.sizes = None if in_bytes else self._sizes()
-        self.scored = Scored(corpus.held_out, self.held_out, self.sizes)
         self.name = data.source
         self.digest = corpus.digest if in_bytes else f"{corpus.digest} {self.tokenizer.digest}"
 
     @cached_property
+    def scored(self) -> Scored:
+        return Scored(self.corpus.held_out, self.held_out, self.sizes)
+
+    @cached_property
     def trigram(self) -> float:
-        """Of all training text; of the first TRIGRAM_BYTES of it, at most, where it is not in memory."""
-        train = first(self.corpus.train, TRIGRAM_BYTES) if self.maps else self.corpus.train
-        return trigram_bits_per_byte(train, self.scored)
+        return float(n_grams(training_text(self.corpus.train), self.scored, [3])[3].mean())
 
     @cached_property
     def clean(self) -> np.ndarray:
@@ -80,6 +82,14 @@ class TextSource:
     def held_out_bytes(self) -> int:
         """Bytes that the held-out targets are made of."""
         return self.scored.bytes
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the training text, bos not counted."""
+        if self.sizes is None or not isinstance(self.tokens, Tokenised):
+            return 1.0
+        tokens = self.tokens.train
+        return sum(document.size for document in self.corpus.train) / (len(tokens.tokens) - len(tokens))
 
     def describe(self) -> str:
         count = sum(map(bool, self.tokenizer.pieces))
@@ -121,7 +131,7 @@ class TextSource:
     @cached_property
     def _cleanness(self) -> str:
         share = self.clean_bytes() / self.scored.bytes
-        return f"{share:.1%} of them, in no match of {WINDOW} bytes with {searched(self.corpus.train)}"
+        return f"{share:.1%} of all, in no match of {WINDOW} bytes with {searched(self.corpus.train)}"
 
 
 def maps(data: DataConfig) -> bool:

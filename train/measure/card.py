@@ -15,16 +15,15 @@ from typing import Any
 
 from ...model.accounting import account
 from ...model.disk import write_text
-from ...model.folders import read_json
 from ...model.interchange import Stored
 from ...model.kinds import HEAVY, SLIDING, SPARSE
 from ..plots import curves
 from ..recipe import Recipe
-from ..run import checkpoint, metrics, provenance
+from ..run import checkpoint, metrics, opponents, provenance
 from .cost import of_recipe, training_flops
 from .roofline import datasheet
 
-FILE, COMPARED = "README.md", "opponents.json"
+FILE = "README.md"
 MARK = "This card is written from the files of the run"
 KINDS = {SLIDING: "sliding", SPARSE: "CSA", HEAVY: "HCA"}
 PARTS = {"held_out": "held-out bytes", "clean": "clean ones, in no match of 32 bytes or more with training text"}
@@ -57,7 +56,7 @@ class Told:
     @cached_property
     def compared(self) -> dict[str, Any]:
         """opponents.json, if it is of this checkpoint."""
-        found = read_json(self.run / COMPARED) if (self.run / COMPARED).is_file() else {}
+        found = opponents.read(self.run)
         return found if found.get("step") == self.progress.step else {}
 
 
@@ -176,7 +175,8 @@ def _data(told: Told) -> Iterator[tuple[str, str]]:
     data, told_data = told.recipe.data, told.starts[-1]["data"]
     yield "contents", _without_folders(told_data["contents"])
     yield "digest (SHA-256)", f"`{told_data['digest']}`"
-    yield "tokenizer", _without_folders(data.tokenizer)
+    width = told_data.get("bytes_per_token", 1.0)
+    yield "tokenizer", _without_folders(data.tokenizer) + f", {width:.2f} bytes a token of training text" * (width != 1)
     if told.evaluated:
         yield "held out", f"whole documents, {data.held_out_fraction:.1%} of the text, the same for every seed"
 
@@ -233,7 +233,7 @@ def _use(told: Told) -> Iterator[str]:
     if told.stored.layout == "official":
         yield "transformers does not read DeepSeek's names; `abyssal convert FOLDER TARGET` writes those that it does."
         return
-    own = "import abyssal.hf  # has the parts that transformers lacks\n" * (False)
+    own = "import abyssal.hf  # has the parts that transformers lacks\n" * (told.stored.layout == "abyssal")
     yield (
         f"```python\n{own}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'

@@ -1,4 +1,4 @@
-"""compare.png: runs in one picture, a colour each, drawn from their metrics.jsonl; and what they came to, in words.
+"""compare.png: runs in one picture, a colour each, drawn from their files; and what they came to, in words.
 
 A panel for each quantity that any of them has: training loss (or reward), held-out scores, learning rate.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...model.accounting import counted
-from ..run import metrics, provenance
+from ..run import metrics, opponents, provenance
 from ..settings import PLANTED
 from .style import COLOURS, GREY, canvas, save, smooth, tidy
 
@@ -40,6 +40,7 @@ class Finished:
     records: list[dict[str, Any]]
     recipe: dict[str, Any]
     parameters: int
+    compared: dict[str, Any]
 
     def scores(self, kind: str) -> list[str]:
         """Metrics that begin with `kind` and are a number somewhere."""
@@ -49,6 +50,14 @@ class Finished:
     def series(self, name: str, by: str = "step") -> tuple[list[float], list[float]]:
         found = [(AXES[by](record), record[name]) for record in self.records if record.get(name) is not None]
         return [x for x, _ in found], [y for _, y in found]
+
+    @property
+    def opponent(self) -> tuple[str, float] | None:
+        """An n-gram model of all training text and its bits per byte, of order 5 where the run has been compared."""
+        if self.compared:
+            return "5-gram model (KN)", opponents.bits(self.compared, "KN-5")
+        trigrams = self.series("trigram")[1]
+        return ("trigram model", trigrams[-1]) if trigrams else None
 
     @property
     def in_bytes(self) -> bool:
@@ -75,7 +84,7 @@ def read(folders: Sequence[Path]) -> list[Finished]:
         records, last = metrics.read(folder), provenance.starts(folder)[-1]
         if not records:
             raise ValueError(f"{str(folder / metrics.FILE)!r} holds no step yet")
-        found.append(Finished(name, records, last["recipe"], last["parameters"]))
+        found.append(Finished(name, records, last["recipe"], last["parameters"], opponents.read(folder)))
     return found
 
 
@@ -148,13 +157,13 @@ def _scores(kind: str, axis: Any, runs: Coloured, by: str) -> None:
     for run, colour in runs:
         for name, style in zip(run.scores(kind), STYLES):
             axis.plot(*run.series(name, by), color=colour, linestyle=style, marker="o", markersize=3.5)
-    trigrams = [(run.series("trigram")[1][-1], colour) for run, colour in runs if run.scores("trigram")]
-    for bits, colour in trigrams if kind == "held_out" else ():
-        axis.axhline(bits, color=colour if len(dict(trigrams)) > 1 else GREY, linestyle="--", linewidth=1)
+    others = [(run.opponent, colour) for run, colour in runs if run.opponent and kind == "held_out"]
+    for (_, bits), colour in others:
+        axis.axhline(bits, color=colour if len(dict(others)) > 1 else GREY, linestyle="--", linewidth=1)
     title, unit = SCORES[kind]
     axis.set(title=title, ylabel=unit)
-    if kind == "held_out" and trigrams:
-        axis.plot([], [], color=GREY, linestyle="--", linewidth=1, label="trigram model")
+    for label in dict.fromkeys(label for (label, _), _ in others):
+        axis.plot([], [], color=GREY, linestyle="--", linewidth=1, label=label)
     names = max((run.scores(kind) for run, _ in runs), key=len)
     for name, style in zip(names, STYLES) if len(names) > 1 else ():
         axis.plot([], [], color=GREY, linestyle=style, label=name.removeprefix(f"{kind}_").replace("_", " "))
@@ -170,7 +179,9 @@ def _rates(axis: Any, runs: Coloured, by: str) -> None:
 
 def table(runs: Sequence[Finished]) -> str:
     """What each run came to, and below it the keys in which their recipes differ."""
-    scores = dict.fromkeys(name for run in runs for kind in (*SCORES, "trigram", "reward") for name in run.scores(kind))
+    scores = dict.fromkeys(
+        name for run in runs for kind in (*SCORES, "clean", "trigram", "reward") for name in run.scores(kind)
+    )
     rows = [("", "steps", "tokens", "minutes", "parameters", *(name.replace("_", " ") for name in scores))]
     for run in runs:
         last, ends = run.records[-1], [run.series(name)[1][-1:] for name in scores]

@@ -1,6 +1,7 @@
 """The training loop: step after step as the schedule says, one line of metrics each; and what surrounds it.
 
-    DIR/run.json  metrics.jsonl  checkpoints/step-*/  curves.png  sample.txt      and, as long as it runs, .writer
+    DIR/run.json  metrics.jsonl  checkpoints/step-*/  sample.txt      and, as long as it runs, .writer
+        opponents.json  curves.png                                    by the command, at the end
 
 A step depends on the weights, the optimizer's moments, the random generators, what the run remembers of its losses and
 its own number, nothing else: all of them are in a checkpoint, so on a CPU a run that was killed at any moment continues
@@ -52,7 +53,7 @@ class TrainingDiverged(FloatingPointError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run reached: the source's scores, and those as lines for people; `cut`: by the clock."""
+    """What a run reached: its source's scores, and those as lines for people; `cut`: by the clock."""
 
     out: Path
     checkpoint: Path
@@ -62,6 +63,7 @@ class Summary:
     scores: dict[str, Any]
     report: dict[str, str]
     sample: str
+    source: Source
 
 
 class Run:
@@ -357,7 +359,7 @@ class Run:
         if sample:
             write_text(self.out / SAMPLE, sample)
         steps, report = self.recipe.train.steps, self.source.report(self.scores)
-        return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample)
+        return Summary(self.out, saved, self.progress, steps, self.cut, self.scores, report, sample, self.source)
 
     def sample(self) -> str:
         """Text that the model writes on from the recipe's prompt (temperature 0.8, top-p 0.95)."""

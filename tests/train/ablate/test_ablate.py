@@ -81,7 +81,8 @@ def test_a_suite_refuses_unknown_arms_measures_and_variants():
 TINY = (
     *("model.hidden_size=16", "model.num_attention_heads=2", "model.head_dim=8", "model.qk_rope_head_dim=4"),
     *("model.q_lora_rank=8", "model.o_lora_rank=8", "model.index_head_dim=8", "model.moe_intermediate_size=16"),
-    *("planted.keys=8", "planted.density=0.05", "planted.nearest=4", "data.held_out_rows=2", "data.batch_size=2"),
+    *("planted.keys=8", "planted.density=0.05", "planted.nearest=4", "planted.eval_nearest=0"),
+    *("data.held_out_rows=2", "data.batch_size=2"),
     *("data.sequence_length=64", "train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "train.device=cpu"),
 )
 
@@ -234,6 +235,20 @@ def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkey
     assert found["measures"]["size"] == trained.embed.weight.abs().sum().item() and found["probes"] == ["size"]
 
 
+def test_opponents_are_those_of_the_same_bytes(tiny):
+    from abyssal.train.data.opponents import opponents, training_text
+    from abyssal.train.start import open_source
+
+    recipe = tiny("train.steps=3")
+    found, source = probes.opponents(None, recipe), open_source(recipe)
+    every = opponents(training_text(source.corpus.train), source.scored, source.clean)
+    whole = {f"{name}.all.{part}": bits for name, parts in every.items() for part, bits in parts.items()}
+    assert whole.items() <= found.items() and {name.replace(".all.", ".read.") for name in whole} <= found.keys()
+    assert found["KN-3.read.held_out"] > found["KN-3.all.held_out"], "three steps have read less"
+    with pytest.raises(ValueError, match="allowed with the probe opponents is text"):
+        probes.opponents(None, jobs(suite(), [0])[0].recipe)
+
+
 def test_drafts_of_a_model_without_mtp_are_an_untrained_modules(tiny, monkeypatch):
     from abyssal.model import Transformer
 
@@ -362,7 +377,7 @@ def test_bars_have_intervals_and_every_seed_and_the_window_is_marked(done):
     found = json.loads(json.dumps(done[1]))
     for arm, values in zip(found["arms"].values(), ([0.1, 0.3], [0.6, 0.8])):
         for run, value in zip(arm["runs"], values):
-            run["measures"] |= {"accuracy": value, "accuracy_at.32": value, "floor": 0.05, "floor_at.32": 0.04}
+            run["measures"] = {"accuracy": value, "accuracy_at.32": value, "floor": 0.05, "floor_at.32": 0.04}
         arm["summary"] = {"accuracy_at.32": {}}
     bars, distance = figure.subplots(1, 2)
     drawing._bars(bars, found, found["panels"][1])
@@ -438,18 +453,29 @@ def test_a_claim_may_be_against_a_number_or_another_measure_of_the_same_runs(don
         suite(claims=(Claim("a", "accuracy", "few", "flor"),))
 
 
+def test_the_page_has_the_floor_of_every_task(done, tmp_path):
+    from abyssal.train.ablate import floors
+    from abyssal.train.data.planted import TASKS
+
+    found = floors.floors()
+    assert list(found) == list(TASKS) and max(v for k, v in found["recall"].items() if k != "floor_at") < 1 / 32 + 0.02
+    (tmp_path / "small.json").write_text(json.dumps(committed(done[1])), "utf-8")
+    page = write_page(tmp_path, tmp_path / "R.md", ["small"]).read_text("utf-8")
+    assert f"| recall | {found['recall']['recency']:.1%} |" in page and page.count("\n| ngram_facts |") == 1
+
+
 def test_answers_make_the_questions_noise_part_of_the_verdict(done):
     few, many = json.loads(json.dumps(done[1]["arms"])).values()
     for arm, texts in ((few, ("1101", "1111")), (many, ("0100", "0101"))):
         for run, text in zip(arm["runs"], texts):
-            run["answers"], run["measures"]["accuracy"] = {"accuracy": text}, text.count("1") / 4
+            run["answers"] = measures.answers({"answers": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
+            run["measures"]["accuracy"] = text.count("1") / 4
     claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many})
     first, second = np.array([[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 1, 0, 1]]])
     wanted = judge(first.mean(1).tolist(), second.mean(1).tolist(), "higher", (first, second))
     assert claim["verdict"] == wanted.to_dict() and wanted.difference == 0.5
-    assert measures.answers({"answers": {"32": "10", "64": "1"}}) == {
-        "accuracy": "101", "accuracy_at.32": "10", "accuracy_at.64": "1"
-    }  # fmt: skip
+    assert few["runs"][0]["answers"].keys() == {"accuracy", "accuracy_at.32", "accuracy_at.64"}
+    assert measures.unpacked(few["runs"][0]["answers"]["accuracy_at.64"]) == [1, 0, 1] and measures.answers({}) == {}
 
 
 def test_a_sweep_keeps_the_best_change_of_each_axis_at_equal_time(tmp_path, monkeypatch):

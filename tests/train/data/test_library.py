@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lively import lively
 from uniform import Uniform
 
-from abyssal.train.data import mapped
+from abyssal.train.data import mapped, opponents
 from abyssal.train.data.corpus import Corpus, Document
 from abyssal.train.data.rows import held_out
 from abyssal.train.data.source import TextSource
@@ -375,19 +375,8 @@ def test_bits_per_byte_are_of_the_bytes_of_the_documents(known, corpus, kind, ro
 
 
 @pytest.mark.parametrize("kind", ["llama2", "bert"])
-def test_the_trigram_model_reads_the_bytes_of_the_chosen_tokens(known, corpus, kind, monkeypatch):
-    from abyssal.train.data import bits
-
-    class Spy:
-        def __init__(self, tokens) -> None:
-            pass
-
-        def bits(self, tokens):
-            seen.append(tokens)
-            return np.arange(len(tokens))
-
-    seen: list[np.ndarray] = []
-    monkeypatch.setattr(bits, "Trigram", Spy)
+def test_opponents_are_scored_on_the_bytes_of_the_chosen_tokens(known, corpus, kind, monkeypatch):
+    monkeypatch.setattr(opponents, "kneser_ney", lambda train, text, orders: {3: np.arange(len(text))})
     source = TextSource(corpus, known[kind], DataConfig(tokenizer=kind, sequence_length=8, held_out_rows=0), 0)
     stream, start, chosen = source.held_out.stream, 0, []
     for token, size in zip(stream.tokens.tolist(), source.sizes.tolist()):
@@ -396,8 +385,8 @@ def test_the_trigram_model_reads_the_bytes_of_the_chosen_tokens(known, corpus, k
             continue
         chosen += range(start, start + size)
         start += size
-    assert source.trigram == pytest.approx(np.mean(chosen)) and start == len(seen[0])
-    assert all(seen[0][place] != 256 for place in chosen)
+    assert source.trigram == pytest.approx(np.mean(chosen)) and start == len(source.scored.stream)
+    assert all(source.scored.stream[place] != 256 for place in chosen)
 
 
 def test_a_cached_file_knows_its_bytes(known, corpus, monkeypatch):

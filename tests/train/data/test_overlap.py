@@ -10,14 +10,10 @@ from uniform import Uniform
 from abyssal.train.data import overlap
 from abyssal.train.data.corpus import Corpus, Document
 from abyssal.train.data.overlap import copied, copied_of
+from abyssal.train.data.scored import Scored
 from abyssal.train.data.source import TextSource
 from abyssal.train.data.tokenizers import BPETokenizer, ByteTokenizer, train_bpe
 from abyssal.train.settings import DataConfig
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ABYSSAL_CACHE", str(tmp_path))
 
 
 def documents(*texts: bytes) -> tuple[Document, ...]:
@@ -116,7 +112,7 @@ def test_the_clean_score_is_of_the_bytes_in_no_match():
     ]
     assert scores["clean"] == pytest.approx(np.mean(bits), rel=1e-6) != pytest.approx(scores["held_out"], rel=1e-4)
     assert source.clean_bytes() == len(bits)
-    assert f"({len(bits) / 96:.1%} of them" in source.report(scores)["on clean bytes alone"]
+    assert f"({len(bits) / 96:.1%} of all" in source.report(scores)["on clean bytes alone"]
 
 
 @pytest.mark.parametrize("rows", [0, 3])
@@ -134,6 +130,13 @@ def test_a_token_is_clean_if_all_its_bytes_are(rows):
     assert source.clean.tolist() == clean and 0 < sum(clean) < len(clean)
     if not rows:
         assert source.clean_bytes() < sum(not marks[i] for i in source.scored.places), "some straddle the match's ends"
+
+
+def test_a_token_without_bytes_is_as_clean_as_the_byte_behind_it():
+    scored = object.__new__(Scored)
+    scored.starts, scored.widths = np.array([1, 3, 3, 4, 5]), np.array([2, 0, 1, 0, 0])
+    marked = np.array([False, False, False, True, False])
+    assert scored.without(marked).tolist() == [True, False, False, True, True]
 
 
 def test_held_out_text_without_a_clean_byte_has_no_such_score():

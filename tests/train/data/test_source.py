@@ -13,6 +13,7 @@ import torch
 from uniform import Uniform
 
 from abyssal.train.cli import main
+from abyssal.train.data import opponents
 from abyssal.train.data.corpus import Corpus, Document
 from abyssal.train.data.rows import held_out, train_rows
 from abyssal.train.data.source import TextSource
@@ -27,14 +28,6 @@ BPE = (
     *(f"model.vocab_size={SIZE}", f"model.bos_token_id={SIZE - 32}", f"model.eos_token_id={SIZE - 31}"),
     *(f"model.pad_token_id={SIZE - 30}", f"model.engram.pad_token_id={SIZE - 30}"),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("ABYSSAL_CACHE", str(folder))
-        yield folder
 
 
 def test_rows_of_bytes_are_those_of_the_first_release():
@@ -93,41 +86,21 @@ def test_held_out_loss_is_per_byte_whatever_the_tokens(tiny, rows):
         assert scores["trigram"] == pytest.approx(plain.trigram), "all rows: the same bytes"
 
 
-def test_the_trigram_model_reads_the_bytes_of_the_chosen_rows(tiny, monkeypatch):
-    from abyssal.train.data import bits as evaluate
-
-    class Spy:
-        def __init__(self, tokens) -> None:
-            pass
-
-        def bits(self, tokens):
-            return np.arange(len(tokens))
-
-    monkeypatch.setattr(evaluate, "Trigram", Spy)
+def test_opponents_are_scored_on_the_bytes_of_the_chosen_rows(tiny, monkeypatch):
+    monkeypatch.setattr(opponents, "kneser_ney", lambda train, text, orders: {3: np.arange(len(text))})
     source = open_source(tiny(*BPE))
     stream, tokenizer = [], source.tokenizer
-    for document in source.corpus.held_out:
-        stream += [None, *document.text]
-    chosen, place = [], 0  # token by token: where its bytes lie in the stream of bytes
-    spans = []
+    for document in source.scored.documents:
+        stream += [256, *document.text]
+    spans, place = [], 0  # token by token: where its bytes lie in the stream of bytes
     for token in source.held_out.stream.tokens.tolist():
         width = 1 if token == tokenizer.bos else len(tokenizer.token_bytes(token))
         spans.append(range(place, place + width))
         place += width
-    assert place == len(stream)
-    for position in source.held_out.target_positions().tolist():
-        chosen += spans[position]
-    assert None not in [stream[i] for i in chosen]
+    assert source.scored.stream.tolist() == stream and place == len(stream)
+    chosen = [i for position in source.held_out.target_positions().tolist() for i in spans[position]]
+    assert 256 not in [stream[i] for i in chosen]
     assert source.trigram == pytest.approx(np.mean(chosen))
-
-
-def test_the_trigram_model_of_a_large_corpus_counts_its_beginning(tiny, monkeypatch):
-    from abyssal.train.data import bits as evaluate
-
-    source = open_source(tiny(*BPE))
-    sizes = [document.size for document in source.corpus.train]
-    for size, count in ((0, 1), (sizes[0] + sizes[1], 2), (sizes[0] + sizes[1] - 1, 1), (10**9, len(sizes))):
-        assert len(evaluate.first(source.corpus.train, size)) == count
 
 
 @pytest.mark.parametrize(

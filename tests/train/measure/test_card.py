@@ -9,7 +9,7 @@ import torch
 from abyssal.model import ModelConfig, Transformer, load_pretrained, save_pretrained
 from abyssal.train.cli import main
 from abyssal.train.measure import card
-from abyssal.train.run import metrics
+from abyssal.train.run import metrics, opponents
 from abyssal.train.start import train
 
 
@@ -68,9 +68,11 @@ def test_opponents_of_the_same_step_stand_beside_the_model(trained, tmp_path, ca
     scores = [
         {"name": "model", "training": "read", "held_out": 2.5, "clean": 2.75},
         {"name": "KN-5", "training": "all", "held_out": 2.125},
+        {"name": "xz", "training": "all", "held_out": 2.0},
     ]
-    found = {"step": 6, "bytes": {"held_out": 1200, "clean": 800}, "training": {"all": 2e6, "read": 1e6}}
-    path = trained / card.COMPARED
+    training = {"all": 2_000_000, "read": 1_000_000, "corpus": 2_000_000}
+    found = {"step": 6, "init": "", "bytes": {"held_out": 1200, "clean": 800}, "training": training}
+    path = trained / opponents.FILE
     path.write_text(json.dumps({**found, "scores": scores}), "utf-8")
     try:
         text, _ = exported(trained, tmp_path / "x", capsys)

@@ -55,6 +55,22 @@ def test_runs_of_one_recipe_say_so(tmp_path):
     assert compare.table(runs).endswith("their recipes are the same") and "-" in compare.table(runs)
 
 
+def test_a_run_that_was_compared_has_its_5_gram_model_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    folders = [write(tmp_path / name, held_out=2.5, clean=2.7, trigram=2.75) for name in "ab"]
+    score = {"name": "KN-5", "training": "all", "held_out": 1.875}
+    (folders[0] / "opponents.json").write_text(json.dumps({"scores": [score]}), "utf-8")
+    runs = compare.read(folders)
+    assert [run.opponent for run in runs] == [("5-gram model (KN)", 1.875), ("trigram model", 2.75)]
+    assert "held out   clean  trigram" in compare.table(runs)
+    figures = []
+    monkeypatch.setattr(compare, "save", lambda figure, path: figures.append(figure) or path)
+    compare.draw(runs)
+    dashed = [line for line in figures[0].axes[1].lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in dashed if len(line.get_ydata())] == [1.875, 2.75]
+    assert [line.get_label() for line in dashed[2:]] == ["5-gram model (KN)", "trigram model"]
+
+
 @pytest.mark.parametrize("by", ["step", "tokens", "time"])
 def test_the_picture_has_a_panel_for_each_quantity(tmp_path, by, monkeypatch):
     pytest.importorskip("matplotlib")

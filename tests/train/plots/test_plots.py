@@ -45,6 +45,52 @@ def test_a_picture_with_curves(tmp_path):
     assert len(colours(path)) > 30
 
 
+COMPARED = {
+    "training": {"all": 9_187_203, "corpus": 9_187_203},
+    "scores": [
+        {"name": "model", "training": "read", "held_out": 2.0, "clean": 2.25},
+        {"name": "KN-5", "training": "all", "held_out": 1.89, "clean": 2.14},
+        {"name": "xz", "training": "all", "held_out": 1.737},
+    ],
+    "curve": [{"step": 20, "held_out": 2.6}, {"step": 40, "held_out": 2.4375}],
+}
+
+
+def test_opponents_are_drawn_from_their_file(tmp_path, monkeypatch):
+    from abyssal.train.plots import curves
+
+    figures = []
+    monkeypatch.setattr(curves, "save", lambda figure, path, title: figures.append(figure) or path)
+    write(tmp_path, [record(s, held_out=3.0, trigram=2.6, **{"clean": 3.5} if s > 2 else {}) for s in range(1, 5)])
+    plot(tmp_path)
+    (tmp_path / "opponents.json").write_text(json.dumps(COMPARED), "utf-8")
+    plot(tmp_path)
+    alone, compared = ([line.get_label() for line in figure.axes[0].lines[1:]] for figure in figures)
+    assert alone[1:] == ["held-out text: 3.000 at the end", "its clean bytes alone: 3.500 at the end",
+                         "trigram model, same held-out bytes: 2.600"]  # fmt: skip
+    assert compared[3:] == ["5-gram model (KN) of 9.19 MB: 1.890", "xz after 9.19 MB: 1.737",
+                            "5-gram model (KN) of what was read: 2.438 at the end"]  # fmt: skip
+    assert figures[1].axes[0].lines[-1].get_xdata().tolist() == [20, 40]
+
+
+def test_tokens_of_several_bytes_are_drawn_as_such(tmp_path, monkeypatch):
+    from abyssal.train.plots import curves
+
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path, title: drawn.append((figure, title)) or path)
+    write(tmp_path, [record(s, lm=4 * math.log(2)) for s in (1, 2)])
+    plot(tmp_path)
+    start = {"recipe": {}, "data": {"digest": "x", "contents": "y", "bytes_per_token": 2.5}}
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}), "utf-8")
+    plot(tmp_path)
+    for (figure, title), bits, unit in zip(drawn, ("4.000", "1.600"), ("byte", "token")):
+        assert figure.axes[0].lines[1].get_label() == f"training text: {bits} at the end"
+        assert {f"next {unit}: 2.77", f"{unit} after next (MTP): 4.5"} <= {
+            text.get_text() for text in figure.axes[1].get_legend().get_texts()
+        }
+        assert f" M {unit}s " in title
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_first_steps_can_be_drawn(tmp_path, steps):
     write(tmp_path, [record(s) for s in range(1, steps + 1)])

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from ....model.fields import did_you_mean
 from ... import own
 from ..suite import Suite
-from .recall import ATTENTION, INDEXER, WARMUP
+from .recall import INDEXER, RULER, WARMUP
 from .text import BALANCE, DENSE, DEPTH, ENGRAM, MTP, MUON, STREAMS
+from .toy import TOY
 
-SUITES = {
-    suite.name: suite for suite in (INDEXER, WARMUP, ATTENTION, DENSE, STREAMS, ENGRAM, MUON, MTP, BALANCE, DEPTH)
-}
+EVERY = (INDEXER, WARMUP, RULER, TOY, DENSE, STREAMS, ENGRAM, MUON, MTP, BALANCE, DEPTH)
+SUITES = {suite.name: suite for suite in EVERY}
 
 
 def chosen(names: Sequence[str]) -> list[Suite]:
