@@ -30,7 +30,7 @@ from ...model.lineage.accounting import flops as lineage_flops
 from ...model.lineage.config import KINDS
 from ...model.lineage.config import SHIPPED as LINEAGE
 from ..plots.style import canvas, save
-from ..recipe import load_recipe
+from ..recipe import Recipe, load_recipe
 from ..run.schedule import Schedule
 from .roofline import GPUS, Peak, datasheet
 
@@ -181,6 +181,11 @@ def training(name: str) -> tuple[float, int]:
     recipe = load_recipe(name)
     if recipe.grpo:
         raise ValueError(f"tokens is missing: the model itself writes what {name} trains on")
+    return of_recipe(recipe)
+
+
+def of_recipe(recipe: Recipe) -> tuple[float, int]:
+    """Tokens that a recipe trains on, and the mean length of their rows."""
     schedule = Schedule(recipe)
     stages = [(schedule.tokens(i), stage.sequence_length) for i, stage in enumerate(schedule.stages)]
     total = sum(tokens for tokens, _ in stages)
