@@ -73,8 +73,9 @@ def test_what_was_found_once_is_kept(corpus, monkeypatch, tmp_path):
     found = opponents(train, scored, clean)
     monkeypatch.setattr(module, "_find", None)
     assert opponents(train, scored, clean) == found
-    others = Scored(corpus.held_out, held_out(corpus, 50, 59))
-    for other in ((train[:-1], scored, clean), (train, others, clean[: len(others.widths)]), (train, scored, ~clean)):
+    others = Scored(corpus.held_out, held_out(corpus, 50, 60))
+    others.places = scored.places[::-1]
+    for other in ((train[:-1], scored, clean), (train, others, clean), (train, scored, ~clean)):
         with pytest.raises(TypeError):
             opponents(*other)
 

@@ -66,6 +66,12 @@ def test_equals_a_search_of_every_stretch(block, monkeypatch):
     assert 0.1 < marks.mean() < 0.9
 
 
+def test_a_copy_is_found_wherever_blocks_end(monkeypatch):
+    monkeypatch.setattr(overlap, "BLOCK", 48)
+    copy, more = noise(32, 0).replace(b"\n", b"x"), noise(120, 1).replace(b"\n", b"x")
+    assert all(copied(documents(copy), documents(more[:size] + copy + more[size:])).sum() == 32 for size in range(100))
+
+
 def test_no_more_is_searched_than_is_said(monkeypatch):
     text = noise(200, 0)
     train = documents(noise(1000, 1), text)
