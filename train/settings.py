@@ -323,16 +323,15 @@ class PlantedConfig(Table):
     values: int = key(64, "different values, or items, or tokens of induction", "2 or more", lambda count: count >= 2)
     fillers: int = _positive(1, "different tokens that mean nothing")
     fill: float = key(
-        0.5, "share of the cells of recall, two tokens each, that hold a pair", "above 0, below 1", lambda x: 0 < x < 1
+        0.5,
+        "share of the cells of recall's stretch that hold a pair, while keys suffice",
+        "above 0, up to 1",
+        lambda x: 0 < x <= 1,
     )
-    questions: str = _choice(
-        "spread",
-        "where recall asks: spread over the row, or all at its end",
-        "end",
-    )
+    questions: int = _positive(16, "questions of a row of recall, at most")
     order: int = _positive(2, "tokens that decide the next: of an n-gram, or of the context of induction")
     facts: int = _positive(1000, "n-grams with a known answer")
-    zipf: float = _not_negative(1.0, "use of fact r, or of key r of recall, is in proportion to r^-zipf")
+    zipf: float = _not_negative(1.0, "use of fact r is in proportion to r^-zipf")
     statements: int = _positive(16, "statements of a row of the tasks after RULER, of any length")
     eval_length: int = _not_negative(0, "tokens of a held-out row; 0 = data.sequence_length")
     eval_lengths: tuple[int, ...] = key(
