@@ -207,6 +207,14 @@ def test_an_arm_of_equal_time_takes_the_steps_that_fit(tmp_path, monkeypatch):
     assert {name: arm["steps"] for name, arm in found["arms"].items()} == {"few": 4, "many": 4, "many-time": 8}
     run_suite(timed, tmp_path, seeds=(1,), workers=1, shown=False)
     assert clocked == [["few", "many-time"]], "measured once, then read from clock.json"
+    monkeypatch.setattr(runner, "seconds_per_step", lambda jobs: [0.1, 0.1])
+    fewer = Arm("fewer", "fewer picks", set=("model.index_topk=8",)).in_equal_time()
+    both = suite(arms=(*timed.arms, fewer))
+    found = run_suite(both, tmp_path, seeds=(0,), workers=1, shown=False)
+    steps = {name: arm["steps"] for name, arm in found["arms"].items()}
+    assert steps == {"few": 4, "many": 4, "many-time": 8, "fewer-time": 4}, (
+        "in turn with a baseline that is measured again"
+    )
 
 
 def test_the_clock_takes_the_fastest_round_and_refuses_stages(monkeypatch):
