@@ -1,9 +1,9 @@
 """Problems made of one-digit numbers: facts of arithmetic to start from, and what rewards alone are to make of them.
 
-    draw-N             3 5 9        5*3=15+9=24;9-5=4*3=12                       9-5*3      N numbers, any expression of them
-    countdown-N        3 5 9=24     5*3=15+9=24                                  5*3+9      the same, with that value
-    terms-N            40*6 7*2     40*6=240;7*2=14;240+14=254                   254        the sum of N products
-    multiplication-N   47*6         40*6=240;7*6=42;240+42=282                   282        N digits by one digit
+    draw-N             3 5 9        5*3=15+9=24;9-5=4*3=12        9-5*3      N numbers, any expression of them
+    countdown-N        3 5 9=24     5*3=15+9=24                   5*3+9      the same, with that value
+    terms-N            40*6 7*2     40*6=240;7*2=14;240+14=254    254        the sum of up to N products
+    multiplication-N   47*6         40*6=240;7*6=42;240+42=282    282        N digits by one digit
 
 Expressions are worked out from left to right, as on a pocket calculator. Draws and terms are facts: they show how tries
 and sums of products are written and what their values are, but no number to reach, and no factor of two digits that are

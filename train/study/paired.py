@@ -7,8 +7,8 @@
 
 The first term is that of the paired t interval over seeds: what other seeds would do on these questions. The second is
 what other questions would do; V_questions is the variance of the questions' means over seeds, of which V_rest / S, the
-chance of single answers, is in the first term already. Tasks are given, and each counts the same. `holm` keeps the chance
-that any of a page's claims holds wrongly at 5 %.
+chance of single answers, is in the first term already. Tasks are given, and each counts the same. `holm` keeps the
+chance that any of a page's claims holds wrongly at 5 %.
 
 s one of S seeds · q one of Q questions of a task
 """
@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.05
-Answers = Sequence[np.ndarray]  # of each task [S, Q], 1 where right
+Answers = Sequence[np.ndarray]  # of each task [S, Q]: 1 where right, or any number
 
 
 @dataclass(frozen=True)
