@@ -98,8 +98,12 @@ def _numbers(size: int, chance: random.Random) -> list[int]:
 
 
 def _expression(numbers: Sequence[int], chance: random.Random) -> str:
-    order = chance.sample(numbers, len(numbers))
-    return str(order[0]) + "".join(f"{chance.choice('+-*')}{number}" for number in order[1:])
+    """Multiplied is what has one digit so far, so that no product of two digits by one is shown."""
+    first, *others = chance.sample(numbers, len(numbers))
+    found = str(first)
+    for number in others:
+        found += chance.choice("+-*" if value(found) in range(10) else "+-") + str(number)
+    return found
 
 
 def _sum_of_products(parts: Sequence[tuple[int, int]]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...model.generation.sampling import Sampling
+from ..recipe import Recipe
 from ..run.load import load_trained
 from .loop import RolloutRun, Sums
 from .rollout import Rollouts
@@ -27,15 +28,15 @@ class DistilRun(RolloutRun):
     group = 1
     measured = ("loss", "kl", "entropy", "grad_norm")
 
-    def __init__(self, *settings: Any, **more: Any) -> None:
-        super().__init__(*settings, **more)
-        assert self.recipe.distil is not None
-        self.sampling, path = Sampling(self.recipe.distil.temperature), self.recipe.distil.teacher
+    def __init__(self, recipe: Recipe, *settings: Any, **more: Any) -> None:
+        assert recipe.distil is not None
+        self.sampling, path = Sampling(recipe.distil.temperature), recipe.distil.teacher
         if not path:
             raise ValueError("distil.teacher='': allowed is a trained run")
+        super().__init__(recipe, *settings, **more)
         with torch.random.fork_rng(devices=[]):  # a checkpoint has restored the generators
             self.teacher = load_trained(path, str(self.device))[0].requires_grad_(False)
-        theirs, ours = self.teacher.config.vocab_size, self.recipe.model.vocab_size
+        theirs, ours = self.teacher.config.vocab_size, recipe.model.vocab_size
         if theirs != ours:
             raise ValueError(f"distil.teacher={path!r} has model.vocab_size={theirs}: allowed is the student's, {ours}")
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from ...model import Transformer
 from ...model.disk import whole, write_tensors
 from ...model.generation.sampling import Sampling
+from ..recipe import Recipe
 from ..run.checkpoint import fit, require_run
 from .loop import RolloutRun, Sums
 from .policy import of_tokens
@@ -58,10 +59,10 @@ class GrpoRun(RolloutRun):
 
     measured = ("loss", "kl", "entropy", "clip_fraction", "off_policy", "grad_norm")
 
-    def __init__(self, *settings: Any, **more: Any) -> None:
-        super().__init__(*settings, **more)
-        assert self.recipe.grpo is not None
-        self.grpo = grpo = self.recipe.grpo
+    def __init__(self, recipe: Recipe, *settings: Any, **more: Any) -> None:
+        super().__init__(recipe, *settings, **more)
+        assert recipe.grpo is not None
+        self.grpo = grpo = recipe.grpo
         self.group, self.keep_mask = grpo.group, grpo.keep_sampling_mask
         self.sampling = Sampling(grpo.temperature, grpo.top_k, grpo.top_p)
         self.reference = self._reference() if self.grpo.kl_weight else None

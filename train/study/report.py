@@ -161,12 +161,12 @@ def _origin(found: Found) -> str:
 
 def table(runs: Sequence[Record], temperature: float) -> str:
     """For the screen: of each task and recipe, the share answered right, and what thinking did."""
-    lines = [["task", "recipe", "at once", "think", "think - at once"]]
+    lines = [["task", "recipe", *MODES.values(), "think - at once"]]
     for task in runs[0]["tasks"]:
         for name in dict.fromkeys(run["recipe"] for run in runs):
             mine = [run for run in runs if run["recipe"] == name]
-            by_mode = {m: answers(mine, m, task, temperature) for m in ("chat", "thinking") if m in mine[0]["modes"]}
-            cells = [spread([*map(float, each.mean(1))]) for each in by_mode.values()]
+            by_mode = {mode: answers(mine, mode, task, temperature) for mode in MODES if mode in mine[0]["modes"]}
+            cells = [spread([*map(float, by_mode[mode].mean(1))]) if mode in by_mode else "-" for mode in MODES]
             gap = compare([by_mode["thinking"]], [by_mode["chat"]]) if len(by_mode) == 2 else None
             lines.append([task, name, *cells, f"{_signed(gap)} {_interval(gap)}"])
     widths = [max(map(len, column)) for column in zip(*lines)]

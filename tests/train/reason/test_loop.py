@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reasoning import TINY
 from safetensors.torch import load_file
 
 from abyssal.model import Transformer, generate
@@ -21,16 +22,6 @@ from abyssal.train.recipe import load_recipe
 from abyssal.train.run import metrics
 from abyssal.train.start import open_source, train
 
-TINY = [
-    *("model.hidden_size=32", "model.num_attention_heads=2", "model.head_dim=16", "model.qk_rope_head_dim=8"),
-    *("model.q_lora_rank=16", "model.o_lora_rank=8", "model.moe_intermediate_size=16", "model.n_routed_experts=8"),
-    *("model.num_hidden_layers=2", "model.compress_ratios=[0,4]", "model.sliding_window=8"),
-    *("model.index_n_heads=2", "model.index_head_dim=16", "model.index_topk=1", "model.hc_mult=2"),
-    "model.router_bias_update_speed=0.5",
-    "model.balance_loss_weight=1",
-    *("reason.tasks=['addition-1','sorting-2']", "reason.max_new_tokens=6", "reason.exam_problems=2"),
-    *("train.steps=4", "train.eval_every=2", "train.checkpoint_every=0", "train.device=cpu"),
-]
 GRPO = ["grpo.prompts=4", "grpo.group=3", "grpo.skip_settled=false"]  # without skill, all groups are settled
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib", "rollout_seconds"}
 
@@ -337,47 +328,15 @@ def test_the_reward_of_an_easy_task_rises(tmp_path, tuned, monkeypatch):
     assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.9, rewards
 
 
-def test_an_evaluation_examines_every_run_and_writes_what_it_found(tuned, whole, tmp_path, capsys):
-    import json
-
-    from abyssal.train.reason.evaluate import run
-
-    path = run([tuned.out, whole.out], 3, tmp_path / "results")
-    found, page = json.loads(path.read_text("utf-8")), (tmp_path / "results" / "RESULTS.md").read_text("utf-8")
-    assert path == tmp_path / "results" / "reasoning.json" and page.startswith("# Reasoning")
-    sft, grpo = found["runs"]
-    assert (sft["recipe"], sft["rewarded"], grpo["recipe"], grpo["rewarded"]) == (
-        "reason-sft", False, "reason-grpo", True,
-    )  # fmt: skip
-    assert sft["steps"] == grpo["steps"] == 4 and sft["tasks"] == ["addition-1", "sorting-2"]
-    assert len(grpo["curves"]["kl"]) == 4 and [exam["step"] for exam in grpo["curves"]["exams"]] == [2, 4]
-    assert set(sft["scores"]) == {"1.0", "0.0"} and set(sft["scores"]["0.0"]) == {"thinking", "chat"}
-    shown = capsys.readouterr().out
-    assert "greedy" in shown
-    (tmp_path / "results" / "RESULTS.md").unlink()
-    assert (
-        run([path], 999) == path and json.loads(path.read_text("utf-8")) == found
-    )  # its own numbers, no new examination
-    assert (tmp_path / "results" / "RESULTS.md").read_text("utf-8") == page and capsys.readouterr().out == shown
-    with pytest.raises(ValueError, match="allowed are those of the first run"):
-        other = train(
-            recipe("reason.tasks=['addition-1']", "train.steps=1", "reason.modes=['chat']", name="reason-sft"),
-            tmp_path / "other", shown=False,
-        )  # fmt: skip
-        run([tuned.out, other.out], 1, tmp_path / "results")
-
-
 def test_examinations_count_right_answers(model, monkeypatch):
     from abyssal.train.data.tokenizers import ByteTokenizer
     from abyssal.train.reason import exam
     from abyssal.train.reason.conversations import conversation
-    from abyssal.train.reason.tasks import problem
 
     tokenizer, tasks = ByteTokenizer(), ("addition-3", "sorting-2")
     known = {}
     for task in tasks:
-        for number in range(4):
-            found = problem((task,), 0, 0, number, held_out=True)
+        for number, found in enumerate(exam.questions(task, 4)):
             for mode in ("thinking", "chat"):
                 talk = conversation(found, mode, tokenizer)
                 spoilt = [*talk.completion[:-2], 0, tokenizer.eos]
@@ -394,7 +353,7 @@ def test_examinations_count_right_answers(model, monkeypatch):
     model.train()
     scores = exam.examine(model, tokenizer, tasks, ("thinking", "chat"), 4, 6, temperature=0.5, seed=2)
     assert model.training and not model.eval().training
-    right = {mode: [scores[mode][task].right for task in tasks] for mode in scores}
+    right = {mode: [scores[mode][task].share for task in tasks] for mode in scores}
     assert right == {"thinking": [0.75, 0.75], "chat": [0.75, 0.0]}
     assert scores["chat"]["sorting-2"].well_formed == 1.0 and scores["chat"]["sorting-2"].length == 3.0
     assert exam.mean_right(scores["chat"]) == 0.375
