@@ -56,7 +56,7 @@ def test_an_error_within_leaves_the_gates_free(model):
 
 
 def test_a_layer_that_is_not_there_is_named(model):
-    with pytest.raises(ValueError, match="layer 99: allowed are 0 to"), replay_routing(model, {99: IDS}):
+    with pytest.raises(ValueError, match="layer 99: allowed are 0, 1"), replay_routing(model, {99: IDS}):
         pass
 
 
