@@ -25,6 +25,8 @@ from .kinds import LAYER_TYPES, SLIDING, kinds_of
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MLP_KINDS = ("hash_moe", "moe")
+BALANCE_PICKS = ("biased", "unbiased")
+BIAS_RULES = ("sign", "quantile")
 
 # Keys of a released config.json that V4 does not vary: read and checked, written back, never stored.
 FIXED: dict[str, Any] = {
@@ -58,7 +60,8 @@ _POSITIVE = (
     *("n_shared_experts", "moe_intermediate_size", "routed_scaling_factor", "swiglu_limit", "hc_sinkhorn_iters"),
     *("hc_eps", "rms_norm_eps", "initializer_range"),
 )
-_OBJECTIVE = ("mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
+_WEIGHTS = ("mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed")
+_OBJECTIVE = (*_WEIGHTS, "balance_picks", "router_bias_rule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +162,8 @@ class ModelConfig:
     the end; both may be given with or without it. `layer_types` may be left out: ratio 0 is sliding, 4 is CSA, any
     other HCA. The first `num_hash_layers` layers are routed by token id, unless `mlp_layer_types` says, layer by layer,
     which these are. `quantization_config` and `expert_dtype` describe a released checkpoint's storage,
-    `quantization_aware` what the model itself rounds (nothing by default). The last four fields are weights of the
-    training objective.
+    `quantization_aware` what the model itself rounds (nothing by default). The last fields are the training
+    objective's.
 
     Raises:
         TypeError, ValueError: a field of another type, out of range, or in conflict with another; the message names it.
@@ -227,8 +230,16 @@ class ModelConfig:
     )
     mtp_loss_weight: float = means("weight of the multi-token prediction's loss", 0.3)
     balance_loss_weight: float = means("weight of the loss that evens out the experts' load within a text", 1e-4)
+    balance_picks: str = means(
+        "experts that it counts: biased, those chosen with the routers' biases, or unbiased, the first by score alone",
+        "biased",
+    )
     index_loss_weight: float = means("weight of the indexer's loss", 1e-2)
     router_bias_update_speed: float = means("step of the routers' biases, which even out the load without a loss", 1e-3)
+    router_bias_rule: str = means(
+        "how they move: sign, that step against the load, or quantile, that share of the way to those that even it out",
+        "sign",
+    )
 
     def __post_init__(self) -> None:
         settle(self)
@@ -398,8 +409,12 @@ def _check_sizes(c: ModelConfig) -> None:
         require(getattr(c, name) > 0, name, getattr(c, name), "positive numbers")
     for name in ("rope_theta", "compress_rope_theta"):
         require(getattr(c, name) > 1, name, getattr(c, name), "positive numbers above 1")
-    for name in ("num_hash_layers", *_OBJECTIVE):
+    for name in ("num_hash_layers", *_WEIGHTS):
         require(getattr(c, name) >= 0, name, getattr(c, name), "numbers >= 0")
+    for name, words in {"balance_picks": BALANCE_PICKS, "router_bias_rule": BIAS_RULES}.items():
+        require(getattr(c, name) in words, name, getattr(c, name), " or ".join(map(repr, words)))
+    speed, sign = c.router_bias_update_speed, c.router_bias_rule == "sign"
+    require(sign or speed <= 1, "router_bias_update_speed", speed, "a share of the way, up to 1, of router_bias_rule")
     require(c.hc_sinkhorn_iters <= 1000, "hc_sinkhorn_iters", c.hc_sinkhorn_iters, "up to 1000 rounds")
     require(1 <= c.hc_mult <= 8, "hc_mult", c.hc_mult, "1 to 8 residual streams")
     require(c.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", c.num_nextn_predict_layers, "0 or 1")

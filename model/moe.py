@@ -6,6 +6,23 @@
     y = sum_e W2_e( silu(min(W1_e x, 10)) clamp(W3_e x, -10, 10) w_e )
         + the same form, unweighted, for the shared expert
 
+    balance = mean_b sum_e f_e P_e      f_e = E / (k t) count_e of the sequence, without gradient
+                                        P_e = mean_t s_te / sum_e s_te
+
+Which experts are counted is read in two ways (`balance_picks`): "biased" counts those that are chosen (TileKernels'
+`aux_fi`), "unbiased" the top-k of s alone (V3, equations 17 to 20; Megatron-LM). Both agree while the bias is zero.
+
+After a step the bias moves by one of two rules (`router_bias_rule`), from the T tokens of the step:
+
+    sign        bias_e += speed sign(mean load - load_e)
+    quantile    bias_e += speed (b_e - mean b - bias_e)         b_e = -(q + 1)-th largest over t of s_te - cut_t
+                q = floor(k T / E)                              cut_t = (k + 1)-th largest over e of s_te + bias_e
+
+The sign rule is V3's (2.1.2), the other Quantile Balancing (Su, kexue.fm/archives/11619; Kimi K3; Megatron-LM #5349):
+with b, at most q tokens score above their cut at each expert, so b evens out the step while the cuts stay. A common
+shift of the biases changes no choice. `speed` is a step in score there, a share of the way here: 1 is all of it, 1 -
+speed the decay of Megatron's running mean. Passes and processes share b as the mean of theirs by their tokens.
+
 b batch · t tokens · d width · E routed experts · k experts per token · n expert width · v vocabulary
 """
 
@@ -16,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Routing, exact_linear, moe_balance, moe_experts, moe_route, swiglu
+from ..kernels import Routing, balance_loss, exact_linear, moe_balance, moe_experts, moe_route, stable_topk, swiglu
 from .config import ModelConfig
 from .kept import KeepingModule
 from .layout import Layout
@@ -51,7 +68,8 @@ class Gate(KeepingModule):
             )
         else:
             self.register_buffer("bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
-        self.counts: Tensor | None = None  # [E] assignments since the last update of the bias
+        self.counts: Tensor | None = None  # [E] assignments since the last update of the bias; quantile: [2, E], below
+        # them the biases that even out each pass, times its assignments
         self.replayed: Tensor | None = None  # [n, k] experts to take instead of choosing (`routing.py`)
         self.reset_parameters()
 
@@ -72,6 +90,16 @@ class Gate(KeepingModule):
         choice = {"bias": self.bias} if given is None else {"experts": given}
         return moe_route(logits, top_k=c.num_experts_per_tok, scale=c.routed_scaling_factor, **choice)
 
+    @torch.no_grad()
+    def count(self, counts: Tensor, scores: Tensor, real: Tensor | None) -> None:
+        """Adds a training pass to what the bias will move by: counts [E], scores [b, t, E], real [b, t]."""
+        c = self.config
+        if c.router_bias_rule == "quantile":
+            none = torch.zeros_like(counts)
+            even = none if self.is_hash else even_bias(scores, self.bias, c.num_experts_per_tok, real)
+            counts = torch.stack([counts, torch.where(counts.any(), counts.sum() * even, none)])
+        self.counts = counts if self.counts is None else self.counts + counts
+
     def update_bias(self, speed: float | Tensor) -> None:
         """As `update_biases`, of this gate."""
         update_biases([self], speed)
@@ -79,14 +107,41 @@ class Gate(KeepingModule):
 
 @torch.no_grad()
 def update_biases(gates: Sequence[Any], speed: float | Tensor) -> None:
-    """bias_e += speed sign(mean load - load_e), from what each gate has counted since the last call (V3 2.1.2)."""
+    """Moves the biases by the rule of the page, from what each gate has counted since the last call."""
     counted = [gate for gate in gates if gate.counts is not None and hasattr(gate, "bias")]
     if counted:
-        loads = torch.stack([gate.counts for gate in counted])
-        moves = speed * torch.sign(loads.mean(-1, keepdim=True) - loads)
-        torch._foreach_add_([gate.bias for gate in counted], list(moves.unbind()))
+        counts, biases = torch.stack([gate.counts for gate in counted]), [gate.bias for gate in counted]
+        ways = _against(counts) if counts.ndim == 2 else _towards_even(counts, torch.stack(biases))
+        torch._foreach_add_(biases, list((speed * ways).unbind()))
     for gate in gates:
         gate.counts = None
+
+
+def _against(loads: Tensor) -> Tensor:
+    return torch.sign(loads.mean(-1, keepdim=True) - loads)
+
+
+def _towards_even(counts: Tensor, biases: Tensor) -> Tensor:
+    """From biases [g, E] to those asked for [g, 2, E], the latter weighted; a gate that asks for no number stays."""
+    load, asked = counts.unbind(1)
+    even = asked / load.sum(-1, keepdim=True)
+    way = even - even.mean(-1, keepdim=True) - biases
+    return torch.where(way.isfinite(), way, 0.0)
+
+
+@torch.no_grad()
+def even_bias(scores: Tensor, bias: Tensor, top_k: int, real: Tensor | None = None) -> Tensor:
+    """The bias b [E] that evens out the load of scores [..., E] while each token's cut stays; of `real` tokens [...].
+
+    Where every expert is chosen, `bias` itself.
+    """
+    scores, e = scores.flatten(0, -2), scores.shape[-1]
+    if top_k == e:
+        return bias
+    cut = (scores + bias).topk(top_k + 1, -1).values[:, -1:]
+    above = scores - cut if real is None else (scores - cut).masked_fill(~real.flatten()[:, None], -torch.inf)
+    tokens = real.sum() if real is not None else torch.full((), len(scores), device=scores.device)
+    return -above.sort(0, descending=True).values.index_select(0, (top_k * tokens // e).view(1))[0]
 
 
 class Experts(nn.Module):
@@ -152,11 +207,16 @@ class MoE(nn.Module):
         """Hash layers are fixed by their table: their balance loss is left out of the objective (zero)."""
         gate = self.gate
         scores, experts = (x.unflatten(0, shape) for x in (routing.scores, routing.experts))
-        found = moe_balance(scores, experts, None if real is None else real.expand(shape))
-        counts = found.counts.to(torch.float32)
+        real = None if real is None else real.expand(shape)
+        loss, counts = moe_balance(scores, experts, real)
+        counts = counts.to(torch.float32)
         if gate.training:
-            gate.counts = counts if gate.counts is None else gate.counts + counts
-        return LoadSignal(scores.new_zeros(()) if gate.is_hash else found.loss, counts)
+            gate.count(counts, scores, real)
+        if gate.is_hash:
+            loss = scores.new_zeros(())
+        elif gate.config.balance_picks == "unbiased":
+            loss = balance_loss(scores, stable_topk(scores, experts.shape[-1]), real)
+        return LoadSignal(loss, counts)
 
 
 def hash_table(vocabulary: int, experts: int, per_token: int, seed: int) -> Tensor:

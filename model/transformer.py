@@ -267,7 +267,7 @@ class Transformer(nn.Module):
     def update_router_bias(self, speed: float | Tensor | None = None) -> None:
         """Moves each score router's bias against the load of the training passes since the last call (spec C.5).
 
-            bias_e += speed sign(mean load - load_e)
+            bias_e += speed sign(mean load - load_e)        or by quantiles of the scores, see `model/moe.py`
 
         speed: default `config.router_bias_update_speed`, 0.001; as a tensor [] it may be on the device. Call it after
             each optimizer step.

@@ -94,6 +94,10 @@ class Recipe:
         data = replace(data, source=source, tokenizer=tokenizer)
         return replace(self, data=data, train=replace(self.train, init=init, prepare=own.absolute(self.train.prepare)))
 
+    def with_seed(self, seed: int) -> "Recipe":
+        """The same with that train.seed."""
+        return replace(self, train=replace(self.train, seed=seed))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
         """Raises ValueError for an unknown table or key, a missing [model], or a bad value."""

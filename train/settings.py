@@ -52,7 +52,8 @@ class DataConfig(Table):
         "stdlib",
         "'stdlib' (Python's own source files, no download), a file, a folder or a glob (text, .jsonl, .parquet),"
         " hf:NAME or hf:NAME:CONFIG (Hugging Face data sets, split train), or planted:TASK"
-        " (recall, selective_copy, induction, ngram_facts; see [planted])",
+        " (recall, selective_copy, induction, ngram_facts, mqar, single, multikey, multivalue, tracking, common, ruler;"
+        " see [planted])",
         "a name or a path",
         len,
     )
@@ -101,6 +102,12 @@ class OptimConfig(Table):
     )
     update_scale: float = _positive(
         0.18, "root mean square of an update of muon or of the balanced rule, as a multiple of the learning rate"
+    )
+    muon_on: str = _choice(
+        "all",
+        "linear maps that muon takes: all, those of the routed experts, or the rest; others learn by adamw",
+        "experts",
+        "rest",
     )
     head_wise: bool = key(
         False,
@@ -304,7 +311,7 @@ class PlantedConfig(Table):
     name = "planted"
     density: float = key(
         0.0625,
-        "answers per token of a row, as far as they find a place",
+        "answers per token of a row; of selective_copy, per token of an episode's longest distance",
         "above 0, at most 0.5",
         lambda x: 0 < x <= 0.5,
     )
@@ -315,15 +322,22 @@ class PlantedConfig(Table):
     keys: int = key(64, "different keys", "2 or more", lambda count: count >= 2)
     values: int = key(64, "different values, or items, or tokens of induction", "2 or more", lambda count: count >= 2)
     fillers: int = _positive(1, "different tokens that mean nothing")
-    questions: str = _choice(
-        "spread",
-        "where recall asks: spread over the row, or all at its end",
-        "end",
+    fill: float = key(
+        0.5,
+        "share of the cells of recall's stretch that hold a pair, while keys suffice",
+        "above 0, up to 1",
+        lambda x: 0 < x <= 1,
     )
+    questions: int = _positive(16, "questions of a row of recall, at most")
     order: int = _positive(2, "tokens that decide the next: of an n-gram, or of the context of induction")
     facts: int = _positive(1000, "n-grams with a known answer")
     zipf: float = _not_negative(1.0, "use of fact r is in proportion to r^-zipf")
+    statements: int = _positive(16, "statements of a row of the tasks after RULER, of any length")
     eval_length: int = _not_negative(0, "tokens of a held-out row; 0 = data.sequence_length")
+    eval_lengths: tuple[int, ...] = key(
+        (), "several eval_length, each scored apart", "none, or numbers above 0", lambda some: all(n > 0 for n in some)
+    )
+    eval_nearest: int = _not_negative(0, "`nearest` of held-out rows; 0 = nearest")
 
 
 TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig, ScheduleConfig)}

@@ -105,7 +105,8 @@ def moe_balance(scores: Tensor, experts: Tensor, real: Tensor | None = None, *, 
 
     Args:
         scores: `[b, t, e]`, the unbiased scores.
-        experts: int64 `[b, t, k]`.
+        experts: int64 `[b, t, k]`, the picks that count: `moe_route`'s, or the top-k of the scores without a bias, as
+            in V3's equations 17 to 20.
         real: bool `[b, t]`; False marks padding.
 
     Returns:

@@ -139,6 +139,12 @@ REFUSED = {
     "wide rope": ({"qk_rope_head_dim": 34}, r"qk_rope_head_dim=34: .*head_dim=32"),
     "wide index rope": ({"index_head_dim": 8}, r"qk_rope_head_dim=16: .*index_head_dim=8"),
     "experts": ({"num_experts_per_tok": 9}, r"num_experts_per_tok=9: allowed is up to n_routed_experts=8"),
+    "counted picks": ({"balance_picks": "best"}, r"balance_picks='best': allowed is 'biased' or 'unbiased'"),
+    "bias rule": ({"router_bias_rule": "sgn"}, r"router_bias_rule='sgn': allowed is 'sign' or 'quantile'"),
+    "bias share": (
+        {"router_bias_rule": "quantile", "router_bias_update_speed": 2},
+        r"router_bias_update_speed=2.0: allowed is a share of the way, up to 1",
+    ),
     "top-k": ({"index_topk": 0}, r"index_topk=0: allowed is positive"),
     "streams": ({"hc_mult": 9}, r"hc_mult=9: allowed is 1 to 8"),
     "no streams": ({"hc_mult": 0}, r"hc_mult=0: allowed is 1 to 8"),

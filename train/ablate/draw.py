@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..evaluate.verdict import half_width
 from ..plots.style import COLOURS, GREY, canvas, save
 from .summary import read_summary, values_of
-from .verdict import interval
 
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX*"
 
 
 def draw(path: Path | str, picture: Path | str | None = None) -> Path:
@@ -77,13 +77,16 @@ def _bars(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
                 axis.bar(x, mean, wide, color=COLOURS[j], alpha=0.75)
             else:
                 axis.hlines(mean, x - wide / 2, x + wide / 2, color=COLOURS[j], linewidth=3)
-            axis.errorbar(x, mean, interval(values) or 0.0, color="black", capsize=4, linewidth=1.2)
+            axis.errorbar(x, mean, half_width(values) or 0.0, color="black", capsize=4, linewidth=1.2)
             offsets = [wide * 0.25 * (k - (len(values) - 1) / 2) / max(1, len(values) - 1) for k in range(len(values))]
             axis.scatter([x + o for o in offsets], values, s=14, color="white", edgecolors="black", zorder=3)
     if len(measures) > 1:
         axis.set_xticks(range(len(measures)), [labels[name].replace(", ", ",\n") for name in measures])
     else:
         axis.set_xticks([])
+    floor = _floors(found).get("floor")
+    if floor is not None and measures == ["accuracy"]:
+        axis.axhline(floor, color=GREY, linestyle=":", linewidth=1.2)
     axis.ticklabel_format(axis="y", useOffset=False)
     axis.set_ylabel(panel["axis"])
     axis.margins(x=0.15, y=0.12)
@@ -115,7 +118,7 @@ def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
         cells = [values_of(arm, f"{prefix}.{n}") for n in least]
         means = [fmean(values) for values in cells]
         middle = [n * 2**0.5 for n in least]
-        errors = [interval(values) or 0.0 for values in cells]
+        errors = [half_width(values) or 0.0 for values in cells]
         axis.errorbar(middle, means, errors, color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.6)
     window = found["scale"]["window"]
     axis.set_xscale("log", base=2)
@@ -123,12 +126,21 @@ def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
     axis.axvline(window, color=GREY, linestyle="--", linewidth=1.2)
     at = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "center"}
     axis.text(window, 0.5, f"window {window}", color=GREY, **at)
-    if found["scale"].get("chance"):
-        axis.axhline(found["scale"]["chance"], color=GREY, linestyle=":", linewidth=1.2)
-        left = {"transform": axis.get_yaxis_transform(), "ha": "left", "va": "bottom"}
-        axis.text(0.07, found["scale"]["chance"], "chance", color=GREY, fontsize=9, **left)
+    floors = {name.removeprefix("floor_at."): value for name, value in _floors(found).items() if "_at." in name}
+    if floors:
+        least = sorted(map(int, floors))
+        blind = [floors[str(n)] for n in least]
+        label = axis.plot([n * 2**0.5 for n in least], blind, color=GREY, linestyle=":", linewidth=1.2)
+        left = {"ha": "left", "va": "bottom", "color": GREY, "fontsize": 9}
+        axis.text(label[0].get_xdata()[0], blind[0], "best blind reader", **left)
     axis.set_ylim(-0.04, 1.08)
     axis.set(xlabel="tokens from the evidence to the question (log scale)", ylabel=panel["axis"])
+
+
+def _floors(found: dict[str, Any]) -> dict[str, float]:
+    """What the best blind readers score on the rows, the same in all runs: `floor`, and `floor_at.N` by distance."""
+    run = next(iter(found["arms"].values()))["runs"][0]
+    return {name: value for name, value in run["measures"].items() if name.startswith("floor")}
 
 
 PANELS = {"bars": _bars, "curve": _curve, "distance": _distance}

@@ -38,6 +38,18 @@ def flatten(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
+def answers(scores: Mapping[str, Any]) -> dict[str, str]:
+    """Which held-out questions were answered right, by measure: the digits 1 and 0, behind a 1, in hexadecimal."""
+    found = dict(scores.get("answers", {}))
+    every = "".join(text for name, text in found.items() if name.startswith("accuracy_at."))
+    return {name: f"{int('1' + text, 2):x}" for name, text in {"accuracy": every, **found}.items() if text}
+
+
+def unpacked(text: str) -> list[int]:
+    """The answers in one of those strings."""
+    return [int(digit) for digit in f"{int(text, 16):b}"[1:]]
+
+
 def curves(records: Sequence[Mapping[str, Any]], scores: Iterable[str]) -> dict[str, list[list[float]]]:
     """[step, value] of every score that was evaluated on the way, and of the loss in means of POINTS stretches."""
     found: dict[str, list[list[float]]] = {"train.lm": []}

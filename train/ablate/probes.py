@@ -41,7 +41,33 @@ def _with_untrained_module(model: Transformer) -> Transformer:
     return drafting.eval()
 
 
-PROBES: dict[str, Callable[[Transformer, Recipe], dict[str, float]]] = {"acceptance": acceptance}
+def opponents(model: Transformer, recipe: Recipe) -> dict[str, float]:
+    """What n-gram models and compressors make of the held-out bytes that the model is scored on, with all training text
+    and with what the run has read: `NAME.all.held_out`, `NAME.read.clean` and so on.
+    """
+    from ..data.opponents import opponents, training_text
+    from ..data.source import TextSource
+    from ..run.opponents import read_text
+    from ..start import open_source
+
+    source = open_source(recipe)
+    if not isinstance(source, TextSource):
+        raise ValueError(f"data.source={recipe.data.source!r}: allowed with the probe opponents is text")
+    start = {"step": 0, "recipe": recipe.to_dict()}
+    texts = {"all": training_text(source.corpus.train), "read": read_text(source, [start], recipe.train.steps)}
+    found = {training: opponents(text, source.scored, source.clean) for training, text in texts.items()}
+    return {
+        f"{name}.{training}.{part}": value
+        for training, by_name in found.items()
+        for name, parts in by_name.items()
+        for part, value in parts.items()
+    }
+
+
+PROBES: dict[str, Callable[[Transformer, Recipe], dict[str, float]]] = {
+    "acceptance": acceptance,
+    "opponents": opponents,
+}
 
 
 def probe_of(name: str) -> Callable[[Transformer, Recipe], dict[str, float]]:

@@ -1,21 +1,25 @@
 """Runs a suite: every arm with every seed, side by side, each run in a folder of its own that is never run twice.
 
     OUT/runs/KEY/result.json     what a finished run measured; beside it what training writes (metrics, checkpoints)
-    OUT/SUITE.json               all results of a suite and the verdicts, from which picture and page are made
+    OUT/SUITE.json               all results of a suite and the verdicts, from which picture and page are made; written
+                                 whenever all arms have done another seed
     OUT/SUITE.png
+    OUT/clock.json               seconds of a step, by KEY without a seed, for arms of equal time: measured once
 
-KEY is a digest of the run's recipe and variant. A run that has a result is skipped, an unfinished one goes on from its
-last checkpoint, and suites that need the same run share it.
+KEY is a digest of the run's recipe and variant. A run that has a result, in its folder or in the JSON of any suite in
+OUT, is skipped; an unfinished one goes on from its last checkpoint; and suites that need the same run share it.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
 import threading
-import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import torch
 from filelock import FileLock
 
 from ...model import Transformer
-from ...model.disk import write_json
+from ...model.disk import write_json, write_text
 from ...model.folders import read_json
 from .. import own
 from ..recipe import own_code
@@ -31,27 +35,31 @@ from ..run import checkpoint, metrics, provenance
 from ..run.load import prepared
 from ..run.tables import places
 from ..start import never_saved, train
-from .measures import curves, measure
+from .clock import equal_steps, seconds_per_step
+from .measures import answers, curves, measure
 from .probes import probe_of
 from .progress import Progress
 from .suite import Job, Suite, jobs
-from .summary import summarise
+from .summary import known_runs, summarise
 from .variants import variant_of
 
-RUNS, RESULT = "runs", "result.json"
+RUNS, RESULT, CLOCK = "runs", "result.json", "clock.json"
 
 
 def run_suite(
     suite: Suite,
     out: Path,
     *,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: Sequence[int] | None = None,
     size: str = "quick",
     overrides: Sequence[str] = (),
     workers: int = 2,
     shown: bool = True,
 ) -> dict[str, Any]:
     """Runs what is not yet run, writes OUT/SUITE.json, and returns what is in it.
+
+    Args:
+        seeds: None = those that the suite is registered with, 0 to `suite.seeds` - 1.
 
     Raises:
         ValueError: a seed, size or override that is not allowed, or fewer than one worker.
@@ -60,18 +68,62 @@ def run_suite(
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: allowed are positive numbers")
-    planned = jobs(suite, seeds, size, overrides)
-    (out / RUNS).mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    with Progress(suite.name, planned, out / RUNS, shown) as progress:
-        for job, result in execute(planned, out / RUNS, workers, progress):
+    seeds = range(suite.seeds) if seeds is None else seeds
+    steps = _equal_steps(suite, out, seeds, size, overrides)
+    planned = jobs(suite, seeds, size, overrides, steps)
+    runs = out / RUNS
+    runs.mkdir(parents=True, exist_ok=True)
+    if provenance.source()["uncommitted_changes"]:
+        warnings.warn("the code has uncommitted changes: the page of results takes no such runs", stacklevel=2)
+    known = {key: run for key, run in known_runs(out).items() if not (runs / key / RESULT).is_file()}
+    results = {job.key: known[job.key] for job in planned if _has_probes(known.get(job.key), job)}
+    summary: dict[str, Any] = {}
+    with Progress(suite.name, planned, runs, shown) as progress:
+        waiting = [job for job in planned if job.key not in results]
+        for job, result in execute(waiting, runs, workers, progress):
+            results[job.key] = result
             progress.done(job, result)
-    results = [_read(out / RUNS / job.key / RESULT) for job in planned]
-    _check_contents(planned, results, out / RUNS)
-    found = summarise(suite, size, list(overrides), planned, results)
-    found["wall_seconds"] = round(time.perf_counter() - began, 1)
-    write_json(out / f"{suite.name}.json", found)
-    return read_json(out / f"{suite.name}.json")
+            done = [seed for seed in seeds if all(j.key in results for j in planned if j.seed == seed)]
+            if done and len(done) > summary.get("scale", {}).get("seeds", 0):
+                summary = _write(suite, size, overrides, [j for j in planned if j.seed in done], results, out)
+    if not summary:
+        summary = _write(suite, size, overrides, planned, results, out)
+    return summary
+
+
+def _write(
+    suite: Suite, size: str, overrides: Sequence[str], done: Sequence[Job], results: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """The summary of the runs that are done, as it was written."""
+    found = [results[job.key] for job in done]
+    _check_contents(done, found, out / RUNS)
+    path = out / f"{suite.name}.json"
+    write_text(path, json.dumps(summarise(suite, size, list(overrides), done, found), separators=(",", ":")) + "\n")
+    return read_json(path)
+
+
+def _equal_steps(suite: Suite, out: Path, seeds: Sequence[int], size: str, overrides: Sequence[str]) -> dict[str, int]:
+    """Steps of the arms of equal time, by the seconds in clock.json; what is not there is measured."""
+    timed = {suite.arms[0].name, *(arm.name for arm in suite.arms if arm.equal_time)}
+    first = [job for job in jobs(suite, seeds[:1], size, overrides) if job.arm in timed]
+    if len(first) < 2:
+        return {}
+    path = out / CLOCK
+    seconds = read_json(path) if path.is_file() else {}
+    names = {job.arm: replace(job, seed=0, recipe=job.recipe.with_seed(0)).key for job in first}
+    missing = [job for job in first if names[job.arm] not in seconds]
+    if missing:
+        out.mkdir(parents=True, exist_ok=True)
+        again = first if first[0] in missing else [first[0], *missing]
+        seconds |= {names[job.arm]: found for job, found in zip(again, seconds_per_step(again))}
+        write_json(path, seconds)
+    base = first[0]
+    taken = {arm: equal_steps(base.recipe.train.steps, seconds[names[base.arm]], seconds[names[arm]]) for arm in names}
+    return {arm: steps for arm, steps in taken.items() if arm != base.arm}
+
+
+def _has_probes(result: dict[str, Any] | None, job: Job) -> bool:
+    return result is not None and not {*_told(job).values()} - {*result["probes"]}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -184,16 +236,21 @@ def _train(job: Job, folder: Path) -> dict[str, Any]:
         "tokens": summary.progress.tokens,
         "seconds": round(summary.progress.seconds, 1),
         "measures": measure(records, summary.scores),
+        "answers": answers(summary.scores),
         "curves": curves(records, summary.scores),
         "probes": [],
         "provenance": {name: start[name] for name in ("time", "source", "versions", "machine", "data")},
     }
 
 
+def _told(job: Job) -> dict[str, str]:
+    """The job's probes, and how a result names them: one's own with the digest of their code."""
+    return {name: f"{name} {own.digest(name)}" if own.is_own(name) else name for name in job.probes}
+
+
 def _probe(job: Job, folder: Path, result: dict[str, Any]) -> None:
     """Adds what the job's probes measure on the trained model; those that were asked before are not asked again."""
-    told = {name: f"{name} {own.digest(name)}" if own.is_own(name) else name for name in job.probes}
-    missing = {name: text for name, text in told.items() if text not in result["probes"]}
+    missing = {name: text for name, text in _told(job).items() if text not in result["probes"]}
     if missing:
         model = _built(job)
         checkpoint.load_model(checkpoint.find(folder), model)

@@ -4,13 +4,17 @@
     model  of a run = the recipe's model, after the arm's variant
 
 All arms of a suite take the same number of steps, rows and tokens at the same learning rate, and a seed means the same
-data in all of them. The first arm is the baseline.
+data in all of them. The first arm is the baseline. Arms of equal time take as many steps as fit into the baseline's
+time, by the measured seconds of a step (`clock.py`).
+
+A suite is registered before its first run: claims, measures and seeds stand in a file that is committed, and the page
+of results takes no run of uncommitted code.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...model import Transformer
@@ -34,6 +38,7 @@ class Arm:
     set: tuple[str, ...] = ()
     without: tuple[str, ...] = ()  # keys or tables taken out of the recipe, as "model.engram"
     variant: str | Callable[[Transformer], None] = "as configured"
+    equal_time: bool = False  # trains as long as the baseline, not as many steps
 
     def __post_init__(self) -> None:
         if callable(self.variant):
@@ -41,6 +46,10 @@ class Arm:
         elif self.variant not in VARIANTS:
             known = f"{', '.join(VARIANTS)}, or a function"
             raise ValueError(f"arm {self.name!r}: variant={self.variant!r}: allowed are {known}")
+
+    def in_equal_time(self) -> "Arm":
+        """The same arm, trained as long as the baseline, under a name of its own."""
+        return replace(self, name=f"{self.name}-time", label=f"{self.label}, equal time", equal_time=True)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Claim:
     text: str
     measure: str
     arm: str
-    than: str | float  # another arm, or a number
+    than: str | float  # another arm, another measure of the same arm, or a number
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named experiment. `caveat` is what an experiment of this size cannot tell."""
+    """A named experiment. `caveat` is what an experiment of this size cannot tell, `seeds` the runs of each arm."""
 
     name: str
     title: str
@@ -94,6 +103,7 @@ class Suite:
     full: tuple[str, ...] = ()  # what --full changes
     probes: tuple[str | Probe, ...] = ()  # measured on each trained model, by name or one's own, see `probes.py`
     reach: str = ""  # a falling score: measures when an arm reaches the baseline's final one, as "reach"
+    seeds: int = 8
 
     def __post_init__(self) -> None:
         probes = tuple(own.named(probe) if callable(probe) else probe for probe in self.probes)
@@ -102,8 +112,8 @@ class Suite:
             raise ValueError(f"suite {self.name!r}: panels is empty: at least one is needed")
         arms, measures = [arm.name for arm in self.arms], {measure.name: measure for measure in self.measures}
         for claim in self.claims:
-            for name in (claim.arm, claim.than):
-                if isinstance(name, str) and name not in arms:
+            for name, known in ((claim.arm, arms), (claim.than, [*arms, *measures])):
+                if isinstance(name, str) and name not in known:
                     raise ValueError(f"suite {self.name!r}: claim {claim.text!r}: arm {name!r}: allowed are {arms}")
             if claim.measure not in measures or not measures[claim.measure].better:
                 raise ValueError(f"suite {self.name!r}: claim {claim.text!r}: no direction for {claim.measure!r}")
@@ -131,8 +141,17 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def jobs(suite: Suite, seeds: Sequence[int], size: str = "quick", overrides: Sequence[str] = ()) -> list[Job]:
+def jobs(
+    suite: Suite,
+    seeds: Sequence[int],
+    size: str = "quick",
+    overrides: Sequence[str] = (),
+    steps: Mapping[str, int] | None = None,
+) -> list[Job]:
     """The runs of a suite, seed by seed, so that whole comparisons are done first.
+
+    Args:
+        steps: of the arms of equal time, by name; None = as many as the baseline's.
 
     Raises:
         ValueError: a size that is not "quick" or "full", fewer than one seed, or what `Recipe` refuses.
@@ -141,17 +160,13 @@ def jobs(suite: Suite, seeds: Sequence[int], size: str = "quick", overrides: Seq
         raise ValueError(f"size={size!r}: allowed are {' and '.join(SIZES)}")
     if not seeds:
         raise ValueError("seeds is empty: at least one is needed")
-    return [
-        Job(
-            arm.name,
-            seed,
-            recipe_of(suite, arm, seed, size, overrides),
-            str(arm.variant),
-            tuple(map(str, suite.probes)),
-        )
-        for seed in seeds
-        for arm in suite.arms
-    ]
+    return [_job(suite, arm, seed, size, overrides, steps or {}) for seed in seeds for arm in suite.arms]
+
+
+def _job(suite: Suite, arm: Arm, seed: int, size: str, overrides: Sequence[str], steps: Mapping[str, int]) -> Job:
+    last = [f"train.steps={steps[arm.name]}"] if arm.equal_time and arm.name in steps else []
+    recipe = recipe_of(suite, arm, seed, size, [*overrides, *last])
+    return Job(arm.name, seed, recipe, str(arm.variant), tuple(map(str, suite.probes)))
 
 
 def recipe_of(suite: Suite, arm: Arm, seed: int, size: str, overrides: Sequence[str]) -> Recipe:

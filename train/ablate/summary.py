@@ -9,11 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from ...model.folders import read_json
+from ..evaluate.verdict import Spread, judge
+from .measures import unpacked
 from .suite import Arm, Job, Suite
-from .verdict import Spread, judge
 
 NAMES = ("suite", "title", "question", "caveat", "measures", "panels", "arms", "claims", "scale", "provenance")
+NO_VERDICT = {"word": "undecided", "difference": None, "interval": None, "p": None}
 REACH = "reach"  # the share of its steps after which an arm has the baseline's final score
 
 
@@ -25,7 +29,7 @@ def summarise(
     if suite.reach:
         _add_reach(runs, suite)
     arms = {arm.name: _arm(arm, runs[arm.name]) for arm in suite.arms}
-    first = results[0]
+    first, recipe = results[0], planned[0].recipe
     return {
         "suite": suite.name,
         "title": suite.title,
@@ -39,14 +43,14 @@ def summarise(
         "claims": [_claim(suite, claim, arms) for claim in suite.claims],
         "scale": {
             "seeds": len({job.seed for job in planned}),
+            "registered": suite.seeds,
             "runs": len(planned),
             "steps": first["steps"],
             "tokens": first["tokens"],
             "recipe": suite.recipe,
-            "sequence_length": first["recipe"]["data"]["sequence_length"],
-            "window": first["recipe"]["model"]["sliding_window"],
-            "chance": 1 / planted["values"] if (planted := first["recipe"].get("planted")) else None,
-            "learning_rate": first["recipe"]["optim"]["lr"],
+            "sequence_length": recipe.data.sequence_length,
+            "window": recipe.model.sliding_window,
+            "learning_rate": recipe.optim.lr,
             "cpu_minutes": round(sum(result["seconds"] for result in results) / 60, 1),
         },
         "provenance": _provenance(results),
@@ -62,14 +66,27 @@ def read_summary(path: Path) -> dict[str, Any]:
     return found
 
 
+def known_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every run that the summaries in a folder hold, by its key."""
+    every = [read_json(path) for path in sorted(folder.glob("*.json"))]
+    arms = [arm for found in every if "suite" in found for arm in found["arms"].values()]
+    return {run["key"]: run for arm in arms for run in arm["runs"] if "provenance" in run}
+
+
 def values_of(arm: dict[str, Any], measure: str) -> list[float]:
     """A measure of every run of an arm that has it."""
     return [run["measures"][measure] for run in arm["runs"] if run["measures"].get(measure) is not None]
 
 
 def _run(result: dict[str, Any]) -> dict[str, Any]:
-    kept = ("key", "seed", "parameters", "steps", "tokens", "seconds", "measures", "curves")
-    return {name: result[name] for name in kept} | {"measures": dict(result["measures"])}
+    kept = ("key", "seed", "parameters", "steps", "tokens", "seconds", "answers", "probes", "provenance")
+    curves = {name: [[step, _short(y)] for step, y in curve] for name, curve in result["curves"].items()}
+    measures = {name: _short(value) for name, value in result["measures"].items()}
+    return {name: result[name] for name in kept} | {"measures": measures, "curves": curves}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.7g}")
 
 
 def _arm(arm: Arm, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,7 +99,9 @@ def _arm(arm: Arm, runs: list[dict[str, Any]]) -> dict[str, Any]:
             spreads[name] = Spread.of(values).to_dict()
     seconds = fmean(run["seconds"] for run in runs)
     return found | {
+        "equal_time": arm.equal_time,
         "parameters": runs[0]["parameters"],
+        "steps": runs[0]["steps"],
         "seconds": round(seconds, 1),
         "summary": spreads,
         "runs": runs,
@@ -90,15 +109,34 @@ def _arm(arm: Arm, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _claim(suite: Suite, claim: Any, arms: dict[str, Any]) -> dict[str, Any]:
+    """The claim and its verdict, of the seeds whose runs have the number in both arms."""
     better = suite.measure(claim.measure).better
-    ours = values_of(arms[claim.arm], claim.measure)
-    other = claim.than if isinstance(claim.than, float) else values_of(arms[claim.than], claim.measure)
-    wanted = len(arms[claim.arm]["runs"])
-    if len(ours) < wanted or other == []:
-        verdict = {"word": "undecided", "difference": None, "interval": None, "note": f"{len(ours)} of {wanted} runs"}
+    ours, other = _by_seed(arms[claim.arm], claim.measure), arms.get(claim.than)
+    if other is not None:
+        theirs = _by_seed(other, claim.measure)
     else:
-        verdict = judge(ours, other, better).to_dict()
-    return {**asdict(claim), "better": better, "verdict": verdict}
+        fixed = isinstance(claim.than, float)
+        theirs = dict.fromkeys(ours, claim.than) if fixed else _by_seed(arms[claim.arm], claim.than)
+    wanted, common = len(arms[claim.arm]["runs"]), sorted(ours.keys() & theirs.keys())
+    if len(common) < wanted:
+        note = f"{len(common)} of {wanted} runs"
+        return {**asdict(claim), "better": better, "verdict": NO_VERDICT | {"note": note}}
+    values = [ours[seed] for seed in common], [theirs[seed] for seed in common]
+    items = None if other is None else _items(arms[claim.arm], other, claim.measure)
+    return {**asdict(claim), "better": better, "verdict": judge(*values, better, items).to_dict()}
+
+
+def _by_seed(arm: dict[str, Any], measure: str) -> dict[int, float]:
+    return {run["seed"]: value for run in arm["runs"] if (value := run["measures"].get(measure)) is not None}
+
+
+def _items(arm: dict[str, Any], other: dict[str, Any], measure: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Single answers [seed, question] of both arms, where the runs tell them."""
+    told = [[run["answers"].get(measure) for run in one["runs"]] for one in (arm, other)]
+    if not all(text for texts in told for text in texts):
+        return None
+    first, second = (np.array([unpacked(text) for text in texts]) for texts in told)
+    return first, second
 
 
 def _add_reach(runs: dict[str, list[dict[str, Any]]], suite: Suite) -> None:

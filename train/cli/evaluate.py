@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .options import Command, checkpoint_argument, flag, tokenizer_argument, trust_argument
@@ -29,6 +30,8 @@ def _eval(options: argparse.Namespace) -> None:
     loaded = open_model(options.checkpoint, tokenizer=options.tokenizer)
     given = {"source": options.source, "held_out_rows": options.rows, "sequence_length": options.length}
     recipe = loaded.learning(**{key: value for key, value in given.items() if value is not None})
+    if recipe.planted and options.length:
+        recipe = replace(recipe, planted=replace(recipe.planted, eval_length=options.length, eval_lengths=()))
     own = loaded.recipe.with_absolute_paths().data.source if loaded.recipe else None
     source = open_source(recipe, loaded.tokenizer, test=own not in (None, recipe.data.source))
     scores = source.evaluate(loaded.model, getattr(torch, recipe.train.dtype))

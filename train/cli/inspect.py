@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from .options import Command, flag, trust_argument
 
@@ -126,15 +127,23 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
 def _convert(options: argparse.Namespace) -> None:
     import torch
 
-    from ...model import convert_pretrained
-    from ...model.interchange.describe import describe
-
     if options.dtype not in (None, "bfloat16", "float16", "float32"):
         raise ValueError(f"dtype={options.dtype!r}: allowed are bfloat16, float16, float32")
     dtype = options.dtype and getattr(torch, options.dtype)
-    how = options.layout, dtype, options.max_shard_size
-    convert_pretrained(options.source, options.target, *how, weights=options.weights)
-    print(describe(options.target))
+    how = {"layout": options.layout, "dtype": dtype, "max_shard_size": options.max_shard_size}
+    print(exported(options.source, options.target, **how, weights=options.weights))
+
+
+def exported(source: Path, target: Path, **how: Any) -> str:
+    """Writes a checkpoint anew, with its model card if it is a run's; the folder that came of it as lines of text."""
+    from ...model import convert_pretrained
+    from ...model.interchange import located
+    from ...model.interchange.describe import describe
+    from ..measure import card
+
+    source = located(source)
+    convert_pretrained(source, target, **how)
+    return f"{describe(target)}\n{'model card':<22}{card.write(source, target)}"
 
 
 COMMANDS = {
@@ -153,7 +162,7 @@ COMMANDS = {
     "convert": Command(
         _convert,
         _convert_arguments,
-        "Write a checkpoint anew in another layout or number format",
+        "Write a checkpoint anew in another layout or number format, a run's with its model card",
         "abyssal convert runs/toy-20260101-120000 exported",
     ),
 }

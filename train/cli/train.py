@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .inspect import exported
 from .options import Command, flag, set_argument, trust_argument, width
 
 
@@ -15,6 +16,7 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", nargs="?", metavar="RECIPE", help="shipped name or .toml file (str; optional with --resume)"
     )
     flag(parser, "--out", Path, None, "folder of the run", "runs/NAME-DATE-TIME, or the resumed run's")
+    flag(parser, "--export", Path, None, "folder to write the model to at the end, with its card", "none")
     flag(parser, "--resume", Path, None, "run or checkpoint to go on with", "start anew")
     set_argument(parser)
     trust_argument(parser)
@@ -31,6 +33,8 @@ def _train(options: argparse.Namespace) -> None:
         return
     compared = _try_compare(summary)
     print(shown(_describe(summary, _try_plot(summary.out), compared), sys.stdout))
+    if options.export:
+        print("\n" + exported(summary.checkpoint, options.export))
 
 
 def _recipe_and_folder(options: argparse.Namespace) -> tuple[Any, Path | None]:

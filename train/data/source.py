@@ -83,6 +83,14 @@ class TextSource:
         """Bytes that the held-out targets are made of."""
         return self.scored.bytes
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the training text, bos not counted."""
+        if self.sizes is None or not isinstance(self.tokens, Tokenised):
+            return 1.0
+        tokens = self.tokens.train
+        return sum(document.size for document in self.corpus.train) / (len(tokens.tokens) - len(tokens))
+
     def describe(self) -> str:
         count = sum(map(bool, self.tokenizer.pieces))
         spelt = "" if self.sizes is None else f"; {count:,} tokens of {self.tokenizer.name}"

@@ -8,8 +8,9 @@
     dollars                     hours price;  per million tokens served: 1e6 seconds / 3600 price
 
 `peak` is the dense BF16 rate of the datasheet, MFU the share of it that is reached; FP8 and FP4 products, which run
-faster, are part of that share. A served token shares its weights with a large batch: reading them is not counted. Of
-its cache it reads the window, the index keys of all entries, the picked entries, and in HCA layers all entries.
+faster, are part of that share. MFU is given, never found: `validation` sets it by the published hours of one training
+and says how far off it then is on others. A served token shares its weights with a large batch: reading them is not
+counted. Of its cache it reads the window, the index keys of all entries, the picked entries, and in HCA layers all.
 
 A activated parameters
 """
@@ -17,7 +18,7 @@ A activated parameters
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...model.accounting import Account, account, counted, released_entry
 from ...model.config import ModelConfig, read_recipe
@@ -30,19 +31,24 @@ from ...model.lineage.accounting import flops as lineage_flops
 from ...model.lineage.config import KINDS
 from ...model.lineage.config import SHIPPED as LINEAGE
 from ..plots.style import canvas, save
-from ..recipe import load_recipe
+from ..recipe import Recipe, load_recipe
 from ..run.schedule import Schedule
 from .roofline import GPUS, Peak, datasheet
 
 POSITIONS = 256  # at which FLOPs are sampled for a mean over a sequence
 
-# V3's report, table 1 and section 4: tokens, sequence length, thousand H800 hours
-V3_PHASES = {
-    "pre-training": (14.8e12, 4096, 2664),
-    "extension to 32K": (1000 * 1920 * 32768, 32768, None),
-    "extension to 128K": (1000 * 480 * 131072, 131072, None),
-}
-V3_EXTENSION, V3_POST_TRAINING, V3_PRICE = 119, 5, 2.0
+
+class Published(NamedTuple):
+    """A training whose H800 hours a report tells, in thousands, and the FLOPs that the formula counts for it."""
+
+    hours: float
+    flops: float
+
+
+# tokens, and tokens of a row (arXiv 2412.19437, table 1 and 4.3); the extension's two phases are published as one
+V3_PRETRAINING = (14.8e12, 4096)
+V3_EXTENSION = ((1000 * 1920 * 32768, 32768), (1000 * 480 * 131072, 131072))
+V3_POST_TRAINING = 5
 
 Config = ModelConfig | LineageConfig
 
@@ -143,17 +149,36 @@ def per_million(seconds: float, gpu: Gpu) -> float:
     return 1e6 * seconds / 3600 * gpu.price
 
 
-def v3_hours(mfu: float | None = None) -> dict[str, float]:
-    """V3's training in thousand H800 hours by phase, and the MFU that goes with it.
+def _dense(activated: float, layers: int, heads: int, pair: int, length: int) -> float:
+    """FLOPs of training on a token; `pair`: channels of a key and a value together."""
+    return 3 * (2 * activated + layers * 2 * heads * pair * (1 + length) / 2)
 
-    The MFU is the one that pre-training's published hours imply, unless given; the extension phases follow from it.
+
+def trainings() -> dict[str, Published]:
+    """Trainings on H800s of which the hours are published; V3's pre-training first.
+
+    The last two are a trillion tokens each of rows of 4,096 (DeepSeek-V2, arXiv 2405.04434, 3.2.3): a dense model in
+    BF16, and a mixture of experts in BF16.
     """
-    config = LineageConfig.load("v3")
-    tokens, length, published = V3_PHASES["pre-training"]
-    implied = training_hours(config, tokens, length, Gpu("h800", 1.0, 0)) / (1e3 * (published or 1))
-    gpu = Gpu("h800", implied if mfu is None else mfu, V3_PRICE)
-    hours = {name: training_hours(config, n, t, gpu) / 1e3 for name, (n, t, _) in V3_PHASES.items()}
-    return {"mfu": gpu.mfu, **hours, "post-training": V3_POST_TRAINING, "total": sum(hours.values()) + V3_POST_TRAINING}
+    v3 = LineageConfig.load("v3")
+    extension = sum(tokens * training_flops(v3, length) for tokens, length in V3_EXTENSION)
+    tokens, length = V3_PRETRAINING
+    return {
+        "V3's pre-training": Published(2664, tokens * training_flops(v3, length)),
+        "V3's context extension": Published(119, extension),
+        "DeepSeek 67B, 1e12 tokens": Published(300.6, 1e12 * _dense(67e9, 95, 64, 128 + 128, 4096)),
+        "DeepSeek-V2, 1e12 tokens": Published(172.8, 1e12 * _dense(21e9, 60, 128, 192 + 128, 4096)),
+    }
+
+
+def validation() -> tuple[float, dict[str, tuple[float, float]]]:
+    """The MFU that the first of `trainings` implies, and of each other one the hours that this predicts and those that
+    were published, in thousands.
+    """
+    (_, first), *others = trainings().items()
+    second = Gpu("h800", 1.0, 0).flops * 3.6e6
+    mfu = first.flops / second / first.hours
+    return mfu, {name: (one.flops / second / mfu, one.hours) for name, one in others}
 
 
 # tables and the picture ----------------------------------------------------------------------------------------------
@@ -181,6 +206,11 @@ def training(name: str) -> tuple[float, int]:
     recipe = load_recipe(name)
     if recipe.grpo:
         raise ValueError(f"tokens is missing: the model itself writes what {name} trains on")
+    return of_recipe(recipe)
+
+
+def of_recipe(recipe: Recipe) -> tuple[float, int]:
+    """Tokens that a recipe trains on, and the mean length of their rows."""
     schedule = Schedule(recipe)
     stages = [(schedule.tokens(i), stage.sequence_length) for i, stage in enumerate(schedule.stages)]
     total = sum(tokens for tokens, _ in stages)
@@ -223,7 +253,7 @@ def estimate(name: str, context: int, gpu: Gpu, tokens: float | None = None, len
     compute, memory = decode_seconds(config, context, gpu)
     prefill = prefill_seconds(config, max(context, 1), gpu)
     lines = [
-        f"{gpu.name}: {gpu.peak.flops / 1e12:.0f} TFLOP/s dense BF16 at MFU {gpu.mfu:g},"
+        f"given      {gpu.name}: {gpu.peak.flops / 1e12:.0f} TFLOP/s dense BF16 at MFU {gpu.mfu:g},"
         f" {gpu.peak.bytes / 1e9:.0f} GB/s, {GPUS[gpu.name].memory:g} GB, ${gpu.price:g} an hour",
         f"training   3 (2 A + attention) = 3 (2 x {_flops(a.activated, 2)} + "
         f"{_flops(attention_flops(config, length, expanded=True), 2)}) = {_flops(trained, 1)}FLOP a token"
@@ -281,16 +311,21 @@ def _memory(parameters: int, gigabytes: float) -> str:
 
 
 def v3_table() -> str:
-    """V3's published hours beside those of the formula."""
-    own = v3_hours()
-    extension = own["extension to 32K"] + own["extension to 128K"]
+    """What `validation` finds, with what the MFU was set by."""
+    mfu, found = validation()
+    (fitted, first), *_ = trainings().items()
+    errors = {name: hours / published - 1 for name, (hours, published) in found.items()}
     return "\n".join(
         [
-            f"V3 in thousand H800 hours, at the MFU of {own['mfu']:.1%} (BF16 peak) that its pre-training implies:",
-            f"  pre-training    {own['pre-training']:8,.0f}   published 2,664 (sets the MFU)",
-            f"  extension       {extension:8,.0f}   published   {V3_EXTENSION}",
-            f"  post-training   {V3_POST_TRAINING:8,.0f}   published     {V3_POST_TRAINING} (taken over)",
-            f"  total           {own['total']:8,.0f}   published 2,788",
+            "thousand H800 hours by the formula of training hours",
+            f"calibrated on   {fitted}: {first.hours:,} published, so the MFU is {mfu:.1%} of dense BF16",
+            f"predicts        {'':<28}{'hours':>7}{'published':>11}{'off by':>9}",
+            *(
+                f"                {name:<28}{hours:7,.0f}{published:11,.0f}{errors[name]:+9.0%}"
+                for name, (hours, published) in found.items()
+            ),
+            f"leaves out      V3's post-training ({V3_POST_TRAINING} published)",
+            f"One MFU carries over to other trainings within {max(map(abs, errors.values())):.0%} here.",
         ]
     )
 

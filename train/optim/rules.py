@@ -97,7 +97,7 @@ def rule_of(name: str, shape: Sequence[int], optim: OptimConfig, widths: Widths)
     if leaf in STATIC or "norm" in leaf or len(shape) < 2:
         return Rule("adamw", "vectors", whole, STATIC.get(leaf, "norm weight" if "norm" in leaf else "a vector"))
     reason = _reason(words, leaf, shape)
-    if optim.rule == "adamw":
+    if optim.rule == "adamw" or optim.muon_on == ("rest" if "experts" in words else "experts"):
         return Rule("adamw", "matrices", whole, reason)
     if len(shape) > 2 and leaf not in ("w13", "w2"):
         raise ValueError(f"{name} {tuple(shape)}: optim.rule='muon' knows no matrices in it; name them in rules.py")

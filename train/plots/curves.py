@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..run import metrics, opponents
+from ..run import metrics, opponents, provenance
 from . import rewards
 from .style import (
     BLUE,
@@ -31,8 +31,8 @@ from .style import (
 
 FILE = "curves.png"
 PARTS = {
-    "lm": (BLUE, "next byte"),
-    "mtp": (ORANGE, "byte after next (MTP)"),
+    "lm": (BLUE, "next {0}"),
+    "mtp": (ORANGE, "{0} after next (MTP)"),
     "balance": (GREEN, "expert balance (no unit)"),
     "index": (PINK, "indexer KL"),
 }
@@ -54,33 +54,33 @@ def plot(folder: Path | str, path: Path | str | None = None) -> Path:
         missing = [name for name in metrics.OF_ALL if record.get(name) is None]
         if missing:
             raise ValueError(f"{str(folder / metrics.FILE)!r}: line {number} has no {missing[0]}")
-    figure = canvas(14, 8)
+    figure, width = canvas(14, 8), provenance.bytes_per_token(folder)
     axes = figure.subplot_mosaic("AAB;CDE")
-    for name, panel in zip("ABCDE", _panels(records, opponents.read(folder))):
+    for name, panel in zip("ABCDE", _panels(records, opponents.read(folder), width)):
         panel(axes[name], records)
         tidy(axes[name])
-    return save(figure, Path(path) if path else folder / FILE, _title(folder, records))
+    return save(figure, Path(path) if path else folder / FILE, _title(folder, records, width))
 
 
 def _panels(
-    records: list[dict[str, Any]], compared: dict[str, Any]
+    records: list[dict[str, Any]], compared: dict[str, Any], width: float
 ) -> tuple[Callable[[Any, list[dict[str, Any]]], None], ...]:
-    """The large panel and four small ones, as the run's metrics ask for."""
+    """The large panel and four small ones, as the run's metrics ask for; `width`: bytes of a token."""
     if any("reward" in record for record in records):
         return rewards.reward, rewards.distance, rewards.entropy, rewards.length, rewards.limits
     scored = any("accuracy" in record for record in records)
     answers = any("answers" in record for record in records)
-    bits = partial(_bits, compared)
-    return rewards.accuracy if scored else rewards.answers if answers else bits, _losses, _load, _spread, _captured
+    bits, losses = partial(_bits, compared, width), partial(_losses, width)
+    return rewards.accuracy if scored else rewards.answers if answers else bits, losses, _load, _spread, _captured
 
 
-def _title(folder: Path, records: list[dict[str, Any]]) -> str:
+def _title(folder: Path, records: list[dict[str, Any]], width: float) -> str:
     last = records[-1]
     speed = sorted(record["tokens_per_second"] for record in records)[len(records) // 2]
     parts = (
         folder.resolve().name,
         f"{last['step']:,} steps",
-        f"{last['tokens'] / 1e6:.2f} M bytes",
+        f"{last['tokens'] / 1e6:.2f} M {_unit(width)}s",
         f"{last['seconds'] / 60:.1f} min",
         f"{speed:,.0f} tokens/s (median)",
         f"peak memory {last['peak_memory_gib']:.2f} GiB",
@@ -88,9 +88,13 @@ def _title(folder: Path, records: list[dict[str, Any]]) -> str:
     return "   ·   ".join(parts)
 
 
-def _bits(compared: dict[str, Any], axis: Any, records: list[dict[str, Any]]) -> None:
+def _unit(width: float) -> str:
+    return "byte" if width == 1 else "token"
+
+
+def _bits(compared: dict[str, Any], width: float, axis: Any, records: list[dict[str, Any]]) -> None:
     steps, nats = series(records, "lm")
-    bits = [value / math.log(2) for value in nats]
+    bits = [value / math.log(2) / width for value in nats]
     mean = smooth(bits)
     axis.plot(steps, bits, color=BLUE, alpha=0.25, linewidth=0.8)
     axis.plot(steps, mean, color=BLUE, label=f"training text: {mean[-1]:.3f} at the end")
@@ -123,12 +127,12 @@ def _lines(compared: dict[str, Any], records: list[dict[str, Any]]) -> Iterator[
         yield trigrams[-1], "trigram model, same held-out bytes", "--"
 
 
-def _losses(axis: Any, records: list[dict[str, Any]]) -> None:
+def _losses(width: float, axis: Any, records: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for name, (colour, label) in PARTS.items():
         if any(value > 0 for value in series(records, name)[1]):
-            draw_line(axis, records, name, colour, label)
+            draw_line(axis, records, name, colour, label.format(_unit(width)))
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")

@@ -11,7 +11,7 @@ from typing import Any
 from ...model.disk import whole
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"  # Okabe and Ito
-COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9")
+COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000", "#999999")
 
 
 def canvas(width: float, height: float) -> Any:

@@ -26,7 +26,8 @@ from .tables import places
 # keys of [model] in which a run may differ from the weights that it starts from: what is stored, and what is learnt
 FREE = (
     *("torch_dtype", "expert_dtype", "quantization_config", "quantization_aware", "initializer_range"),
-    *("mtp_loss_weight", "balance_loss_weight", "index_loss_weight", "router_bias_update_speed"),
+    *("mtp_loss_weight", "balance_loss_weight", "balance_picks", "index_loss_weight"),
+    *("router_bias_update_speed", "router_bias_rule"),
 )
 
 

@@ -36,7 +36,7 @@ def compare(source: TextSource, scores: dict[str, Any], step: int, run: Path | N
     known = bool(starts) and step > 0 and same and source.tokenizer.exact
     texts = {"all": training_text(source.corpus.train)}
     if known:
-        texts["read"] = _read(source, starts, step)
+        texts["read"] = read_text(source, starts, step)
     own = {part: scores[part] for part in ("held_out", "clean") if part in scores}
     others = [
         {"name": name, "training": training, **bits}
@@ -89,7 +89,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read(source: TextSource, starts: Sequence[dict[str, Any]], step: int) -> Any:
+def read_text(source: TextSource, starts: Sequence[dict[str, Any]], step: int) -> Any:
     return seen(source.tokens, source.tokenizer, _rows(starts, step), MOST)
 
 
@@ -111,7 +111,7 @@ def _rows(starts: Sequence[dict[str, Any]], step: int) -> Iterator[Rows]:
 def _curve(source: TextSource, starts: Sequence[dict[str, Any]], step: int) -> Iterator[dict[str, Any]]:
     size, bits = 0, 0.0
     for part in sorted({-(-step // (1 << halves)) for halves in range(7)}):
-        text = _read(source, starts, part)
+        text = read_text(source, starts, part)
         if len(text) > size:  # else it is the same: what opponents are given has a limit
             size, bits = len(text), float(n_grams(text, source.scored, [CURVE])[CURVE].mean())
         yield {"step": part, "held_out": bits}

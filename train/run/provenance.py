@@ -16,7 +16,7 @@ import torch
 
 from ...model.disk import write_json
 from ...model.folders import read_json
-from ..data.source import Source
+from ..data.source import Source, TextSource
 from ..recipe import Recipe
 
 FILE = "run.json"
@@ -43,13 +43,24 @@ def write(
         "command": sys.argv,
         "recipe": recipe.to_dict(),
         "parameters": parameters,
-        "data": {"digest": data.digest, "contents": data.describe()},
+        "data": {"digest": data.digest, "contents": data.describe(), **_of_text(data)},
         "source": source(),
         "versions": versions(),
         "machine": machine(device),
         "processes": processes,
     }
     write_json(path, {"saved": False, **(read_json(path) if earlier else {}), "starts": [*earlier, start]})
+
+
+def _of_text(data: Source) -> dict[str, float]:
+    return {"bytes_per_token": data.bytes_per_token} if isinstance(data, TextSource) else {}
+
+
+def bytes_per_token(folder: Path) -> float:
+    """Of the run's text; 1 where nothing else is known."""
+    if not (folder / FILE).is_file():
+        return 1.0
+    return float(starts(folder)[-1].get("data", {}).get("bytes_per_token", 1.0))
 
 
 def mark_saved(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Suites: verdicts against tables and by hand, runs that are made once, pictures and page from the JSON alone."""
+"""Suites: runs that are made once, arms of equal time, pictures and page from the JSON alone."""
 
 import json
 import math
@@ -10,12 +10,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import patience
 import pytest
 from patience import wait_for
 
 import abyssal
-from abyssal.train.ablate import probes
+from abyssal.train.ablate import clock, measures, probes, summary, sweep
 from abyssal.train.ablate import run as runner
 from abyssal.train.ablate.draw import draw
 from abyssal.train.ablate.measures import curves, flatten, measure
@@ -25,56 +26,9 @@ from abyssal.train.ablate.run import RESULT, RUNS, run_suite
 from abyssal.train.ablate.suite import Arm, Claim, Measure, Panel, Suite, jobs
 from abyssal.train.ablate.suites import SUITES, chosen
 from abyssal.train.ablate.summary import reach
-from abyssal.train.ablate.verdict import FAILS, HOLDS, UNDECIDED, interval, judge, student_quantile
 from abyssal.train.cli import main
+from abyssal.train.evaluate.verdict import judge
 from abyssal.train.run import metrics
-
-# verdicts
-
-
-@pytest.mark.parametrize(
-    "probability, freedom, point",
-    [(0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 4, 2.7764), (0.975, 30, 2.0423), (0.95, 5, 2.0150), (0.5, 3, 0)],
-)
-def test_student_quantiles_are_those_of_the_printed_tables(probability, freedom, point):
-    assert student_quantile(probability, freedom) == pytest.approx(point, abs=6e-5)
-
-
-def test_welch_by_hand():
-    """s²/n = 1/3 and 13/12 -> ν = (17/12)² / ((1/9 + 169/144) / 2) = 3.1239, t = 3.1102 (interpolated from tables)."""
-    verdict = judge([1.0, 2.0, 3.0], [4.0, 5.0, 7.5], "lower")
-    assert verdict.difference == pytest.approx(2 - 5.5)
-    s = 1 / 3 + 3.25 / 3
-    freedom = s**2 / ((1 / 9 + (3.25 / 3) ** 2) / 2)
-    assert freedom == pytest.approx(3.1239, abs=1e-3)
-    t = 3.1824 + (freedom - 3) * (2.7764 - 3.1824)  # t is convex in ν: the chord lies a little above
-    half = (verdict.interval[1] - verdict.interval[0]) / 2
-    assert 0.98 * t * math.sqrt(s) < half <= t * math.sqrt(s)
-    assert (verdict.interval[0] + verdict.interval[1]) / 2 == pytest.approx(-3.5)
-
-
-def test_the_word_follows_the_interval_and_the_direction():
-    low, high = [1.0, 1.1, 0.9], [2.0, 2.1, 1.9]
-    assert judge(high, low, "higher").word == HOLDS and judge(high, low, "lower").word == FAILS
-    assert judge(low, high, "lower").word == HOLDS and judge(low, high, "higher").word == FAILS
-    assert judge([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "lower").word == UNDECIDED
-    assert judge([1.0], low, "lower").word == UNDECIDED and judge([1.0], low, "lower").interval is None
-    assert judge([0.5, 0.5, 0.5], [0.2, 0.2, 0.2], "higher").interval == pytest.approx((0.3, 0.3))
-
-
-def test_against_a_number_it_is_the_one_sample_interval():
-    verdict = judge([0.4, 0.5, 0.6], 0.7, "lower")
-    half = 4.3027 * 0.1 / math.sqrt(3)
-    assert verdict.interval == pytest.approx((-0.2 - half, -0.2 + half), abs=1e-4) and verdict.word == UNDECIDED
-    assert judge([0.49, 0.5, 0.51], 0.7, "lower").word == HOLDS
-    assert interval([0.4, 0.5, 0.6]) == pytest.approx(half, abs=1e-4) and interval([1.0]) is None
-
-
-@pytest.mark.parametrize("arm, other, better", [([], [1.0], "lower"), ([1.0], [math.nan], "lower"), ([1.0], [1.0], "")])
-def test_what_cannot_be_judged_is_refused(arm, other, better):
-    with pytest.raises(ValueError, match="allowed"):
-        judge(arm, other, better)
-
 
 # measures
 
@@ -127,7 +81,8 @@ def test_a_suite_refuses_unknown_arms_measures_and_variants():
 TINY = (
     *("model.hidden_size=16", "model.num_attention_heads=2", "model.head_dim=8", "model.qk_rope_head_dim=4"),
     *("model.q_lora_rank=8", "model.o_lora_rank=8", "model.index_head_dim=8", "model.moe_intermediate_size=16"),
-    *("planted.keys=8", "planted.density=0.05", "planted.nearest=4", "data.held_out_rows=2", "data.batch_size=2"),
+    *("planted.keys=8", "planted.density=0.05", "planted.nearest=4", "planted.eval_nearest=0"),
+    *("data.held_out_rows=2", "data.batch_size=2"),
     *("data.sequence_length=64", "train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "train.device=cpu"),
 )
 
@@ -218,6 +173,56 @@ def test_the_key_is_the_recipe_and_the_variant_and_nothing_else():
     assert replace(a[0], probes=("acceptance",)).key == a[0].key
 
 
+def test_runs_are_read_from_the_json_where_their_folders_are_gone(done, tmp_path, monkeypatch):
+    out, found = done
+    shutil.copy(out / "small.json", tmp_path / "small.json")
+    monkeypatch.setattr(runner, "train", lambda recipe, *_, **__: 1 / 0)
+    assert run_suite(suite(), tmp_path, seeds=(0, 1), workers=1, shown=False)["arms"] == found["arms"]
+    other = run_suite(suite(name="other"), tmp_path, seeds=(1, 0), workers=1, shown=False)
+    assert other["arms"]["few"]["runs"] == found["arms"]["few"]["runs"][::-1]
+    with pytest.raises(ZeroDivisionError):
+        run_suite(suite(probes=("acceptance",)), tmp_path, seeds=(0, 1), workers=1, shown=False)
+
+
+def test_what_all_arms_have_done_is_written_before_the_next_seed_is(done, tmp_path, monkeypatch):
+    shutil.copytree(done[0] / RUNS, tmp_path / RUNS)
+    monkeypatch.setattr(runner, "train", lambda recipe, *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_suite(suite(), tmp_path, seeds=(0, 1, 2), workers=1, shown=False)
+    found = json.loads((tmp_path / "small.json").read_text("utf-8"))
+    assert found["arms"] == done[1]["arms"] and found["scale"]["seeds"] == 2
+
+
+def test_an_arm_of_equal_time_takes_the_steps_that_fit(tmp_path, monkeypatch):
+    clocked = []
+
+    def seconds(jobs):
+        clocked.append([job.arm for job in jobs])
+        return [0.2 if job.arm == "few" else 0.1 for job in jobs]
+
+    monkeypatch.setattr(runner, "seconds_per_step", seconds)
+    many = suite().arms[1]
+    timed = suite(arms=(*suite().arms, many.in_equal_time()))
+    found = run_suite(timed, tmp_path, seeds=(0,), workers=1, shown=False)
+    assert {name: arm["steps"] for name, arm in found["arms"].items()} == {"few": 4, "many": 4, "many-time": 8}
+    run_suite(timed, tmp_path, seeds=(1,), workers=1, shown=False)
+    assert clocked == [["few", "many-time"]], "measured once, then read from clock.json"
+
+
+def test_the_clock_takes_the_fastest_round_and_refuses_stages(monkeypatch):
+    times = iter([3.0, 1.0, 2.0, 5.0, 4.0, 1.5])
+    monkeypatch.setattr(clock, "_time", lambda job: next(times))
+    few, many = jobs(suite(), [0])
+    assert clock.seconds_per_step([few, many]) == [2.0, 1.0] and clock.equal_steps(160, 2.0, 0.5) == 640
+    staged = jobs(SUITES["indexer"], [0])[0]
+    with pytest.raises(ValueError, match="arm 'trained': equal time is not there for recipes with"):
+        clock.seconds_per_step([staged])
+
+
+def test_a_step_is_timed_on_a_real_run():
+    assert 0 < clock._time(jobs(suite(), [0])[0]) < 60
+
+
 def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkeypatch):
     out, _ = done
     job = replace(jobs(suite(), [0])[0], probes=("size",))
@@ -228,6 +233,20 @@ def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkey
 
     trained = load_trained(out / RUNS / job.key)[0]
     assert found["measures"]["size"] == trained.embed.weight.abs().sum().item() and found["probes"] == ["size"]
+
+
+def test_opponents_are_those_of_the_same_bytes(tiny):
+    from abyssal.train.data.opponents import opponents, training_text
+    from abyssal.train.start import open_source
+
+    recipe = tiny("train.steps=3")
+    found, source = probes.opponents(None, recipe), open_source(recipe)
+    every = opponents(training_text(source.corpus.train), source.scored, source.clean)
+    whole = {f"{name}.all.{part}": bits for name, parts in every.items() for part, bits in parts.items()}
+    assert whole.items() <= found.items() and {name.replace(".all.", ".read.") for name in whole} <= found.keys()
+    assert found["KN-3.read.held_out"] > found["KN-3.all.held_out"], "three steps have read less"
+    with pytest.raises(ValueError, match="allowed with the probe opponents is text"):
+        probes.opponents(None, jobs(suite(), [0])[0].recipe)
 
 
 def test_drafts_of_a_model_without_mtp_are_an_untrained_modules(tiny, monkeypatch):
@@ -358,7 +377,7 @@ def test_bars_have_intervals_and_every_seed_and_the_window_is_marked(done):
     found = json.loads(json.dumps(done[1]))
     for arm, values in zip(found["arms"].values(), ([0.1, 0.3], [0.6, 0.8])):
         for run, value in zip(arm["runs"], values):
-            run["measures"] |= {"accuracy": value, "accuracy_at.32": value}
+            run["measures"] = {"accuracy": value, "accuracy_at.32": value, "floor": 0.05, "floor_at.32": 0.04}
         arm["summary"] = {"accuracy_at.32": {}}
     bars, distance = figure.subplots(1, 2)
     drawing._bars(bars, found, found["panels"][1])
@@ -370,27 +389,121 @@ def test_bars_have_intervals_and_every_seed_and_the_window_is_marked(done):
     assert [len(c.get_offsets()) for c in bars.collections if len(c.get_offsets()) > 1] == [2, 2]
     drawing._distance(distance, found, found["panels"][0])
     assert [line.get_xdata()[0] for line in distance.lines if line.get_linestyle() == "--"] == [16]
-    assert [text.get_text() for text in distance.texts] == ["window 16", "chance"]
-    assert [line.get_ydata()[0] for line in distance.lines if line.get_linestyle() == ":"] == [1 / 32]
+    assert [text.get_text() for text in distance.texts] == ["window 16", "best blind reader"]
+    for axis, floor in ((bars, 0.05), (distance, 0.04)):
+        assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [floor]
+
+
+def committed(found: dict, **changes) -> dict:
+    """A copy whose runs come from a clean commit."""
+    copied = json.loads(json.dumps(found)) | changes
+    copied["provenance"]["uncommitted_changes"] = False
+    return copied
 
 
 def test_the_page_says_what_the_json_says(done, tmp_path):
-    found = done[1]
-    changed = json.loads(json.dumps(found))
-    for name, values in (("few", [0.91, 0.92]), ("many", [0.11, 0.12])):
+    changed = committed(done[1])
+    for name, values in (("few", [0.91, 0.92]), ("many", [0.11, 0.13])):
         for run, value in zip(changed["arms"][name]["runs"], values):
             run["measures"]["accuracy"] = value
         changed["arms"][name]["summary"]["accuracy"] = {"mean": sum(values) / 2, "deviation": 0.01, "values": values}
-    changed["claims"][0]["verdict"] = judge([0.91, 0.92], [0.11, 0.12], "higher").to_dict()
+    verdict = judge([0.91, 0.92], [0.11, 0.13], "higher")
+    changed["claims"][0]["verdict"] = verdict.to_dict()
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "small.json").write_text(json.dumps(changed), "utf-8")
+    path = tmp_path / "results" / "small.json"
+    path.write_text(json.dumps(changed), "utf-8")
     page = write_page(tmp_path / "results", tmp_path / "RESULTS.md", ["missing", "small"]).read_text("utf-8")
-    assert "| [small](#small) | few are better | **holds** |" in page and "(results/small.png)" in page
-    assert (
-        "91.5% ± 1.0%" in page and "11.5% ± 1.0%" in page and "few are better: **holds** (answers right: +80.0%" in page
-    )
-    assert "2 seeds, 4 runs, each 4 steps" in page and "Nothing is learned in four steps." in page
-    assert "many picks: `model.index_topk=32`" in page and "/tmp" not in page
-    assert "few are better" in table(found) and "answers right" in table(found)
+    assert verdict.p == pytest.approx(0.004, abs=1e-3)
+    assert "| [small](#small) | few are better | +79.5% (73.1% to 85.9%) | 0.004 | **holds** |" in page
+    assert "(results/small.png)" in page and "91.5% ± 1.0%" in page and "12.0% ± 1.0%" in page
+    assert "few are better: **holds** (answers right: +79.5% (73.1% to 85.9%), p 0.004)" in page
+    assert "2 seeds of 8 that are registered, 4 runs, each 4 steps" in page and "Nothing is learned in four" in page
+    assert "many picks: `model.index_topk=32`" in page and "/tmp" not in page and "shared with" not in page
+    assert "few are better" in table(done[1]) and "answers right" in table(done[1])
     with pytest.raises(FileNotFoundError, match="missing"):
         write_page(tmp_path, tmp_path / "R.md", ["missing"])
+    path.write_text(json.dumps(done[1] | {"provenance": {"uncommitted_changes": True}}), "utf-8")
+    with pytest.raises(ValueError, match="small: runs of uncommitted code"):
+        write_page(tmp_path / "results", tmp_path / "RESULTS.md", ["small"])
+
+
+def test_the_page_corrects_for_all_its_claims_and_names_shared_runs(done, tmp_path):
+    for name, ps in (("one", (0.02,)), ("two", (0.03, 0.2))):
+        found = committed(done[1], suite=name)
+        claim = {"text": "x", "measure": "accuracy", "arm": "few", "than": "many", "better": "higher"}
+        verdict = {"word": "holds", "difference": 0.5, "interval": [0.1, 0.9]}
+        found["claims"] = [claim | {"verdict": verdict | {"p": p}} for p in ps]
+        (tmp_path / f"{name}.json").write_text(json.dumps(found), "utf-8")
+    page = write_page(tmp_path, tmp_path / "R.md", ["one", "two"]).read_text("utf-8")
+    assert page.count("| 0.060 | **undecided** |") == 2 and page.count("| 0.200 | **undecided** |") == 1
+    assert "for all 3 claims" in page and "Runs shared with two (few picks, many picks)." in page
+
+
+def test_a_claim_may_be_against_a_number_or_another_measure_of_the_same_runs(done):
+    measured = suite(
+        measures=(Measure("accuracy", "answers right", "higher"), Measure("floor", "blind")),
+        claims=(Claim("a", "accuracy", "few", "floor"), Claim("b", "accuracy", "few", 0.25)),
+    )
+    arms = json.loads(json.dumps(done[1]["arms"]))
+    for run, right, floor in zip(arms["few"]["runs"], (0.5, 0.75), (0.25, 0.375)):
+        run["measures"] |= {"accuracy": right, "floor": floor}
+    found = [summary._claim(measured, claim, arms)["verdict"] for claim in measured.claims]
+    assert found == [judge([0.5, 0.75], other, "higher").to_dict() for other in ([0.25, 0.375], [0.25, 0.25])]
+    with pytest.raises(ValueError, match="arm 'flor'"):
+        suite(claims=(Claim("a", "accuracy", "few", "flor"),))
+
+
+def test_the_page_has_the_floor_of_every_task(done, tmp_path):
+    from abyssal.train.ablate import floors
+    from abyssal.train.data.planted import TASKS
+
+    found = floors.floors()
+    assert list(found) == list(TASKS) and max(v for k, v in found["recall"].items() if k != "floor_at") < 1 / 32 + 0.02
+    (tmp_path / "small.json").write_text(json.dumps(committed(done[1])), "utf-8")
+    page = write_page(tmp_path, tmp_path / "R.md", ["small"]).read_text("utf-8")
+    assert f"| recall | {found['recall']['recency']:.1%} |" in page and page.count("\n| ngram_facts |") == 1
+
+
+def test_answers_make_the_questions_noise_part_of_the_verdict(done):
+    few, many = json.loads(json.dumps(done[1]["arms"])).values()
+    for arm, texts in ((few, ("1101", "1111")), (many, ("0100", "0101"))):
+        for run, text in zip(arm["runs"], texts):
+            run["answers"] = measures.answers({"answers": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
+            run["measures"]["accuracy"] = text.count("1") / 4
+    claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many})
+    first, second = np.array([[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 1, 0, 1]]])
+    wanted = judge(first.mean(1).tolist(), second.mean(1).tolist(), "higher", (first, second))
+    assert claim["verdict"] == wanted.to_dict() and wanted.difference == 0.5
+    assert few["runs"][0]["answers"].keys() == {"accuracy", "accuracy_at.32", "accuracy_at.64"}
+    assert measures.unpacked(few["runs"][0]["answers"]["accuracy_at.64"]) == [1, 0, 1] and measures.answers({}) == {}
+
+
+def test_a_sweep_keeps_the_best_change_of_each_axis_at_equal_time(tmp_path, monkeypatch):
+    """Scores are made up by what is set; the steps are those that fit."""
+    scores = {"16": 3.0, "8": 2.5, "32": 2.7, "8 0.5": 2.6, "8 2.0": 2.4}
+
+    def run_job(job, runs):
+        change = f"{job.recipe.model.index_topk} {job.recipe.model.routed_scaling_factor}".removesuffix(" 1.0")
+        found = json.loads((tmp_path / "one.json").read_text("utf-8"))
+        return (
+            found
+            | {"key": job.key, "seed": job.seed, "steps": job.recipe.train.steps}
+            | {"measures": found["measures"] | {"clean": scores[change]}}
+        )
+
+    job = jobs(suite(), [0])[0]
+    (tmp_path / "one.json").write_text(json.dumps(runner.run_job(job, tmp_path / RUNS)), "utf-8")
+    monkeypatch.setattr(runner, "run_job", run_job)
+    monkeypatch.setattr(runner, "seconds_per_step", lambda jobs: [0.3, *(0.1 for _ in jobs[1:])])
+    axes = (
+        sweep.Axis("picks", (("model.index_topk=8",), ("model.index_topk=32",))),
+        sweep.Axis("scale", (("model.routed_scaling_factor=0.5",), ("model.routed_scaling_factor=2",))),
+    )
+    arm = Arm("start", "start", without=("stages",))
+    found = sweep.run_sweep(sweep.Sweep("t", "indexer", TINY, arm, arm, axes), tmp_path, workers=1, shown=False)
+    assert found["best"] == ["model.index_topk=8", "model.routed_scaling_factor=2"]
+    assert [(t["steps"], t["score"]) for t in found["trials"]] == [(4, 3.0), (12, 2.5), (12, 2.7), (12, 2.6), (12, 2.4)]
+    assert json.loads((tmp_path / "sweep-t.json").read_text("utf-8")) == found
+    marked = [line for line in sweep.table(found).splitlines() if line.endswith("*")]
+    assert len(marked) == 1 and "model.index_topk=8 model.routed_scaling_factor=2" in marked[0]
+    assert main(["ablate", "--sweep", "nothing"]) == 2

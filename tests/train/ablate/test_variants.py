@@ -104,9 +104,101 @@ def test_a_table_of_one_row_says_the_same_after_any_n_gram():
     assert engram.table.weight.grad.abs().sum(1).min() > 0  # every head has its own row
 
 
+def test_identity_mixing_hands_every_stream_on_as_it_is():
+    model = built("identity mixing")
+    site = model.layers[1].hc_ffn
+    torch.nn.init.normal_(site.base)
+    streams = torch.randn(2, 5, site.streams, model.config.hidden_size)
+    y = torch.randn(2, 5, model.config.hidden_size)
+    _, mix = site(streams)
+    wanted = streams + mix.post[..., None] * y[..., None, :]
+    torch.testing.assert_close(site.recombine(y, mix.streams, mix), wanted, rtol=1e-5, atol=1e-6)
+    model(ids(), targets=ids()).loss.backward()
+    n = site.streams
+    pre_post, comb = site.base.grad.split([2 * n, n * n])
+    assert pre_post.abs().min() > 0 and comb.abs().max() == 0
+
+
+def test_n_grams_in_the_logits_are_the_tables_rows_through_a_map():
+    model, same = built("n-gram logits"), built("as configured")
+    tokens = ids()
+    engram = model.norm.engram
+    assert torch.equal(
+        engram.rows(tokens, make_layout(tokens, None)), same.layers[1].engram.rows(tokens, make_layout(tokens, None))
+    )
+    for block in same.layers:
+        block.engram = None
+    same.load_state_dict({k.replace("norm.norm.", "norm."): v for k, v in model.state_dict().items()}, strict=False)
+    rows = engram.table(engram.rows(tokens, make_layout(tokens, None)))
+    wanted = same(tokens).logits + rows @ engram.wkv.weight.T @ model.head.weight.T
+    torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-5, atol=1e-5)
+    model(tokens, targets=tokens).loss.backward()
+    assert engram.table.weight.grad.abs().sum() > 0 and all(p.grad is not None for p in model.norm.parameters())
+    build_optimizer(model, load_recipe("nano", ["optim.rule=muon"]).optim).step()
+
+
+def dense(*overrides: str) -> Transformer:
+    one = ["model.hc_mult=1", "model.compress_ratios=[0, 0, 0]", "model.engram=none", "model.n_shared_experts=3"]
+    return built("dense transformer", *one, "model.num_nextn_predict_layers=0", *overrides)
+
+
+def test_a_dense_transformer_is_the_plain_maths():
+    model, tokens = dense(), ids()
+    documents = torch.tensor([[0] * 15 + [1] * 25, [0] * 30 + [-1] * 10])
+    x = model.embed(tokens)
+    c = model.config
+    angles = torch.outer(
+        torch.arange(40.0), c.rope_theta ** (-torch.arange(0, c.qk_rope_head_dim, 2) / c.qk_rope_head_dim)
+    )
+    starts = torch.tensor([[0] * 15 + [15] * 25, [0] * 40])
+    positions = torch.arange(40) - starts
+
+    def turned(heads):  # [b, t, h, c]: pairs of the last channels, interleaved
+        heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + c.rms_norm_eps)
+        plain, rotary = heads.split([c.head_dim - c.qk_rope_head_dim, c.qk_rope_head_dim], -1)
+        pairs = torch.view_as_complex(rotary.unflatten(-1, (-1, 2)).contiguous())
+        turns = torch.polar(torch.ones_like(angles), angles)[positions][:, :, None]
+        return torch.cat([plain, torch.view_as_real(pairs * turns).flatten(-2)], -1)
+
+    rms = lambda x, norm: norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps)  # noqa: E731
+    for block in model.layers:
+        u = rms(x, block.attn_norm)
+        q, k, v = (
+            (u @ w.weight.T).unflatten(-1, (-1, c.head_dim))
+            for w in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)
+        )
+        scores = torch.einsum("bshc,bthc->bhst", turned(q), turned(k)) / c.head_dim**0.5
+        seen = (torch.arange(40)[:, None] >= torch.arange(40)) & (torch.arange(40) >= starts[..., None])
+        mass = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+        x = x + torch.einsum("bhst,bthc->bshc", mass, v).flatten(-2) @ block.attn.o_proj.weight.T
+        u, shared = rms(x, block.ffn_norm), block.ffn.shared_experts
+        gate, up = (u @ shared.w13.weight.T).chunk(2, -1)
+        hidden = torch.nn.functional.silu(gate.clamp(max=c.swiglu_limit)) * up.clamp(-c.swiglu_limit, c.swiglu_limit)
+        x = x + hidden @ shared.w2.weight.T
+    real, wanted = documents >= 0, rms(x, model.norm) @ model.head.weight.T
+    torch.testing.assert_close(model(tokens, documents=documents).logits[real], wanted[real], rtol=1e-4, atol=1e-5)
+    alone = model(tokens[:1, 15:])
+    torch.testing.assert_close(model(tokens, documents=documents).logits[:1, 15:], alone.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dense_transformer_trains_and_is_observed_like_any_model():
+    from abyssal.train.run.observe import Observer
+
+    model = dense()
+    look = Observer(model)
+    with look.watching():
+        out = model(ids(), targets=ids(), documents=torch.zeros_like(ids()))
+    out.loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert out.losses["balance"] == 0 and out.metrics["load"].tolist() == [[1.0]] * 3
+    model.update_router_bias()
+    build_optimizer(model, load_recipe("nano", ["optim.rule=muon"]).optim).step()
+
+
 @pytest.mark.parametrize(
     "variant, overrides, message",
     [
+        ("dense transformer", ["model.hc_mult=1"], "compress_ratios and model.engram"),
         ("plain residual", [], "hc_mult=4"),
         ("frozen indexer", [], "index_loss_weight=0.01"),
     ],
@@ -120,8 +212,9 @@ def test_one_row_needs_a_table():
     model = built("as configured")
     bare = Transformer(load_recipe("indexer").model)
     VARIANTS["one-row table"](model)
-    with pytest.raises(ValueError, match="engram"):
-        VARIANTS["one-row table"](bare)
+    for name in ("one-row table", "n-gram logits"):
+        with pytest.raises(ValueError, match="engram"):
+            VARIANTS[name](bare)
 
 
 def one(suite: str, arm: str, *overrides: str):
@@ -133,21 +226,20 @@ def test_window_only_never_sees_beyond_its_windows():
     b = a.clone()
     b[0, 4] = (b[0, 4] + 1) % 100  # four tokens in, so that a first entry is complete behind it
     changed = {}
-    for arm in ("window", "hybrid", "full"):
+    for arm in ("window", "trained"):
         torch.manual_seed(0)
-        model = Transformer(one("attention", arm).recipe.model).eval()
+        model = Transformer(one("indexer", arm).recipe.model).eval()
         gap = (model(a).logits - model(b).logits).abs().amax(-1)[0]
         changed[arm] = set(gap.nonzero().flatten().tolist())
-    window = SUITES["attention"]
-    reach = 2 * (one(window.name, "window").recipe.model.sliding_window - 1)
+    reach = 2 * (one("indexer", "window").recipe.model.sliding_window - 1)
     assert changed["window"] and max(changed["window"]) <= 4 + reach
-    assert max(changed["hybrid"]) > 4 + reach and max(changed["full"]) == 89
+    assert max(changed["trained"]) > 4 + reach
 
 
 def test_facts_are_asked_for_beyond_two_windows():
     recipe = one("indexer", "trained").recipe
     reach = recipe.model.num_hidden_layers * (recipe.model.sliding_window - 1)
-    assert recipe.planted.nearest > reach
+    assert recipe.planted.eval_nearest > reach
     assert (
         recipe.data.sequence_length // recipe.model.compress_ratios[0] > 32 * recipe.model.index_topk
     )  # a real choice
@@ -179,17 +271,21 @@ def test_every_arm_builds_with_its_variant(suite, size):
             VARIANTS[job.variant](Transformer(job.recipe.model))
 
 
-def test_experts_have_the_parameters_that_the_table_had():
+def test_tables_and_experts_have_the_same_parameters_and_dense_networks_those_of_a_token():
     counts = {}
-    for job in jobs(SUITES["engram"], [0]):
+    for job in [*jobs(SUITES["engram"], [0]), *jobs(SUITES["dense"], [0])]:
         with torch.device("meta"):
-            counts[job.arm] = sum(p.numel() for p in Transformer(job.recipe.model).parameters())
-    assert abs(counts["experts"] / counts["engram"] - 1) < 0.005
-    assert 0.2 < 1 - counts["without"] / counts["engram"] < 0.3  # the share that the paper finds best
+            model = Transformer(job.recipe.model)
+            VARIANTS[job.variant](model)
+        counts[job.arm] = sum(p.numel() for p in model.parameters())
+    assert abs(counts["experts-time"] / counts["v4"] - 1) < 0.02 and 0.94 < counts["logits-time"] / counts["v4"] < 1
+    assert 0.2 < 1 - counts["without"] / counts["v4"] < 0.3  # the share that the paper finds best
+    c = jobs(SUITES["dense"], [0])[1].recipe.model
+    assert c.n_shared_experts == 1 + c.num_experts_per_tok
 
 
 def test_text_suites_share_their_baseline_and_a_seed_is_the_same_data():
-    keys = {jobs(SUITES[name], [1])[0].key for name in ("streams", "engram", "muon", "bias", "mtp")}
+    keys = {jobs(SUITES[name], [1])[0].key for name in ("dense", "streams", "engram", "muon", "mtp", "balance")}
     assert len(keys) == 1
     from abyssal.train.start import open_source
 
@@ -199,6 +295,6 @@ def test_text_suites_share_their_baseline_and_a_seed_is_the_same_data():
 
 
 def test_an_override_reaches_all_arms_and_undoes_none():
-    adamw, muon = jobs(SUITES["muon"], [0], overrides=["optim.rule=adamw", "optim.lr=1e-3", "train.steps=20"])
+    muon, adamw, *_ = jobs(SUITES["muon"], [0], overrides=["optim.rule=muon", "optim.lr=1e-3", "train.steps=20"])
     assert (adamw.recipe.optim.rule, muon.recipe.optim.rule) == ("adamw", "muon")
     assert {(j.recipe.optim.lr, j.recipe.train.steps, j.recipe.train.seed) for j in (adamw, muon)} == {(1e-3, 20, 0)}

@@ -35,43 +35,62 @@ def answers_of(row: Row) -> list[tuple[int, int, int]]:
     return [(p, int(row.targets[p]), int(row.distances[p])) for p in np.flatnonzero(row.targets != IGNORED).tolist()]
 
 
-@pytest.mark.parametrize("questions", ["spread", "end"])
-@pytest.mark.parametrize(("length", "nearest", "farthest"), [(64, 1, 0), (64, 20, 40), (1024, 33, 0), (65, 1, 63)])
-def test_recall(questions, length, nearest, farthest):
-    keys, values, fillers = 40, 30, 3
+@pytest.mark.parametrize(
+    ("length", "nearest", "farthest", "fill", "keys", "octaves"),
+    [
+        (64, 8, 0, 0.5, 40, {8, 16, 32}),
+        (64, 16, 40, 0.4, 40, {16}),
+        (1024, 33, 0, 1.0, 400, {64, 128, 256, 512}),
+        (1025, 100, 511, 0.6, 24, {128, 256}),
+    ],
+)
+def test_recall(length, nearest, farthest, fill, keys, octaves):
+    values, fillers, questions = 30, 3, 7
     first_key, first_value = 2 + fillers, 2 + fillers + keys
     options = {"nearest": nearest, "farthest": farthest, "keys": keys, "values": values, "fillers": fillers}
-    found = rows("recall", length, questions=questions, **options)
+    found, seen = rows("recall", length, 40, questions=questions, fill=fill, **options), set()
     for row in found:
         ids, asked = row.ids.tolist(), answers_of(row)
-        assert 1 <= len(asked) <= length / 16 + 1
-        seen = Counter(token for token in ids if first_key <= token < first_value)
-        assert set(seen.values()) <= {2} and len(seen) == len(asked)
+        octave = 1 << (asked[0][2].bit_length() - 1)
+        seen.add(octave)
+        starts = [p for p, token in enumerate(ids) if first_key <= token < first_value and ids[p - 1] != MARK]
+        room = octave // 2 - octave // 4 + 1  # cells of the octave, but for those that the last questions leave out
+        assert len(starts) in {min(keys, round(fill * cells)) for cells in (room - 1, room)}
+        assert len(asked) == ids.count(MARK) == min(len(starts), questions, octave // 4)
+        assert len({ids[p] for p in starts}) == len(starts), "a key has one pair"
+        assert len({p % 2 for p in starts} | {(p - 1) % 2 for p, _, _ in asked}) == 1, "one grid of cells"
+        each = Counter(ids[p + 1] for p in starts)
+        assert max(each.values()) - min(each[v] for v in range(first_value, first_value + values)) <= 1
+        assert sum(token >= first_value for token in ids) == len(starts)
+        assert len({ids[p] for p, _, _ in asked}) == len(asked), "a key is asked for once"
         for position, answer, distance in asked:
-            first = ids.index(ids[position])
-            assert first_key <= ids[position] < first_value <= answer == ids[first + 1] < first_value + values
-            assert distance == position - (first + 1) and ids[position - 1] == MARK
-            assert max(nearest, 1) <= distance <= (farthest or length)
+            pair = next(p for p in starts if ids[p] == ids[position])
+            assert first_value <= answer == ids[pair + 1] < first_value + values
+            assert distance == position - (pair + 1) and ids[position - 1] == MARK
+            assert all(octave <= position - (p + 1) < 2 * octave for p in starts), "every pair could be the answer"
+            assert nearest <= octave and (not farthest or distance <= farthest)
         assert max(ids) < first_value + values and ids[0] == BOS and ids.count(BOS) == 1
-        assert ids.count(MARK) == len(asked)
-        assert sum(token >= first_value for token in ids) == len(asked)
-        if questions == "end":
-            last_value = max(p for p, token in enumerate(ids) if token >= first_value)
-            assert last_value < min(position for position, _, _ in asked)
-    assert len({tuple(row.ids.tolist()) for row in found}) == len(found)
+    assert seen == octaves and len({tuple(row.ids.tolist()) for row in found}) == len(found)
     assert len({row.ids.tolist().index(MARK) % 2 for row in found}) == 2
+    used = {token for row in found for token in row.ids.tolist() if token >= first_value}
+    assert len(used) > values // 2, "few pairs have any of the values"
 
 
-def test_recall_asks_as_often_as_told_and_log_uniformly_far():
-    row = rows("recall", 4096, 1, density=0.03, keys=128)[0]
-    assert len(answers_of(row)) == round(0.03 * 4096)
-    far = [d for row in rows("recall", 4096, 12, density=0.03, nearest=16, keys=128) for _, _, d in answers_of(row)]
-    counts = Counter(d.bit_length() for d in far)
-    octaves = [counts[k] for k in range(5, 12)]  # 16 .. 2047; the last one is cut by the row's end
-    assert min(octaves) > 0.6 * max(octaves)
+def test_distances_are_octaves_equally_often_and_uniform_within():
+    task = TASKS["induction"](PlantedConfig(nearest=48))
+    far = task.distances(np.random.default_rng(0), 1023, 40_000)
+    assert far.min() == 48 and far.max() == 1023
+    halves = {
+        (n, half): ((far >= n + half) & (far < n + half + n // 2)).mean()
+        for n in (64, 128, 512)
+        for half in (0, n // 2)
+    }
+    whole = 0.5 / np.log2(1024 / 48)
+    assert all(share == pytest.approx(whole, rel=0.05) for share in halves.values()), halves
+    assert (far < 64).mean() == pytest.approx(np.log2(64 / 48) / np.log2(1024 / 48), rel=0.05)
 
 
-@pytest.mark.parametrize(("nearest", "farthest", "density"), [(1, 0, 0.06), (20, 60, 0.06), (30, 0, 0.25), (4, 5, 0.5)])
+@pytest.mark.parametrize(("nearest", "farthest", "density"), [(1, 0, 0.06), (20, 60, 0.06), (30, 0, 0.25), (4, 7, 0.5)])
 def test_selective_copy(nearest, farthest, density):
     fillers, values = 2, 20
     options = {"nearest": nearest, "farthest": farthest, "density": density, "values": values, "fillers": fillers}
@@ -104,24 +123,32 @@ def test_selective_copy_has_episodes_up_to_the_end():
 @pytest.mark.parametrize(
     ("order", "nearest", "farthest", "values", "length", "density"),
     [
-        *((1, 1, 0, 60, 256, 0.0625), (2, 1, 0, 60, 256, 0.0625), (2, 40, 90, 60, 256, 0.0625)),
-        *((3, 10, 0, 60, 256, 0.0625), (3, 1, 3, 4, 40, 0.3)),  # the last: copies that almost meet what they copy
+        *((1, 1, 0, 400, 256, 0.0625), (2, 1, 0, 60, 256, 0.0625), (2, 40, 90, 60, 256, 0.0625)),
+        *((3, 10, 0, 60, 256, 0.0625), (3, 1, 3, 4, 40, 0.07)),  # the last: copies that almost meet what they copy
     ],
 )
 def test_induction(order, nearest, farthest, values, length, density):
     options = {"order": order, "nearest": nearest, "farthest": farthest, "values": values, "density": density}
-    total = 0
     for row in rows("induction", length, **options):
         ids = row.ids.tolist()
+        assert len(answers_of(row)) == round(density * length)
         for position, answer, distance in answers_of(row):
             context = ids[position - order + 1 : position + 1]
             ends = [end for end in range(order, position) if ids[end - order + 1 : end + 1] == context]
             assert len(ends) == 1 and ids[ends[0] + 1] == answer
             assert distance == position - (ends[0] + 1)
             assert nearest <= distance <= (farthest or length)
-            total += 1
         assert min(ids[1:]) >= 1 and max(ids) <= values and ids[0] == BOS
-    assert total > (20 if order == 1 or length == 40 else 120)
+
+
+def test_answers_that_chance_repeats_are_an_error():
+    with pytest.raises(ValueError, match=r"planted.density=0.2: \d+ of 51 answers stand alone .* planted.values \(8\)"):
+        rows("induction", 256, 1, order=1, values=8, density=0.2)
+
+
+def test_facts_without_room_are_an_error():
+    with pytest.raises(ValueError, match=r"planted.density=0.5: 50 answers; allowed are 33 in a row of 100 tokens"):
+        rows("ngram_facts", 100, 1, density=0.5)
 
 
 def test_ngram_facts_are_one_table_for_all_rows():
@@ -184,7 +211,7 @@ class Oracle(nn.Module):
     def __init__(self, source, reach: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        batch, distances = source.held_out(range(source.rows), source.eval_length)
+        batch, distances = source.held_out(range(source.rows), source.eval_lengths[0])
         told = torch.where(distances >= reach, batch.targets, 0).clamp_min(0)
         self.known = {tuple(ids): row for ids, row in zip(batch.ids.tolist(), told)}
         self.vocabulary, self.modes = source.vocabulary, []
@@ -212,7 +239,8 @@ def test_accuracy_is_counted_by_distance():
     assert scores["answer_nats"] == pytest.approx(share * math.log(2) + (1 - share) * wrong, rel=1e-5)
     shown = source.report(scores)
     assert shown["held-out answers right"] == f"{share:.1%}"
-    assert "32: 100%" in shown["by tokens from the evidence to the question"]
+    blind = scores["floor_at"]["32"]
+    assert f"32: 100% ({blind:.0%})" in shown["by tokens from the evidence to the question (blind)"]
 
 
 @pytest.mark.parametrize(
@@ -220,9 +248,9 @@ def test_accuracy_is_counted_by_distance():
     [
         (["data.source=planted:recal"], "data.source='planted:recal': allowed after 'planted:' are recall, selective"),
         (["planted.values=300"], "model.vocab_size=260: allowed is at least 367, for planted:recall"),
-        (["planted.facts=7"], "planted.facts: the task recall has no such option; it reads density, nearest"),
+        (["planted.facts=7"], "planted.facts: the task recall has no such option; it reads nearest, farthest"),
         (["planted.density=0.6"], "planted.density=0.6: allowed is above 0, at most 0.5"),
-        (["planted.questions=middle"], "planted.questions='middle'"),
+        (["planted.questions=0"], "planted.questions=0: allowed is above 0"),
         (["data.held_out_rows=0"], "data.held_out_rows=0: allowed is 1 or more"),
         (["data.source=stdlib", "planted.keys=3"], r"\[planted\] is for sources that begin with 'planted:'"),
     ],
@@ -237,7 +265,12 @@ def test_too_many_facts_for_the_keys():
         TASKS["ngram_facts"](PlantedConfig(keys=8, facts=100))
 
 
-@pytest.mark.parametrize("name", ["recall", "selective_copy", "induction"])
+def test_recall_without_room_is_an_error():
+    with pytest.raises(ValueError, match="nearest=500: a row of 126 tokens has no room for a whole octave"):
+        rows("recall", 128, 1, nearest=500)
+
+
+@pytest.mark.parametrize("name", ["selective_copy", "induction"])
 def test_distances_without_room_are_an_error(name):
     task = TASKS[name](PlantedConfig(nearest=500))
     with pytest.raises(ValueError, match="nearest=500: rows of this length leave room for"):
@@ -261,7 +294,7 @@ def test_a_run_learns_answers_only_and_reports_them(tmp_path, capsys):
     recipe = replace(recipe, train=replace(recipe.train, checkpoint_every=0))
     summary = train(recipe, tmp_path / "run")
     shown = capsys.readouterr().out
-    assert "planted recall: density=0.0625, nearest=4" in shown and "held-out answers right" in shown
+    assert "planted recall: nearest=4, farthest=0" in shown and "held-out answers right" in shown
     assert "step 2/2  loss" in shown and "bits/byte" not in shown
     assert 0 <= summary.scores["accuracy"] <= 1 and set(summary.scores) >= {"accuracy_at", "answer_nats"}
     assert not summary.sample and not (tmp_path / "run" / "sample.txt").exists()
@@ -273,9 +306,9 @@ def test_a_run_learns_answers_only_and_reports_them(tmp_path, capsys):
 
 def test_no_task_hangs_or_fails_on_short_rows():
     for task in (kind(PlantedConfig()) for kind in TASKS.values()):
-        for length in (16, 17, 33):
+        for length in (64, 65, 81) if "statements" in task.options else (16, 17, 33):
             for seed in range(20):
-                assert len(answers_of(task.row(np.random.default_rng(seed), length))) >= 0
+                assert len(answers_of(task.row(np.random.default_rng(seed), length))) > 0
 
 
 def test_an_untrained_model_scores_at_chance():

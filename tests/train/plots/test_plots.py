@@ -73,6 +73,24 @@ def test_opponents_are_drawn_from_their_file(tmp_path, monkeypatch):
     assert figures[1].axes[0].lines[-1].get_xdata().tolist() == [20, 40]
 
 
+def test_tokens_of_several_bytes_are_drawn_as_such(tmp_path, monkeypatch):
+    from abyssal.train.plots import curves
+
+    drawn = []
+    monkeypatch.setattr(curves, "save", lambda figure, path, title: drawn.append((figure, title)) or path)
+    write(tmp_path, [record(s, lm=4 * math.log(2)) for s in (1, 2)])
+    plot(tmp_path)
+    start = {"recipe": {}, "data": {"digest": "x", "contents": "y", "bytes_per_token": 2.5}}
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}), "utf-8")
+    plot(tmp_path)
+    for (figure, title), bits, unit in zip(drawn, ("4.000", "1.600"), ("byte", "token")):
+        assert figure.axes[0].lines[1].get_label() == f"training text: {bits} at the end"
+        assert {f"next {unit}: 2.77", f"{unit} after next (MTP): 4.5"} <= {
+            text.get_text() for text in figure.axes[1].get_legend().get_texts()
+        }
+        assert f" M {unit}s " in title
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_first_steps_can_be_drawn(tmp_path, steps):
     write(tmp_path, [record(s) for s in range(1, steps + 1)])

@@ -136,7 +136,7 @@ def test_curves_of_a_run_show_what_its_metrics_hold(tmp_path):
         for s in range(20)
     ]
     records[-1] |= {"accuracy": {}, "accuracy_thinking": 0.75, "accuracy_chat": 0.5}
-    panels = plots._panels(records)
+    panels = plots._panels(records, {}, 1)
     assert panels == (curves.reward, curves.distance, curves.entropy, curves.length, curves.limits)
     shown = []
     for panel in panels:
@@ -149,4 +149,5 @@ def test_curves_of_a_run_show_what_its_metrics_hold(tmp_path):
     assert shown[3] == ["thinking: 20", "answer at once: 5"]
     assert shown[4] == ["tokens clipped: 0", "completions left out as off-policy: 0.125"]
     tuning = [{"step": 1, "lm": 2.0, "accuracy": {}, "accuracy_chat": 0.5}]
-    assert plots._panels(tuning)[0] is curves.accuracy and plots._panels([{"step": 1, "lm": 2.0}])[0] is plots._bits
+    assert plots._panels(tuning, {}, 1)[0] is curves.accuracy
+    assert plots._panels([{"step": 1, "lm": 2.0}], {}, 1)[0].func is plots._bits

@@ -4,27 +4,38 @@
     selective_copy   scattered items, to be repeated in order after a wait
     induction        what followed the same tokens before
     ngram_facts      a table of n-grams and their answers, used by Zipf's law, to be learnt by heart (Engram)
+    mqar             all pairs first, then all their keys (Arora et al. 2023)
+    single, multikey, multivalue, tracking, common: needles, chains of variables and common words in a haystack (after
+    RULER, Hsieh et al. 2024); ruler: all of these in turn
 
 A row is a pure function of (seed, stage, number), so a run has no position to save. Only answers are targets: all else
 is drawn at random, and learning to predict it would add noise to every gradient and nothing to the answers.
+
+`blind.py` has what can be had without reading the question, the floor of every score.
 
 A task of one's own is a class that draws rows: `data.source = "planted:FILE.py:CLASS"` (`examples/own_task.py`).
 """
 
 from ... import own
 from ...settings import PLANTED, PlantedConfig
+from .common import Common
 from .induction import Induction
+from .mqar import Mqar
+from .needles import MultiKey, MultiValue, Single
 from .ngram_facts import NgramFacts
 from .recall import Recall
+from .ruler import Ruler
 from .selective_copy import SelectiveCopy
 from .source import PlantedSource
 from .task import Row, Task
+from .tracking import Tracking
 
 TASKS: dict[str, type[Task]] = {
-    "recall": Recall,
-    "selective_copy": SelectiveCopy,
-    "induction": Induction,
-    "ngram_facts": NgramFacts,
+    task.name: task
+    for task in (
+        *(Recall, SelectiveCopy, Induction, NgramFacts, Mqar),
+        *(Single, MultiKey, MultiValue, Tracking, Common, Ruler),
+    )
 }
 
 __all__ = ["TASKS", "PlantedSource", "Row", "Task", "planted_task"]

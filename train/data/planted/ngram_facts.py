@@ -6,7 +6,8 @@ The table has `facts` n-grams of distinct keys, n = order, with random values. I
 row, held-out ones too: what is held out are rows, never facts. Fact r (from 1) is used in proportion to r^-zipf. The
 answer is not shown (a filler stands in its place): rows cannot teach a fact from within, weights have to hold it.
 
-Instead of a distance every answer has its fact's rank. Tokens: 0 bos · fillers · keys · values
+Instead of a distance every answer has its fact's rank. Without the n-gram all that can be had is the value that is
+most often right, that of a fact of a low rank. Tokens: 0 bos · fillers · keys · values
 """
 
 from typing import ClassVar
@@ -14,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...settings import PlantedConfig
-from .task import Row, Task
+from .task import Row, Task, zipf
 
 
 class NgramFacts(Task):
@@ -35,13 +36,15 @@ class NgramFacts(Task):
         digits = [numbers // c.keys**i % c.keys for i in range(n)]
         self.grams = self.first_key + np.stack(digits, 1)  # [facts, n]
         self.values = self.first_value + draw.integers(c.values, size=c.facts)
-        use = np.arange(1, c.facts + 1) ** -c.zipf
-        self.use = use / use.sum()
+        self.use = zipf(c.facts, c.zipf)
 
     def row(self, draw: np.random.Generator, length: int) -> Row:
         row, n = Row.blank(draw.integers(self.first_filler, self.first_key, length)), self.config.order
         cells = (length - 1) // (n + 1)
-        count = min(cells, self.answers(length))
+        count = self.answers(length)
+        if count > cells:
+            most = f"{cells} in a row of {length} tokens, one in planted.order + 1"
+            raise ValueError(f"planted.density={self.config.density}: {count} answers; allowed are {most}")
         starts = 1 + (n + 1) * np.sort(draw.permutation(cells)[:count])
         facts = draw.choice(self.config.facts, count, p=self.use)
         row.ids[starts[:, None] + np.arange(n)] = self.grams[facts]

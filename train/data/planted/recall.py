@@ -1,11 +1,14 @@
-"""Key-value recall: each pair stands once in the row, and its key is asked for once, a known distance later.
+"""Key-value recall: pairs stand in one stretch of the row; some are asked for at its end, an octave of distances later.
 
-    bos . k3 v7 . . k1 v2 . . . ? k3 . . ? k1          targets: v7 at the last k3, v2 at the last k1
+    bos . k3 v7 k8 v1 . k1 v2 . . . . . . . ? k3 . ? k1          targets: v7 at the last k3, v2 at the last k1
 
 The row is a grid of cells of two tokens: a pair, a question or filler; where the grid begins, 1 or 2, is drawn too, so
-that pairs lie in all ways across compressed entries. The answer is not shown after the question: a key occurs nowhere
-but in its pair and its question, so the pair is the only evidence at any depth of the model. Distances are log-uniform
-from `nearest` to `farthest`; with questions = "end" all of them stand at the end of the row. One pair makes a needle.
+that pairs lie in all ways across compressed entries. An octave n of distances is drawn, from `nearest` to half the row.
+Pairs, of different keys, fill a share `fill` of the cells, as far as keys suffice, whose distance to every question is
+from n to 2 n tokens; `questions` of them, if there are so many, are asked for in the last n / 2 tokens, each once.
+
+Without the key all pairs are as likely, at any distance: 1 / pairs is all that a blind reader gains. The answer is not
+shown after its question: the pair is the only evidence at any depth of the model. Two keys make all but a needle.
 
 Tokens: 0 bos · 1 the question mark · fillers · keys · values
 """
@@ -15,16 +18,18 @@ from typing import ClassVar
 import numpy as np
 
 from ...settings import PlantedConfig
-from .task import Row, Task
+from .blind import readers
+from .task import Guesses, Row, Task
 
 QUESTION = 1
 CELL = 2
-TRIES = 8  # draws of a place for each pair; in a row that is filled up some find none
 
 
 class Recall(Task):
     name: ClassVar[str] = "recall"
-    options: ClassVar[tuple[str, ...]] = ("density", "nearest", "farthest", "keys", "values", "fillers", "questions")
+    options: ClassVar[tuple[str, ...]] = (
+        *("nearest", "farthest", "keys", "values", "fillers", "fill", "questions", "eval_nearest"),
+    )
 
     def __init__(self, config: PlantedConfig) -> None:
         super().__init__(config)
@@ -36,31 +41,40 @@ class Recall(Task):
     def row(self, draw: np.random.Generator, length: int) -> Row:
         c, first = self.config, 1 + int(draw.integers(CELL))
         cells = (length - first) // CELL
+        octave = int(draw.choice(self._octaves(cells)))
+        stretch, ending = self._stretch(cells, octave), np.arange(cells - self._ending(octave), cells)
+        pairs = min(c.keys, max(1, round(c.fill * len(stretch))))
+        asked = min(pairs, c.questions, len(ending))
         row = Row.blank(draw.integers(self.first_filler, self.first_key, length))
-        pairs = min(self.answers(length), c.keys)
-        places = self._places(draw, cells, pairs)
-        keys = self.first_key + draw.permutation(c.keys)[:pairs]
-        values = self.first_value + draw.integers(c.values, size=pairs)
-        for (pair, question), key, value in zip(places, keys.tolist(), values.tolist()):
-            pair, question = first + CELL * pair, first + CELL * question
-            row.ids[pair : pair + CELL] = key, value
-            row.ids[question : question + CELL] = QUESTION, key
-            row.ask(question + 1, value, question - pair)
+        at = first + CELL * draw.choice(stretch, pairs, replace=False)
+        row.ids[at] = self.first_key + draw.permutation(c.keys)[:pairs]
+        row.ids[at + 1] = self.first_value + draw.permutation(c.values)[np.arange(pairs) % c.values]
+        question, evidence = first + CELL * draw.choice(ending, asked, replace=False), at[:asked]
+        row.ids[question], row.ids[question + 1] = QUESTION, row.ids[evidence]
+        row.ask(question + 1, row.ids[evidence + 1], question - evidence)
         return row
 
-    def _places(self, draw: np.random.Generator, cells: int, pairs: int) -> list[tuple[int, int]]:
-        """Cells of pairs and of their questions, no two the same; at most `pairs` of them."""
-        at_end = self.config.questions == "end"
-        ending = cells - pairs if at_end else 0  # questions stand from here on, pairs (at_end) before
-        apart = self.log_uniform(draw, CELL * (cells - 1), TRIES * pairs, step=CELL)
-        free, places = bytearray(b"\1" * cells), []
-        for distance, where in zip(apart.tolist(), draw.random(TRIES * pairs).tolist()):
-            least = max(distance, ending)
-            question = least + int(where * (cells - least))
-            pair = question - distance
-            if free[question] and free[pair] and not (at_end and pair >= ending):
-                free[question] = free[pair] = 0
-                places.append((pair, question))
-                if len(places) == pairs:
-                    break
-        return places
+    def _octaves(self, cells: int) -> list[int]:
+        """Powers of two, in tokens, whose distances a row of so many cells has room for."""
+        c = self.config
+        every = [1 << i for i in range(3, (CELL * cells).bit_length())]
+        last = c.farthest or 2 * CELL * cells
+        found = [n for n in every if c.nearest <= n and 2 * n - 1 <= last and 8 * len(self._stretch(cells, n)) >= n]
+        if not found:
+            raise ValueError(
+                f"planted.nearest={c.nearest}: a row of {CELL * cells} tokens has no room for a whole octave of"
+                " distances from there on"
+            )
+        return found
+
+    def _stretch(self, cells: int, octave: int) -> np.ndarray:
+        """The cells whose distance to all questions lies in the octave."""
+        return np.arange(max(0, cells - octave), cells - self._ending(octave) - octave // CELL + 1)
+
+    def _ending(self, octave: int) -> int:
+        """Cells at the end of a row among which the questions are."""
+        return octave // CELL // 2
+
+    def blind(self, row: Row) -> dict[str, Guesses]:
+        values = np.flatnonzero(row.ids >= self.first_value)
+        return readers(row, values, self.config.nearest)

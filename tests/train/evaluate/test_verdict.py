@@ -1,0 +1,91 @@
+"""Verdicts against scipy's own tests, by hand, and against resampling of seeds and questions."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from abyssal.train.evaluate.verdict import FAILS, HOLDS, UNDECIDED, half_width, holm, judge, judge_apart
+
+A, B = [2.41, 2.38, 2.44, 2.40, 2.37, 2.43], [2.44, 2.39, 2.46, 2.41, 2.40, 2.44]
+
+
+def test_pairs_are_scipys_paired_test():
+    verdict, paired = judge(A, B, "lower"), stats.ttest_rel(A, B)
+    assert verdict.p == pytest.approx(paired.pvalue, rel=1e-12)
+    assert verdict.interval == pytest.approx(tuple(paired.confidence_interval(0.95)), rel=1e-9)
+    assert verdict.word == HOLDS and judge(A, B, "higher").word == FAILS
+    apart = judge_apart(A, B, "lower")
+    assert apart.interval[1] > 0 and apart.word == UNDECIDED, "what the seeds share is what pairing takes out"
+
+
+def test_runs_apart_are_scipys_welch():
+    verdict, welch = (
+        judge_apart([1.0, 2.0, 3.0], [4.0, 5.0, 7.5, 8.0], "lower"),
+        stats.ttest_ind([1.0, 2.0, 3.0], [4.0, 5.0, 7.5, 8.0], equal_var=False),
+    )
+    assert verdict.p == pytest.approx(welch.pvalue) and verdict.word == HOLDS
+    assert verdict.interval == pytest.approx(tuple(welch.confidence_interval(0.95)))
+
+
+def test_against_a_number_it_is_the_one_sample_test():
+    values = [0.4, 0.5, 0.6]
+    verdict, one = judge(values, [0.7] * 3, "lower"), stats.ttest_1samp(values, 0.7)
+    assert verdict.p == pytest.approx(one.pvalue) and verdict.word == UNDECIDED
+    assert half_width(values) == pytest.approx(4.30265 * 0.1 / math.sqrt(3), abs=1e-5) and half_width([1.0]) is None
+
+
+def test_the_word_follows_the_interval_and_the_direction():
+    low, high = [1.0, 1.1, 0.9], [2.0, 2.2, 1.9]
+    assert judge(high, low, "higher").word == HOLDS and judge(high, low, "lower").word == FAILS
+    assert judge([1.0, 2.0, 3.0], [1.5, 2.0, 2.5], "lower").word == UNDECIDED
+    single = judge([1.0], [2.0], "lower")
+    assert single.word == UNDECIDED and single.interval is None and single.p is None
+    same = judge([0.5, 0.5], [0.2, 0.2], "higher")
+    assert same.interval == pytest.approx((0.3, 0.3)) and same.word == HOLDS
+    assert judge([0.5, 0.5], [0.5, 0.5], "higher").word == UNDECIDED
+
+
+@pytest.mark.parametrize("arm, other, better", [([], [1.0], "lower"), ([1.0], [math.nan], "lower"), ([1.0], [1.0], "")])
+def test_what_cannot_be_judged_is_refused(arm, other, better):
+    for by in (judge, judge_apart):
+        with pytest.raises(ValueError, match="allowed"):
+            by(arm, other, better)
+    with pytest.raises(ValueError, match="2 values against 3"):
+        judge([1.0, 2.0], [1.0, 2.0, 3.0], "lower")
+
+
+def test_the_questions_noise_is_that_of_resampling_them():
+    """Few questions that all seeds find equally hard: seeds alone would be far too sure."""
+    draw = np.random.default_rng(0)
+    hard = draw.normal(size=60)
+    a, b = ((draw.normal(size=(8, 60)) + shift + scale * hard > 0) for shift, scale in ((0.4, 1.5), (0.0, -1.5)))
+    verdict = judge(a.mean(1).tolist(), b.mean(1).tolist(), "higher", (a, b))
+    seeds_alone = judge(a.mean(1).tolist(), b.mean(1).tolist(), "higher")
+    wide, narrow = (v.interval[1] - v.interval[0] for v in (verdict, seeds_alone))
+    assert wide > 1.5 * narrow
+    d = a.astype(float) - b
+    means = [
+        d[draw.integers(8, size=8)][:, draw.integers(60, size=60)].mean() for _ in range(4000)
+    ]  # the crossed bootstrap
+    assert np.std(means) == pytest.approx(wide / 2 / stats.t.ppf(0.975, 60), rel=0.15)
+    assert verdict.difference == pytest.approx(d.mean())
+
+
+def test_questions_that_vary_no_more_than_chance_add_nothing():
+    draw = np.random.default_rng(1)
+    a, b = (draw.random((6, 4000)) < p for p in (0.5, 0.45))
+    with_items = judge(a.mean(1).tolist(), b.mean(1).tolist(), "higher", (a, b))
+    alone = judge(a.mean(1).tolist(), b.mean(1).tolist(), "higher")
+    ratio = (with_items.interval[1] - with_items.interval[0]) / (alone.interval[1] - alone.interval[0])
+    assert 0.9 < ratio < 1.6
+
+
+def test_holm_by_hand():
+    """p 0.01, 0.04, 0.03 of three: 3 · 0.01, then 2 · 0.03, then 0.04 raised to that."""
+    claims = [{"word": HOLDS, "difference": 1.0, "interval": [0, 2], "p": p} for p in (0.01, 0.04, 0.03, None)]
+    found = holm(claims, ["higher", "higher", "lower", "higher"])
+    assert [v["p"] for v in found] == pytest.approx([0.03, 0.06, 0.06, None])
+    assert [v["word"] for v in found] == [HOLDS, UNDECIDED, UNDECIDED, HOLDS]
+    assert holm([claims[0]], ["lower"])[0]["word"] == FAILS and claims[1]["word"] == HOLDS

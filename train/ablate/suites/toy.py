@@ -1,0 +1,51 @@
+"""The README's model against everything that a reviewer would hold against it, on the same held-out bytes."""
+
+from ..suite import Arm, Claim, Measure, Panel, Suite
+from .sweeps import DENSE as DENSE_SWEEP
+from .text import CLEAN, CURVE, HELD_OUT, SMALL
+
+OPPONENTS = ("KN-3", "KN-5", "KN-7", "xz", "zstd")
+TRAININGS = {"all": "all training text", "read": "what the run has read"}
+MEASURES = tuple(
+    Measure(f"{name}.{training}.{part}", f"{name}, {of}, {part.replace('_', ' ')} bytes")
+    for training, of in TRAININGS.items()
+    for name in OPPONENTS
+    for part in ("clean", "held_out")
+)
+
+TOY = Suite(
+    name="toy",
+    title="The toy against n-gram models, compressors and a dense transformer",
+    question="Does the README's model compress held-out text better than what is known to be strong at it?",
+    caveat=f"{SMALL} N-gram models and compressors have every byte before the scored one in its document; the model"
+    " sees the row. Held-out rows are Python's own sources, which repeat themselves more than most text does: clean"
+    " bytes are those outside of any match of 32 bytes with training text.",
+    recipe="toy",
+    set=("train.minutes=0", "train.sample_tokens=0", "train.keep=1"),
+    probes=("opponents",),
+    arms=(
+        Arm("toy", "toy"),
+        Arm(
+            "dense",
+            "dense transformer",
+            set=(*DENSE_SWEEP.tuned.set,),
+            without=DENSE_SWEEP.tuned.without,
+            variant=DENSE_SWEEP.tuned.variant,
+        ).in_equal_time(),
+    ),
+    measures=(CLEAN, HELD_OUT, *MEASURES),
+    claims=(
+        Claim("the toy is better than a dense transformer in equal time", "clean", "toy", "dense-time"),
+        *(
+            Claim(f"the toy is better than {name} of {of}", "clean", "toy", f"{name}.{training}.clean")
+            for name, training, of in (
+                ("KN-5", "read", TRAININGS["read"]),
+                ("KN-5", "all", TRAININGS["all"]),
+                ("KN-7", "all", TRAININGS["all"]),
+                ("xz", "all", TRAININGS["all"]),
+            )
+        ),
+    ),
+    panels=(CURVE, Panel("bars", "Held-out text at the end", ("clean", "held_out"), "bits per byte")),
+    seeds=4,
+)
