@@ -167,5 +167,8 @@ class _Notes:
         experts, picks = (
             {layer: chosen[:, :t].to(device) for layer, chosen in found.items()} for found in (self.experts, self.picks)
         )
-        columns = [x.to(device) for x in (ids, next_ids, documents, written, log_old)]
-        return Rollouts(*columns, experts, picks, None if kept is None else kept.to(device))
+        ids, next_ids, documents, written, log_old = (
+            x.to(device) for x in (ids, next_ids, documents, written, log_old)
+        )
+        kept = None if kept is None else kept.to(device)
+        return Rollouts(ids, next_ids, documents, written, log_old, experts, picks, kept)

@@ -55,8 +55,8 @@ def verdicts(found: Found) -> list[tuple[str, str, Difference | None, float | No
     """Study, claim, difference, Holm's p and word of each claim of the page."""
     claims = [(study["name"], claim) for study in found["studies"] for claim in study["claims"]]
     every = [difference(found, claim["one"], claim["other"]) for _, claim in claims]
-    tested = [i for i, each in enumerate(every) if each and each.p is not None]
-    adjusted = dict(zip(tested, holm([every[i].p for i in tested])))
+    tested = {i: each.p for i, each in enumerate(every) if each and each.p is not None}
+    adjusted = dict(zip(tested, holm([*tested.values()])))
     return [
         (name, claim["text"], each, adjusted.get(i), _word(each, adjusted.get(i)))
         for i, ((name, claim), each) in enumerate(zip(claims, every))
