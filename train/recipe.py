@@ -1,8 +1,8 @@
 """A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
 
 A run that learns conversations has [chat] too, one that learns generated tasks [reason], from rewards with [grpo], from
-a teacher with [distil]. [schedule] says what changes on the way, [[stages]] that a run has several (train.steps is their
-sum then), [stability] that it looks out for spikes of the loss.
+a teacher with [distil]. [schedule] says what changes on the way, [[stages]] that a run has several (train.steps is
+their sum then), [stability] that it looks out for spikes of the loss.
 
     recipe = load_recipe("toy", ["optim.lr=1e-3", "train.steps=200"])
 
