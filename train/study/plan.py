@@ -58,9 +58,8 @@ ARMS = {
         Arm("sft", "fine-tuned", "reason-sft"),
         Arm("more", "as much more of it", "reason-sft", ("train.steps=400",), after="sft"),
         Arm("grpo", "then rewards", "reason-grpo", after="sft"),
-        Arm(
-            "free", "rewards, choosing anew", "reason-grpo", ("grpo.keep_routing=false", "grpo.keep_picks=false"), "sft"
-        ),
+        Arm("routing", "rewards, picks anew", "reason-grpo", ("grpo.keep_picks=false",), "sft"),
+        Arm("free", "rewards, all anew", "reason-grpo", ("grpo.keep_routing=false", "grpo.keep_picks=false"), "sft"),
         Arm("teacher", "the teacher", "reason-sft", ("model.hidden_size=160", "train.steps=800")),
         Arm("distil", "then the teacher's policy", "reason-distil", after="sft", teacher="teacher"),
         Arm("facts", "facts alone", "reason-facts", tasks=UNSEEN),
@@ -140,9 +139,10 @@ STUDIES = {
             "Does it matter that updates take the experts and the compressed entries of the rollout?",
             "Two updates a step, from float32 rollouts: what flips, flips as the first update has moved the weights."
             " Rollouts in lower precision, or of another engine, differ before any update.",
-            ("sft", "grpo", "free"),
+            ("sft", "grpo", "routing", "free"),
             (
-                Claim("the update is nearer to the rollout where choices are kept", "free kl_kept", "grpo kl_kept"),
+                Claim("keeping experts brings an update nearer to the rollout", "free kl_kept", "routing kl_kept"),
+                Claim("keeping picks, too, brings it nearer still", "routing kl_kept", "grpo kl_kept"),
                 *_both("rewards help more where choices are kept", "grpo", "free"),
             ),
         ),

@@ -1,6 +1,6 @@
 """Runs studies: the first job whose needs are met, on each free core; what is finished is never run twice.
 
-    OUT/runs/KEY/record.json    what a finished run can do; beside it what training writes
+    OUT/runs/KEY/record-N.json  what a finished run can do, of N questions a task; beside it what training writes
     OUT/reasoning.json          the records of all finished runs and the studies, from which the page is made
     OUT/RESULTS.md
 
@@ -28,7 +28,7 @@ from .plan import ARMS, STUDIES, Job, jobs
 from .record import record
 from .report import markdown
 
-RUNS, RECORD, FILE, PAGE = "runs", "record.json", "reasoning.json", "RESULTS.md"
+RUNS, FILE, PAGE = "runs", "reasoning.json", "RESULTS.md"
 
 
 def run_studies(
@@ -49,7 +49,7 @@ def run_studies(
         TrainingDiverged: a run met a number that is not finite.
     """
     planned, began = jobs(names, seeds, overrides), time.perf_counter()
-    waiting = [each for each in planned if not (out / RUNS / each.key / RECORD).is_file()]
+    waiting = [each for each in planned if not record_of(each, out / RUNS, problems).is_file()]
     collect(names, planned, out, problems)
     for number, done in enumerate(execute(waiting, out / RUNS, problems, workers), 1):
         collect(names, planned, out, problems)
@@ -61,7 +61,7 @@ def run_studies(
 
 def collect(names: Sequence[str], planned: Sequence[Job], out: Path, problems: int) -> None:
     """JSON and page of what is finished."""
-    paths = {each: out / RUNS / each.key / RECORD for each in planned}
+    paths = {each: record_of(each, out / RUNS, problems) for each in planned}
     runs = [
         {"arm": each.arm.name, **read_json(path), "seed": each.seed} for each, path in paths.items() if path.is_file()
     ]
@@ -80,19 +80,19 @@ def execute(waiting: Sequence[Job], runs: Path, problems: int, workers: int) -> 
             run_job(each, runs, problems)
             yield each
         return
-    left, done = list(waiting), {each.key for each in waiting}
+    left, unfinished = list(waiting), {each.key for each in waiting}
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     running: dict[Future[None], Job] = {}
     try:
         while left or running:
-            ready = [each for each in left if not {need.key for need in each.needs} & done]
+            ready = [each for each in left if not {need.key for need in each.needs} & unfinished]
             for each in ready[: workers - len(running)]:
                 left.remove(each)
                 running[pool.submit(run_job, each, runs, problems)] = each
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 each = running.pop(future)
                 future.result()
-                done.discard(each.key)
+                unfinished.remove(each.key)
                 yield each
     except BaseException:
         for child in multiprocessing.active_children():
@@ -111,7 +111,11 @@ def run_job(job: Job, runs: Path, problems: int) -> None:
         never_saved(folder)  # or else its checkpoints are out of reach
         shutil.rmtree(folder)
     train(recipe_of(job, runs), folder, folder if begun else None, shown=False)
-    write_json(folder / RECORD, record(folder, problems, job.arm.tasks))
+    write_json(record_of(job, runs, problems), record(folder, problems, job.arm.tasks))
+
+
+def record_of(job: Job, runs: Path, problems: int) -> Path:
+    return runs / job.key / f"record-{problems}.json"
 
 
 def recipe_of(job: Job, runs: Path) -> Recipe:

@@ -10,7 +10,7 @@ from abyssal.train.run import metrics
 from abyssal.train.start import train
 from abyssal.train.study import queue
 from abyssal.train.study.plan import ARMS, STUDIES, jobs
-from abyssal.train.study.queue import FILE, PAGE, RECORD, RUNS, execute, recipe_of, run_job, run_studies
+from abyssal.train.study.queue import FILE, PAGE, RUNS, execute, recipe_of, record_of, run_job, run_studies
 
 SETTINGS = {"problems": 3, "workers": 1, "overrides": TINY, "shown": False}
 
@@ -60,7 +60,7 @@ def test_a_run_is_another_where_what_it_starts_from_is_another():
 
 def test_seeds_come_first_so_that_whole_comparisons_are_done_early():
     order = [(job.seed, job.arm.name) for job in jobs(["control", "replay"], [0, 1], TINY)]
-    assert order == [(seed, arm) for seed in (0, 1) for arm in ("sft", "more", "grpo", "free")]
+    assert order == [(seed, arm) for seed in (0, 1) for arm in ("sft", "more", "grpo", "routing", "free")]
 
 
 def test_what_is_finished_is_not_run_again_and_what_was_stopped_goes_on(studied, tmp_path, monkeypatch):
@@ -72,13 +72,13 @@ def test_what_is_finished_is_not_run_again_and_what_was_stopped_goes_on(studied,
     assert not ran
     (grpo,) = (job for job in jobs(["control"], [1], TINY) if job.arm.name == "grpo")
     folder = studied / RUNS / grpo.key
-    before, lines = json.loads((folder / RECORD).read_text("utf-8")), metrics.read(folder)
+    before, lines = json.loads((folder / "record-3.json").read_text("utf-8")), metrics.read(folder)
     for path in folder.iterdir():
         path.rename(tmp_path / path.name)
     train(recipe_of(grpo, studied / RUNS), folder, stop_at=2, shown=False)
     run_studies(["control"], studied, seeds=[0, 1], **SETTINGS)
     assert ran == [folder]
-    again = json.loads((folder / RECORD).read_text("utf-8"))
+    again = json.loads((folder / "record-3.json").read_text("utf-8"))
     assert again["scores"] == before["scores"] and [r["kl"] for r in metrics.read(folder)] == [r["kl"] for r in lines]
 
 
@@ -86,7 +86,7 @@ def test_two_workers_wait_for_what_a_run_needs(tmp_path):
     planned = jobs(["control"], [0], [*TINY, "train.steps=1"])
     done = [job.arm.name for job in execute(planned, tmp_path, 1 + 1, 2)]
     assert done[0] == "sft" and sorted(done) == ["grpo", "more", "sft"]
-    assert all((tmp_path / job.key / RECORD).is_file() for job in planned)
+    assert all(record_of(job, tmp_path, 1).is_file() for job in planned)
 
 
 def test_an_error_of_a_worker_ends_the_study(tmp_path):
