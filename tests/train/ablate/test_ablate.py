@@ -81,7 +81,7 @@ def test_a_suite_refuses_unknown_arms_measures_and_variants():
 TINY = (
     *("model.hidden_size=16", "model.num_attention_heads=2", "model.head_dim=8", "model.qk_rope_head_dim=4"),
     *("model.q_lora_rank=8", "model.o_lora_rank=8", "model.index_head_dim=8", "model.moe_intermediate_size=16"),
-    *("planted.keys=8", "planted.density=0.05", "planted.nearest=4", "planted.eval_nearest=0"),
+    *("planted.keys=8", "planted.nearest=4", "planted.eval_nearest=0"),
     *("data.held_out_rows=2", "data.batch_size=2"),
     *("data.sequence_length=64", "train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "train.device=cpu"),
 )
