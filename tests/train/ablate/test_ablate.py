@@ -476,7 +476,7 @@ def test_answers_make_the_questions_noise_part_of_the_verdict(done):
     few, many = json.loads(json.dumps(done[1]["arms"])).values()
     for arm, texts in ((few, ("1101", "1111")), (many, ("0100", "0101"))):
         for run, text in zip(arm["runs"], texts):
-            run["answers"] = measures.answers({"answers": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
+            run["answers"] = measures.answers({"right": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
             run["measures"]["accuracy"] = text.count("1") / 4
     claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many})
     first, second = np.array([[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 1, 0, 1]]])

@@ -192,7 +192,7 @@ def test_curves_of_a_run_with_rewards_show_what_its_metrics_hold():
     ]
     records[-1] |= {"accuracy": {}, "accuracy_thinking": 0.75, "accuracy_chat": 0.5}
     records[-1] |= {"flipped_experts": 0.25, "flipped_picks": 0.5}
-    panels = plots._panels(records)
+    panels = plots._panels(records, {}, 1.0)
     assert panels == (curves.reward, curves.distance, curves.entropy, curves.length, curves.limits)
     shown = []
     for panel in panels:
@@ -208,4 +208,5 @@ def test_curves_of_a_run_with_rewards_show_what_its_metrics_hold():
         "entries that would be others: 0.5",
     ]
     tuning = [{"step": 1, "lm": 2.0, "accuracy": {}, "accuracy_chat": 0.5}]
-    assert plots._panels(tuning)[0] is curves.accuracy and plots._panels([{"step": 1, "lm": 2.0}])[0] is plots._bits
+    assert plots._panels(tuning, {}, 1.0)[0] is curves.accuracy
+    assert plots._panels([{"step": 1, "lm": 2.0}], {}, 1.0)[0].func is plots._bits

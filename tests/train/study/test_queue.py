@@ -84,7 +84,7 @@ def test_what_is_finished_is_not_run_again_and_what_was_stopped_goes_on(studied,
 
 def test_two_workers_wait_for_what_a_run_needs(tmp_path):
     planned = jobs(["control"], [0], [*TINY, "train.steps=1"])
-    done = [job.arm.name for job in execute(planned, tmp_path, 1 + 1, 2)]
+    done = [job.arm.name for job in execute(planned, tmp_path, 1, 2)]
     assert done[0] == "sft" and sorted(done) == ["grpo", "more", "sft"]
     assert all(record_of(job, tmp_path, 1).is_file() for job in planned)
 
