@@ -47,6 +47,8 @@ class Attention(KeepingModule):
         self.config, self.layer = config, layer
         self.kind, self.ratio = config.layer_kind(layer), config.compress_ratio(layer)
         self.stage = "sparse"  # one of STAGES, see `Transformer.attention_stage`
+        self.replayed: Tensor | None = None  # [b, t, k] entries to read instead of choosing (`routing.py`)
+        self.recorded: list[Tensor] | None = None  # takes in the picks of each pass
         d, h, c = config.hidden_size, config.num_attention_heads, config.head_dim
         g, r = config.o_groups, config.o_lora_rank
         self.wq_a = linear(config, d, config.q_lora_rank)
@@ -107,13 +109,21 @@ class Attention(KeepingModule):
         inputs = self.indexer(x, q_latent, rotation, layout, cache and cache.indexer)
         if self.stage != "sparse":
             return self._attend_densely(inputs, q, kv, values(compressed), sliding, visible, learn)
-        picks = index_topk(*inputs, k=self.config.index_topk, **visible)
-        compressed, picks = picked(compressed, picks)
+        compressed, picks = picked(compressed, self._picks(inputs, visible))
         out, lse = attention(q, kv, compressed, self.attn_sink, index=picks, **sliding)
         if not learn:
             return out, None
         learned = index_loss(*inputs, q, compressed, lse, scale=scale, index=picks, **visible)  # type: ignore[call-arg, misc]
         return out, IndexSignal(*learned)
+
+    def _picks(self, inputs: IndexInputs, visible: dict[str, Any]) -> Tensor:
+        """[b, t, k] the entries that each query reads, -1 = none."""
+        picks = self.replayed
+        if picks is None:
+            picks = index_topk(*inputs, k=self.config.index_topk, **visible)
+        if self.recorded is not None:
+            self.recorded.append(picks)
+        return picks
 
     def _attend_densely(
         self,

@@ -258,7 +258,8 @@ class Source:
             model.config.quantization_aware is None
             and all(map(is_plain_tensor, model.parameters()))
             and not any(isinstance(m, nn.Linear) and m.bias is not None for m in self.modules)
-            and not any("forward" in own or own.get("replayed") is not None for own in self.own[1:])
+            and not any("forward" in own for own in self.own[1:])
+            and not any(own.get(name) is not None for own in self.own[1:] for name in ("replayed", "recorded"))
             and not any(own.get("stage", "sparse") != "sparse" for own in self.own)
         )
         self.decoders: dict[bool, Decoder] = {}  # whether its parts are `told`, for when somebody watches
@@ -276,7 +277,7 @@ class Source:
 
     def is_plain(self) -> bool:
         """Whether every module computes what its class here says: no subclass, no hook, no other forward pass, the
-        sparse stage of attention, experts that the gates choose."""
+        sparse stage of attention, experts and entries that it chooses itself and nobody notes."""
         return (
             self.suits
             and not nn.modules.module._has_any_global_hook()

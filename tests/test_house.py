@@ -46,6 +46,7 @@ FLOORS = (
     "train.plots train.start",
     "train.evaluate train.measure",
     "train.ablate",
+    "train.study",
     "train.cli",
     "train.__main__",
 )

@@ -1,9 +1,8 @@
 """A recipe: one TOML file with the tables [model], [data], [optim] and [train] that says all of a training run.
 
-A run that learns conversations has [chat] too, one that learns a generated task [reason], and one that learns it from
-rewards [grpo]. [schedule] says what
-changes on the way, [[stages]] that a run has several (train.steps is their sum then), [stability] that it looks out for
-spikes of the loss.
+A run that learns conversations has [chat] too, one that learns generated tasks [reason], from rewards with [grpo], from
+a teacher with [distil]. [schedule] says what changes on the way, [[stages]] that a run has several (train.steps is
+their sum then), [stability] that it looks out for spikes of the loss.
 
     recipe = load_recipe("toy", ["optim.lr=1e-3", "train.steps=200"])
 
@@ -36,10 +35,12 @@ from .settings import (
     TABLES,
     ChatConfig,
     DataConfig,
+    DistilConfig,
     GrpoConfig,
     OptimConfig,
     PlantedConfig,
     ReasonConfig,
+    RolloutConfig,
     ScheduleConfig,
     StabilityConfig,
     StageConfig,
@@ -67,15 +68,23 @@ class Recipe:
     stability: StabilityConfig | None = None
     reason: ReasonConfig | None = None
     grpo: GrpoConfig | None = None
+    distil: DistilConfig | None = None
 
     def __post_init__(self) -> None:
         _check_schedule(self)
         _check_data(self)
-        if self.grpo and not self.reason:
-            raise ValueError("[grpo] without [reason]: rewards need problems with known answers")
+        if self.rollouts and not self.reason:
+            raise ValueError(f"[{self.rollouts.name}] without [reason]: allowed with problems that it can answer")
+        if self.grpo and self.distil:
+            raise ValueError("[distil] beside [grpo]: allowed is one of them")
         if self.train.engram_tables != "resident" and self.optim.engram_rows != "touched":
             where = f"train.engram_tables={self.train.engram_tables!r}"
             raise ValueError(f"{where}: allowed with optim.engram_rows='touched' only: other updates read every row")
+
+    @property
+    def rollouts(self) -> RolloutConfig | None:
+        """The table of a run that learns from what it writes."""
+        return self.grpo or self.distil
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `Recipe.from_dict` of it is equal."""
@@ -85,14 +94,18 @@ class Recipe:
         return {"name": self.name, "model": self.model.to_dict(), **tables, **stages}
 
     def with_absolute_paths(self) -> "Recipe":
-        """The same with data.source, data.tokenizer and train.init from the root on, where they are existing paths."""
+        """The same with data.source, data.tokenizer, train.init and distil.teacher from the root on, where they are
+        existing paths.
+        """
         data, init = self.data, absolute(self.train.init)
         source = data.source if data.source == STDLIB else absolute(data.source)
         if source.startswith(PLANTED):
             source = PLANTED + own.absolute(source.removeprefix(PLANTED))
         tokenizer = data.tokenizer if data.tokenizer in TOKENIZERS else absolute(data.tokenizer)
         data = replace(data, source=source, tokenizer=tokenizer)
-        return replace(self, data=data, train=replace(self.train, init=init, prepare=own.absolute(self.train.prepare)))
+        train = replace(self.train, init=init, prepare=own.absolute(self.train.prepare))
+        distil = self.distil and replace(self.distil, teacher=absolute(self.distil.teacher))
+        return replace(self, data=data, train=train, distil=distil)
 
     def with_seed(self, seed: int) -> "Recipe":
         """The same with that train.seed."""
@@ -167,7 +180,7 @@ def _check_data(recipe: Recipe) -> None:
 
 def _check_chat(recipe: Recipe) -> None:
     """Conversations are not also problems or a planted task, and train no tokenizer."""
-    for table in ("planted", "reason", "grpo"):
+    for table in ("planted", "reason", "grpo", "distil"):
         if getattr(recipe, table):
             raise ValueError(f"[{table}] beside [chat]: allowed is one of them")
     if recipe.data.source.startswith(PLANTED):
@@ -326,5 +339,5 @@ def _check_schedule(recipe: Recipe) -> None:
         if stage.attention == "warmup" and not sparse:
             raise ValueError(f"stages.{number}.attention='warmup': allowed where the model has a CSA layer to teach")
     for table in ("stability", STAGES):
-        if recipe.grpo and getattr(recipe, table):
-            raise ValueError(f"[{table}] beside [grpo]: allowed is one of them")
+        if recipe.rollouts and getattr(recipe, table):
+            raise ValueError(f"[{table}] beside [{recipe.rollouts.name}]: allowed is one of them")

@@ -1,7 +1,7 @@
 """The tables of a recipe beside [model]: every key with its default, its meaning and what is allowed.
 
 always there    [data] [optim] [train] [schedule]
-optional        [chat] [planted] [stability] [reason] [grpo], and [[stages]], one table each
+optional        [chat] [planted] [stability] [reason] [grpo] [distil], and [[stages]], one table each
 """
 
 from dataclasses import dataclass, field
@@ -267,7 +267,10 @@ class ReasonConfig(Table):
 
     name = "reason"
     tasks: tuple[str, ...] = key(
-        ("addition-2", "addition-3"), "addition-N or sorting-N, N digits or letters", "at least one task", len
+        ("addition-2", "addition-3"),
+        "addition-N, sorting-N, multiplication-N, terms-N, countdown-N or draw-N: N digits, letters or numbers",
+        "at least one task",
+        len,
     )
     modes: tuple[str, ...] = key(
         ("thinking", "chat"),
@@ -280,14 +283,23 @@ class ReasonConfig(Table):
 
 
 @dataclass(frozen=True)
-class GrpoConfig(Table):
-    """[grpo]: reinforcement learning on the problems of [reason]; present = steps are rollouts and updates."""
+class RolloutConfig(Table):
+    """What [grpo] and [distil] have in common: a step is completions of the model's own, and updates on them."""
 
-    name = "grpo"
     prompts: int = _positive(12, "questions of a step; tasks and modes take turns")
-    group: int = key(8, "completions of each question", "at least 2", lambda size: size >= 2)
     updates: int = _positive(2, "optimizer steps that share out a step's completions")
     temperature: float = _positive(1.0, "of the rollouts")
+    keep_routing: bool = key(True, "whether updates take the experts that the rollout chose")
+    keep_picks: bool = key(True, "whether updates read the compressed entries that the rollout's indexer picked")
+    tokens_per_pass: int = _positive(4096, "padded tokens of a forward and backward pass; completions go by length")
+
+
+@dataclass(frozen=True)
+class GrpoConfig(RolloutConfig):
+    """[grpo]: reinforcement learning on the problems of [reason]."""
+
+    name = "grpo"
+    group: int = key(8, "completions of each question", "at least 2", lambda size: size >= 2)
     top_k: int = _not_negative(0, "rollouts draw from the k likeliest tokens; 0 = all")
     top_p: float = key(
         1.0, "rollouts draw from the likeliest tokens of this mass; 1 = all", "above 0 up to 1", lambda p: 0 < p <= 1
@@ -299,9 +311,15 @@ class GrpoConfig(Table):
         0.5, "log(old / new), nats per token, above which a completion worse than its group's mean is left out"
     )
     skip_settled: bool = key(True, "whether updates leave out groups all right or all wrong, which have no advantage")
-    keep_routing: bool = key(True, "whether updates take the experts that the rollout chose")
     keep_sampling_mask: bool = key(True, "whether updates take the tokens that top_k and top_p let through")
-    tokens_per_pass: int = _positive(4096, "padded tokens of a forward and backward pass; completions go by length")
+
+
+@dataclass(frozen=True)
+class DistilConfig(RolloutConfig):
+    """[distil]: on-policy distillation (V4 5): the policy of a teacher, on what the model itself writes."""
+
+    name = "distil"
+    teacher: str = key("", "run or checkpoint whose policy is learnt")
 
 
 @dataclass(frozen=True)
@@ -323,16 +341,15 @@ class PlantedConfig(Table):
     values: int = key(64, "different values, or items, or tokens of induction", "2 or more", lambda count: count >= 2)
     fillers: int = _positive(1, "different tokens that mean nothing")
     fill: float = key(
-        0.5, "share of the cells of recall, two tokens each, that hold a pair", "above 0, below 1", lambda x: 0 < x < 1
+        0.5,
+        "share of the cells of recall's stretch that hold a pair, while keys suffice",
+        "above 0, up to 1",
+        lambda x: 0 < x <= 1,
     )
-    questions: str = _choice(
-        "spread",
-        "where recall asks: spread over the row, or all at its end",
-        "end",
-    )
+    questions: int = _positive(16, "questions of a row of recall, at most")
     order: int = _positive(2, "tokens that decide the next: of an n-gram, or of the context of induction")
     facts: int = _positive(1000, "n-grams with a known answer")
-    zipf: float = _not_negative(1.0, "use of fact r, or of key r of recall, is in proportion to r^-zipf")
+    zipf: float = _not_negative(1.0, "use of fact r is in proportion to r^-zipf")
     statements: int = _positive(16, "statements of a row of the tasks after RULER, of any length")
     eval_length: int = _not_negative(0, "tokens of a held-out row; 0 = data.sequence_length")
     eval_lengths: tuple[int, ...] = key(
@@ -342,6 +359,8 @@ class PlantedConfig(Table):
 
 
 TABLES = {table.name: table for table in (DataConfig, OptimConfig, TrainConfig, ScheduleConfig)}
-OPTIONAL = {table.name: table for table in (ChatConfig, PlantedConfig, StabilityConfig, ReasonConfig, GrpoConfig)}
+OPTIONAL = {
+    table.name: table for table in (ChatConfig, PlantedConfig, StabilityConfig, ReasonConfig, GrpoConfig, DistilConfig)
+}
 STAGES = StageConfig.name
 PLANTED = "planted:"  # what the name of a planted source begins with

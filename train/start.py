@@ -13,7 +13,8 @@ from .data.planted import PlantedSource, planted_task
 from .data.source import Source, TextSource, maps, open_tokenizer
 from .data.tokenizers import ByteTokenizer, Tokenizer, bpe_size, load_tokenizer
 from .distributed.world import World, check, choose_device, processes
-from .reason.loop import GrpoRun
+from .reason.distil import DistilRun
+from .reason.grpo import GrpoRun
 from .reason.source import ReasonSource
 from .recipe import Recipe, check_vocabulary
 from .run import checkpoint, folder, metrics, provenance
@@ -116,8 +117,9 @@ def _run(
     """A run of the kind that the recipe asks for; where its tokenizer is gone, the checkpoint has one."""
     gone = start is not None and _is_path(recipe.data.tokenizer) and not Path(recipe.data.tokenizer).exists()
     source = open_source(recipe, checkpoint.tokenizer_of(start)) if start and gone else open_source(recipe)
-    if recipe.grpo is not None:
-        return GrpoRun(recipe, source, out, start, shown, prepare, held)
+    if recipe.rollouts is not None:
+        kind = GrpoRun if recipe.grpo else DistilRun
+        return kind(recipe, source, out, start, shown, prepare, held)
     return Run(recipe, source, out, start, shown, prepare, world, held)
 
 

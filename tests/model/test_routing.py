@@ -1,12 +1,13 @@
-"""Recorded and replayed experts: the same choice gives the same pass, an older one only other indices."""
+"""Recorded and replayed experts and picks: the same choice gives the same pass, another only other indices."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from abyssal.model import ModelConfig, Transformer
-from abyssal.model.routing import record_routing, replay_routing
+from abyssal.model.routing import record_picks, record_routing, replay_picks, replay_routing
 
 IDS = torch.arange(60).reshape(2, 30) * 7 % 250
 
@@ -56,7 +57,7 @@ def test_an_error_within_leaves_the_gates_free(model):
 
 
 def test_a_layer_that_is_not_there_is_named(model):
-    with pytest.raises(ValueError, match="layer 99: allowed are 0 to"), replay_routing(model, {99: IDS}):
+    with pytest.raises(ValueError, match="layer 99: allowed are 0, 1"), replay_routing(model, {99: IDS}):
         pass
 
 
@@ -77,3 +78,68 @@ def test_decoding_replays_too(model):
         changed = model(token, cache=caches[2]).logits
     torch.testing.assert_close(same, plain)
     assert (changed - plain).abs().max() > 1e-4
+
+
+@pytest.fixture
+def choosy() -> Transformer:
+    """Its two CSA layers may pick 2 of 7 entries."""
+    torch.manual_seed(0)
+    model = Transformer(replace(ModelConfig.load("nano"), index_topk=2, sliding_window=4))
+    for layer in (1, 3):
+        torch.nn.init.normal_(model.layers[layer].attn.indexer.wq_b.weight)
+    return model
+
+
+def test_replayed_picks_are_what_is_read(choosy):
+    with record_picks(choosy) as picks:
+        first = choosy(IDS, targets=IDS)
+    assert sorted(picks) == [1, 3] and all(passes[0].shape == (2, 30, 2) for passes in picks.values())
+    chosen = {layer: passes[0] for layer, passes in picks.items()}
+    with torch.no_grad():
+        choosy.layers[1].attn.indexer.weights_proj.weight.neg_()
+    with replay_picks(choosy, chosen), record_picks(choosy) as again:
+        replayed = choosy(IDS, targets=IDS)
+    assert torch.equal(first.losses["lm"], replayed.losses["lm"]) and torch.equal(again[1][0], chosen[1])
+    assert not torch.equal(first.losses["index"], replayed.losses["index"])  # of the indexer's scores as they are
+    assert not torch.equal(first.losses["lm"], choosy(IDS, targets=IDS).losses["lm"])
+    with replay_picks(choosy, {1: chosen[1]}), record_picks(choosy) as other:
+        choosy(IDS)
+    assert torch.equal(other[1][0], chosen[1])
+    assert all(block.attn.replayed is None and block.attn.recorded is None for block in choosy.layers)
+
+
+def test_any_number_of_picks_is_replayed_and_minus_one_is_none(choosy):
+    wide = torch.full((2, 30, 5), -1)
+    wide[:, 8:, 0] = 1
+    with replay_picks(choosy, {1: wide}):
+        padded = choosy(IDS).logits
+    with replay_picks(choosy, {1: wide[..., :1]}):
+        torch.testing.assert_close(choosy(IDS).logits, padded)
+    with replay_picks(choosy, {1: torch.full((2, 30, 1), -1)}):
+        assert not torch.allclose(choosy(IDS).logits[:, 8:], padded[:, 8:])
+
+
+def test_decoding_notes_and_replays_picks_too(choosy):
+    """One token of one sequence would take the numpy path, which neither notes nor takes any."""
+    choosy.eval()
+    caches = [choosy.new_cache(1, 32) for _ in range(3)]
+    for cache in caches:
+        choosy(IDS[:1, :29], cache=cache)
+    token = IDS[:1, 29:]
+    with record_picks(choosy) as picks:
+        plain = choosy(token, cache=caches[0]).logits
+    with record_picks(choosy) as whole:
+        choosy(IDS[:1])
+    assert all(torch.equal(picks[layer][0][0, 0], whole[layer][0][0, 29]) for layer in (1, 3))
+    with replay_picks(choosy, {layer: passes[0] for layer, passes in picks.items()}):
+        torch.testing.assert_close(choosy(token, cache=caches[1]).logits, plain)
+    with replay_picks(choosy, {3: torch.full((1, 1, 2), -1)}):
+        assert (choosy(token, cache=caches[2]).logits - plain).abs().max() > 1e-4
+
+
+def test_picks_of_a_layer_that_has_none_or_of_another_shape_are_refused(choosy):
+    with pytest.raises(ValueError, match="picks names layer 2: allowed are 1, 3"), replay_picks(choosy, {2: IDS}):
+        pass
+    with pytest.raises(ValueError, match="index"), replay_picks(choosy, {1: torch.zeros(2, 9, 2, dtype=torch.int64)}):
+        choosy(IDS)
+    assert choosy.layers[1].attn.replayed is None

@@ -9,13 +9,12 @@ over 64 tokens together, so that most kernels of blocks of tokens have programs 
 
 from copy import deepcopy
 
-import half
 import pytest
 import torch
 from lively import draw_ids, lively
 
 from abyssal.model import Transformer
-from abyssal.model.routing import record_routing, replay_routing
+from abyssal.model.routing import record_picks, record_routing, replay_picks, replay_routing
 from abyssal.train.optim import build_optimizer, set_learning_rate
 from abyssal.train.settings import OptimConfig
 
@@ -82,13 +81,13 @@ def test_a_training_pass_under_autocast(by):
     """
     short = lively("nano", **SHORT | {"engram": None}).train()
     by("eager")
-    chosen: list[torch.Tensor] = []
-    with record_routing(short) as routes, half.picks(chosen, replay=False):
+    with record_routing(short) as routes, record_picks(short) as picks:
         want, away = trained(short, IDS[:1, :22]), {}
+    experts, entries = ({layer: taken[0] for layer, taken in found.items()} for found in (routes, picks))
     for backend in ("eager", "triton"):
         by(backend)
-        same = replay_routing(short, {layer: taken[0] for layer, taken in routes.items()})
-        with same, half.picks(chosen, replay=True), torch.autocast("cuda", torch.bfloat16):
+        same = replay_routing(short, experts), replay_picks(short, entries)
+        with same[0], same[1], torch.autocast("cuda", torch.bfloat16):
             loss, gradients = trained(short, IDS[:1, :22])
         assert error(loss, want[0]) < 1e-2
         away[backend] = error(*(torch.cat([x.flatten() for x in g.values()]) for g in (gradients, want[1])))

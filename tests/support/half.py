@@ -10,12 +10,10 @@ Third, what nothing can be better than: float32 throughout, where mHC alone read
 Streams that hardly differ give its last collapse a gradient that is the small difference of large numbers.
 """
 
-import importlib
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
@@ -25,9 +23,7 @@ from torch import Tensor  # noqa: E402
 
 from abyssal.model import ModelConfig, Transformer  # noqa: E402
 from abyssal.model.hyper import HyperConnection, HyperHead  # noqa: E402
-from abyssal.model.routing import record_routing, replay_routing  # noqa: E402
-
-attention_module = importlib.import_module("abyssal.model.attention")
+from abyssal.model.routing import record_picks, record_routing, replay_picks, replay_routing  # noqa: E402
 
 
 class Compared(NamedTuple):
@@ -41,11 +37,10 @@ def compare(
     model: Transformer, ids: Tensor, targets: Tensor, same_choices: bool, streams_alone: bool = False
 ) -> Compared:
     """A pass in each dtype over ids [b, t]; with `streams_alone` nothing else is in bfloat16."""
-    kept: list[Tensor] = []
-    with record_routing(model) as routes, picks(kept, replay=False):
+    with record_routing(model) as routes, record_picks(model) as picks:
         losses, want = _pass(model, ids, targets, enabled=False)
-    chosen = {layer: taken[0] for layer, taken in routes.items()} if same_choices else {}
-    with replay_routing(model, chosen), picks(kept, replay=same_choices), _rounded(model, streams_alone):
+    experts, entries = ({n: taken[0] for n, taken in found.items() if same_choices} for found in (routes, picks))
+    with replay_routing(model, experts), replay_picks(model, entries), _rounded(model, streams_alone):
         others, got = _pass(model, ids, targets, enabled=not streams_alone)
     cosines = {name: torch.cosine_similarity(want[name], got[name], 0).item() for name in want}
     return Compared({name: (losses[name], others[name]) for name in losses}, cosines)
@@ -60,21 +55,6 @@ def _pass(
     out.loss.backward()
     grads = {n: p.grad.flatten().double() for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": out.loss.item(), **{name: x.item() for name, x in out.losses.items()}}, grads
-
-
-@contextmanager
-def picks(kept: list[Tensor], replay: bool):
-    """Keeps what index_topk gives, or gives what was kept."""
-    real, left = attention_module.index_topk, iter(list(kept))
-
-    def topk(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        if replay:
-            return next(left)
-        kept.append(real(*args, **kwargs))
-        return kept[-1]
-
-    with patch.object(attention_module, "index_topk", topk):
-        yield
 
 
 @contextmanager

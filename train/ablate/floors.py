@@ -1,5 +1,7 @@
 """What blind readers score on planted tasks: the table that stands before every verdict on them."""
 
+from typing import Any
+
 from ..data.planted import TASKS, PlantedSource, planted_task
 from ..recipe import load_recipe
 from ..settings import PLANTED, DataConfig, PlantedConfig
@@ -7,7 +9,7 @@ from ..settings import PLANTED, DataConfig, PlantedConfig
 READERS = ("recency", "unasked", "frequency", "position", "likeliest")
 SHIPPED = {"recall": "indexer", "ruler": "ruler"}  # tasks with a recipe; the others by their defaults, 12 rows of 4,096
 ROWS, LENGTH = 12, 4096
-OPTIONS = {"mqar": {"keys": 1024}}
+OPTIONS: dict[str, dict[str, Any]] = {"mqar": {"keys": 1024}}
 
 
 def floors() -> dict[str, dict[str, float]]:

@@ -40,7 +40,7 @@ def flatten(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def answers(scores: Mapping[str, Any]) -> dict[str, str]:
     """Which held-out questions were answered right, by measure: the digits 1 and 0, behind a 1, in hexadecimal."""
-    found = dict(scores.get("answers", {}))
+    found = dict(scores.get("right", {}))
     every = "".join(text for name, text in found.items() if name.startswith("accuracy_at."))
     return {name: f"{int('1' + text, 2):x}" for name, text in {"accuracy": every, **found}.items() if text}
 

@@ -114,8 +114,12 @@ def _equal_steps(suite: Suite, out: Path, seeds: Sequence[int], size: str, overr
     missing = [job for job in first if names[job.arm] not in seconds]
     if missing:
         out.mkdir(parents=True, exist_ok=True)
-        again = first if first[0] in missing else [first[0], *missing]
-        seconds |= {names[job.arm]: found for job, found in zip(again, seconds_per_step(again))}
+        again = [first[0], *(job for job in missing if job is not first[0])]
+        found = seconds_per_step(again)
+        scale = (
+            seconds.get(names[again[0].arm], found[0]) / found[0]
+        )  # to the measurement that earlier arms are held to
+        seconds |= {names[job.arm]: scale * one for job, one in zip(again, found)}
         write_json(path, seconds)
     base = first[0]
     taken = {arm: equal_steps(base.recipe.train.steps, seconds[names[base.arm]], seconds[names[arm]]) for arm in names}

@@ -141,7 +141,7 @@ def check(recipe: "Recipe", world: World) -> None:
     """Raises ValueError for what a run of several processes cannot do, or cannot share out evenly."""
     if world.size == 1:
         return
-    for table in ("grpo", "stability"):
+    for table in ("grpo", "distil", "stability"):
         if getattr(recipe, table) is not None:
             raise ValueError(f"[{table}]: allowed on one process; this run has {world.size}")
     rows = {"data.batch_size": recipe.data.batch_size}

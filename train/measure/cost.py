@@ -199,12 +199,12 @@ def training(name: str) -> tuple[float, int]:
     """Tokens that a recipe trains on, and the mean length of their rows; V4's pre-training of a configuration.
 
     Raises:
-        ValueError: a recipe with [grpo], whose tokens the model writes.
+        ValueError: a recipe whose tokens the model writes.
     """
     if name in LINEAGE or read_recipe(name).keys() == {"model"}:
         return 15e12, 4096
     recipe = load_recipe(name)
-    if recipe.grpo:
+    if recipe.rollouts:
         raise ValueError(f"tokens is missing: the model itself writes what {name} trains on")
     return of_recipe(recipe)
 

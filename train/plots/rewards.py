@@ -50,7 +50,7 @@ def reward(axis: Any, records: Records) -> None:
 
 
 def distance(axis: Any, records: Records) -> None:
-    draw_line(axis, records, "kl", PINK, "KL to the weights at the start", STEPS)
+    draw_line(axis, records, "kl", PINK, "KL to the weights at the start, or to the teacher", STEPS)
     axis.set(title="Distance from the reference", ylabel="nats per token")
     axis.legend(loc="upper left")
 
@@ -70,6 +70,9 @@ def length(axis: Any, records: Records) -> None:
 
 def limits(axis: Any, records: Records) -> None:
     draw_line(axis, records, "clip_fraction", GREY, "tokens clipped", STEPS)
-    draw_line(axis, records, "off_policy", PINK, "completions left out as off-policy", STEPS)
-    axis.set(title="What the clip and the mask took", ylabel="share")
-    axis.legend(loc="upper left")
+    draw_line(axis, records, "off_policy", PINK, "tokens left out as off-policy", STEPS)
+    draw_line(axis, records, "flipped_experts", BLUE, "experts that would be others", 1)
+    draw_line(axis, records, "flipped_picks", ORANGE, "entries that would be others", 1)
+    axis.set(title="What clip, mask and replay took", ylabel="share")
+    if axis.lines:
+        axis.legend(loc="upper left")

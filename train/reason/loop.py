@@ -1,23 +1,21 @@
-"""Reinforcement learning with GRPO: ask, write, judge, update.
+"""Learning from what the model itself writes: ask, write, judge, update.
 
-    step:  prompts x group completions at temperature 1  ->  rewards  ->  advantages  ->  `updates` optimizer steps
+    step:  prompts x group completions  ->  rewards  ->  `updates` optimizer steps, each with a share of them
 
-A run like any other (folder, checkpoints, metrics, resumption), whose step is this one. Questions, draws and the shares
-of the updates are functions of (seed, step), so that only weights and moments have to be remembered between steps;
-the reference policy, the weights the run started from, lies in its folder:
+A run like any other (folder, checkpoints, metrics, resumption), whose step is this one. What an update learns is its
+kind's: rewards (`grpo`) or a teacher (`distil`). Questions, draws and the shares of the updates are functions of
+(seed, step), so that only weights and moments have to be remembered between steps.
 
-    DIR/reference.safetensors
-
-Groups whose completions are all right, or all wrong, have no advantage; updates leave them out by default, and their KL
-with them, which on a small machine buys more steps. `learnt_from` is the share of the completions that updates took.
+An update takes the experts and the compressed entries that the rollout chose (keep_routing, keep_picks), so that its
+log-probabilities are the rollout's but for rounding and for what updates before it have changed. Every
+`train.observe_every` steps the last update of a step is looked at before it is made: `drift.py`.
 
 Balance and indexer losses stay in the objective with their pre-training weights; an MTP module is left as it is.
 """
 
-import copy
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,33 +24,36 @@ import torch
 from torch import Tensor
 
 from ...model import Transformer
-from ...model.disk import whole, write_tensors
 from ...model.generation.sampling import Sampling
 from ...model.losses import LossShares, loss_counts, loss_shares
+from ...model.routing import replay_picks, replay_routing
 from ..data.source import Source
 from ..data.tokenizers import load_tokenizer
 from ..recipe import Recipe
 from ..run import metrics
-from ..run.checkpoint import Progress, fit, require_run
+from ..run.checkpoint import Progress
 from ..run.folder import nothing_to_check
 from ..run.line import Line
 from ..run.loop import Run
 from ..run.schedule import Phase
-from ..run.step import Experts
 from .conversations import prompt
-from .grpo import Terms, advantages, grpo_terms
-from .policy import entropy, log_probabilities, of_tokens
+from .drift import drift
+from .policy import entropy, log_probabilities
 from .reward import Verdict, judge
 from .rollout import Rollouts, roll_out
 from .tasks import Problem, problem
 
-REFERENCE = "reference.safetensors"
-MEASURED = ("loss", "kl", "entropy", "clip_fraction", "off_policy", "grad_norm")  # of an update
 STAGE = -1  # of the problems: fine-tuning counts its stages from 0
+Sums = dict[str, Tensor]  # by name of a metric, what some rows add to it
 
 
-class GrpoRun(Run):
-    """A reinforcement learning in progress."""
+class RolloutRun(Run):
+    """A run that learns from its rollouts. Its kinds say from how many of a question, and what."""
+
+    group: int  # completions of each question
+    measured: tuple[str, ...]  # of an update, for the metrics
+    sampling: Sampling
+    keep_mask = False  # whether rollouts note which tokens could be drawn
 
     def __init__(
         self,
@@ -65,44 +66,44 @@ class GrpoRun(Run):
         held: Callable[[], None] = nothing_to_check,
     ):
         if resumed is None and not recipe.train.init:
-            raise ValueError("train.init='': allowed is a trained run: new weights write nothing that is ever rewarded")
+            raise ValueError("train.init='': allowed is a trained run: new weights write nothing to learn from")
         super().__init__(recipe, source, out, resumed, shown, prepare, held=held)
-        assert recipe.reason is not None and recipe.grpo is not None
-        self.reason, self.grpo, self.tokenizer = recipe.reason, recipe.grpo, load_tokenizer("bytes")
-        self.sampling = Sampling(recipe.grpo.temperature, recipe.grpo.top_k, recipe.grpo.top_p)
-        self.reference = self._reference(resumed) if recipe.grpo.kl_weight else None
+        assert recipe.reason is not None and recipe.rollouts is not None
+        self.reason, self.rollouts, self.tokenizer = recipe.reason, recipe.rollouts, load_tokenizer("bytes")
 
-    def _reference(self, resumed: Path | None) -> Transformer:
-        """The weights that the run started from, frozen."""
-        path = self.out / REFERENCE
-        if resumed is None:
-            with whole(path) as writing:
-                write_tensors({name: tensor.contiguous() for name, tensor in self.model.state_dict().items()}, writing)
-        elif not path.exists():
-            with whole(path) as writing:
-                shutil.copyfile(require_run(resumed) / REFERENCE, writing)
-        model = copy.deepcopy(self.model)  # a new one would draw from the generators that a checkpoint has restored
-        fit(model, path)
-        return model.requires_grad_(False).eval()
+    def weigh(self, rewards: Tensor) -> Tensor:
+        """What each completion counts in `terms`, [b], from the rewards [b], group by group."""
+        raise NotImplementedError
+
+    def terms(self, rows: Rollouts, weights: Tensor, log_pi: Tensor) -> Sums:
+        """Sums over the written tokens of some rows: "loss", to be differentiated, and others for the metrics.
+
+        log_pi: [b, t, v] of the next token, with its gradient.
+        """
+        raise NotImplementedError
+
+    def worth_learning(self, weights: Tensor) -> Tensor:
+        """Numbers of the completions that updates take, on the host."""
+        return torch.arange(len(weights))
 
     def questions(self, step: int) -> list[tuple[Problem, str]]:
         """The problems of a step and the modes they are asked in: tasks take turns, then modes."""
-        tasks, modes, first = self.reason.tasks, self.reason.modes, step * self.grpo.prompts
+        tasks, modes, first = self.reason.tasks, self.reason.modes, step * self.rollouts.prompts
         return [
             (problem(tasks, self.recipe.train.seed, STAGE, number), modes[number // len(tasks) % len(modes)])
-            for number in range(first, first + self.grpo.prompts)
+            for number in range(first, first + self.rollouts.prompts)
         ]
 
     def step(self) -> Line:
         """A batch of completions, and what is learnt from it."""
         began, number = time.perf_counter(), self.progress.step
-        asked = [question for question in self.questions(number) for _ in range(self.grpo.group)]
+        asked = [question for question in self.questions(number) for _ in range(self.group)]
         rollouts = self.roll_out(asked, number)
         verdicts = [judge(*question, ids, self.tokenizer) for question, ids in zip(asked, rollouts.completions())]
         rewards = torch.tensor([verdict.reward for verdict in verdicts], device=self.device)
         rolled = time.perf_counter() - began
         phase = self.schedule.phase(number)
-        measured = self.learn(rollouts, advantages(rewards, self.grpo.group), phase)
+        measured = self.learn(rollouts, self.weigh(rewards), phase)
         tokens = int(rollouts.written.sum())
         self.progress = Progress(number + 1, self.progress.tokens + tokens, self.seconds())
         record = {
@@ -129,93 +130,71 @@ class GrpoRun(Run):
                 sampling=self.sampling,
                 seed=self._seed(step),
                 stop=self.tokenizer.eos,
-                keep_routing=self.grpo.keep_routing,
-                keep_mask=self.grpo.keep_sampling_mask,
+                keep_mask=self.keep_mask,
             )
 
     def _seed(self, step: int) -> int:
         return (self.recipe.train.seed << 32 | step) % 2**63
 
-    def learn(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> dict[str, float]:
+    def learn(self, rollouts: Rollouts, weights: Tensor, phase: Phase) -> dict[str, float]:
         """The optimizer steps on a batch, each with its share of the completions; means for the metrics."""
-        rows = self.worth_learning(advantage)
+        rows = self.worth_learning(weights)
         order = torch.Generator().manual_seed(self._seed(phase.step))
         rows = rows[torch.randperm(len(rows), generator=order)]
-        shares = [share for share in rows.tensor_split(self.grpo.updates) if len(share)]
-        sums = dict.fromkeys(MEASURED, 0.0)
+        shares = [share for share in rows.tensor_split(self.rollouts.updates) if len(share)]
+        found, every = dict.fromkeys(self.measured, 0.0), self.recipe.train.observe_every
         for share in shares:
-            for name, value in self.update(rollouts.rows(share), advantage[share.to(self.device)], phase).items():
-                sums[name] += value / len(shares)
-        return {**sums, "learnt_from": len(rows) / len(rollouts)}
+            part, last = rollouts.rows(share), share is shares[-1]
+            if last and every and (phase.step + 1) % every == 0:
+                found |= drift(self, part)
+            for name, value in self.update(part, weights[share.to(self.device)], phase).items():
+                found[name] += value / len(shares)
+        return {**found, "learnt_from": len(rows) / len(rollouts)}
 
-    def worth_learning(self, advantage: Tensor) -> Tensor:
-        """Numbers of the completions that updates take, on the host."""
-        differs = advantage.unflatten(0, (-1, self.grpo.group)).any(-1).repeat_interleave(self.grpo.group)
-        return (differs.cpu() | (not self.grpo.skip_settled)).nonzero().flatten()
-
-    def update(self, rollouts: Rollouts, advantage: Tensor, phase: Phase) -> dict[str, float]:
+    def update(self, rollouts: Rollouts, weights: Tensor, phase: Phase) -> dict[str, float]:
         """One optimizer step, whose numbers are waited for: rollouts, which come next, are of the host anyway."""
-        tokens, b = int(rollouts.written.sum()), len(rollouts)
-        split = passes(rollouts.lengths, self.grpo.tokens_per_pass)
+        split = passes(rollouts.lengths, self.rollouts.tokens_per_pass)
         parts = [rollouts.rows(rows) for rows in split]
         counts = [loss_counts(self.recipe.model, part.ids, part.next_ids, part.documents) for part in parts]
         shares = [loss_shares(count, torch.stack(counts).sum(0)) for count in counts]
+        tokens = rollouts.written.sum()
         forwards = [
-            (routes(part.experts), partial(self._loss, part, advantage[rows], share, tokens))
+            (self.choosing(part), partial(self._loss, part, weights[rows], share, tokens))
             for rows, part, share in zip(split, parts, shares)
         ]
         sums, norm = self.stepper.accumulate(phase, forwards)
         self.stepper.update(phase)
-        loss, kl, clipped, off_policy, spread = (sum(column) for column in zip(*torch.stack(sums).tolist()))
-        found = {"loss": loss / tokens, "kl": kl / tokens, "entropy": spread / tokens}
-        self._check_finite(phase.step + 1, {**found, "grad_norm": norm.item()})
-        return {**found, "clip_fraction": clipped / tokens, "off_policy": off_policy / b, "grad_norm": norm.item()}
+        values = torch.stack([torch.stack([*each.values()]).double() for each in sums]).sum(0)
+        found = {**dict(zip(sums[0], values.tolist())), "grad_norm": norm.item()}
+        self._check_finite(phase.step + 1, found)
+        return found
 
-    def _loss(self, rows: Rollouts, advantage: Tensor, shares: LossShares, tokens: int) -> tuple[Tensor, Tensor]:
-        """What some rows add to an update's loss, a mean over its `tokens`, and sums over the rows for the metrics."""
-        terms, spread, extra = self.terms(rows, advantage, shares)
-        sums = torch.stack([terms.loss.detach(), terms.kl, terms.clipped, terms.off_policy, spread])
-        return terms.loss / tokens + extra, sums
+    @contextmanager
+    def choosing(self, rows: Rollouts) -> Iterator[None]:
+        """A pass over these rows takes the rollout's experts and entries, as far as the recipe keeps them."""
+        experts = {layer: chosen.flatten(0, 1) for layer, chosen in rows.experts.items()}
+        picks = rows.picks if self.rollouts.keep_picks else {}
+        with replay_routing(self.model, experts if self.rollouts.keep_routing else {}), replay_picks(self.model, picks):
+            yield
 
-    def terms(self, rows: Rollouts, advantage: Tensor, shares: LossShares) -> tuple[Terms, Tensor, Tensor]:
-        """GRPO's terms of some rows, the sum of the entropies of their tokens, and router and index losses."""
+    def _loss(self, rows: Rollouts, weights: Tensor, shares: LossShares, tokens: Tensor) -> tuple[Tensor, Sums]:
+        """What some rows add to an update's loss, a mean over its `tokens`, and to its metrics."""
         log_pi, extra = self.log_policy(self.model, rows, shares)
-        log_reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                log_reference = of_tokens(self.log_policy(self.reference, rows)[0], rows.next_ids)
-            log_reference = torch.where(rows.written, log_reference, 0.0)
-        spread = torch.where(rows.written, entropy(log_pi.detach()), 0.0).sum()
-        grpo = self.grpo
-        terms = grpo_terms(
-            of_tokens(log_pi, rows.next_ids),
-            rows.log_old,
-            log_reference,
-            advantage,
-            rows.written,
-            clip_low=grpo.clip_low,
-            clip_high=grpo.clip_high,
-            kl_weight=grpo.kl_weight,
-            off_policy_limit=grpo.off_policy_limit,
-        )
-        return terms, spread, extra
+        sums = self.terms(rows, weights, log_pi)
+        sums["entropy"] = torch.where(rows.written, entropy(log_pi.detach()), 0.0).sum()
+        found = {name: value / tokens for name, value in sums.items()}
+        return found["loss"] + extra, {name: value.detach() for name, value in found.items()}
 
     def log_policy(self, model: Transformer, rows: Rollouts, shares: LossShares | None = None) -> tuple[Tensor, Tensor]:
-        """log pi [b, t, v] of the next token as the rollout draws it; router and index losses."""
-        learns, c = torch.is_grad_enabled(), self.recipe.model
-        targets = rows.next_ids if learns else None
+        """log pi [b, t, v] of the next token as the rollout draws it; router and index losses, given their shares."""
+        targets = None if shares is None else rows.next_ids
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = model(rows.ids, targets=targets, documents=rows.documents, shares=shares)
-        log_pi = log_probabilities(out.logits.float(), self.grpo.temperature, rows.kept)
-        nothing = log_pi.new_zeros(())
+        log_pi = log_probabilities(out.logits.float(), self.rollouts.temperature, rows.kept)
+        nothing, c = log_pi.new_zeros(()), self.recipe.model
         weights = {"balance": c.balance_loss_weight, "index": c.index_loss_weight}
         extra = [weight * out.losses.get(name, nothing) for name, weight in weights.items()]
         return log_pi, torch.stack([part.float() for part in extra]).sum()
-
-
-def routes(experts: dict[int, Tensor]) -> Experts:
-    """Those of a rollout's tokens [b, t, k] as a pass over them takes them."""
-    return {layer: chosen.flatten(0, 1) for layer, chosen in experts.items()}
 
 
 def passes(lengths: Tensor, most: int) -> list[Tensor]:

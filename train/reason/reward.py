@@ -29,4 +29,4 @@ def judge(problem: Problem, mode: str, completion: Sequence[int], tokenizer: Tok
         message = parse_message_from_completion_text(tokenizer.decode(completion, special=True), mode)
     except ChatFormatError:
         return Verdict(False, False)
-    return Verdict(not message["tool_calls"], not message["tool_calls"] and message["content"] == problem.answer)
+    return Verdict(not message["tool_calls"], not message["tool_calls"] and problem.accepts(message["content"]))

@@ -2,27 +2,27 @@
 
     logits = prefill(prompts);   repeat:  token ~ pi(logits),  logits = model(token, cache)
 
-Kept of each token: its log-probability, the experts chosen at the position that predicted it, and, where top-k or top-p
-cut the vocabulary, which tokens could be drawn. A row that has ended leaves the batch. The random numbers are those of
-`generate`, so that a rollout is what `generate` writes with the same seed.
+Kept of each token: its log-probability, the experts and the compressed entries chosen at the position that predicted
+it, and, where top-k or top-p cut the vocabulary, which tokens could be drawn. A row that has ended leaves the batch.
+The random numbers are those of `generate`, so that a rollout is what `generate` writes with the same seed.
 
-b rows · t positions of prompt and completion but each row's last, padded on the right · k experts per token ·
+b rows · t positions of prompt and completion but each row's last, padded on the right · k experts per token, or picks ·
 v vocabulary
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...model import Transformer
 from ...model.generation.prefill import prefill
 from ...model.generation.sampling import Draws, Sampling, pick
-from ...model.routing import Routes, record_routing
+from ...model.routing import Picks, Routes, record_picks, record_routing
 from ..data.rows import PADDING
 from .policy import log_probabilities, of_tokens
 
@@ -36,7 +36,8 @@ class Rollouts:
     documents: Tensor  # int64 [b, t]: 0, and -1 where padded
     written: Tensor  # bool [b, t]: the next token is of the completion
     log_old: Tensor  # float32 [b, t] of the next token when it was drawn; 0 where not written
-    experts: dict[int, Tensor]  # layer -> int64 [b, t, k], 0 where padded; empty unless recorded
+    experts: dict[int, Tensor]  # layer -> int64 [b, t, k], 0 where padded
+    picks: dict[int, Tensor]  # CSA layer -> int64 [b, t, k], -1 where none
     kept: Tensor | None  # bool [b, t, v]: next tokens that could be drawn; None = all
 
     def __len__(self) -> int:
@@ -59,7 +60,7 @@ class Rollouts:
 
 def _rows(value: Any, which: Tensor, longest: int) -> Any:
     if isinstance(value, dict):
-        return {layer: _rows(experts, which, longest) for layer, experts in value.items()}
+        return {layer: _rows(chosen, which, longest) for layer, chosen in value.items()}
     return None if value is None else value[which][:, :longest]
 
 
@@ -72,7 +73,6 @@ def roll_out(
     sampling: Sampling,
     seed: int,
     stop: int,
-    keep_routing: bool = True,
     keep_mask: bool = True,
 ) -> Rollouts:
     """A completion of every prompt, drawn until its `stop` token or `max_new_tokens`.
@@ -80,7 +80,6 @@ def roll_out(
     Args:
         sampling: its temperature is above 0.
         seed: of the draws; a row's numbers depend on the seed and its place among the prompts only.
-        keep_routing: record the experts.
         keep_mask: record which tokens could be drawn, if top-k, top-p or min-p are on.
 
     Raises:
@@ -94,12 +93,11 @@ def roll_out(
     cache = model.new_cache(len(prompts), max(lengths) + max_new_tokens)
     draws, cuts = Draws(seed, len(prompts)), bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
     notes = _Notes(prompts, max_new_tokens)
-    recording: AbstractContextManager[Routes] = record_routing(model) if keep_routing else nullcontext({})
-    with recording as routes:
+    with record_routing(model) as routes, record_picks(model) as picks:
         out = prefill(model, ids, cache, lengths if len(set(lengths)) > 1 else None, chunk=max(lengths))
         active, read = list(range(len(prompts))), [range(n) for n in lengths]
         for left in range(max_new_tokens, 0, -1):
-            notes.experts_of(active, read, routes)
+            notes.choices(active, read, routes, picks)
             logits = out.logits[:, -1].float()
             p = sampling.probabilities(logits)
             tokens = pick(p, draws.uniform(active).to(device))
@@ -126,21 +124,24 @@ class _Notes:
         self.log_old: list[list[float]] = [[] for _ in prompts]
         self.kept: list[list[Tensor]] = [[] for _ in prompts]
         self.experts: dict[int, Tensor] = {}
+        self.picks: dict[int, Tensor] = {}
         self.room = max(self.first) + room
 
     def length(self, row: int) -> int:
         return len(self.ids[row])
 
-    def experts_of(self, rows: list[int], read: list[range], routes: Routes) -> None:
-        """Takes in the experts of the last pass, in which rows[i] read the positions read[i]."""
+    def choices(self, rows: list[int], read: list[range], routes: Routes, picks: Picks) -> None:
+        """Takes in experts and picks of the last pass, in which rows[i] read the positions read[i]."""
         row = torch.tensor([row for row, positions in zip(rows, read) for _ in positions])
         column = torch.tensor([position for positions in read for position in positions])
-        for layer, passes in routes.items():
-            chosen = passes.pop().cpu().unflatten(0, (len(rows), -1))  # [rows, columns of the pass, k]
-            if layer not in self.experts:
-                self.experts[layer] = torch.zeros(len(self.ids), self.room, chosen.shape[-1], dtype=torch.int64)
-            real = torch.cat([part[: len(positions)] for part, positions in zip(chosen, read)])
-            self.experts[layer][row, column] = real
+        taken = [(self.experts, 0, layer, each.pop().unflatten(0, (len(rows), -1))) for layer, each in routes.items()]
+        taken += [(self.picks, -1, layer, each.pop()) for layer, each in picks.items()]
+        for kept, nothing, layer, chosen in taken:
+            real = torch.cat([part[: len(positions)] for part, positions in zip(chosen.cpu(), read)])  # [tokens, k]
+            before = kept.get(layer, torch.empty(len(self.ids), self.room, 0, dtype=torch.int64))
+            wider = max(real.shape[-1] - before.shape[-1], 0)  # there are more picks as there are more entries
+            kept[layer] = F.pad(before, (0, wider), value=nothing)
+            kept[layer][row, column, : real.shape[-1]] = real
 
     def tokens(self, rows: list[int], tokens: list[int], log_old: list[float], kept: Tensor | None) -> None:
         """Takes in the next token of each row."""
@@ -163,8 +164,11 @@ class _Notes:
             log_old[row, new] = torch.tensor(self.log_old[row])
             if kept is not None:
                 kept[row, new] = torch.stack(self.kept[row])
-        experts = {layer: chosen[:, :t].to(device) for layer, chosen in self.experts.items()}
+        experts, picks = (
+            {layer: chosen[:, :t].to(device) for layer, chosen in found.items()} for found in (self.experts, self.picks)
+        )
         ids, next_ids, documents, written, log_old = (
             x.to(device) for x in (ids, next_ids, documents, written, log_old)
         )
-        return Rollouts(ids, next_ids, documents, written, log_old, experts, None if kept is None else kept.to(device))
+        kept = None if kept is None else kept.to(device)
+        return Rollouts(ids, next_ids, documents, written, log_old, experts, picks, kept)

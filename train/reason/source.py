@@ -73,7 +73,7 @@ class ReasonSource:
                 model, self.tokenizer, reason.tasks, reason.modes, reason.exam_problems, reason.max_new_tokens
             )
         means = {f"accuracy_{mode}": mean_right(by_task) for mode, by_task in scores.items()}
-        by_task = {mode: {task: score.right for task, score in found.items()} for mode, found in scores.items()}
+        by_task = {mode: {task: score.share for task, score in found.items()} for mode, found in scores.items()}
         return {**means, "accuracy": by_task}
 
     def report(self, scores: dict[str, Any]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from . import arithmetic
+
 HELD_OUT_ONE_IN = 8
 
 
@@ -31,6 +33,10 @@ class Problem:
     @property
     def held_out(self) -> bool:
         return hashlib.sha256(self.identity.encode()).digest()[0] % HELD_OUT_ONE_IN == 0
+
+    def accepts(self, answer: str) -> bool:
+        """Whether it is right, to the letter."""
+        return arithmetic.reaches(self.question, answer) if self.task.startswith(EXPRESSIONS) else answer == self.answer
 
 
 def _addition(digits: int, draw: random.Random) -> tuple[str, str, str, str]:
@@ -58,7 +64,12 @@ def _sorting(letters: int, draw: random.Random) -> tuple[str, str, str, str]:
 KINDS: dict[str, Callable[[int, random.Random], tuple[str, str, str, str]]] = {
     "addition": _addition,
     "sorting": _sorting,
+    "draw": arithmetic.draw,
+    "countdown": arithmetic.countdown,
+    "terms": arithmetic.terms,
+    "multiplication": arithmetic.multiplication,
 }
+EXPRESSIONS = ("draw", "countdown")  # whose answers are expressions, of which more than one is right
 
 
 def check_task(name: str) -> tuple[str, int]:

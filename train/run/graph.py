@@ -35,7 +35,7 @@ def check(recipe: Recipe, device: torch.device, world: World) -> None:
         f"device {device}": (device.type != "cuda", "a graph is CUDA's"),
         f"{world.size} processes": (world.size > 1, "sums over processes are not captured"),
         "[stability]": (recipe.stability is not None, "experts chosen ahead come from the host"),
-        "[grpo]": (recipe.grpo is not None, "no two updates have the same shape"),
+        "[grpo] or [distil]": (recipe.rollouts is not None, "no two updates have the same shape"),
         "optim.engram_rows='touched'": (recipe.optim.engram_rows == "touched", "no two steps hold the same rows"),
         f"train.recompute={recipe.train.recompute}": (
             recipe.train.recompute > 0,

@@ -57,7 +57,7 @@ class Loaded:
         recipe = self.recipe or self._plain()
         in_bytes = self.tokenizer is None or self.tokenizer.name == "bytes"
         given = replace(recipe.data, tokenizer="bytes" if in_bytes else str(self.folder), **data)
-        recipe = replace(recipe, data=given, grpo=None)
+        recipe = replace(recipe, data=given, grpo=None, distil=None)
         if "source" in data:
             chat = (recipe.chat or ChatConfig()) if are_conversations(given.source) else None
             recipe = replace(recipe, reason=None, chat=chat)

@@ -450,7 +450,7 @@ def _check_same_code(prepared: str, resumed: Path) -> None:
 def _check_same_kind(recipe: Recipe, resumed: Path) -> None:
     """Weights and moments of one kind of run go on in another by train.init alone."""
     before = checkpoint.read_state(resumed)[0]
-    for table in ("chat", "reason", "grpo"):
+    for table in ("chat", "reason", "grpo", "distil"):
         if (getattr(before, table) is None) != (getattr(recipe, table) is None):
             there = "without" if getattr(before, table) is None else "with"
             raise ValueError(f"{str(resumed)!r} is of a run {there} [{table}]: start a new one with train.init instead")

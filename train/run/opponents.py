@@ -33,7 +33,7 @@ def compare(source: TextSource, scores: dict[str, Any], step: int, run: Path | N
     """What opponents.json says of a model with these scores; `run`: its folder, None where no run of ours made it."""
     starts = provenance.starts(run) if run and (run / provenance.FILE).is_file() else []
     same = all(start.get("data", {}).get("digest") == source.digest for start in starts)
-    known = bool(starts) and same and source.tokenizer.exact
+    known = bool(starts) and step > 0 and same and source.tokenizer.exact
     texts = {"all": training_text(source.corpus.train)}
     if known:
         texts["read"] = read_text(source, starts, step)
@@ -109,6 +109,9 @@ def _rows(starts: Sequence[dict[str, Any]], step: int) -> Iterator[Rows]:
 
 
 def _curve(source: TextSource, starts: Sequence[dict[str, Any]], step: int) -> Iterator[dict[str, Any]]:
+    size, bits = 0, 0.0
     for part in sorted({-(-step // (1 << halves)) for halves in range(7)}):
-        bits = n_grams(read_text(source, starts, part), source.scored, [CURVE])[CURVE]
-        yield {"step": part, "held_out": float(bits.mean())}
+        text = read_text(source, starts, part)
+        if len(text) > size:  # else it is the same: what opponents are given has a limit
+            size, bits = len(text), float(n_grams(text, source.scored, [CURVE])[CURVE].mean())
+        yield {"step": part, "held_out": bits}

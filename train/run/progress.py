@@ -50,9 +50,10 @@ class ProgressLine:
 def _describe(record: dict[str, Any], in_bytes: bool) -> str:
     speed = f"{record['tokens_per_second']:,.0f} tokens/s"
     if "reward" in record:
+        clipped = f"clipped {record['clip_fraction']:.1%}  " if "clip_fraction" in record else ""
         return (
             f"reward {record['reward']:.3f}  kl {record['kl']:.4f}  entropy {record['entropy']:.3f}"
-            f"  length {record['length']:.0f}  clipped {record['clip_fraction']:.1%}  {speed}"
+            f"  length {record['length']:.0f}  {clipped}{speed}"
         )
     bits = f"{record['lm'] / math.log(2):.3f} bits/byte  " if in_bytes else ""
     text = f"loss {record['loss']:.4f}  {bits}lr {record['lr']:.1e}  {speed}"

@@ -82,7 +82,8 @@ class Stepper:
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """What `gradients` does with its passes: losses, norm and metrics."""
         forwards = [partial(self._losses, phase, part) for part in parts]
-        found, norm = self.accumulate(phase, zip(experts or [{}] * len(parts), forwards, strict=True), look)
+        choices = map(self._taking, experts or [{}] * len(parts))
+        found, norm = self.accumulate(phase, zip(choices, forwards, strict=True), look)
         losses, measured = zip(*found)
         sums = summed(losses, self.world.total)
         self._judge(*sums.values())
@@ -90,18 +91,18 @@ class Stepper:
         return sums, norm, {name: self.world.mean(x.detach()) for name, x in mean_metrics(measured, rows).items()}
 
     def accumulate(
-        self, phase: Phase, passes: Iterable[tuple[Experts, Forward[Found]]], look: Blind = BLIND
+        self, phase: Phase, passes: Iterable[tuple[AbstractContextManager, Forward[Found]]], look: Blind = BLIND
     ) -> tuple[list[Found], Tensor]:
         """Adds up the gradients of the passes' losses, and clips them; what the passes found, and the norm before.
 
-        passes: the experts that a pass takes instead of choosing, and its forward pass.
+        passes: what a pass, forward and backward, runs within (`model.routing`: choices to take), and its forward pass.
         """
         self.model.train()
         self.model.attention_stage = phase.attention
         found = []
         with only_indexers(self.model) if phase.indexer_only else nullcontext():
-            for experts, forward in passes:
-                with self._taking(experts):
+            for choices, forward in passes:
+                with choices:
                     with look.watching():
                         loss, more = forward()
                     look.backward(loss)
@@ -155,7 +156,7 @@ class Stepper:
         return chosen
 
     def _taking(self, chosen: Experts) -> AbstractContextManager[None]:
-        """Passes within take these experts, which a checkpoint has given back on the host."""
+        """A pass takes these experts, which a checkpoint has given back on the host."""
         return replay_routing(self.model, {layer: experts.to(self.device) for layer, experts in chosen.items()})
 
     def _losses(self, phase: Phase, part: Pass) -> tuple[Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -81,7 +81,7 @@ def test_a_suite_refuses_unknown_arms_measures_and_variants():
 TINY = (
     *("model.hidden_size=16", "model.num_attention_heads=2", "model.head_dim=8", "model.qk_rope_head_dim=4"),
     *("model.q_lora_rank=8", "model.o_lora_rank=8", "model.index_head_dim=8", "model.moe_intermediate_size=16"),
-    *("planted.keys=8", "planted.density=0.05", "planted.nearest=4", "planted.eval_nearest=0"),
+    *("planted.keys=8", "planted.nearest=4", "planted.eval_nearest=0"),
     *("data.held_out_rows=2", "data.batch_size=2"),
     *("data.sequence_length=64", "train.steps=4", "train.eval_every=2", "train.checkpoint_every=2", "train.device=cpu"),
 )
@@ -207,6 +207,14 @@ def test_an_arm_of_equal_time_takes_the_steps_that_fit(tmp_path, monkeypatch):
     assert {name: arm["steps"] for name, arm in found["arms"].items()} == {"few": 4, "many": 4, "many-time": 8}
     run_suite(timed, tmp_path, seeds=(1,), workers=1, shown=False)
     assert clocked == [["few", "many-time"]], "measured once, then read from clock.json"
+    monkeypatch.setattr(runner, "seconds_per_step", lambda jobs: [0.1, 0.1])
+    fewer = Arm("fewer", "fewer picks", set=("model.index_topk=8",)).in_equal_time()
+    both = suite(arms=(*timed.arms, fewer))
+    found = run_suite(both, tmp_path, seeds=(0,), workers=1, shown=False)
+    steps = {name: arm["steps"] for name, arm in found["arms"].items()}
+    assert steps == {"few": 4, "many": 4, "many-time": 8, "fewer-time": 4}, (
+        "in turn with a baseline that is measured again"
+    )
 
 
 def test_the_clock_takes_the_fastest_round_and_refuses_stages(monkeypatch):
@@ -468,7 +476,7 @@ def test_answers_make_the_questions_noise_part_of_the_verdict(done):
     few, many = json.loads(json.dumps(done[1]["arms"])).values()
     for arm, texts in ((few, ("1101", "1111")), (many, ("0100", "0101"))):
         for run, text in zip(arm["runs"], texts):
-            run["answers"] = measures.answers({"answers": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
+            run["answers"] = measures.answers({"right": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
             run["measures"]["accuracy"] = text.count("1") / 4
     claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many})
     first, second = np.array([[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 1, 0, 1]]])

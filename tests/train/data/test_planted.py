@@ -35,40 +35,49 @@ def answers_of(row: Row) -> list[tuple[int, int, int]]:
     return [(p, int(row.targets[p]), int(row.distances[p])) for p in np.flatnonzero(row.targets != IGNORED).tolist()]
 
 
-@pytest.mark.parametrize("questions", ["spread", "end"])
 @pytest.mark.parametrize(
-    ("length", "nearest", "farthest", "fill"),
-    [(64, 1, 0, 0.5), (64, 20, 40, 0.4), (1024, 33, 0, 0.6), (65, 1, 63, 0.1)],
+    ("length", "nearest", "farthest", "fill", "keys", "octaves"),
+    [
+        (64, 8, 0, 0.5, 40, {8, 16, 32}),
+        (64, 16, 40, 0.4, 40, {16}),
+        (1024, 33, 0, 1.0, 400, {64, 128, 256, 512}),
+        (1025, 100, 511, 0.6, 24, {128, 256}),
+    ],
 )
-def test_recall(questions, length, nearest, farthest, fill):
-    keys, values, fillers = 400, 30, 3
+def test_recall(length, nearest, farthest, fill, keys, octaves):
+    values, fillers, questions = 30, 3, 7
     first_key, first_value = 2 + fillers, 2 + fillers + keys
     options = {"nearest": nearest, "farthest": farthest, "keys": keys, "values": values, "fillers": fillers}
-    found = rows("recall", length, questions=questions, fill=fill, **options)
+    found, seen = rows("recall", length, 40, questions=questions, fill=fill, **options), set()
     for row in found:
         ids, asked = row.ids.tolist(), answers_of(row)
-        assert len(asked) == ids.count(MARK) == round(length / 16)
+        octave = 1 << (asked[0][2].bit_length() - 1)
+        seen.add(octave)
         starts = [p for p, token in enumerate(ids) if first_key <= token < first_value and ids[p - 1] != MARK]
-        assert len(starts) in {round(fill * ((length - first) // 2)) for first in (1, 2)}
+        room = octave // 2 - octave // 4 + 1  # cells of the octave, but for those that the last questions leave out
+        assert len(starts) in {min(keys, round(fill * cells)) for cells in (room - 1, room)}
+        assert len(asked) == ids.count(MARK) == min(len(starts), questions, octave // 4)
         assert len({ids[p] for p in starts}) == len(starts), "a key has one pair"
         assert len({p % 2 for p in starts} | {(p - 1) % 2 for p, _, _ in asked}) == 1, "one grid of cells"
         each = Counter(ids[p + 1] for p in starts)
         assert max(each.values()) - min(each[v] for v in range(first_value, first_value + values)) <= 1
         assert sum(token >= first_value for token in ids) == len(starts)
+        assert len({ids[p] for p, _, _ in asked}) == len(asked), "a key is asked for once"
         for position, answer, distance in asked:
             pair = next(p for p in starts if ids[p] == ids[position])
             assert first_value <= answer == ids[pair + 1] < first_value + values
             assert distance == position - (pair + 1) and ids[position - 1] == MARK
-            assert nearest <= distance <= (farthest or length)
+            assert all(octave <= position - (p + 1) < 2 * octave for p in starts), "every pair could be the answer"
+            assert nearest <= octave and (not farthest or distance <= farthest)
         assert max(ids) < first_value + values and ids[0] == BOS and ids.count(BOS) == 1
-        if questions == "end":
-            assert max(starts) < min(position for position, _, _ in asked)
-    assert len({tuple(row.ids.tolist()) for row in found}) == len(found)
+    assert seen == octaves and len({tuple(row.ids.tolist()) for row in found}) == len(found)
     assert len({row.ids.tolist().index(MARK) % 2 for row in found}) == 2
+    used = {token for row in found for token in row.ids.tolist() if token >= first_value}
+    assert len(used) > values // 2, "few pairs have any of the values"
 
 
 def test_distances_are_octaves_equally_often_and_uniform_within():
-    task = TASKS["recall"](PlantedConfig(nearest=48))
+    task = TASKS["induction"](PlantedConfig(nearest=48))
     far = task.distances(np.random.default_rng(0), 1023, 40_000)
     assert far.min() == 48 and far.max() == 1023
     halves = {
@@ -79,19 +88,6 @@ def test_distances_are_octaves_equally_often_and_uniform_within():
     whole = 0.5 / np.log2(1024 / 48)
     assert all(share == pytest.approx(whole, rel=0.05) for share in halves.values()), halves
     assert (far < 64).mean() == pytest.approx(np.log2(64 / 48) / np.log2(1024 / 48), rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keys": 63}, "planted.keys=63: allowed are 64 or more, planted.fill=0.5 of 127 cells"),
-        ({"fill": 0.9, "keys": 200}, r"planted.density=0.0625: 16 questions beside 114 pairs .* allowed are 13"),
-        ({"nearest": 250, "fill": 0.4}, "planted.density=0.0625: 16 questions find no pairs at their distances"),
-    ],
-)
-def test_recall_without_room_is_an_error(options, message):
-    with pytest.raises(ValueError, match=message):
-        rows("recall", 256, 1, **options)
 
 
 @pytest.mark.parametrize(("nearest", "farthest", "density"), [(1, 0, 0.06), (20, 60, 0.06), (30, 0, 0.25), (4, 7, 0.5)])
@@ -252,9 +248,9 @@ def test_accuracy_is_counted_by_distance():
     [
         (["data.source=planted:recal"], "data.source='planted:recal': allowed after 'planted:' are recall, selective"),
         (["planted.values=300"], "model.vocab_size=260: allowed is at least 367, for planted:recall"),
-        (["planted.facts=7"], "planted.facts: the task recall has no such option; it reads density, nearest"),
+        (["planted.facts=7"], "planted.facts: the task recall has no such option; it reads nearest, farthest"),
         (["planted.density=0.6"], "planted.density=0.6: allowed is above 0, at most 0.5"),
-        (["planted.questions=middle"], "planted.questions='middle'"),
+        (["planted.questions=0"], "planted.questions=0: allowed is above 0"),
         (["data.held_out_rows=0"], "data.held_out_rows=0: allowed is 1 or more"),
         (["data.source=stdlib", "planted.keys=3"], r"\[planted\] is for sources that begin with 'planted:'"),
     ],
@@ -269,7 +265,12 @@ def test_too_many_facts_for_the_keys():
         TASKS["ngram_facts"](PlantedConfig(keys=8, facts=100))
 
 
-@pytest.mark.parametrize("name", ["recall", "selective_copy", "induction"])
+def test_recall_without_room_is_an_error():
+    with pytest.raises(ValueError, match="nearest=500: a row of 126 tokens has no room for a whole octave"):
+        rows("recall", 128, 1, nearest=500)
+
+
+@pytest.mark.parametrize("name", ["selective_copy", "induction"])
 def test_distances_without_room_are_an_error(name):
     task = TASKS[name](PlantedConfig(nearest=500))
     with pytest.raises(ValueError, match="nearest=500: rows of this length leave room for"):
@@ -293,7 +294,7 @@ def test_a_run_learns_answers_only_and_reports_them(tmp_path, capsys):
     recipe = replace(recipe, train=replace(recipe.train, checkpoint_every=0))
     summary = train(recipe, tmp_path / "run")
     shown = capsys.readouterr().out
-    assert "planted recall: density=0.0625, nearest=4" in shown and "held-out answers right" in shown
+    assert "planted recall: nearest=4, farthest=0" in shown and "held-out answers right" in shown
     assert "step 2/2  loss" in shown and "bits/byte" not in shown
     assert 0 <= summary.scores["accuracy"] <= 1 and set(summary.scores) >= {"accuracy_at", "answer_nats"}
     assert not summary.sample and not (tmp_path / "run" / "sample.txt").exists()

@@ -177,3 +177,36 @@ def test_a_run_that_was_not_observed_has_no_second_picture(tmp_path):
     write(tmp_path, [record(1)])
     assert plot_mechanisms(tmp_path) is None
     assert not (tmp_path / "mechanisms.png").exists()
+
+
+def test_curves_of_a_run_with_rewards_show_what_its_metrics_hold():
+    from matplotlib.figure import Figure
+
+    from abyssal.train.plots import curves as plots
+    from abyssal.train.plots import rewards as curves
+
+    records = [
+        {"step": s + 1, "reward": 0.5, "reward_thinking": s / 20, "reward_chat": 0.25, "kl": 0.01 * s, "entropy": 0.5}
+        | {"length_thinking": 20.0, "length_chat": 5.0, "clip_fraction": 0.0, "off_policy": 0.125}
+        for s in range(20)
+    ]
+    records[-1] |= {"accuracy": {}, "accuracy_thinking": 0.75, "accuracy_chat": 0.5}
+    records[-1] |= {"flipped_experts": 0.25, "flipped_picks": 0.5}
+    panels = plots._panels(records, {}, 1.0)
+    assert panels == (curves.reward, curves.distance, curves.entropy, curves.length, curves.limits)
+    shown = []
+    for panel in panels:
+        axis = Figure().subplots()
+        panel(axis, records)
+        shown.append([text.get_text() for text in axis.get_legend().get_texts()])
+    assert shown[0][:2] == ["reward, thinking: 0.725", "reward, answer at once: 0.25"]  # the last ten steps
+    assert shown[0][2:] == ["thinking: 0.750 at the end", "answer at once: 0.500 at the end"]
+    assert shown[1] == ["KL to the weights at the start, or to the teacher: 0.145"] and shown[2] == ["entropy: 0.5"]
+    assert shown[3] == ["thinking: 20", "answer at once: 5"]
+    assert shown[4] == [
+        *("tokens clipped: 0", "tokens left out as off-policy: 0.125", "experts that would be others: 0.25"),
+        "entries that would be others: 0.5",
+    ]
+    tuning = [{"step": 1, "lm": 2.0, "accuracy": {}, "accuracy_chat": 0.5}]
+    assert plots._panels(tuning, {}, 1.0)[0] is curves.accuracy
+    assert plots._panels([{"step": 1, "lm": 2.0}], {}, 1.0)[0].func is plots._bits

@@ -13,14 +13,14 @@ LIMITS = {"clip_low": 0.2, "clip_high": 0.3, "kl_weight": 0.07, "off_policy_limi
 
 
 def by_hand(log_pi, log_old, log_ref, advantage, written, clip_low, clip_high, kl_weight, off_policy_limit):
-    """Loss, KL sum, clipped tokens, dropped sequences, and d loss / d log_pi, with floats and loops."""
+    """Loss, KL sum, clipped and dropped tokens, and d loss / d log_pi, with floats and loops."""
     loss, kl_sum, clipped, dropped = 0.0, 0.0, 0, 0
     slope = [[0.0] * len(row) for row in log_pi]
     for i, a in enumerate(advantage):
         tokens = [t for t, w in enumerate(written[i]) if w]
         away = sum(log_old[i][t] - log_pi[i][t] for t in tokens) / max(len(tokens), 1)
         mask = 0.0 if a < 0 and away > off_policy_limit else 1.0
-        dropped += mask == 0
+        dropped += len(tokens) * (mask == 0)
         for t in tokens:
             r = math.exp(log_pi[i][t] - log_old[i][t])
             inside = min(max(r, 1 - clip_low), 1 + clip_high)
@@ -97,7 +97,7 @@ def test_the_mask_drops_failures_alone_and_only_beyond_the_limit():
     advantage = torch.tensor([-1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     terms = grpo_terms(new, old, None, advantage, torch.ones(4, 2, dtype=torch.bool), **{**LIMITS, "clip_low": 1.0})
     terms.loss.backward()
-    assert int(terms.off_policy) == 1
+    assert int(terms.off_policy) == 2  # tokens of the one
     assert [bool(row.any()) for row in new.grad] == [False, True, True, True]
 
 

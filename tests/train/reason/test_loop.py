@@ -1,32 +1,27 @@
-"""Rollouts against `generate`; replayed routing and sampling masks; GRPO runs to the bit; a reward that must rise."""
+"""Rollouts against `generate`; replayed choices and sampling masks; GRPO runs to the bit; a reward that must rise."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from reasoning import TINY
 from safetensors.torch import load_file
 
 from abyssal.model import Transformer, generate
 from abyssal.model.generation.sampling import Sampling
-from abyssal.model.routing import replay_routing
-from abyssal.train.reason.loop import GrpoRun, passes, routes
+from abyssal.model.routing import record_picks, record_routing
+from abyssal.train.reason.drift import drift, flipped
+from abyssal.train.reason.grpo import GrpoRun
+from abyssal.train.reason.loop import RolloutRun, passes
 from abyssal.train.reason.policy import of_tokens
 from abyssal.train.reason.rollout import roll_out
 from abyssal.train.recipe import load_recipe
 from abyssal.train.run import metrics
 from abyssal.train.start import open_source, train
 
-TINY = [
-    *("model.hidden_size=32", "model.num_attention_heads=2", "model.head_dim=16", "model.qk_rope_head_dim=8"),
-    *("model.q_lora_rank=16", "model.o_lora_rank=8", "model.moe_intermediate_size=16", "model.n_routed_experts=8"),
-    *("model.num_hidden_layers=2", "model.compress_ratios=[0,4]", "model.sliding_window=8"),
-    *("model.index_n_heads=2", "model.index_head_dim=16", "model.hc_mult=2", "model.router_bias_update_speed=0.5"),
-    "model.balance_loss_weight=1",
-    *("reason.tasks=['addition-1','sorting-2']", "reason.max_new_tokens=6", "reason.exam_problems=2"),
-    *("train.steps=4", "train.eval_every=2", "train.checkpoint_every=0", "train.device=cpu"),
-]
 GRPO = ["grpo.prompts=4", "grpo.group=3", "grpo.skip_settled=false"]  # without skill, all groups are settled
 CLOCK = {"seconds", "tokens_per_second", "peak_memory_gib", "rollout_seconds"}
 
@@ -43,6 +38,7 @@ def model():
         made.head.weight.mul_(20)  # a distribution with favourites, so that stops and masks come up
         for block in made.layers:
             block.ffn.gate.weight.mul_(20)
+        made.layers[1].attn.indexer.wq_b.weight.mul_(50)
     return made
 
 
@@ -92,21 +88,20 @@ def test_recorded_log_probabilities_are_those_of_a_pass_over_the_whole(model, sa
     assert unmasked.kept is None and torch.equal(unmasked.log_old, found.log_old)
 
 
-def test_recorded_experts_are_those_of_each_token_on_its_own_row(model):
+def test_recorded_choices_are_those_of_each_token_on_its_own_row(model):
     found = roll_out(model, PROMPTS, max_new_tokens=5, sampling=Sampling(), seed=3, stop=-1)
-    gates = [block.ffn.gate for block in model.layers]
+    assert sorted(found.experts) == [0, 1] and sorted(found.picks) == [1]
+    later = 0
     for row in range(len(PROMPTS)):
         n = int(found.lengths[row])
-        chosen: list = []
-        note = lambda *args, into=chosen: into.append(args[2].experts)  # noqa: E731
-        hooks = [gate.register_forward_hook(note) for gate in gates]
-        model(found.ids[row : row + 1, :n])
-        [hook.remove() for hook in hooks]
-        for layer, experts in enumerate(chosen):
+        with record_routing(model) as routes, record_picks(model) as picks:
+            model(found.ids[row : row + 1, :n])
+        for layer, (experts,) in routes.items():
             assert torch.equal(found.experts[layer][row, :n].sort(-1).values, experts.sort(-1).values)
-    assert not roll_out(
-        model, PROMPTS, max_new_tokens=2, sampling=Sampling(), seed=3, stop=-1, keep_routing=False
-    ).experts
+        assert torch.equal(found.picks[1][row, :n], picks[1][0][0])
+        assert not found.experts[1][row, n:].any() and (found.picks[1][row, n:] == -1).all()
+        later += int((picks[1][0] > 0).sum())
+    assert later, "some query picks another entry than the first"
 
 
 def test_rows_keep_what_belongs_to_them(model):
@@ -116,6 +111,7 @@ def test_rows_keep_what_belongs_to_them(model):
     assert part.completions() == [found.completions()[4], found.completions()[1]]
     assert torch.equal(part.log_old[1], found.log_old[1, :4]) and torch.equal(part.kept[0], found.kept[4, :4])
     assert torch.equal(part.experts[1][0], found.experts[1][4, :4])
+    assert torch.equal(part.picks[1][1], found.picks[1][1, :4])
 
 
 def test_greedy_rollouts_are_refused(model):
@@ -158,28 +154,59 @@ def started(tmp_path: Path, tuned, *overrides) -> GrpoRun:
     return run
 
 
-def log_ratio(run: GrpoRun, rollouts, experts) -> float:
-    with replay_routing(run.model, routes(experts)):
+def log_ratio(run: RolloutRun, rollouts) -> float:
+    with run.choosing(rollouts):
         log_pi, _ = run.log_policy(run.model, rollouts)
     return (of_tokens(log_pi, rollouts.next_ids) - rollouts.log_old)[rollouts.written].abs().max().item()
 
 
-def test_on_policy_ratios_are_one_and_replay_keeps_them_so_when_the_router_moves(tmp_path, tuned):
-    run = started(tmp_path, tuned, "grpo.top_k=40")
-    asked = run.questions(0)
-    rollouts = run.roll_out(asked, 0)
+def keeping(run: RolloutRun, **kept: bool) -> None:
+    run.rollouts = replace(run.rollouts, **kept)
+
+
+def test_ratios_are_one_before_any_update_and_replay_keeps_them_so_when_choices_move(tmp_path, tuned):
+    run = started(tmp_path, tuned, "grpo.top_k=40", "reason.max_new_tokens=20")
+    rollouts = run.roll_out(run.questions(0), 0)
     run.model.train()
-    assert log_ratio(run, rollouts, rollouts.experts) < 2e-5
-    assert log_ratio(run, rollouts, {}) < 2e-5
+    assert log_ratio(run, rollouts) < 2e-5
+    keeping(run, keep_routing=False, keep_picks=False)
+    assert log_ratio(run, rollouts) < 2e-5
     rollouts_kept, rollouts.kept = rollouts.kept, None
-    assert log_ratio(run, rollouts, rollouts.experts) > 1e-2, "the sampling mask is part of what drew the tokens"
+    assert log_ratio(run, rollouts) > 1e-2, "the sampling mask is part of what drew the tokens"
     rollouts.kept = rollouts_kept
-    scored = run.model.layers[1].ffn.gate
-    assert not scored.is_hash
-    scored.bias.copy_(torch.linspace(-3, 3, len(scored.bias)))  # the weights are the same, the choice is not
-    assert log_ratio(run, rollouts, rollouts.experts) < 2e-5
-    assert log_ratio(run, rollouts, {}) > 1e-3
+    block = run.model.layers[1]
+    assert not block.ffn.gate.is_hash and set(rollouts.picks) == {1}
+    with torch.no_grad():  # the weights of attention and experts are the same, the choices are not
+        block.ffn.gate.bias.copy_(torch.linspace(-3, 3, len(block.ffn.gate.bias)))
+        block.attn.indexer.weights_proj.weight.neg_()
+    for kept in ({"keep_routing": True}, {"keep_picks": True}):
+        keeping(run, **{"keep_routing": False, "keep_picks": False, **kept})
+        assert log_ratio(run, rollouts) > 1e-4, f"{kept} is not enough"
+    keeping(run, keep_routing=True, keep_picks=True)
+    assert log_ratio(run, rollouts) < 2e-5
     run.close()
+
+
+def test_drift_tells_choices_from_weights(tmp_path, tuned):
+    run = started(tmp_path, tuned, "reason.max_new_tokens=20")
+    rollouts = run.roll_out(run.questions(0), 0)
+    still = drift(run, rollouts)
+    assert still["flipped_experts"] == still["flipped_picks"] == 0.0
+    assert abs(still["kl_kept"]) < 1e-9 > abs(still["kl_free"])
+    with torch.no_grad():
+        run.model.layers[1].attn.indexer.weights_proj.weight.neg_()
+    moved = drift(run, rollouts)
+    assert moved["flipped_picks"] > 0.3 and moved["flipped_experts"] < 0.5
+    assert abs(moved["kl_kept"]) < 1e-9 and moved["kl_free"] > 1e-6
+    keeping(run, keep_picks=False)
+    assert drift(run, rollouts)["kl_kept"] > 1e-6
+    run.close()
+
+
+def test_flips_are_counted_where_there_was_a_choice():
+    old, now = {0: torch.tensor([[[1, 2], [3, 4], [5, 6]]])}, {0: torch.tensor([[[2, 7], [4, 3], [0, 9]]])}
+    assert flipped(old, now, {0: torch.tensor([[True, True, False]])}) == 0.25
+    assert flipped(old, now, {0: torch.zeros(1, 3, dtype=torch.bool)}) is None and flipped(old, now, {}) is None
 
 
 def test_questions_take_turns_of_tasks_then_modes_and_never_come_again(tmp_path, tuned):
@@ -301,47 +328,15 @@ def test_the_reward_of_an_easy_task_rises(tmp_path, tuned, monkeypatch):
     assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.9, rewards
 
 
-def test_an_evaluation_examines_every_run_and_writes_what_it_found(tuned, whole, tmp_path, capsys):
-    import json
-
-    from abyssal.train.reason.evaluate import run
-
-    path = run([tuned.out, whole.out], 3, tmp_path / "results")
-    found, page = json.loads(path.read_text("utf-8")), (tmp_path / "results" / "RESULTS.md").read_text("utf-8")
-    assert path == tmp_path / "results" / "reasoning.json" and page.startswith("# Reasoning")
-    sft, grpo = found["runs"]
-    assert (sft["recipe"], sft["rewarded"], grpo["recipe"], grpo["rewarded"]) == (
-        "reason-sft", False, "reason-grpo", True,
-    )  # fmt: skip
-    assert sft["steps"] == grpo["steps"] == 4 and sft["tasks"] == ["addition-1", "sorting-2"]
-    assert len(grpo["curves"]["kl"]) == 4 and [exam["step"] for exam in grpo["curves"]["exams"]] == [2, 4]
-    assert set(sft["scores"]) == {"1.0", "0.0"} and set(sft["scores"]["0.0"]) == {"thinking", "chat"}
-    shown = capsys.readouterr().out
-    assert "greedy" in shown
-    (tmp_path / "results" / "RESULTS.md").unlink()
-    assert (
-        run([path], 999) == path and json.loads(path.read_text("utf-8")) == found
-    )  # its own numbers, no new examination
-    assert (tmp_path / "results" / "RESULTS.md").read_text("utf-8") == page and capsys.readouterr().out == shown
-    with pytest.raises(ValueError, match="allowed are those of the first run"):
-        other = train(
-            recipe("reason.tasks=['addition-1']", "train.steps=1", "reason.modes=['chat']", name="reason-sft"),
-            tmp_path / "other", shown=False,
-        )  # fmt: skip
-        run([tuned.out, other.out], 1, tmp_path / "results")
-
-
 def test_examinations_count_right_answers(model, monkeypatch):
     from abyssal.train.data.tokenizers import ByteTokenizer
     from abyssal.train.reason import exam
     from abyssal.train.reason.conversations import conversation
-    from abyssal.train.reason.tasks import problem
 
     tokenizer, tasks = ByteTokenizer(), ("addition-3", "sorting-2")
     known = {}
     for task in tasks:
-        for number in range(4):
-            found = problem((task,), 0, 0, number, held_out=True)
+        for number, found in enumerate(exam.questions(task, 4)):
             for mode in ("thinking", "chat"):
                 talk = conversation(found, mode, tokenizer)
                 spoilt = [*talk.completion[:-2], 0, tokenizer.eos]
@@ -358,7 +353,7 @@ def test_examinations_count_right_answers(model, monkeypatch):
     model.train()
     scores = exam.examine(model, tokenizer, tasks, ("thinking", "chat"), 4, 6, temperature=0.5, seed=2)
     assert model.training and not model.eval().training
-    right = {mode: [scores[mode][task].right for task in tasks] for mode in scores}
+    right = {mode: [scores[mode][task].share for task in tasks] for mode in scores}
     assert right == {"thinking": [0.75, 0.75], "chat": [0.75, 0.0]}
     assert scores["chat"]["sorting-2"].well_formed == 1.0 and scores["chat"]["sorting-2"].length == 3.0
     assert exam.mean_right(scores["chat"]) == 0.375

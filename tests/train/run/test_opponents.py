@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_reads_the_same(tiny, tmp_path):
 def test_what_was_read_is_unknown_with_other_data(tiny, tmp_path, source):
     run = begun(tmp_path / "run", source, (0, tiny()))
     other = open_source(tiny("data.held_out_fraction=0.3"))
-    for found in (compare(other, SCORES, 5, run), compare(source, SCORES, 5, None)):
+    for found in (compare(other, SCORES, 5, run), compare(source, SCORES, 0, run), compare(source, SCORES, 5, None)):
         assert "read" not in found["training"] and not found["curve"]
         assert {score["training"] for score in found["scores"][1:]} == {"all"}
         assert " read" not in table(found)

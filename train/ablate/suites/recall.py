@@ -4,7 +4,7 @@ it should begin to learn.
 
 from ..suite import Arm, Claim, Measure, Panel, Suite
 
-BINS = (1024, 2048)
+BINS = (512, 1024, 2048)
 ACCURACY = (
     Measure("accuracy", "answers right, all distances", "higher", percent=True),
     *(

@@ -62,7 +62,7 @@ def _commonest(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
         counts += np.bincount(which[begin:end], minlength=len(known))
         begin = end
         if end:
-            found[i] = known[counts.argmax()]
+            found[i] = known[np.argmax(counts)]
     return found
 
 
@@ -81,7 +81,7 @@ def right(task: Task, other: Sequence[Row], scored: Sequence[Row]) -> dict[str, 
         (kinds, asked_kinds),
         tuple(np.char.add(a, b.astype(str)) for a, b in ((kinds, octave), (asked_kinds, asked_octave))),
     ]
-    likeliest = asked == np.bincount(answers).argmax()
+    likeliest = asked == np.argmax(np.bincount(answers))
     found = {LIKELIEST: (likeliest, likeliest)}
     for name, every in blind.items():
         known, hits = guesses[name] == answers[:, None], every == asked[:, None]

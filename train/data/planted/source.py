@@ -96,7 +96,7 @@ class PlantedSource:
     def evaluate(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
         """Share of held-out answers that are the likeliest token: `accuracy`; `accuracy_at`: by distance, each number
         standing for distances from it to below its double; `accuracy_of`: by kind and length, where there are several;
-        `answer_nats`: mean -ln p(answer); those of `floor`; and `answers`, which were right, by distance and kind.
+        `answer_nats`: mean -ln p(answer); those of `floor`; and `right`, which were, by distance and kind.
         """
         device = next(model.parameters()).device
         was_training = model.training
@@ -114,7 +114,7 @@ class PlantedSource:
         model.train(was_training)
         every = np.concatenate(right)
         labels, mean = self._blind[0], nats / len(every)
-        return {**labels.shares(every), "answer_nats": mean, **self.floor(), "answers": labels.answers(every)}
+        return {**labels.shares(every), "answer_nats": mean, **self.floor(), "right": labels.answers(every)}
 
     def report(self, scores: dict[str, Any]) -> dict[str, str]:
         def beside(found: dict[str, float], floors: dict[str, float]) -> str:
