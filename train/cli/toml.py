@@ -46,7 +46,8 @@ def written(values: Mapping[str, Any], every: bool = False, width: int = 100) ->
             blocks.append(_block(f"[{name}]", _about(kind), of_kind(kind, given), given, every, width))
     absent = [f"[{name}]" for name in OPTIONAL if name not in values] + [f"[[{STAGES}]]"] * (not stages)
     if every and absent:
-        blocks.append(f"# not in this recipe (abyssal train --help): {' '.join(absent)}")
+        line = f"# not in this recipe (abyssal train --help): {' '.join(absent)}"
+        blocks.append(textwrap.fill(line, width, subsequent_indent="# "))
     return "\n\n".join(blocks) + "\n"
 
 

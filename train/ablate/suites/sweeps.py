@@ -20,6 +20,7 @@ ROWS = Axis(
         ("data.batch_size=4", "data.sequence_length=256"),
         ("data.batch_size=8", "data.sequence_length=256"),
         ("data.batch_size=2", "data.sequence_length=512"),
+        ("data.batch_size=2", "data.sequence_length=256"),
     ),
 )
 RATE = Axis("learning rate", (("optim.lr=4e-3",), ("optim.lr=9e-3",)))
