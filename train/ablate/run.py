@@ -4,7 +4,7 @@
     OUT/SUITE.json               all results of a suite and the verdicts, from which picture and page are made; written
                                  whenever all arms have done another seed
     OUT/SUITE.png
-    OUT/clock.json               seconds of a step, by KEY without a seed, for arms of equal time: measured once
+    OUT/clock.json               seconds of a step, with the recipe, for arms of equal time: measured once
 
 KEY is a digest of the run's recipe and variant. A run that has a result, in its folder or in the JSON of any suite in
 OUT, is skipped; an unfinished one goes on from its last checkpoint; and suites that need the same run share it.
@@ -30,7 +30,7 @@ from ...model import Transformer
 from ...model.disk import write_json, write_text
 from ...model.folders import read_json
 from .. import own
-from ..recipe import own_code
+from ..recipe import Recipe, own_code
 from ..run import checkpoint, metrics, provenance
 from ..run.load import prepared
 from ..run.tables import places
@@ -39,7 +39,7 @@ from .clock import equal_steps, seconds_per_step
 from .measures import answers, curves, measure
 from .probes import probe_of
 from .progress import Progress
-from .suite import Job, Suite, jobs
+from .suite import Job, Suite, jobs, key_of
 from .summary import known_runs, summarise
 from .variants import variant_of
 
@@ -109,21 +109,23 @@ def _equal_steps(suite: Suite, out: Path, seeds: Sequence[int], size: str, overr
     if len(first) < 2:
         return {}
     path = out / CLOCK
-    seconds = read_json(path) if path.is_file() else {}
-    names = {job.arm: replace(job, seed=0, recipe=job.recipe.with_seed(0)).key for job in first}
-    missing = [job for job in first if names[job.arm] not in seconds]
+    told = read_json(path)["steps"] if path.is_file() else []
+    seconds = {key_of(Recipe.from_dict(one["recipe"]), one["variant"]): one["seconds"] for one in told}
+    first = [replace(job, recipe=job.recipe.with_seed(0)) for job in first]
+    missing = [job for job in first if job.key not in seconds]
     if missing:
         out.mkdir(parents=True, exist_ok=True)
         again = [first[0], *(job for job in missing if job is not first[0])]
         found = seconds_per_step(again)
-        scale = (
-            seconds.get(names[again[0].arm], found[0]) / found[0]
-        )  # to the measurement that earlier arms are held to
-        seconds |= {names[job.arm]: scale * one for job, one in zip(again, found)}
-        write_json(path, seconds)
+        scale = seconds.get(again[0].key, found[0]) / found[0]  # to the measurement that earlier arms are held to
+        for job, one in zip(again, found):
+            if job in missing:
+                seconds[job.key] = scale * one
+                told.append({"variant": job.variant, "seconds": scale * one, "recipe": job.recipe.to_dict()})
+        write_json(path, {"steps": told})
     base = first[0]
-    taken = {arm: equal_steps(base.recipe.train.steps, seconds[names[base.arm]], seconds[names[arm]]) for arm in names}
-    return {arm: steps for arm, steps in taken.items() if arm != base.arm}
+    steps = base.recipe.train.steps
+    return {job.arm: equal_steps(steps, seconds[base.key], seconds[job.key]) for job in first[1:]}
 
 
 def _has_probes(result: dict[str, Any] | None, job: Job) -> bool:

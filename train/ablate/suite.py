@@ -134,11 +134,17 @@ class Job:
 
     @property
     def key(self) -> str:
-        recipe = self.recipe.with_absolute_paths().to_dict()
-        values = self.recipe.to_dict() | {"name": ""}
-        code = [own.digest(name) for name in (self.variant, *own_code(recipe)) if own.is_own(name)]
-        text = json.dumps([values, self.variant, *code], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return key_of(self.recipe, self.variant)
+
+
+def key_of(recipe: Recipe, variant: str) -> str:
+    """A digest of a run's recipe, variant and whatever code of one's own they name. Files keep recipes beside keys, so
+    that a setting that is new, at the default that it has there, makes no other run of an old one.
+    """
+    names = [variant, *own_code(recipe.with_absolute_paths().to_dict())]
+    code = [own.digest(name) for name in names if own.is_own(name)]
+    text = json.dumps([recipe.to_dict() | {"name": ""}, variant, *code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def jobs(

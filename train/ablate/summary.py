@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ...model.config import naming
 from ...model.folders import read_json
+from .. import own
 from ..evaluate.verdict import Spread, judge
+from ..recipe import Recipe, own_code
 from .measures import unpacked
-from .suite import Arm, Job, Suite
+from .suite import Arm, Job, Suite, key_of
 
 NAMES = ("suite", "title", "question", "caveat", "measures", "panels", "arms", "claims", "scale", "provenance")
 NO_VERDICT = {"word": "undecided", "difference": None, "interval": None, "p": None}
@@ -28,7 +31,8 @@ def summarise(
     runs = {arm.name: [_run(r) for job, r in zip(planned, results) if job.arm == arm.name] for arm in suite.arms}
     if suite.reach:
         _add_reach(runs, suite)
-    arms = {arm.name: _arm(arm, runs[arm.name]) for arm in suite.arms}
+    recipes = {job.arm: job.recipe for job in reversed(planned)}
+    arms = {arm.name: _arm(arm, recipes[arm.name], runs[arm.name]) for arm in suite.arms}
     first, recipe = results[0], planned[0].recipe
     return {
         "suite": suite.name,
@@ -67,10 +71,18 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def known_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every run that the summaries in a folder hold, by its key."""
-    every = [read_json(path) for path in sorted(folder.glob("*.json"))]
-    arms = [arm for found in every if "suite" in found for arm in found["arms"].values()]
-    return {run["key"]: run for arm in arms for run in arm["runs"] if "provenance" in run}
+    """Every run that the summaries in a folder hold, by the key that its recipe has today; but runs of code of one's
+    own, of which a summary has nothing but the key.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        for arm in read_json(path).get("arms", {}).values():
+            recipe = naming(str(path), Recipe.from_dict, arm["recipe"])
+            other = any(map(own.is_own, (arm["variant"], *own_code(recipe.to_dict()))))
+            for run in arm["runs"]:
+                key = run["key"] if other else key_of(recipe.with_seed(run["seed"]), arm["variant"])
+                found[key] = run | {"key": key}
+    return found
 
 
 def values_of(arm: dict[str, Any], measure: str) -> list[float]:
@@ -89,7 +101,7 @@ def _short(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _arm(arm: Arm, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _arm(arm: Arm, recipe: Recipe, runs: list[dict[str, Any]]) -> dict[str, Any]:
     found = {"label": arm.label, "set": list(arm.set), "without": list(arm.without), "variant": arm.variant}
     names = dict.fromkeys(name for run in runs for name in run["measures"])
     spreads = {}
@@ -100,6 +112,7 @@ def _arm(arm: Arm, runs: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = fmean(run["seconds"] for run in runs)
     return found | {
         "equal_time": arm.equal_time,
+        "recipe": recipe.to_dict(),
         "parameters": runs[0]["parameters"],
         "steps": runs[0]["steps"],
         "seconds": round(seconds, 1),

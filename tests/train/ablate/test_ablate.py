@@ -184,6 +184,21 @@ def test_runs_are_read_from_the_json_where_their_folders_are_gone(done, tmp_path
         run_suite(suite(probes=("acceptance",)), tmp_path, seeds=(0, 1), workers=1, shown=False)
 
 
+def test_a_setting_that_is_new_leaves_the_runs_before_it(done, tmp_path, monkeypatch):
+    written = done[1] | {"arms": json.loads(json.dumps(done[1]["arms"]))}
+    for arm in written["arms"].values():
+        assert arm["recipe"]["optim"].pop("muon_on") == "all", "as if that setting had come later"
+        for run in arm["runs"]:
+            run["key"] = "of another day"
+    (tmp_path / "small.json").write_text(json.dumps(written), "utf-8")
+    monkeypatch.setattr(runner, "train", lambda recipe, *_, **__: 1 / 0)
+    assert run_suite(suite(), tmp_path, seeds=(0, 1), workers=1, shown=False)["arms"] == done[1]["arms"]
+    written["arms"]["few"]["recipe"]["optim"]["muon_on"] = "experts"
+    (tmp_path / "small.json").write_text(json.dumps(written), "utf-8")
+    with pytest.raises(ZeroDivisionError):
+        run_suite(suite(), tmp_path, seeds=(0, 1), workers=1, shown=False)
+
+
 def test_what_all_arms_have_done_is_written_before_the_next_seed_is(done, tmp_path, monkeypatch):
     shutil.copytree(done[0] / RUNS, tmp_path / RUNS)
     monkeypatch.setattr(runner, "train", lambda recipe, *_, **__: 1 / 0)

@@ -1,14 +1,14 @@
 """What was tuned: the toy, for five minutes of two cores, and the dense transformer that is held against it.
 
-A trial has about two and a half minutes of one core, a quarter of the toy's own time. Each axis starts from the best of
-those before it.
+A trial has the time of a hundred of the toy's steps on one core, a quarter of its own. Each axis starts from the best
+of those before it.
 """
 
 from ..suite import Arm
 from ..sweep import Axis, Sweep
 
 BRIEF = (
-    "train.steps=160",
+    "train.steps=100",
     "train.minutes=0",
     "train.eval_every=0",
     "train.checkpoint_every=0",
@@ -42,15 +42,22 @@ TOY = Sweep(
             ),
         ),
         Axis("width", (("model.hidden_size=64",), ("model.hidden_size=96",))),
-        Axis("prediction", (("model.num_nextn_predict_layers=0",),)),
-        Axis("streams", (("model.hc_mult=2",),)),
-        Axis("experts", (("model.n_routed_experts=8",),)),
+        Axis(
+            "prediction and streams",
+            (
+                ("model.num_nextn_predict_layers=0",),
+                ("model.num_nextn_predict_layers=0", "model.hc_mult=2"),
+            ),
+        ),
         Axis("n-grams", (("model.engram.max_ngram=5",), ("model.engram.max_ngram=6",))),
-        Axis("table", (("model.engram.vocab_size=100000",), ("model.engram.heads=4",))),
+        Axis(
+            "table",
+            (
+                ("model.engram.vocab_size=100000",),
+                ("model.engram.vocab_size=100000", "optim.engram_lr_scale=10"),
+            ),
+        ),
         RATE,
-        Axis("table's rate", (("optim.engram_lr_scale=2.5",), ("optim.engram_lr_scale=10",))),
-        Axis("decay", (("optim.decay_share=0.7",),)),
-        Axis("numbers", (("train.dtype=bfloat16",),)),
     ),
 )
 
@@ -91,7 +98,6 @@ DENSE = Sweep(
             ),
         ),
         RATE,
-        Axis("decay", (("optim.decay_share=0.7",),)),
     ),
 )
 
