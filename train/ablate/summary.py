@@ -135,7 +135,7 @@ def _claim(suite: Suite, claim: Any, arms: dict[str, Any]) -> dict[str, Any]:
         note = f"{len(common)} of {wanted} runs"
         return {**asdict(claim), "better": better, "verdict": NO_VERDICT | {"note": note}}
     values = [ours[seed] for seed in common], [theirs[seed] for seed in common]
-    items = None if other is None else _items(arms[claim.arm], other, claim.measure)
+    items = _items(arms[claim.arm], other, claim.measure) if other else []
     return {**asdict(claim), "better": better, "verdict": judge(*values, better, items).to_dict()}
 
 
@@ -143,13 +143,13 @@ def _by_seed(arm: dict[str, Any], measure: str) -> dict[int, float]:
     return {run["seed"]: value for run in arm["runs"] if (value := run["measures"].get(measure)) is not None}
 
 
-def _items(arm: dict[str, Any], other: dict[str, Any], measure: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _items(arm: dict[str, Any], other: dict[str, Any], measure: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Single answers [seed, question] of both arms, where the runs tell them."""
     told = [[run["answers"].get(measure) for run in one["runs"]] for one in (arm, other)]
     if not all(text for texts in told for text in texts):
-        return None
+        return []
     first, second = (np.array([unpacked(text) for text in texts]) for texts in told)
-    return first, second
+    return [(first, second)]
 
 
 def _add_reach(runs: dict[str, list[dict[str, Any]]], suite: Suite) -> None:

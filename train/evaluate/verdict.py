@@ -7,17 +7,20 @@
     p            two-sided, of the hypothesis that nothing differs
     verdict      holds: the whole interval lies on the claimed side of 0; does not hold: on the other; else undecided
 
-Answers to the same questions vary with the questions too. Where single answers are known (`items`), [seed, question],
+Answers to the same questions vary with the questions too. Where single answers are known (`items`), with d_sq of seed s
+and question q of a task, and each task counting the same,
 
-    v = v_seeds + v_items - v_both      two-way clustered variance (Cameron, Gelbach and Miller 2011), v_seeds at least:
-                                        the limit of resampling seeds and questions
-        v_items   variance over questions of the mean over seeds, / questions;  v_both  of all cells, / cells
-    with v² / (v_seeds² / (n - 1) + v_items² / (questions - 1)) degrees of freedom (Satterthwaite)
+    v = v_seeds + sum_tasks max(V_questions - V_rest / S, 0) / Q / tasks²
+
+V_questions is the variance of the questions' means over seeds, of which V_rest / S, the chance of single answers, is in
+v_seeds already; degrees of freedom are Satterthwaite's, of S - 1 and Q - 1 each. This is the limit of resampling both.
 
 Of many claims some hold by chance: `holm` gives the verdicts of a whole page, all of which are right with 95 %
 probability (Holm 1979).
 
-A verdict speaks of one measure at one scale. Arms without common seeds are compared by Welch's t.
+A verdict speaks of one measure at one scale.
+
+s one of S seeds · q one of Q questions of a task
 """
 
 import math
@@ -66,43 +69,34 @@ def judge(
     arm: Sequence[float],
     other: Sequence[float],
     better: str,
-    items: tuple[np.ndarray, np.ndarray] | None = None,
+    items: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> Verdict:
     """Whether the values of `arm` are better than those of `other`, value by value.
 
     Args:
         better: "higher" or "lower".
-        items: of both, the answers [seed, question] whose means the values are, if they are known.
+        items: of each task the answers [S, Q] of both, if they are known; the values are means of these over tasks.
 
     Raises:
-        ValueError: no values, values that are not finite, different numbers of them, or another word for `better`.
+        ValueError: no values, values that are not finite, different numbers of them or of answers, or another word
+            for `better`.
         ModuleNotFoundError: scipy is not installed.
     """
     _check(arm, other, better)
     if len(arm) != len(other):
         raise ValueError(f"{len(arm)} values against {len(other)}: allowed are as many, in the order of their seeds")
     differences = np.array(arm, float) - np.array(other, float)
-    if len(differences) < 2:
+    seeds = len(differences)
+    if any(one.shape != two.shape or len(one) != seeds or not one.size for one, two in items):
+        shapes = [(one.shape, two.shape) for one, two in items]
+        raise ValueError(f"answers of shapes {shapes}: allowed are the same ones, of {seeds} seeds, not empty")
+    if seeds < 2:
         return Verdict(UNDECIDED, float(differences[0]), None, None)
-    variance, freedom = differences.var(ddof=1) / len(differences), len(differences) - 1.0
-    if items is not None:
-        variance, freedom = _two_way(items[0].astype(float) - items[1].astype(float))
-    return _verdict(float(differences.mean()), float(variance), freedom, better)
-
-
-def judge_apart(arm: Sequence[float], other: Sequence[float], better: str) -> Verdict:
-    """As `judge`, of runs that have nothing in common: Welch's t. One of the two may be a single run then.
-
-    Raises:
-        ValueError: as `judge`.
-    """
-    _check(arm, other, better)
-    difference = fmean(arm) - fmean(other)
-    if len(arm) < 2 or len(other) < 2:
-        return Verdict(UNDECIDED, difference, None, None)
-    errors = [stdev(values) ** 2 / len(values) for values in (arm, other)]
-    squares = sum(error**2 / (len(values) - 1) for error, values in zip(errors, (arm, other)))
-    return _verdict(difference, sum(errors), sum(errors) ** 2 / squares if squares else 1.0, better)
+    parts = [(differences.var(ddof=1) / seeds, seeds - 1)]  # variance, degrees of freedom
+    parts += [(_of_questions(one.astype(float) - two) / len(items) ** 2, one.shape[1] - 1) for one, two in items]
+    variance = sum(part for part, _ in parts)
+    squares = sum(part**2 / freedom for part, freedom in parts if part)
+    return _verdict(float(differences.mean()), variance, variance**2 / squares if squares else seeds - 1, better)
 
 
 def holm(verdicts: Sequence[dict[str, Any]], better: Sequence[str]) -> list[dict[str, Any]]:
@@ -151,14 +145,14 @@ def _word(difference: float, p: float, better: str) -> str:
     return HOLDS if (difference > 0) == (better == "higher") else FAILS
 
 
-def _two_way(differences: np.ndarray) -> tuple[float, float]:
-    """Variance of the mean of differences [seed, question] and its degrees of freedom."""
-    seeds, questions = differences.shape
-    over_seeds = differences.mean(1).var(ddof=1) / seeds
-    over_items = differences.mean(0).var(ddof=1) / questions
-    variance = max(over_seeds, over_seeds + over_items - differences.var(ddof=1) / differences.size)
-    squares = over_seeds**2 / (seeds - 1) + over_items**2 / (questions - 1)
-    return variance, max(seeds - 1.0, variance**2 / squares) if squares else seeds - 1.0
+def _of_questions(d: np.ndarray) -> float:
+    """What the choice of questions adds to the variance of the mean of d [S, Q]."""
+    seeds, questions = d.shape
+    if questions < 2:
+        return 0.0
+    rest = d - d.mean(0) - d.mean(1, keepdims=True) + d.mean()
+    chance = (rest**2).sum() / (seeds - 1) / (questions - 1)
+    return float(max(d.mean(0).var(ddof=1) - chance / seeds, 0.0) / questions)
 
 
 def _point(freedom: float) -> float:

@@ -8,11 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from ...model.folders import read_json
+from ..evaluate.verdict import half_width
 from ..plots.style import BLUE, GREY, ORANGE, canvas, save, smooth
-from .paired import compare
 from .record import Record
 from .report import shares
 
@@ -53,8 +51,7 @@ def _bars(axis: Any, found: dict[str, Any], arms: dict[str, list[Record]]) -> No
     for place, runs in enumerate(arms.values()):
         for j, mode in enumerate(COLOUR):
             values, x = shares(runs, mode), place + 0.4 * j - 0.2
-            over_seeds = compare([np.array([values]).T], [np.zeros((len(values), 1))])
-            half = 0.0 if over_seeds.high is None else over_seeds.high - over_seeds.mean
+            half = half_width(values) or 0.0
             axis.bar(x, fmean(values), 0.36, color=COLOUR[mode], alpha=0.75, label=None if place else SAID[mode])
             axis.errorbar(x, fmean(values), half, color="black", capsize=3, linewidth=1)
             axis.scatter([x + 0.1] * len(values), values, s=9, color=GREY, zorder=3)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluate.verdict import Verdict, holm, judge
 from ..reason.arithmetic import luck
 from ..reason.exam import questions
-from .paired import LEVEL, Difference, compare, holm
 from .record import LOOKS, TEMPERATURES, Record, right
 
 Found = dict[str, Any]
@@ -29,7 +29,13 @@ def shares(runs: Sequence[Record], mode: str, temperature: float = 1.0) -> list[
     return [fmean(answers([run], mode, task, temperature).mean() for task in run["tasks"]) for run in runs]
 
 
-def difference(found: Found, one: str, other: str) -> Difference | None:
+def compare(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Verdict:
+    """one - other, of each task [seeds, questions]; each task counts the same."""
+    first, second = (np.mean([task.mean(1) for task in tasks], 0).tolist() for tasks in (one, other))
+    return judge(first, second, "higher", list(zip(one, other)))
+
+
+def difference(found: Found, one: str, other: str) -> Verdict | None:
     """Between the sides of a claim, at temperature 1, over the seeds that both have; None where there are none."""
     sides = [side.split() for side in (one, other)]
     by_seed = [
@@ -51,22 +57,14 @@ def _numbers(runs: Sequence[Record], side: Sequence[str]) -> list[np.ndarray]:
     return [np.array([[run["looks"][what]] for run in runs])]
 
 
-def verdicts(found: Found) -> list[tuple[str, str, Difference | None, float | None, str]]:
-    """Study, claim, difference, Holm's p and word of each claim of the page."""
+def verdicts(found: Found) -> list[tuple[str, str, dict[str, Any]]]:
+    """Study, claim and verdict, which Holm corrects for the page; {} where the runs are not there."""
     claims = [(study["name"], claim) for study in found["studies"] for claim in study["claims"]]
     every = [difference(found, claim["one"], claim["other"]) for _, claim in claims]
-    tested = {i: each.p for i, each in enumerate(every) if each and each.p is not None}
-    adjusted = dict(zip(tested, holm([*tested.values()])))
+    told = [each.to_dict() if each else {} for each in every]
     return [
-        (name, claim["text"], each, adjusted.get(i), _word(each, adjusted.get(i)))
-        for i, ((name, claim), each) in enumerate(zip(claims, every))
+        (name, claim["text"], verdict) for (name, claim), verdict in zip(claims, holm(told, ["higher"] * len(told)))
     ]
-
-
-def _word(found: Difference | None, p: float | None) -> str:
-    if found is None or p is None:
-        return "not enough runs"
-    return "undecided" if p >= LEVEL else "holds" if found.mean > 0 else "does not hold"
 
 
 def markdown(found: Found) -> str:
@@ -77,8 +75,8 @@ def markdown(found: Found) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| [{study}](#{study}) | {text} | {_signed(each)} | {_interval(each)} | {_p(p)} | **{word}** |"
-        for study, text, each, p, word in judged
+        f"| [{study}](#{study}) | {text} | {_difference(verdict)} | {_p(verdict.get('p'))} | **{_word(verdict)}** |"
+        for study, text, verdict in judged
     ]
     for study in found["studies"]:
         lines += ["", f"## {study['name']}", "", f"**{study['title']}.** {study['question']}", ""]
@@ -98,7 +96,7 @@ Written by `abyssal study` from `reasoning.json`; no number here is typed by han
 
 Every model sits the same examination: held-out questions, with visible working (think) and without (at once). A
 difference is paired by seed and question; its interval is that of the paired t over seeds, with what other questions
-would do added (`train/study/paired.py`). Claims are about answers drawn at temperature 1, and were made before the
+would do added (`train/evaluate/verdict.py`). Claims are about answers drawn at temperature 1, and were made before the
 runs; p is adjusted for all of this page (Holm).
 
 ![accuracy, rewards, replay](reasoning.png)
@@ -168,7 +166,7 @@ def table(runs: Sequence[Record], temperature: float) -> str:
             by_mode = {mode: answers(mine, mode, task, temperature) for mode in MODES if mode in mine[0]["modes"]}
             cells = [spread([*map(float, by_mode[mode].mean(1))]) if mode in by_mode else "-" for mode in MODES]
             gap = compare([by_mode["thinking"]], [by_mode["chat"]]) if len(by_mode) == 2 else None
-            lines.append([task, name, *cells, f"{_signed(gap)} {_interval(gap)}"])
+            lines.append([task, name, *cells, _difference(gap.to_dict() if gap else {}, " ")])
     widths = [max(map(len, column)) for column in zip(*lines)]
     how = f"temperature {temperature:g}" if temperature else "greedy"
     title = f"held-out problems answered right, {how}: mean and range over seeds, paired 95 % interval"
@@ -183,12 +181,17 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def _signed(found: Difference | None) -> str:
-    return "-" if found is None else f"{found.mean:+.3g}"
+def _difference(verdict: dict[str, Any], between: str = " | ") -> str:
+    """The difference and its interval."""
+    if not verdict:
+        return f"-{between}-"
+    interval = verdict["interval"]
+    told = "{:+.3g} to {:+.3g}".format(*interval) if interval else "-"
+    return f"{verdict['difference']:+.3g}{between}{told}"
 
 
-def _interval(found: Difference | None) -> str:
-    return "-" if found is None or found.low is None else f"{found.low:+.3g} to {found.high:+.3g}"
+def _word(verdict: dict[str, Any]) -> str:
+    return "not enough runs" if verdict.get("p") is None else verdict["word"]
 
 
 def _p(p: float | None) -> str:

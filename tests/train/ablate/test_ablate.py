@@ -495,7 +495,7 @@ def test_answers_make_the_questions_noise_part_of_the_verdict(done):
             run["measures"]["accuracy"] = text.count("1") / 4
     claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many})
     first, second = np.array([[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 1, 0, 1]]])
-    wanted = judge(first.mean(1).tolist(), second.mean(1).tolist(), "higher", (first, second))
+    wanted = judge(first.mean(1).tolist(), second.mean(1).tolist(), "higher", [(first, second)])
     assert claim["verdict"] == wanted.to_dict() and wanted.difference == 0.5
     assert few["runs"][0]["answers"].keys() == {"accuracy", "accuracy_at.32", "accuracy_at.64"}
     assert measures.unpacked(few["runs"][0]["answers"]["accuracy_at.64"]) == [1, 0, 1] and measures.answers({}) == {}

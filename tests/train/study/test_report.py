@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from abyssal.train.evaluate.verdict import holm
 from abyssal.train.reason.exam import Score
 from abyssal.train.study.draw import draw
-from abyssal.train.study.paired import compare, holm
 from abyssal.train.study.record import right, stored
-from abyssal.train.study.report import answers, difference, markdown, shares, spread, table, verdicts
+from abyssal.train.study.report import answers, compare, difference, markdown, shares, spread, table, verdicts
 
 TASKS = ("countdown-3", "sorting-6")
 
@@ -68,22 +68,23 @@ def test_differences_pair_seeds_by_number(found):
         [r for s in range(4) for r in found["runs"] if (r["arm"], r["seed"]) == (a, s)] for a in ("grpo", "sft")
     )
     assert got == compare(*([answers(runs, "thinking", task) for task in TASKS] for runs in (one, other)))
-    assert got.mean == pytest.approx(0.3) and shares(one, "thinking") == pytest.approx([0.6, 0.65, 0.7, 0.75])
+    assert got.difference == pytest.approx(0.3) and shares(one, "thinking") == pytest.approx([0.6, 0.65, 0.7, 0.75])
     nearer = difference(found, "free kl_kept", "grpo kl_kept")
     peer = compare([np.full((4, 1), 0.02)], [np.array([[0.01, 0.011, 0.012, 0.013]]).T])
-    assert (nearer.mean, nearer.low, nearer.p) == pytest.approx((0.0085, peer.low, peer.p))
+    numbers = nearer.difference, nearer.p, *nearer.interval
+    assert numbers == pytest.approx((0.0085, peer.p, *peer.interval))
     assert difference(found, "none chat", "sft chat") is None
 
 
 def test_verdicts_take_the_whole_page_into_account(found):
-    words = {claim: (p, word) for _, claim, _, p, word in verdicts(found)}
-    assert {claim: word for claim, (_, word) in words.items()} == {
+    judged = {claim: verdict for _, claim, verdict in verdicts(found)}
+    assert {claim: verdict.get("word", "not enough runs") for claim, verdict in judged.items()} == {
         "thinking": "holds", "sorting": "does not hold", "at once": "undecided", "nearer": "holds",
         "nobody": "not enough runs",
     }  # fmt: skip
     claims = found["studies"][0]["claims"][:4]
-    alone = holm([difference(found, claim["one"], claim["other"]).p for claim in claims])
-    assert [p for p, _ in words.values()] == [*alone, None]
+    alone = holm([difference(found, claim["one"], claim["other"]).to_dict() for claim in claims], ["higher"] * 4)
+    assert [*judged.values()] == [*alone, {}]
 
 
 def test_the_page_says_what_the_numbers_say(found):
