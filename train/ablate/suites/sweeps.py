@@ -1,13 +1,23 @@
 """What was tuned: the toy, for five minutes of two cores, and the dense transformer that is held against it.
 
-A trial has the time of a hundred of the toy's steps on one core, a quarter of its own. Each axis starts from the best
-of those before it.
+A trial has the time of a hundred steps of START on one core, two minutes or so. Each axis starts from the best of those
+before it; START is what the toy was before it was tuned.
 """
 
 from ..suite import Arm
 from ..sweep import Axis, Sweep
 
-BRIEF = (
+START = (
+    "data.batch_size=4",
+    "data.sequence_length=512",
+    "model.num_hidden_layers=5",
+    "model.compress_ratios=[0, 4, 32, 4, 32]",
+    "model.hidden_size=128",
+    "model.num_nextn_predict_layers=1",
+    "model.hc_mult=4",
+    "model.engram.max_ngram=4",
+    "optim.lr=6e-3",
+    "optim.warmup_steps=40",
     "train.steps=100",
     "train.minutes=0",
     "train.eval_every=0",
@@ -24,14 +34,14 @@ ROWS = Axis(
     ),
 )
 RATE = Axis("learning rate", (("optim.lr=4e-3",), ("optim.lr=9e-3",)))
-TOY_ARM = Arm("toy", "toy")
+START_ARM = Arm("start", "as it was")
 
 TOY = Sweep(
     name="toy",
     recipe="toy",
-    set=BRIEF,
-    clock=TOY_ARM,
-    tuned=TOY_ARM,
+    set=START,
+    clock=START_ARM,
+    tuned=START_ARM,
     axes=(
         ROWS,
         Axis(
@@ -58,14 +68,16 @@ TOY = Sweep(
             ),
         ),
         RATE,
+        Axis("smaller table", (("model.engram.vocab_size=10000",),)),
+        Axis("layers again", (("model.num_hidden_layers=3", "model.compress_ratios=[0, 4, 32]"),)),
     ),
 )
 
 DENSE = Sweep(
     name="dense",
     recipe="toy",
-    set=BRIEF,
-    clock=TOY_ARM,
+    set=START,
+    clock=START_ARM,
     tuned=Arm(
         "dense",
         "dense transformer",
