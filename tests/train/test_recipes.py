@@ -96,7 +96,7 @@ def test_all_that_is_shipped_is_listed_with_its_purpose(capsys):
     text = capsys.readouterr().out
     lines = {line.split()[0]: line for line in text.splitlines() if line[:3].strip()}
     assert {*shipped(), "v3", "v3.2"} <= lines.keys()
-    assert lines["toy"].split()[:6] == ["toy", "8.97", "M", "5", "min", "The"]
+    assert lines["toy"].split()[:6] == ["toy", "10.22", "M", "5", "min", "The"]
     assert "DeepSeek-V4-Pro as released" in lines["v4-pro"]
     assert all(recipes._told(shipped()[name])[0] for name in TOMLS), "a recipe begins with a comment: its purpose"
 

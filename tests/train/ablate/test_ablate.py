@@ -25,10 +25,14 @@ from abyssal.train.ablate.report import table, write_page
 from abyssal.train.ablate.run import RESULT, RUNS, run_suite
 from abyssal.train.ablate.suite import Arm, Claim, Measure, Panel, Suite, jobs
 from abyssal.train.ablate.suites import SUITES, chosen
+from abyssal.train.ablate.suites.sweeps import FOUND
 from abyssal.train.ablate.summary import reach
 from abyssal.train.cli import main
 from abyssal.train.evaluate.verdict import judge
+from abyssal.train.recipe import Recipe, apply, load_recipe
 from abyssal.train.run import metrics
+
+RESULTS = Path(__file__).parents[3] / "train" / "results"
 
 # measures
 
@@ -530,3 +534,14 @@ def test_a_sweep_keeps_the_best_change_of_each_axis_at_equal_time(tmp_path, monk
     marked = [line for line in sweep.table(found).splitlines() if line.endswith("*")]
     assert len(marked) == 1 and "model.index_topk=8 model.routed_scaling_factor=2" in marked[0]
     assert main(["ablate", "--sweep", "nothing"]) == 2
+
+
+def test_what_the_sweeps_chose_is_what_is_shipped():
+    """The JSON of each sweep, its constant, and the recipe."""
+    for name, found in FOUND.items():
+        told = json.loads((RESULTS / f"sweep-{name}.json").read_text("utf-8"))
+        scores = [trial["score"] for trial in told["trials"]]
+        assert tuple(told["best"]) == found and told["trials"][scores.index(min(scores))]["changes"] == told["best"]
+        assert all(trial["commit"] for trial in told["trials"])
+    recipe = load_recipe("toy")
+    assert Recipe.from_dict(apply(recipe.to_dict(), FOUND["toy"])) == recipe

@@ -146,7 +146,7 @@ def test_the_tables_numbers_are_the_datasheets():
 
 
 def test_a_recipe_trains_on_its_own_tokens_and_others_on_the_published_number(tmp_path):
-    assert cost.training("toy") == (200 * 4 * 512, 512)
+    assert cost.training("toy") == (1000 * 8 * 256, 256)
     stages = "".join(f"[[stages]]\nsteps = {n}\nsequence_length = {t}\n" for n, t in ((30, 64), (10, 256)))
     (tmp_path / "staged.toml").write_text(f'base = "toy"\ntrain.steps = 40\ndata.batch_size = 2\n{stages}', "utf-8")
     tokens, length = cost.training(str(tmp_path / "staged.toml"))
@@ -155,7 +155,7 @@ def test_a_recipe_trains_on_its_own_tokens_and_others_on_the_published_number(tm
     (tmp_path / "config.json").write_text(json.dumps(ModelConfig.load("v4-flash").to_dict()), "utf-8")
     assert cost.training(str(tmp_path)) == (15e12, 4096)
     (tmp_path / "mine.toml").write_text('base = "toy"\ndata.batch_size = 1\nmodel.engram = "none"\n', "utf-8")
-    assert cost.training(str(tmp_path / "mine.toml")) == (200 * 512, 512)
+    assert cost.training(str(tmp_path / "mine.toml")) == (1000 * 256, 256)
     assert "GPU-second" in cost.estimate(str(tmp_path / "mine.toml"), 1, cost.Gpu("rtx4090", 0.4, 2.0))
     with pytest.raises(ValueError, match="tokens is missing: the model itself writes what reason-grpo"):
         cost.training("reason-grpo")
@@ -164,7 +164,7 @@ def test_a_recipe_trains_on_its_own_tokens_and_others_on_the_published_number(tm
 @pytest.mark.parametrize(
     ("name", "tokens", "says"),
     [
-        ("toy", None, (" k + 148.26 k) = 6.", "MFLOP a token", "0.037", " GPU-seconds, 0.0021 cents", " MB, 0.6% of")),
+        ("toy", None, (" k + 52.94 k) = 1.6 MFLOP a token", "0.0491 GPU-seconds, 0.0027 cents", " MB, 0.7% of")),
         ("small", 1e9, ("55.9 GPU-minutes, $1.86",)),
         ("small", 1e11, ("93 GPU-hours (3.9 days), $186.42",)),
         ("v4-pro", None, ("2 x 48.85 G + 6.41 G) = 312.4 GFLOP", "19.719 M hours, $39.44 M", "at least 1,066 GPUs")),

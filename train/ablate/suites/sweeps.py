@@ -113,4 +113,25 @@ DENSE = Sweep(
     ),
 )
 
+FOUND = {  # what each sweep chose: the recipe `toy`, and its opponent
+    "toy": (
+        "data.batch_size=8",
+        "data.sequence_length=256",
+        "model.num_hidden_layers=2",
+        "model.compress_ratios=[4, 32]",
+        "model.hidden_size=64",
+        "model.num_nextn_predict_layers=0",
+        "model.hc_mult=2",
+        "model.engram.max_ngram=6",
+        "optim.lr=9e-3",
+    ),
+    "dense": (
+        "model.num_hidden_layers=2",
+        "model.compress_ratios=[0, 0]",
+        "data.batch_size=8",
+        "data.sequence_length=256",
+        "model.hidden_size=64",
+        "model.n_shared_experts=3",
+    ),
+}
 SWEEPS = {sweep.name: sweep for sweep in (TOY, DENSE)}

@@ -2,6 +2,7 @@
 
 from ..suite import Arm, Claim, Measure, Panel, Suite
 from .sweeps import DENSE as DENSE_SWEEP
+from .sweeps import FOUND
 from .text import CLEAN, CURVE, HELD_OUT, SMALL
 
 OPPONENTS = ("KN-3", "KN-5", "KN-7", "xz", "zstd")
@@ -21,14 +22,14 @@ TOY = Suite(
     " sees the row. Held-out rows are Python's own sources, which repeat themselves more than most text does: clean"
     " bytes are those outside of any match of 32 bytes with training text.",
     recipe="toy",
-    set=("train.minutes=0", "train.sample_tokens=0", "train.keep=1"),
+    set=("train.minutes=0", "train.eval_every=250", "train.sample_tokens=0", "train.keep=1"),
     probes=("opponents",),
     arms=(
         Arm("toy", "toy"),
         Arm(
             "dense",
             "dense transformer",
-            set=(*DENSE_SWEEP.tuned.set,),
+            set=(*DENSE_SWEEP.tuned.set, *FOUND[DENSE_SWEEP.name]),
             without=DENSE_SWEEP.tuned.without,
             variant=DENSE_SWEEP.tuned.variant,
         ).in_equal_time(),
