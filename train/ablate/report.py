@@ -71,15 +71,16 @@ def _tuned(found: dict[str, Any]) -> str:
     """A sweep's trials, the chosen changes first."""
     lines = [
         f"## sweep-{found['sweep']}\n",
-        f"`abyssal ablate --sweep {found['sweep']}`: one axis after the other at equal time, one seed and one thread a"
-        f" trial (`train/ablate/sweep.py`). Chosen: {_code(found['best'])}.\n",
+        f"`abyssal ablate --sweep {found['sweep']}`: one axis after the other, each from the best before it, at equal"
+        " time, one seed and one thread a trial (`train/ablate/sweep.py`; what it starts from: `suites/sweeps.py`)."
+        f" Chosen: {_code(found['best'])}.\n",
         "| axis | changes | steps | parameters | held-out bits per byte, clean bytes |",
         "| --- | --- | --- | --- | --- |",
     ]
     for trial in found["trials"]:
         score = f"{trial['score']:.4f}" if trial["changes"] != found["best"] else f"**{trial['score']:.4f}**"
         numbers = f"{trial['steps']:,}", f"{trial['parameters']:,}", score
-        lines.append(f"| {' | '.join((trial['axis'], _code(trial['changes']), *numbers))} |")
+        lines.append(f"| {' | '.join((trial['axis'], _code(trial['tried']), *numbers))} |")
     commits = sorted({trial["commit"][:7] for trial in found["trials"] if trial["commit"]})
     return "\n".join([*lines, f"\nCommit {', '.join(commits)}.\n"])
 

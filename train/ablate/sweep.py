@@ -53,8 +53,8 @@ def run_sweep(sweep: Sweep, out: Path, *, seed: int = 0, workers: int = 2, shown
         found = run_suite(_suite(sweep, axis, best), out, seeds=[seed], workers=workers, shown=shown)
         base, *tried = found["arms"].values()
         if not trials and sweep.tuned is sweep.clock:
-            trials.append(_trial("as it is", (), base))
-        new = [_trial(axis.name, (*best, *change), arm) for change, arm in zip(axis.changes, tried)]
+            trials.append(_trial("as it is", (), (), base))
+        new = [_trial(axis.name, change, best, arm) for change, arm in zip(axis.changes, tried)]
         lowest = min([*trials, *new], key=lambda trial: trial["score"])
         trials += new
         best = tuple(lowest["changes"])
@@ -64,12 +64,12 @@ def run_sweep(sweep: Sweep, out: Path, *, seed: int = 0, workers: int = 2, shown
 
 
 def table(found: dict[str, Any]) -> str:
-    """Every trial, the best one marked, as lines for a terminal."""
+    """Every trial, with what it changes in the best before it, the best of all marked, as lines for a terminal."""
     rows = [("axis", "changes", "steps", "seconds", "parameters", SCORE.label)]
     for trial in found["trials"]:
         mark = " *" if trial["changes"] == found["best"] else ""
         numbers = f"{trial['steps']:,}", f"{trial['seconds']:.0f}", f"{trial['parameters']:,}"
-        rows.append((trial["axis"], " ".join(trial["changes"]) or "-", *numbers, f"{trial['score']:.4f}{mark}"))
+        rows.append((trial["axis"], " ".join(trial["tried"]) or "-", *numbers, f"{trial['score']:.4f}{mark}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -99,8 +99,10 @@ def _name(sweep: Sweep, axis: Axis) -> str:
     return f"sweep-{sweep.name}-{axis.name.replace(' ', '-')}"
 
 
-def _trial(axis: str, changes: Sequence[str], arm: dict[str, Any]) -> dict[str, Any]:
+def _trial(axis: str, tried: Sequence[str], best: Sequence[str], arm: dict[str, Any]) -> dict[str, Any]:
+    """What was tried on top of the best before it, and all changes together."""
     run = arm["runs"][0]
     numbers = {name: run[name] for name in ("steps", "tokens", "seconds", "parameters")}
     commit = run["provenance"]["source"]["commit"]
-    return {"axis": axis, "changes": list(changes), "score": run["measures"][SCORE.name], "commit": commit, **numbers}
+    changes = {"tried": list(tried), "changes": [*best, *tried]}
+    return {"axis": axis, **changes, "score": run["measures"][SCORE.name], "commit": commit, **numbers}
