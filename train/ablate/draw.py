@@ -44,7 +44,10 @@ def _legend(figure: Any, arms: dict[str, Any]) -> None:
         Line2D([], [], color=colour, marker=marker, linewidth=2, label=arm["label"])
         for colour, marker, arm in zip(COLOURS, MARKERS, arms.values())
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    rows = 1 + sum(len(arm["label"]) + 8 for arm in arms.values()) // round(
+        11 * figure.get_figwidth()
+    )  # characters to a line
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows), frameon=False)
 
 
 def _title(found: dict[str, Any]) -> str:

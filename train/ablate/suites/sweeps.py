@@ -1,7 +1,8 @@
 """What was tuned: the toy, for five minutes of two cores, and the dense transformer that is held against it.
 
 A trial has the time of a hundred steps of START on one core, two minutes or so. Each axis starts from the best of those
-before it; START is what the toy was before it was tuned.
+before it; START is what the toy was before it was tuned. Rows of another length are other held-out rows: a 5-gram model
+scores 2.14 on clean bytes of rows of 512 and 2.13 of 256.
 """
 
 from ..suite import Arm

@@ -1,10 +1,16 @@
-"""The README's model against everything that a reviewer would hold against it, on the same held-out bytes."""
+"""The README's model against everything that a reviewer would hold against it, on the same held-out bytes.
+
+Four seeds were registered at first; after these, whose dense transformers differ more than was thought (deviation 0.05
+bits), eight.
+"""
 
 from ..suite import Arm, Claim, Measure, Panel, Suite
 from .sweeps import DENSE as DENSE_SWEEP
 from .sweeps import FOUND
 from .text import CLEAN, CURVE, HELD_OUT, SMALL
 
+CHANGES = (*DENSE_SWEEP.tuned.set, *FOUND[DENSE_SWEEP.name])
+DENSE = tuple({change.partition("=")[0]: change for change in CHANGES}.values())  # the last of each key
 OPPONENTS = ("KN-3", "KN-5", "KN-7", "xz", "zstd")
 TRAININGS = {"all": "all training text", "read": "what the run has read"}
 MEASURES = tuple(
@@ -29,7 +35,7 @@ TOY = Suite(
         Arm(
             "dense",
             "dense transformer",
-            set=(*DENSE_SWEEP.tuned.set, *FOUND[DENSE_SWEEP.name]),
+            set=DENSE,
             without=DENSE_SWEEP.tuned.without,
             variant=DENSE_SWEEP.tuned.variant,
         ).in_equal_time(),
@@ -48,5 +54,5 @@ TOY = Suite(
         ),
     ),
     panels=(CURVE, Panel("bars", "Held-out text at the end", ("clean", "held_out"), "bits per byte")),
-    seeds=4,
+    seeds=8,
 )
