@@ -3,6 +3,7 @@
 Error bars and bands are 95 % intervals of the mean over seeds (Student's t); points are single seeds.
 """
 
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +12,12 @@ from ..evaluate.verdict import half_width
 from ..plots.style import COLOURS, GREY, canvas, save
 from .summary import read_summary, values_of
 
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX"  # not as many as colours, so that more arms than these still differ
+
+
+def _looks(found: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Colour, marker and results of every arm."""
+    return list(zip(cycle(COLOURS), cycle(MARKERS), found["arms"].values()))
 
 
 def draw(path: Path | str, picture: Path | str | None = None) -> Path:
@@ -33,18 +39,18 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
         axis.grid(axis="y", alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    _legend(figure, found["arms"])
+    _legend(figure, found)
     return save(figure, Path(picture) if picture else Path(path).with_suffix(".png"), _title(found))
 
 
-def _legend(figure: Any, arms: dict[str, Any]) -> None:
+def _legend(figure: Any, found: dict[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=colour, marker=marker, linewidth=2, label=arm["label"])
-        for colour, marker, arm in zip(COLOURS, MARKERS, arms.values())
+        for colour, marker, arm in _looks(found)
     ]
-    rows = 1 + sum(len(arm["label"]) + 8 for arm in arms.values()) // round(
+    rows = 1 + sum(len(arm["label"]) + 8 for _, _, arm in _looks(found)) // round(
         11 * figure.get_figwidth()
     )  # characters to a line
     figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows), frameon=False)
@@ -71,15 +77,15 @@ def _bars(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
     every = [value for arm in arms.values() for name in measures for value in values_of(arm, name)]
     from_zero = not every or max(every) - min(every) > 0.25 * max(map(abs, every))
     for i, name in enumerate(measures):
-        shown = [(j, arm) for j, arm in enumerate(arms.values()) if values_of(arm, name)]
-        for place, (j, arm) in enumerate(shown):
+        shown = [(colour, arm) for colour, _, arm in _looks(found) if values_of(arm, name)]
+        for place, (colour, arm) in enumerate(shown):
             values = values_of(arm, name)
             x, mean = i + (place - (len(shown) - 1) / 2) * 0.8 / len(shown), fmean(values)
             wide = 0.7 / len(shown)
             if from_zero:
-                axis.bar(x, mean, wide, color=COLOURS[j], alpha=0.75)
+                axis.bar(x, mean, wide, color=colour, alpha=0.75)
             else:
-                axis.hlines(mean, x - wide / 2, x + wide / 2, color=COLOURS[j], linewidth=3)
+                axis.hlines(mean, x - wide / 2, x + wide / 2, color=colour, linewidth=3)
             axis.errorbar(x, mean, half_width(values) or 0.0, color="black", capsize=4, linewidth=1.2)
             offsets = [wide * 0.25 * (k - (len(values) - 1) / 2) / max(1, len(values) - 1) for k in range(len(values))]
             axis.scatter([x + o for o in offsets], values, s=14, color="white", edgecolors="black", zorder=3)
@@ -98,7 +104,7 @@ def _bars(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
 def _curve(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
     """Mean over seeds, single seeds faint. The first eighth, where all arms fall steeply, may leave the panel."""
     name, ends = panel["measures"][0], []
-    for colour, arm in zip(COLOURS, found["arms"].values()):
+    for colour, _, arm in _looks(found):
         curves = [run["curves"][name] for run in arm["runs"] if name in run["curves"]]
         for curve in curves:
             axis.plot(*zip(*curve), color=colour, alpha=0.25, linewidth=0.8)
@@ -116,7 +122,7 @@ def _curve(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
 def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
     """Measures named PREFIX.N over N, the least distance of a bin of powers of two; the window is marked."""
     prefix = panel["measures"][0]
-    for colour, marker, arm in zip(COLOURS, MARKERS, found["arms"].values()):
+    for colour, marker, arm in _looks(found):
         least = sorted(int(name.removeprefix(prefix + ".")) for name in arm["summary"] if name.startswith(prefix + "."))
         cells = [values_of(arm, f"{prefix}.{n}") for n in least]
         means = [fmean(values) for values in cells]

@@ -421,6 +421,16 @@ def test_bars_have_intervals_and_every_seed_and_the_window_is_marked(done):
         assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [floor]
 
 
+def test_more_arms_than_colours_are_all_drawn_and_differ(done):
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    from abyssal.train.ablate import draw as drawing
+
+    found = done[1] | {"arms": {str(i): done[1]["arms"]["few"] for i in range(12)}}
+    drawing._bars(axis, found, found["panels"][1])
+    looks = {look[:2] for look in drawing._looks(found)}
+    assert len(axis.patches) + sum(type(c).__name__ == "LineCollection" for c in axis.collections) >= 12 == len(looks)
+
+
 def committed(found: dict, **changes) -> dict:
     """A copy whose runs come from a clean commit."""
     copied = json.loads(json.dumps(found)) | changes
