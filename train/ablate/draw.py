@@ -3,6 +3,7 @@
 Error bars and bands are 95 % intervals of the mean over seeds (Student's t); points are single seeds.
 """
 
+import math
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -50,10 +51,9 @@ def _legend(figure: Any, found: dict[str, Any]) -> None:
         Line2D([], [], color=colour, marker=marker, linewidth=2, label=arm["label"])
         for colour, marker, arm in _looks(found)
     ]
-    rows = 1 + sum(len(arm["label"]) + 8 for _, _, arm in _looks(found)) // round(
-        11 * figure.get_figwidth()
-    )  # characters to a line
-    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows), frameon=False)
+    characters, line = sum(len(arm["label"]) + 8 for _, _, arm in _looks(found)), 9 * figure.get_figwidth()
+    rows = math.ceil(characters / line)
+    figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows), frameon=False)
 
 
 def _title(found: dict[str, Any]) -> str:
