@@ -25,6 +25,7 @@ from abyssal.train.measure.profile.observe import REST, Observer
 from abyssal.train.measure.profile.preset import Preset, available_memory, check_fits, cut, load_preset
 from abyssal.train.measure.profile.steps import DecodeStep, TrainingStep, cycle, to_decode
 from abyssal.train.measure.roofline import Work
+from abyssal.train.recipe import load_recipe
 from abyssal.train.run.loop import Run
 from abyssal.train.settings import StageConfig
 from abyssal.train.start import open_source
@@ -492,8 +493,10 @@ def test_products_are_those_of_the_model(step):
 
 
 def test_bytes_by_hand():
-    """toy: 128 wide, expert width 64, 16 experts, 2 slots, 5 layers, 260 tokens; 100 tokens of 2 bytes."""
-    found = limits.training_limits(ModelConfig.load("toy"), [60, 40], 2)
+    """128 wide, expert width 64, 16 experts, 2 slots, 5 layers, 260 tokens; 100 tokens of 2 bytes."""
+    sizes = ("hidden_size=128", "hc_mult=4", "num_hidden_layers=5", "compress_ratios=[0, 4, 32, 4, 32]")
+    config = load_recipe("toy", [f"model.{size}" for size in sizes]).model
+    found = limits.training_limits(config, [60, 40], 2)
     forward, backward = (found[phase, "shared expert"] for phase in ("forward", "backward"))
     weights, row = 3 * 128 * 64, 100 * 128
     assert [work.bytes for work in forward] == 5 * [2 * (2 * row + weights)]
@@ -502,12 +505,12 @@ def test_bytes_by_hand():
     assert keys == Work(2 * 100 * 64 * 128, 2 * (100 * (64 + 128) + 64 * 128))
     assert [work.bytes for work in found["forward", "embedding"]] == [4 * row]
     assert [work.bytes for work in found["backward", "norms"]] == 11 * [6 * row]
-    decoded = limits.decode_limits(ModelConfig.load("toy"), 3, 1000, 4)
+    decoded = limits.decode_limits(config, 3, 1000, 4)
     assert [work.bytes for work in decoded["decode", "experts"]] == 5 * [4 * 6 * weights]
     assert [work.bytes for work in decoded["decode", "HCA attention"]] == 2 * [4 * 3 * ((32 + 31) * 32 + 2 * 128)]
     assert [work.bytes for work in decoded["decode", "CSA attention"]] == 2 * [4 * 3 * ((32 + 32) * 32 + 2 * 128)]
-    assert len(limits.decode_limits(ModelConfig.load("toy"), 9, 10, 4)["decode", "experts"]) == 5
-    assert limits.decode_limits(ModelConfig.load("toy"), 9, 10, 4)["decode", "experts"][0].bytes == 4 * 16 * weights
+    assert len(limits.decode_limits(config, 9, 10, 4)["decode", "experts"]) == 5
+    assert limits.decode_limits(config, 9, 10, 4)["decode", "experts"][0].bytes == 4 * 16 * weights
 
 
 def test_every_mechanism_has_a_limit(step):
