@@ -29,8 +29,9 @@ verdict says what happened here, not what happens in a large model.
 
 FLOORS = """What is answered right without the question: by readers who know how rows are made and all that stands
 before a question, but not what it asks for (`train/data/planted/blind.py`), on the very rows that models are scored
-on. A model has found nothing that it does not have above them. Of recall and the tasks after RULER the rows are those
-of the recipes `indexer` and `ruler`, of others 12 rows of 4,096 tokens by the tasks' defaults.
+on. A model has found nothing that it does not have above them. Of recall, mqar and ruler the rows are those of the
+recipes `indexer`, `mqar` and `ruler`, of others 12 rows of 4,096 tokens by the tasks' defaults. The last column is of a
+reader who is told how far back the evidence lies, to within an octave.
 """
 
 

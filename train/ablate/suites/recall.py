@@ -113,6 +113,27 @@ WARMUP = Suite(
     seeds=5,
 )
 
+MQAR = Suite(
+    name="mqar",
+    title="Multi-query associative recall, by a trained indexer, a random one, none, and all entries",
+    question="A row begins with 128 pairs and asks for every key once: who picks the entries that a query reads?",
+    caveat=f"{RECALL} Each pair is asked for once: a reader who leaves out what was asked for gains by that, towards"
+    " the end of a row, as the best blind reader shows.",
+    recipe="mqar",
+    arms=arms(4),
+    measures=(
+        *(m for m in ACCURACY if not m.name.endswith((".1024", ".2048"))),  # rows are shorter
+        *INDEX,
+    ),
+    claims=(
+        Claim("a trained indexer finds more than a random one", "accuracy", "trained", "random"),
+        Claim("a random indexer finds more than a window alone", "accuracy", "random", "window"),
+        Claim("reading all entries finds more than reading 16", "accuracy", "dense", "trained"),
+    ),
+    panels=PANELS,
+    seeds=3,
+)
+
 RULER = Suite(
     name="ruler",
     title="Needles, variables and common words, by a trained indexer, a random one, none, and all entries",
