@@ -140,8 +140,8 @@ def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
         least = sorted(map(int, floors))
         blind = [floors[str(n)] for n in least]
         label = axis.plot([n * 2**0.5 for n in least], blind, color=GREY, linestyle=":", linewidth=1.2)
-        left = {"ha": "left", "va": "bottom", "color": GREY, "fontsize": 9}
-        axis.text(label[0].get_xdata()[0], blind[0], "best blind reader", **left)
+        left = {"ha": "right", "va": "center", "color": GREY, "fontsize": 9}
+        axis.text(label[0].get_xdata()[0] / 1.1, blind[0], "best blind reader", **left)
     axis.set_ylim(-0.04, 1.08)
     axis.set(xlabel="tokens from the evidence to the question (log scale)", ylabel=panel["axis"])
 

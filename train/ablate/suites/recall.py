@@ -5,15 +5,7 @@ it should begin to learn.
 from ..suite import Arm, Claim, Measure, Panel, Suite
 
 BINS = (512, 1024, 2048)
-ACCURACY = (
-    Measure("accuracy", "answers right, all distances", "higher", percent=True),
-    *(
-        Measure(f"accuracy_at.{n}", f"answers right, {n:,} to {2 * n - 1:,} tokens", "higher", percent=True)
-        for n in BINS
-    ),
-    Measure("floor", "the best blind reader, all distances", percent=True),
-    *(Measure(f"floor_at.{n}", f"the best blind reader, {n:,} to {2 * n - 1:,} tokens", percent=True) for n in BINS),
-)
+NEAR = (64, 128, 256, 512)  # of rows of 1,024 tokens
 INDEX = (
     Measure("recall", "of attention's own top 16, picked by the indexer", "higher", percent=True),
     Measure("train.index", "indexer's KL, nats", "lower"),
@@ -28,6 +20,15 @@ KINDS = {
     "common": "common words",
 }
 LENGTHS = (1024, 4096)
+
+
+def accuracy(bins: tuple[int, ...]) -> tuple[Measure, ...]:
+    """Of models and of the best blind readers, over all distances and by octave."""
+    return tuple(
+        Measure(f"{of}{name}", f"{text}, {which}", better, percent=True)
+        for of, text, better in (("accuracy", "answers right", "higher"), ("floor", "the best blind reader", ""))
+        for name, which in (("", "all distances"), *((f"_at.{n}", f"{n:,} to {2 * n - 1:,} tokens") for n in bins))
+    )
 
 
 def stages(*attention: str) -> tuple[str, ...]:
@@ -69,7 +70,7 @@ INDEXER = Suite(
     recipe="indexer",
     full=FULL_RECALL,
     arms=arms(5),
-    measures=(*ACCURACY, *INDEX),
+    measures=(*accuracy(BINS), *INDEX),
     claims=(
         Claim("a trained indexer finds more than a random one", "accuracy", "trained", "random"),
         Claim("a random indexer finds more than a window alone", "accuracy", "random", "window"),
@@ -97,7 +98,7 @@ WARMUP = Suite(
         Arm("none", "dense, sparse", set=stages("dense", "dense", "dense", "sparse", "sparse")),
         Arm("along", "learns along, warm-up, sparse", set=stages("sparse", "dense", "dense", "warmup", "sparse")),
     ),
-    measures=(*ACCURACY, *INDEX),
+    measures=(*accuracy(BINS), *INDEX),
     claims=(
         Claim("sparse from the start finds more than dense, warm-up, sparse", "accuracy", "trained", "warmup"),
         Claim(
@@ -121,10 +122,7 @@ MQAR = Suite(
     " the end of a row, as the best blind reader shows.",
     recipe="mqar",
     arms=arms(4),
-    measures=(
-        *(m for m in ACCURACY if not m.name.endswith((".1024", ".2048"))),  # rows are shorter
-        *INDEX,
-    ),
+    measures=(*accuracy(NEAR), *INDEX),
     claims=(
         Claim("a trained indexer finds more than a random one", "accuracy", "trained", "random"),
         Claim("a random indexer finds more than a window alone", "accuracy", "random", "window"),
