@@ -10,10 +10,13 @@
 Answers to the same questions vary with the questions too. Where single answers are known (`items`), with d_sq of seed s
 and question q of a task, and each task counting the same,
 
-    v = v_seeds + sum_tasks max(V_questions - V_rest / S, 0) / Q / tasks²
+    v_task     = max(V_questions - V_rest / S, 0) / Q / tasks²
+    interval   = difference ± sqrt( t_{S-1}² v_seeds + sum_tasks t_{Q-1}² v_task )
 
 V_questions is the variance of the questions' means over seeds, of which V_rest / S, the chance of single answers, is in
-v_seeds already; degrees of freedom are Satterthwaite's, of S - 1 and Q - 1 each. This is the limit of resampling both.
+v_seeds already. Each variance has its own t: the interval misses the truth no more often than it says, and questions
+only widen it (Banerjee 1960; one t for the sum, with estimated degrees of freedom, would be too sure with few seeds).
+Where all d_s are the same number, v_seeds is what chance of single answers alone makes, V_rest / S / Q.
 
 Of many claims some hold by chance: `holm` gives the verdicts of a whole page, all of which are right with 95 %
 probability (Holm 1979).
@@ -92,11 +95,13 @@ def judge(
         raise ValueError(f"answers of shapes {shapes}: allowed are the same ones, of {seeds} seeds, not empty")
     if seeds < 2:
         return Verdict(UNDECIDED, float(differences[0]), None, None)
-    parts = [(differences.var(ddof=1) / seeds, seeds - 1)]  # variance, degrees of freedom
-    parts += [(_of_questions(one.astype(float) - two) / len(items) ** 2, one.shape[1] - 1) for one, two in items]
-    variance = sum(part for part, _ in parts)
-    squares = sum(part**2 / freedom for part, freedom in parts if part)
-    return _verdict(float(differences.mean()), variance, variance**2 / squares if squares else seeds - 1, better)
+    answers = [one.astype(float) - two for one, two in items]
+    of_seeds = differences.var(ddof=1) / seeds
+    if np.allclose(differences, differences[0], rtol=0, atol=1e-12):
+        of_seeds = sum(_chance(d) / d.shape[1] for d in answers) / seeds / max(len(items), 1) ** 2
+    parts = [(float(of_seeds), seeds - 1)]  # variance, degrees of freedom
+    parts += [(_of_questions(d) / len(items) ** 2, d.shape[1] - 1) for d in answers]
+    return _verdict(float(differences.mean()), [part for part in parts if part[0]], better)
 
 
 def holm(verdicts: Sequence[dict[str, Any]], better: Sequence[str]) -> list[dict[str, Any]]:
@@ -129,14 +134,30 @@ def _check(arm: Sequence[float], other: Sequence[float], better: str) -> None:
             raise ValueError(f"{name}={list(values)}: allowed are one or more finite numbers")
 
 
-def _verdict(difference: float, variance: float, freedom: float, better: str) -> Verdict:
-    from scipy.stats import t
-
-    error = math.sqrt(variance)
-    half = _point(freedom) * error
-    p = float(2 * t.sf(abs(difference) / error, freedom)) if error else float(difference == 0)
+def _verdict(difference: float, parts: Sequence[tuple[float, int]], better: str) -> Verdict:
+    """From variances that are not 0 and their degrees of freedom."""
+    half, p = _half(parts, 1 - CONFIDENCE), _p(abs(difference), parts) if parts else float(difference == 0)
     word = _word(difference, p, better)
     return Verdict(word, difference, (difference - half, difference + half), p)
+
+
+def _half(parts: Sequence[tuple[float, int]], p: float) -> float:
+    """Half the width of the interval that misses with probability `p`."""
+    from scipy.stats import t
+
+    return math.sqrt(sum(float(t.isf(p / 2, freedom)) ** 2 * variance for variance, freedom in parts))
+
+
+def _p(size: float, parts: Sequence[tuple[float, int]]) -> float:
+    """The p whose interval reaches just as far as `size`; of one variance, that of its t."""
+    from scipy.optimize import brentq
+    from scipy.stats import t
+
+    alone = max(float(2 * t.sf(size / math.sqrt(variance), freedom)) for variance, freedom in parts)
+    if len(parts) == 1 or not 0 < alone < 1:
+        return alone
+    low = math.log(alone) - 1e-6  # together they are wider than each
+    return math.exp(brentq(lambda log: _half(parts, math.exp(log)) - size, low, 0.0, xtol=1e-13))
 
 
 def _word(difference: float, p: float, better: str) -> str:
@@ -150,9 +171,16 @@ def _of_questions(d: np.ndarray) -> float:
     seeds, questions = d.shape
     if questions < 2:
         return 0.0
+    return float(max(d.mean(0).var(ddof=1) - _chance(d) / seeds, 0.0) / questions)
+
+
+def _chance(d: np.ndarray) -> float:
+    """V_rest of d [S, Q]: the variance of single answers beyond what their seed and their question make."""
+    seeds, questions = d.shape
+    if questions < 2:
+        return 0.0
     rest = d - d.mean(0) - d.mean(1, keepdims=True) + d.mean()
-    chance = (rest**2).sum() / (seeds - 1) / (questions - 1)
-    return float(max(d.mean(0).var(ddof=1) - chance / seeds, 0.0) / questions)
+    return float((rest**2).sum() / (seeds - 1) / (questions - 1))
 
 
 def _point(freedom: float) -> float:

@@ -109,11 +109,41 @@ def test_the_variance_is_that_of_the_sums():
         ) / ((rows - 1) * (columns - 1))
         parts.append(max(spread - rest / rows, 0) / columns / 4)
         freedoms.append(columns - 1)
-    variance = sum(parts)
-    half = stats.t.ppf(0.975, variance**2 / sum(p * p / f for p, f in zip(parts, freedoms))) * math.sqrt(variance)
+    half = math.sqrt(sum(stats.t.ppf(0.975, f) ** 2 * part for part, f in zip(parts, freedoms)))
     assert min(parts) > 0
     found = of_answers(tasks, others)
     assert (found.difference, *found.interval) == pytest.approx((mean, mean - half, mean + half), rel=1e-12)
+    reach = math.sqrt(sum(stats.t.isf(found.p / 2, f) ** 2 * part for part, f in zip(parts, freedoms)))
+    assert reach == pytest.approx(abs(mean), rel=1e-9), "p is that of the interval that ends at 0"
+
+
+def test_what_questions_add_makes_no_verdict_surer():
+    """Few seeds that agree, and questions that differ a little: degrees of freedom are not to grow by that."""
+    draw = np.random.default_rng(3)
+    for _ in range(60):
+        ease = draw.normal(0, 0.5, 200)
+        one = draw.normal(0.2, 0.3, (3, 1)) + ease + draw.normal(0, 0.3, (3, 200))
+        found, alone = of_answers([one], [one * 0]), judge(one.mean(1).tolist(), [0.0] * 3, "higher")
+        assert found.p >= alone.p and found.interval[1] - found.interval[0] > alone.interval[1] - alone.interval[0]
+
+
+def test_with_few_seeds_a_small_p_is_no_commoner_than_it_says():
+    """Nothing differs; the questions' variance is a fifth of that of the seeds. Holm asks for p far below 5 %."""
+    draw, runs, seeds, questions = np.random.default_rng(4), 600, 3, 400
+    ps = []
+    for _ in range(runs):
+        d = draw.normal(size=(seeds, 1)) + draw.normal(0, math.sqrt(0.2 * questions / seeds), questions)
+        ps.append(judge(d.mean(1).tolist(), [0.0] * seeds, "higher", [(d, d * 0)]).p)
+    assert sum(p < 0.05 for p in ps) / runs < 0.06 and sum(p < 0.005 for p in ps) / runs < 0.01
+
+
+def test_the_same_small_difference_in_all_seeds_is_not_certain():
+    """One answer more of fifty in each of three seeds: the chance of single answers would do that often."""
+    one, other = np.zeros((3, 50)), np.zeros((3, 50))
+    one[[0, 1, 2], [3, 17, 40]] = 1
+    found = of_answers([one], [other])
+    error = math.sqrt((1 / 50) * (49 / 50) / 3 / 50)
+    assert found.word == UNDECIDED and found.p == pytest.approx(2 * stats.t.sf(0.02 / error, 2), rel=0.05)
 
 
 def test_its_interval_holds_the_truth_as_often_as_it_says_where_questions_matter():
