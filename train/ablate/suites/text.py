@@ -27,10 +27,8 @@ HELD_OUT = Measure("held_out", "held-out bits per byte, all bytes", "lower")
 TRIGRAM = Measure("trigram", "a trigram model's, all bytes")
 CURVE = Panel("curve", "Held-out text over the steps", ("clean",), "bits per byte, clean bytes")
 END = Panel("bars", "Held-out text at the end", ("clean",), "bits per byte, clean bytes")
-SMALL = (
-    "A small model and a short run: differences that need depth, long training or a large vocabulary cannot show. The"
-    " learning rate is one for all arms, tuned for none."
-)
+SHORT = "A small model and a short run: differences that need depth, long training or a large vocabulary cannot show."
+SMALL = f"{SHORT} The learning rate is one for all arms, tuned for none."
 
 BASE = Arm("v4", "baseline")
 NO_ENGRAM = ("model.engram",)

@@ -6,10 +6,11 @@ bits), eight.
 
 from ..suite import Arm, Claim, Measure, Panel, Suite
 from .sweeps import DENSE as DENSE_SWEEP
-from .sweeps import FOUND
-from .text import CLEAN, CURVE, HELD_OUT, SMALL
+from .sweeps import FOUND, START
+from .text import CLEAN, CURVE, HELD_OUT, SHORT
 
-CHANGES = (*DENSE_SWEEP.tuned.set, *FOUND[DENSE_SWEEP.name])
+RATES = tuple(change for change in START if change.startswith("optim."))  # its sweep's, unless that found others
+CHANGES = (*RATES, *DENSE_SWEEP.tuned.set, *FOUND[DENSE_SWEEP.name])
 DENSE = tuple({change.partition("=")[0]: change for change in CHANGES}.values())  # the last of each key
 OPPONENTS = ("KN-3", "KN-5", "KN-7", "xz", "zstd")
 TRAININGS = {"all": "all training text", "read": "what the run has read"}
@@ -24,7 +25,8 @@ TOY = Suite(
     name="toy",
     title="The toy against n-gram models, compressors and a dense transformer",
     question="Does the README's model compress held-out text better than what is known to be strong at it?",
-    caveat=f"{SMALL} N-gram models and compressors have every byte before the scored one in its document; the model"
+    caveat=f"{SHORT} Both models have the sizes and the learning rate of their own sweeps, scored on the same held-out"
+    " bytes. N-gram models and compressors have every byte before the scored one in its document; the model"
     " sees the row. Held-out rows are Python's own sources, which repeat themselves more than most text does: clean"
     " bytes are those outside of any match of 32 bytes with training text.",
     recipe="toy",
