@@ -34,6 +34,7 @@ from ..recipe import Recipe, own_code
 from ..run import checkpoint, metrics, provenance
 from ..run.load import prepared
 from ..run.tables import places
+from ..settings import OptimConfig
 from ..start import never_saved, train
 from .clock import equal_steps, seconds_per_step
 from .measures import answers, curves, measure
@@ -110,22 +111,27 @@ def _equal_steps(suite: Suite, out: Path, seeds: Sequence[int], size: str, overr
         return {}
     path = out / CLOCK
     told = read_json(path)["steps"] if path.is_file() else []
-    seconds = {key_of(Recipe.from_dict(one["recipe"]), one["variant"]): one["seconds"] for one in told}
+    seconds = {_clocked(Recipe.from_dict(one["recipe"]), one["variant"]): one["seconds"] for one in told}
     first = [replace(job, recipe=job.recipe.with_seed(0)) for job in first]
-    missing = [job for job in first if job.key not in seconds]
+    keys = [_clocked(job.recipe, job.variant) for job in first]
+    missing = {key: job for key, job in zip(keys, first) if key not in seconds}
     if missing:
         out.mkdir(parents=True, exist_ok=True)
-        again = [first[0], *(job for job in missing if job is not first[0])]
-        found = seconds_per_step(again)
-        scale = seconds.get(again[0].key, found[0]) / found[0]  # to the measurement that earlier arms are held to
-        for job, one in zip(again, found):
-            if job in missing:
-                seconds[job.key] = scale * one
+        again = {keys[0]: first[0], **missing}
+        found = seconds_per_step([*again.values()])
+        scale = seconds.get(keys[0], found[0]) / found[0]  # to the measurement that earlier arms are held to
+        for (key, job), one in zip(again.items(), found):
+            if key in missing:
+                seconds[key] = scale * one
                 told.append({"variant": job.variant, "seconds": scale * one, "recipe": job.recipe.to_dict()})
         write_json(path, {"steps": told})
-    base = first[0]
-    steps = base.recipe.train.steps
-    return {job.arm: equal_steps(steps, seconds[base.key], seconds[job.key]) for job in first[1:]}
+    steps = first[0].recipe.train.steps
+    return {job.arm: equal_steps(steps, seconds[keys[0]], seconds[key]) for key, job in zip(keys[1:], first[1:])}
+
+
+def _clocked(recipe: Recipe, variant: str) -> str:
+    """What is timed once: runs that differ in seed and learning rate alone have the same steps."""
+    return key_of(replace(recipe.with_seed(0), optim=replace(recipe.optim, lr=OptimConfig.lr)), variant)
 
 
 def _has_probes(result: dict[str, Any] | None, job: Job) -> bool:

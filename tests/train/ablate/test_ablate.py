@@ -23,9 +23,9 @@ from abyssal.train.ablate.measures import curves, flatten, measure
 from abyssal.train.ablate.probes import acceptance
 from abyssal.train.ablate.report import table, write_page
 from abyssal.train.ablate.run import RESULT, RUNS, run_suite
-from abyssal.train.ablate.suite import Arm, Claim, Measure, Panel, Suite, jobs
+from abyssal.train.ablate.suite import Arm, Claim, Measure, Panel, Suite, jobs, recipe_of
 from abyssal.train.ablate.suites import SUITES, chosen
-from abyssal.train.ablate.suites.sweeps import FOUND
+from abyssal.train.ablate.suites.sweeps import FOUND, SWEEPS
 from abyssal.train.ablate.summary import reach
 from abyssal.train.cli import main
 from abyssal.train.evaluate.verdict import judge
@@ -234,6 +234,21 @@ def test_an_arm_of_equal_time_takes_the_steps_that_fit(tmp_path, monkeypatch):
     assert steps == {"few": 4, "many": 4, "many-time": 8, "fewer-time": 4}, (
         "in turn with a baseline that is measured again"
     )
+
+
+def test_learning_rates_alone_are_timed_once(tmp_path, monkeypatch):
+    clocked = []
+
+    def seconds(jobs):
+        clocked.append([job.arm for job in jobs])
+        return [0.2, *(0.1 / len(clocked) for _ in jobs[1:])]
+
+    monkeypatch.setattr(runner, "seconds_per_step", seconds)
+    slower, faster = (Arm(f"{lr}", f"{lr}", set=(f"optim.lr={lr}", "model.index_topk=8")) for lr in (1e-4, 1e-3))
+    for arm in (slower, faster):
+        pair = suite(arms=(suite().arms[0], arm.in_equal_time()), claims=())
+        assert runner._equal_steps(pair, tmp_path, (0,), "quick", ()) == {f"{arm.name}-time": 8}
+    assert len(clocked) == 1, "or else the noise of two measurements is a difference in steps"
 
 
 def test_the_clock_takes_the_fastest_round_and_refuses_stages(monkeypatch):
@@ -556,3 +571,9 @@ def test_what_the_sweeps_chose_is_what_is_shipped():
         assert all(trial["commit"] for trial in told["trials"])
     recipe = load_recipe("toy")
     assert Recipe.from_dict(apply(recipe.to_dict(), FOUND["toy"])) == recipe
+    tuned, opponent = SWEEPS["dense"].tuned, SUITES["toy"].arms[1]
+    found = replace(tuned, set=(*tuned.set, *FOUND["dense"]))
+    suites = replace(SUITES["toy"], set=SWEEPS["dense"].set), SUITES["toy"]
+    trial, job = (recipe_of(one, arm, 0, "quick", ()) for one, arm in zip(suites, (found, opponent)))
+    for name in ("model", "data", "optim"):
+        assert getattr(trial, name) == getattr(job, name), "the opponent is what its sweep found, learning rate too"
