@@ -5,7 +5,7 @@ from ..data.planted.blind import octaves
 from ..recipe import load_recipe
 from ..settings import PLANTED, DataConfig, PlantedConfig
 
-READERS = ("recency", "unasked", "frequency", "position", "likeliest")
+READERS = ("recency", "unasked", "frequency", "left", "position", "likeliest")
 SHIPPED = {"recall": "indexer", "mqar": "mqar", "ruler": "ruler"}  # recipes of tasks; other tasks have their defaults
 ROWS, LENGTH = 12, 4096
 

@@ -4,6 +4,7 @@ question, but not what it asks for. A task's floor is the best of them, on the v
     recency     the r-th candidate at least n tokens back         n = nearest and every power of two, r < RANKS
     unasked     the same with r = 0, skipping candidates that were an answer before
     frequency   the commonest candidate so far
+    left        the commonest of those so far that were no answer before: the best there is where each is asked for once
     position    the r-th candidate of the row
     likeliest   the answer that is right most often, the same for every question
 
@@ -25,7 +26,7 @@ LIKELIEST = "likeliest"
 
 
 def readers(row: Row, candidates: np.ndarray, nearest: int = 1) -> dict[str, Guesses]:
-    """The guesses [a, g] of the first four readers. `candidates`: positions, in order, with every answer's evidence."""
+    """The guesses [a, g] of the first five readers. `candidates`: positions, in order, with every answer's evidence."""
     values, asked = row.ids[candidates], row.asked
     leasts = np.unique([nearest, *(1 << np.arange(len(row.ids).bit_length()))])
     last = np.searchsorted(candidates, asked[:, None] - leasts, side="right") - 1  # [a, n]
@@ -34,6 +35,7 @@ def readers(row: Row, candidates: np.ndarray, nearest: int = 1) -> dict[str, Gue
         "recency": _taken(values, ranked),
         "unasked": _taken(values, _unasked(row, candidates, last)),
         "frequency": _commonest(values, np.searchsorted(candidates, asked))[:, None],
+        "left": _commonest(values, np.searchsorted(candidates, asked), _answered(row, candidates))[:, None],
         "position": np.broadcast_to(_taken(values, np.arange(RANKS)), (len(asked), RANKS)),
     }
 
@@ -45,7 +47,7 @@ def _taken(values: np.ndarray, index: np.ndarray) -> Guesses:
 
 def _unasked(row: Row, candidates: np.ndarray, last: np.ndarray) -> np.ndarray:
     """For each question and each `last` candidate: the last one up to there that no earlier question asked for."""
-    answered = np.searchsorted(candidates, row.asked - row.distances[row.asked])
+    answered = _answered(row, candidates)
     found, gone = np.empty_like(last), np.zeros(len(candidates), bool)
     for i, index in enumerate(answered):
         left = np.append(-1, np.flatnonzero(~gone))
@@ -54,15 +56,24 @@ def _unasked(row: Row, candidates: np.ndarray, last: np.ndarray) -> np.ndarray:
     return found
 
 
-def _commonest(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """For each end: the commonest of values[:end], of several the smallest."""
+def _answered(row: Row, candidates: np.ndarray) -> np.ndarray:
+    """For each question, which candidate is its evidence."""
+    return np.searchsorted(candidates, row.asked - row.distances[row.asked])
+
+
+def _commonest(values: np.ndarray, ends: np.ndarray, answered: np.ndarray | None = None) -> np.ndarray:
+    """For each end: the commonest of values[:end], of several the smallest; without those `answered` before it."""
     known, which = np.unique(values, return_inverse=True)
     counts, begin, found = np.zeros(len(known), np.int64), 0, np.full(len(ends), NO_GUESS)
+    gone = np.zeros(len(values), bool)
     for i, end in enumerate(ends.tolist()):
         counts += np.bincount(which[begin:end], minlength=len(known))
         begin = end
-        if end:
+        if counts.any():
             found[i] = known[np.argmax(counts)]
+        if answered is not None and not gone[answered[i]]:
+            gone[answered[i]] = True
+            counts[which[answered[i]]] -= 1
     return found
 
 

@@ -42,4 +42,4 @@ class Common(Haystack):
         """What stands most often is what is asked for: the reader who counts is not blind."""
         values = np.flatnonzero(row.ids[: -self.room] >= self.first_value)
         found = readers(row, values)
-        return found | {"frequency": np.full_like(found["frequency"], NO_GUESS)}
+        return found | {name: np.full_like(found[name], NO_GUESS) for name in ("frequency", "left")}

@@ -7,8 +7,10 @@ that pairs lie in all ways across compressed entries. An octave n of distances i
 Pairs, of different keys, fill a share `fill` of the cells, as far as keys suffice, whose distance to every question is
 from n to 2 n tokens; `questions` of them, if there are so many, are asked for in the last n / 2 tokens, each once.
 
-Without the key all pairs are as likely, at any distance: 1 / pairs is all that a blind reader gains. The answer is not
-shown after its question: the pair is the only evidence at any depth of the model. Two keys make all but a needle.
+Without the key all pairs are as likely, at any distance: 1 / pairs is all that a blind reader gains. The pairs that are
+asked for have different values, as far as there are some: who leaves out those that were answers gains a little more.
+The answer is not shown after its question: the pair is the only evidence at any depth of the model. Two keys make all
+but a needle.
 
 Tokens: 0 bos · 1 the question mark · fillers · keys · values
 """
