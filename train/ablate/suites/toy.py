@@ -26,9 +26,10 @@ TOY = Suite(
     title="The toy against n-gram models, compressors and a dense transformer",
     question="Does the README's model compress held-out text better than what is known to be strong at it?",
     caveat=f"{SHORT} Both models have the sizes and the learning rate of their own sweeps, scored on the same held-out"
-    " bytes. N-gram models and compressors have every byte before the scored one in its document; the model"
-    " sees the row. Held-out rows are Python's own sources, which repeat themselves more than most text does: clean"
-    " bytes are those outside of any match of 32 bytes with training text.",
+    " bytes. Four seeds were registered at first, eight after these. N-gram models and compressors have every byte"
+    " before the scored one in its document; the model sees the row. Held-out rows are Python's own sources, which"
+    " repeat themselves more than most text does: clean bytes are those outside of any match of 32 bytes with training"
+    " text.",
     recipe="toy",
     set=("train.minutes=0", "train.eval_every=250", "train.sample_tokens=0", "train.keep=1"),
     probes=("opponents",),
