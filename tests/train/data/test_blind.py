@@ -109,12 +109,12 @@ def test_single_answers_add_up_to_the_shares():
 
 @pytest.mark.parametrize("overrides", [[], ["data.held_out_rows=600"]], ids=["scored rows", "many like them"])
 @pytest.mark.parametrize("name", ["indexer", "recall"])
-def test_no_blind_reader_passes_chance_by_much_in_the_recipes_of_recall(name, overrides):
+def test_no_blind_reader_passes_chance_by_two_points_in_the_recipes_of_recall(name, overrides):
     recipe = load_recipe(name, overrides)
     floor = open_source(recipe).floor()
-    chance = 1 / recipe.planted.values
-    assert floor["floor"] < chance + 0.02 and all(share < chance + 0.03 for share in floor["floor_at"].values()), floor
-    assert list(floor["floor_at"]) == ["512", "1024", "2048"] and floor["floor_reader"] == "left"
+    bar = 1 / recipe.planted.values + 0.02
+    assert floor["floor"] < bar and all(share < bar for share in floor["floor_at"].values()), floor
+    assert list(floor["floor_at"]) == ["512", "1024", "2048"]
 
 
 def test_who_counts_what_was_not_asked_for_is_the_best_reader_of_mqar():
@@ -139,3 +139,16 @@ def test_the_floor_is_the_best_readers():
     assert floor["floor"] == readers[floor["floor_reader"]]["accuracy"]
     for least, share in floor["floor_at"].items():
         assert share == max(found["accuracy_at"][least] for found in readers.values())
+
+
+def test_answers_of_recall_say_nothing_of_the_next_one():
+    """Each value stands as often as the others, and two answers are the same as often as those of any two pairs."""
+    source = open_source(load_recipe("indexer", ["data.held_out_rows=300"]))
+    same = []
+    for number in range(source.rows):
+        row = source._row(source.scored, (1, number), 4096)
+        first, second = row.targets[row.asked][:2]
+        same.append(first == second)
+        stands = np.bincount(row.ids[row.ids >= source.scored.first_value])
+        assert set(stands[stands > 0].tolist()) <= {1, 2} and len(row.asked) == 16
+    assert 0 < np.mean(same) < 0.05  # 64 pairs, two of each value: 1 in 63

@@ -7,10 +7,10 @@ that pairs lie in all ways across compressed entries. An octave n of distances i
 Pairs, of different keys, fill a share `fill` of the cells, as far as keys suffice, whose distance to every question is
 from n to 2 n tokens; `questions` of them, if there are so many, are asked for in the last n / 2 tokens, each once.
 
-Without the key all pairs are as likely, at any distance: 1 / pairs is all that a blind reader gains. The pairs that are
-asked for have different values, as far as there are some: who leaves out those that were answers gains a little more.
-The answer is not shown after its question: the pair is the only evidence at any depth of the model. Two keys make all
-but a needle.
+Without the key all pairs are as likely, at any distance. A blind reader gains by leaving out those that were asked for:
+with 64 pairs of 32 values half a point after 16 questions, as each value stands as often as the others, whichever pairs
+are asked for. The answer is not shown after its question: the pair is the only evidence at any depth of the model. Two
+keys make all but a needle.
 
 Tokens: 0 bos · 1 the question mark · fillers · keys · values
 """
@@ -50,7 +50,8 @@ class Recall(Task):
         row = Row.blank(draw.integers(self.first_filler, self.first_key, length))
         at = first + CELL * draw.choice(stretch, pairs, replace=False)
         row.ids[at] = self.first_key + draw.permutation(c.keys)[:pairs]
-        row.ids[at + 1] = self.first_value + draw.permutation(c.values)[np.arange(pairs) % c.values]
+        values = draw.permutation(c.values)[np.arange(pairs) % c.values]  # each as often as the others
+        row.ids[at + 1] = self.first_value + draw.permutation(values)
         question, evidence = first + CELL * draw.choice(ending, asked, replace=False), at[:asked]
         row.ids[question], row.ids[question + 1] = QUESTION, row.ids[evidence]
         row.ask(question + 1, row.ids[evidence + 1], question - evidence)
