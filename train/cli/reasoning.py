@@ -28,6 +28,8 @@ def _eval(options: argparse.Namespace) -> None:
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("studies", nargs="*", metavar="STUDY", help="those that are run (str; default: all)")
     parser.add_argument("--list", action="store_true", help="print the studies and their claims (default: off)")
+    text = "run nothing: write page and picture again from the reasoning.json in --out (default: off)"
+    parser.add_argument("--draw", action="store_true", help=text)
     flag(parser, "--seeds", int, 8, "runs of each arm, with seeds 0, 1, ...")
     flag(parser, "--workers", int, 2, "processes of one thread each that train side by side; 1 = in this one")
     flag(parser, "--problems", int, 256, "held-out problems of each task, asked in each mode")
@@ -38,11 +40,14 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
 def _study(options: argparse.Namespace) -> None:
     from ..study.draw import draw
     from ..study.plan import STUDIES, listed
-    from ..study.queue import run_studies
+    from ..study.queue import FILE, run_studies, write_page
 
     names = options.studies or list(STUDIES)
     if options.list:
         print(listed(names))
+        return
+    if options.draw:
+        print(f"page     {write_page(options.out)}\npicture  {draw(options.out / FILE)}")
         return
     _check_problems(options.problems)
     for name, number in (("seeds", options.seeds), ("workers", options.workers)):

@@ -70,7 +70,13 @@ def collect(names: Sequence[str], planned: Sequence[Job], out: Path, problems: i
     found = {"problems": problems, "studies": studies, "arms": used, "runs": runs}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / FILE, found)
-    write_text(out / PAGE, markdown(found))
+    write_page(out)
+
+
+def write_page(out: Path) -> Path:
+    """OUT/RESULTS.md from OUT/reasoning.json. Raises FileNotFoundError where that is not there."""
+    write_text(out / PAGE, markdown(read_json(out / FILE)))
+    return out / PAGE
 
 
 def execute(waiting: Sequence[Job], runs: Path, problems: int, workers: int) -> Iterator[Job]:

@@ -124,4 +124,10 @@ def test_commands(studied, tmp_path, capsys):
     run_job(sft, other, 1)
     assert main(["eval", "reasoning", runs[0], str(other / sft.key), "--problems", "1"]) == 2
     assert "allowed are those of the first run" in capsys.readouterr().err
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / FILE).write_bytes((studied / FILE).read_bytes())
+    assert main(["study", "--draw", "--out", str(alone)]) == 0 and (alone / "reasoning.png").is_file()
+    assert (alone / PAGE).read_text("utf-8") == (studied / PAGE).read_text("utf-8")
+    assert main(["study", "--draw", "--out", str(other)]) == 2 and FILE in capsys.readouterr().err
     assert main(["study", "zero", "--seeds", "0"]) == 2 and "--seeds 0" in capsys.readouterr().err
