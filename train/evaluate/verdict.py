@@ -21,7 +21,7 @@ Where all d_s are the same number, v_seeds is what chance of single answers alon
 Of many claims some hold by chance: `holm` gives the verdicts of a whole page, all of which are right with 95 %
 probability (Holm 1979).
 
-A verdict speaks of one measure at one scale.
+Questions of one row are taken as independent. A verdict speaks of one measure at one scale.
 
 s one of S seeds · q one of Q questions of a task
 """
