@@ -133,8 +133,9 @@ FOUND = {  # what each sweep chose: the recipe `toy`, and its opponent
         "model.compress_ratios=[0, 0]",
         "data.batch_size=8",
         "data.sequence_length=256",
-        "model.hidden_size=64",
-        "model.n_shared_experts=3",
+        "model.hidden_size=96",
+        "model.n_shared_experts=4",
+        "optim.lr=4e-3",
     ),
 }
 SWEEPS = {sweep.name: sweep for sweep in (TOY, DENSE)}
