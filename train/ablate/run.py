@@ -79,13 +79,15 @@ def run_suite(
     known = {key: run for key, run in known_runs(out).items() if not (runs / key / RESULT).is_file()}
     results = {job.key: known[job.key] for job in planned if _has_probes(known.get(job.key), job)}
     summary: dict[str, Any] = {}
+    path = out / f"{suite.name}.json"
+    written = read_json(path)["scale"]["seeds"] if path.is_file() else 0  # which may be kept nowhere else
     with Progress(suite.name, planned, runs, shown) as progress:
         waiting = [job for job in planned if job.key not in results]
         for job, result in execute(waiting, runs, workers, progress):
             results[job.key] = result
             progress.done(job, result)
             done = [seed for seed in seeds if all(j.key in results for j in planned if j.seed == seed)]
-            if done and len(done) > summary.get("scale", {}).get("seeds", 0):
+            if len(done) > summary.get("scale", {}).get("seeds", 0) and len(done) >= written:
                 summary = _write(suite, size, overrides, [j for j in planned if j.seed in done], results, out)
     if not summary:
         summary = _write(suite, size, overrides, planned, results, out)

@@ -212,6 +212,21 @@ def test_what_all_arms_have_done_is_written_before_the_next_seed_is(done, tmp_pa
     assert found["arms"] == done[1]["arms"] and found["scale"]["seeds"] == 2
 
 
+def test_seeds_of_a_file_are_kept_until_as_many_are_done(done, tmp_path, monkeypatch):
+    """One arm is another now, and the suite is stopped after its first seed: the other arm's second run stays known."""
+    shutil.copy(done[0] / "small.json", tmp_path / "small.json")
+    few, many = suite().arms
+    changed = suite(arms=(few, replace(many, set=(*many.set, "optim.lr=1e-4"))))
+    with monkeypatch.context() as patched:
+        once = [runner.train]
+        patched.setattr(runner, "train", lambda *given, **more: once.pop()(*given, **more))
+        with pytest.raises(IndexError):
+            run_suite(changed, tmp_path, seeds=(0, 1), workers=1, shown=False)
+    assert json.loads((tmp_path / "small.json").read_text("utf-8")) == json.loads(json.dumps(done[1]))
+    found = run_suite(changed, tmp_path, seeds=(0, 1), workers=1, shown=False)
+    assert found["arms"]["few"]["runs"] == done[1]["arms"]["few"]["runs"] and found["scale"]["seeds"] == 2
+
+
 def test_an_arm_of_equal_time_takes_the_steps_that_fit(tmp_path, monkeypatch):
     clocked = []
 
