@@ -14,6 +14,7 @@ Balance and indexer losses stay in the objective with their pre-training weights
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -47,7 +48,7 @@ STAGE = -1  # of the problems: fine-tuning counts its stages from 0
 Sums = dict[str, Tensor]  # by name of a metric, what some rows add to it
 
 
-class RolloutRun(Run):
+class RolloutRun(Run, ABC):
     """A run that learns from its rollouts. Its kinds say from how many of a question, and what."""
 
     group: int  # completions of each question
@@ -71,16 +72,16 @@ class RolloutRun(Run):
         assert recipe.reason is not None and recipe.rollouts is not None
         self.reason, self.rollouts, self.tokenizer = recipe.reason, recipe.rollouts, load_tokenizer("bytes")
 
+    @abstractmethod
     def weigh(self, rewards: Tensor) -> Tensor:
         """What each completion counts in `terms`, [b], from the rewards [b], group by group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def terms(self, rows: Rollouts, weights: Tensor, log_pi: Tensor) -> Sums:
         """Sums over the written tokens of some rows: "loss", to be differentiated, and others for the metrics.
 
         log_pi: [b, t, v] of the next token, with its gradient.
         """
-        raise NotImplementedError
 
     def worth_learning(self, weights: Tensor) -> Tensor:
         """Numbers of the completions that updates take, on the host."""
