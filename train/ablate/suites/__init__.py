@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from ....model.fields import did_you_mean
 from ... import own
 from ..suite import Suite
-from .recall import INDEXER, MQAR, RULER, WARMUP
+from .recall import INDEXER, MQAR, NEEDLES, RULER, WARMUP
 from .text import BALANCE, DENSE, DEPTH, ENGRAM, MTP, MUON, STREAMS
 from .toy import TOY
 
-EVERY = (INDEXER, WARMUP, MQAR, RULER, TOY, DENSE, STREAMS, ENGRAM, MUON, MTP, BALANCE, DEPTH)
+EVERY = (INDEXER, WARMUP, MQAR, NEEDLES, RULER, TOY, DENSE, STREAMS, ENGRAM, MUON, MTP, BALANCE, DEPTH)
 SUITES = {suite.name: suite for suite in EVERY}
 
 

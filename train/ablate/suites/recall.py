@@ -20,6 +20,7 @@ KINDS = {
     "common": "common words",
 }
 LENGTHS = (1024, 4096)
+NEEDLE_LENGTHS = (1024, 4096, 32768)
 
 
 def accuracy(bins: tuple[int, ...]) -> tuple[Measure, ...]:
@@ -28,6 +29,15 @@ def accuracy(bins: tuple[int, ...]) -> tuple[Measure, ...]:
         Measure(f"{of}{name}", f"{text}, {which}", better, percent=True)
         for of, text, better in (("accuracy", "answers right", "higher"), ("floor", "the best blind reader", ""))
         for name, which in (("", "all distances"), *((f"_at.{n}", f"{n:,} to {2 * n - 1:,} tokens") for n in bins))
+    )
+
+
+def of_kind(kind: str, text: str, lengths: tuple[int, ...]) -> tuple[Measure, ...]:
+    """Of models and of the best blind readers, in rows of each length."""
+    return tuple(
+        Measure(f"{of}_of.{kind}.{length}", f"{text}, {length:,} tokens{by}", better, percent=True)
+        for length in lengths
+        for of, by, better in (("accuracy", "", "higher"), ("floor", ": the best blind reader", ""))
     )
 
 
@@ -132,6 +142,45 @@ MQAR = Suite(
     seeds=3,
 )
 
+NEEDLES = Suite(
+    name="needles",
+    title="A needle among others, in rows of up to 32,768 tokens",
+    question="Sixteen pairs are scattered in a row, however long it is, and eight are asked for at its end: who finds"
+    " them eight times beyond the longest rows of training?",
+    caveat=f"{RECALL} Of the tasks after RULER this is the one that a pilot learned alone in so short a run; `ruler`"
+    " has them all. Rows of 4,096 tokens are the longest of training. Fewer pairs than an indexer picks: what grows"
+    " is the hay.",
+    recipe="ruler",
+    set=(
+        "data.source=planted:multikey",
+        "data.held_out_rows=24",
+        f"planted.eval_lengths={list(NEEDLE_LENGTHS)}",
+    ),
+    arms=arms(4),
+    measures=(
+        Measure("accuracy", "answers right, all lengths", "higher", percent=True),
+        Measure("floor", "the best blind reader, all lengths", percent=True),
+        *of_kind("multikey", "answers right", NEEDLE_LENGTHS),
+        *INDEX,
+    ),
+    claims=(
+        Claim("a trained indexer finds more than a random one", "accuracy", "trained", "random"),
+        Claim(
+            f"in rows of {NEEDLE_LENGTHS[-1]:,} tokens, a trained indexer finds more than a random one",
+            f"accuracy_of.multikey.{NEEDLE_LENGTHS[-1]}",
+            "trained",
+            "random",
+        ),
+        Claim("a random indexer finds more than a window alone", "accuracy", "random", "window"),
+        Claim("reading all entries finds more than reading 16", "accuracy", "dense", "trained"),
+    ),
+    panels=(
+        Panel("bars", "By length", tuple(f"accuracy_of.multikey.{n}" for n in NEEDLE_LENGTHS), "answers right"),
+        Panel("bars", "Picks that attention wants", ("recall",), "share of attention's own top 16"),
+    ),
+    seeds=3,
+)
+
 RULER = Suite(
     name="ruler",
     title="Needles, variables and common words, by a trained indexer, a random one, none, and all entries",
@@ -142,12 +191,7 @@ RULER = Suite(
     set=("data.held_out_rows=160",),
     arms=arms(4),
     measures=(
-        *(
-            Measure(f"{of}_of.{kind}.{length}", f"{text}, {length:,} tokens{by}", better, percent=True)
-            for kind, text in KINDS.items()
-            for length in LENGTHS
-            for of, by, better in (("accuracy", "", "higher"), ("floor", ": the best blind reader", ""))
-        ),
+        *(measure for kind, text in KINDS.items() for measure in of_kind(kind, text, LENGTHS)),
         Measure("accuracy", "all kinds and lengths", "higher", percent=True),
         *INDEX,
     ),
