@@ -10,8 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from ..data.planted import PlantedSource
+from ..data.source import Source
+
 LOSSES = ("loss", "lm", "mtp", "balance", "index")
 MECHANISMS = ("load_max", "load_cv", "spread", "captured", "recall", "sinkhorn", "gate", "collisions", "grad_norm")
+DISTANCE = "accuracy_at."
 POINTS = 60  # of a curve of single steps
 
 
@@ -41,8 +47,16 @@ def flatten(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def answers(scores: Mapping[str, Any]) -> dict[str, str]:
     """Which held-out questions were answered right, by measure: the digits 1 and 0, behind a 1, in hexadecimal."""
     found = dict(scores.get("right", {}))
-    every = "".join(text for name, text in found.items() if name.startswith("accuracy_at."))
+    every = "".join(found[name] for name in found if name.startswith(DISTANCE))
     return {name: f"{int('1' + text, 2):x}" for name, text in {"accuracy": every, **found}.items() if text}
+
+
+def rows(source: Source) -> dict[str, np.ndarray]:
+    """The row of each of those answers, by measure; of what has no such questions nothing."""
+    if not isinstance(source, PlantedSource):
+        return {}
+    found = source.rows_of_answers()
+    return {"accuracy": np.concatenate([found[name] for name in found if name.startswith(DISTANCE)]), **found}
 
 
 def unpacked(text: str) -> list[int]:

@@ -3,7 +3,7 @@
 The summary is JSON and holds all that picture and page need: texts, numbers of single runs, curves, where it ran.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -14,9 +14,10 @@ import numpy as np
 from ...model.config import naming
 from ...model.folders import read_json
 from .. import own
-from ..evaluate.verdict import Spread, judge
+from ..evaluate.verdict import Spread, by_row, judge
 from ..recipe import Recipe, own_code
-from .measures import unpacked
+from ..start import open_source
+from . import measures
 from .suite import Arm, Job, Suite, key_of
 
 NAMES = ("suite", "title", "question", "caveat", "measures", "panels", "arms", "claims", "scale", "provenance")
@@ -34,6 +35,7 @@ def summarise(
     recipes = {job.arm: job.recipe for job in reversed(planned)}
     arms = {arm.name: _arm(arm, recipes[arm.name], runs[arm.name]) for arm in suite.arms}
     first, recipe = results[0], planned[0].recipe
+    rows = measures.rows(open_source(recipe)) if any(run["answers"] for run in runs[suite.arms[0].name]) else {}
     return {
         "suite": suite.name,
         "title": suite.title,
@@ -44,7 +46,7 @@ def summarise(
         "measures": [asdict(measure) for measure in suite.measures],
         "panels": [asdict(panel) for panel in suite.panels],
         "arms": arms,
-        "claims": [_claim(suite, claim, arms) for claim in suite.claims],
+        "claims": [_claim(suite, claim, arms, rows) for claim in suite.claims],
         "scale": {
             "seeds": len({job.seed for job in planned}),
             "registered": suite.seeds,
@@ -121,8 +123,8 @@ def _arm(arm: Arm, recipe: Recipe, runs: list[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def _claim(suite: Suite, claim: Any, arms: dict[str, Any]) -> dict[str, Any]:
-    """The claim and its verdict, of the seeds whose runs have the number in both arms."""
+def _claim(suite: Suite, claim: Any, arms: dict[str, Any], rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The claim and its verdict, of the seeds whose runs have the number in both arms; `rows`: of the answers."""
     better = suite.measure(claim.measure).better
     ours, other = _by_seed(arms[claim.arm], claim.measure), arms.get(claim.than)
     if other is not None:
@@ -135,7 +137,7 @@ def _claim(suite: Suite, claim: Any, arms: dict[str, Any]) -> dict[str, Any]:
         note = f"{len(common)} of {wanted} runs"
         return {**asdict(claim), "better": better, "verdict": NO_VERDICT | {"note": note}}
     values = [ours[seed] for seed in common], [theirs[seed] for seed in common]
-    items = _items(arms[claim.arm], other, claim.measure) if other else []
+    items = _items(arms[claim.arm], other, claim.measure, rows.get(claim.measure)) if other else []
     return {**asdict(claim), "better": better, "verdict": judge(*values, better, items).to_dict()}
 
 
@@ -143,13 +145,15 @@ def _by_seed(arm: dict[str, Any], measure: str) -> dict[int, float]:
     return {run["seed"]: value for run in arm["runs"] if (value := run["measures"].get(measure)) is not None}
 
 
-def _items(arm: dict[str, Any], other: dict[str, Any], measure: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Single answers [seed, question] of both arms, where the runs tell them."""
+def _items(
+    arm: dict[str, Any], other: dict[str, Any], measure: str, rows: np.ndarray | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Answers [seed, row] of both arms, where the runs tell them."""
     told = [[run["answers"].get(measure) for run in one["runs"]] for one in (arm, other)]
     if not all(text for texts in told for text in texts):
         return []
-    first, second = (np.array([unpacked(text) for text in texts]) for texts in told)
-    return [(first, second)]
+    first, second = (np.array([measures.unpacked(text) for text in texts]) for texts in told)
+    return [(first, second) if rows is None else (by_row(first, rows), by_row(second, rows))]
 
 
 def _add_reach(runs: dict[str, list[dict[str, Any]]], suite: Suite) -> None:

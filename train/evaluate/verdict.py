@@ -21,9 +21,13 @@ Where all d_s are the same number, v_seeds is what chance of single answers alon
 Of many claims some hold by chance: `holm` gives the verdicts of a whole page, all of which are right with 95 %
 probability (Holm 1979).
 
-Questions of one row are taken as independent. A verdict speaks of one measure at one scale.
+Questions of one row are easy or hard together. Where rows are known, R of them, `by_row` makes one answer of each,
 
-s one of S seeds · q one of Q questions of a task
+    x_sr = mean_q d_sq + R/Q sum_(q of r) (d_sq - mean_q d_sq)
+
+with the same mean, whose variance over r is that of a ratio of sums. A verdict speaks of one measure at one scale.
+
+s one of S seeds · q one of Q questions of a task · r one of R rows
 """
 
 import math
@@ -78,7 +82,8 @@ def judge(
 
     Args:
         better: "higher" or "lower".
-        items: of each task the answers [S, Q] of both, if they are known; the values are means of these over tasks.
+        items: of each task the answers [S, Q] of both, or of its rows [S, R], if they are known; the values are means
+            of these over tasks.
 
     Raises:
         ValueError: no values, values that are not finite, different numbers of them or of answers, or another word
@@ -117,6 +122,22 @@ def holm(verdicts: Sequence[dict[str, Any]], better: Sequence[str]) -> list[dict
         found[i]["p"] = highest
         found[i]["word"] = _word(found[i]["difference"], highest, better[i])
     return found
+
+
+def by_row(answers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Answers [S, Q] of the rows [Q], put together to [S, R]; as they are where all are of one row.
+
+    Raises:
+        ValueError: there are not as many answers.
+    """
+    if answers.shape[1] != len(rows):
+        raise ValueError(f"{answers.shape[1]} answers: allowed are {len(rows)}, as many as the rows have questions")
+    found, row = np.unique(rows, return_inverse=True)
+    if len(found) < 2:
+        return answers
+    mean = answers.mean(1, keepdims=True)
+    of_row = row == np.arange(len(found))[:, None]
+    return mean + (answers - mean) @ of_row.T * (len(found) / len(row))
 
 
 def half_width(values: Sequence[float]) -> float | None:

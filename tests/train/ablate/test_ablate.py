@@ -28,9 +28,10 @@ from abyssal.train.ablate.suites import SUITES, chosen
 from abyssal.train.ablate.suites.sweeps import FOUND, SWEEPS
 from abyssal.train.ablate.summary import reach
 from abyssal.train.cli import main
-from abyssal.train.evaluate.verdict import judge
+from abyssal.train.evaluate.verdict import by_row, judge
 from abyssal.train.recipe import Recipe, apply, load_recipe
 from abyssal.train.run import metrics
+from abyssal.train.start import open_source
 
 RESULTS = Path(__file__).parents[3] / "train" / "results"
 
@@ -294,7 +295,6 @@ def test_a_probe_that_is_asked_for_later_is_added_to_a_finished_run(done, monkey
 
 def test_opponents_are_those_of_the_same_bytes(tiny):
     from abyssal.train.data.opponents import opponents, training_text
-    from abyssal.train.start import open_source
 
     recipe = tiny("train.steps=3")
     found, source = probes.opponents(None, recipe), open_source(recipe)
@@ -514,7 +514,7 @@ def test_a_claim_may_be_against_a_number_or_another_measure_of_the_same_runs(don
     arms = json.loads(json.dumps(done[1]["arms"]))
     for run, right, floor in zip(arms["few"]["runs"], (0.5, 0.75), (0.25, 0.375)):
         run["measures"] |= {"accuracy": right, "floor": floor}
-    found = [summary._claim(measured, claim, arms)["verdict"] for claim in measured.claims]
+    found = [summary._claim(measured, claim, arms, {})["verdict"] for claim in measured.claims]
     assert found == [judge([0.5, 0.75], other, "higher").to_dict() for other in ([0.25, 0.375], [0.25, 0.25])]
     with pytest.raises(ValueError, match="arm 'flor'"):
         suite(claims=(Claim("a", "accuracy", "few", "flor"),))
@@ -538,12 +538,35 @@ def test_answers_make_the_questions_noise_part_of_the_verdict(done):
         for run, text in zip(arm["runs"], texts):
             run["answers"] = measures.answers({"right": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
             run["measures"]["accuracy"] = text.count("1") / 4
-    claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many})
+    claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many}, {})
     first, second = np.array([[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 1, 0, 1]]])
     wanted = judge(first.mean(1).tolist(), second.mean(1).tolist(), "higher", [(first, second)])
     assert claim["verdict"] == wanted.to_dict() and wanted.difference == 0.5
+    rows = np.array([0, 0, 1, 1])
+    claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many}, {"accuracy": rows})
+    wanted = judge(
+        first.mean(1).tolist(), second.mean(1).tolist(), "higher", [(by_row(first, rows), by_row(second, rows))]
+    )
+    assert claim["verdict"] == wanted.to_dict()
     assert few["runs"][0]["answers"].keys() == {"accuracy", "accuracy_at.32", "accuracy_at.64"}
     assert measures.unpacked(few["runs"][0]["answers"]["accuracy_at.64"]) == [1, 0, 1] and measures.answers({}) == {}
+
+
+def test_a_summary_puts_the_questions_of_a_row_together(done):
+    planned, draw = jobs(suite(), [0, 1]), np.random.default_rng(0)
+    results = [json.loads((done[0] / RUNS / job.key / RESULT).read_text("utf-8")) for job in planned]
+    rows = open_source(planned[0].recipe).rows_of_answers()
+    octaves = [name for name in rows if name.startswith("accuracy_at.")]
+    for result in results:
+        right = {name: draw.random(len(rows[name])) < 0.5 for name in octaves}
+        result["answers"] = measures.answers({"right": {n: "".join(map(str, r.astype(int))) for n, r in right.items()}})
+        result["measures"]["accuracy"] = np.concatenate(list(right.values())).mean()
+    found = summary.summarise(suite(), "quick", (), planned, results)
+    of_row = np.concatenate([rows[name] for name in octaves])
+    both = [np.array([measures.unpacked(r["answers"]["accuracy"]) for r in results[i::2]]) for i in (0, 1)]
+    wanted = judge(*(one.mean(1).tolist() for one in both), "higher", [tuple(by_row(one, of_row) for one in both)])
+    assert found["claims"][0]["verdict"]["interval"] == pytest.approx(wanted.interval)
+    assert len(set(of_row.tolist())) == 2
 
 
 def test_a_sweep_keeps_the_best_change_of_each_axis_at_equal_time(tmp_path, monkeypatch):

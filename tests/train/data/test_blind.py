@@ -8,6 +8,7 @@ import pytest
 from abyssal.train.data.planted import TASKS
 from abyssal.train.data.planted.blind import RANKS, octaves, right
 from abyssal.train.data.planted.source import Labels
+from abyssal.train.data.rows import IGNORED
 from abyssal.train.recipe import load_recipe
 from abyssal.train.settings import PlantedConfig
 from abyssal.train.start import open_source
@@ -99,12 +100,26 @@ def test_a_reader_is_fitted_on_other_rows_by_octave():
 
 
 def test_single_answers_add_up_to_the_shares():
-    labels = Labels(np.array([32, 64, 32, 64]), np.array(["a", "b", "b", "b"]), np.array([9, 9, 9, 9]))
+    labels = Labels(np.array([32, 64, 32, 64]), np.array(["a", "b", "b", "b"]), np.array([9, 9, 9, 9]), np.arange(4))
     right = np.array([True, False, False, True])
     found, shares = labels.answers(right), labels.shares(right)
     assert found == {"accuracy_at.32": "10", "accuracy_at.64": "01", "accuracy_of.a.9": "1", "accuracy_of.b.9": "001"}
     assert shares["accuracy_of"]["b"]["9"] == found["accuracy_of.b.9"].count("1") / 3
     assert shares["accuracy_at"]["32"] == 0.5
+
+
+def test_every_answer_knows_its_row():
+    source = open_source(load_recipe("ruler", ["data.held_out_rows=10", "planted.eval_lengths=[128, 256]"]))
+    found, wanted = source.rows_of_answers(), {}
+    for number, (row, length) in enumerate((row, length) for length in (128, 256) for row in range(10)):
+        batch, distances = source.held_out(range(row, row + 1), length)
+        for octave in octaves(distances[batch.targets != IGNORED].numpy()).tolist():
+            wanted.setdefault(f"accuracy_at.{octave}", []).append(number)
+    assert {name: some.tolist() for name, some in found.items() if name in wanted} == wanted
+    assert sum(len(some) for name, some in found.items() if name.startswith("accuracy_of.")) == sum(
+        map(len, wanted.values())
+    )
+    assert found["accuracy_of.single.256"].min() >= 10 > found["accuracy_of.single.128"].max()
 
 
 @pytest.mark.parametrize("overrides", [[], ["data.held_out_rows=600"]], ids=["scored rows", "many like them"])

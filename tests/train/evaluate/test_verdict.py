@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from abyssal.train.evaluate.verdict import FAILS, HOLDS, UNDECIDED, half_width, holm, judge
+from abyssal.train.evaluate.verdict import FAILS, HOLDS, UNDECIDED, by_row, half_width, holm, judge
 
 A, B = [2.41, 2.38, 2.44, 2.40, 2.37, 2.43], [2.44, 2.39, 2.46, 2.41, 2.40, 2.44]
 
@@ -155,6 +155,33 @@ def test_its_interval_holds_the_truth_as_often_as_it_says_where_questions_matter
         missed += not found.interval[0] <= 0 <= found.interval[1]
         by_seeds += not peer.low <= 0 <= peer.high
     assert missed / 600 < 0.08 and by_seeds / 600 > 0.1, (missed, by_seeds)
+
+
+def test_questions_of_a_row_are_no_evidence_of_their_own():
+    """Nothing differs but rows, which suit one of the two or the other: eight questions of a row are nearly one."""
+    draw, seeds, rows, each = np.random.default_rng(5), 6, 24, 8
+    of_row, missed = np.repeat(np.arange(rows), each), {"questions": 0, "rows": 0}
+    for _ in range(600):
+        suits = draw.normal(0, 1.5, rows)[of_row]
+        one, other = (draw.random((seeds, rows * each)) < 1 / (1 + np.exp(-sign * suits)) for sign in (1, -1))
+        for name, items in (("questions", (one, other)), ("rows", (by_row(one, of_row), by_row(other, of_row)))):
+            low, high = judge(one.mean(1).tolist(), other.mean(1).tolist(), "higher", [items]).interval
+            missed[name] += not low <= 0 <= high
+    assert missed["rows"] / 600 < 0.07 and missed["questions"] / 600 > 0.2, missed
+
+
+def test_rows_of_other_lengths_are_a_ratio_of_sums():
+    answers, rows = (DRAW.random((3, 7)) < 0.5).astype(float), np.array([4, 9, 4, 4, 2, 9, 4])
+    found = by_row(answers, rows)
+    assert found.shape == (3, 3) and found.mean(1) == pytest.approx(answers.mean(1))
+    one = answers[1]
+    for column, row in enumerate((2, 4, 9)):
+        excess = sum(x - one.sum() / 7 for x, r in zip(one, rows) if r == row)
+        assert found[1, column] == pytest.approx(one.sum() / 7 + excess * 3 / 7)
+    assert (by_row(answers, np.zeros(7)) == answers).all(), "a single row says nothing of how rows differ"
+    assert by_row(answers, np.arange(7)) == pytest.approx(answers)
+    with pytest.raises(ValueError, match="7 answers: allowed are 6"):
+        by_row(answers, rows[:6])
 
 
 @pytest.mark.parametrize("other", [np.ones((3, 5)), np.ones((2, 4))])

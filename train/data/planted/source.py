@@ -64,12 +64,11 @@ class PlantedSource:
     def _blind(self) -> tuple["Labels", dict[str, np.ndarray]]:
         """What the held-out answers are scored apart by, and by blind reader `blind.right`, [2, a]."""
         labels, readers = [], []
-        for length in self.eval_lengths:
+        for number, length in enumerate(self.eval_lengths):
             scored, other = (
-                [self._row(self.scored, (kind, number), length) for number in range(self.rows)]
-                for kind in (HELD_OUT, FITTED)
+                [self._row(self.scored, (kind, row), length) for row in range(self.rows)] for kind in (HELD_OUT, FITTED)
             )
-            labels.append(Labels.of(scored, length, self.task.name))
+            labels.append(Labels.of(scored, length, self.task.name, number * self.rows))
             readers.append(blind.right(self.scored, other, scored))
         return Labels.joined(labels), {
             name: np.concatenate([found[name] for found in readers], 1) for name in readers[0]
@@ -116,6 +115,11 @@ class PlantedSource:
         labels, mean = self._blind[0], nats / len(every)
         return {**labels.shares(every), "answer_nats": mean, **self.floor(), "right": labels.answers(every)}
 
+    def rows_of_answers(self) -> dict[str, np.ndarray]:
+        """The row of every answer, in the names and the order of `right`."""
+        labels = self._blind[0]
+        return {name: labels.rows[some] for name, some in labels.parts().items()}
+
     def report(self, scores: dict[str, Any]) -> dict[str, str]:
         def beside(found: dict[str, float], floors: dict[str, float]) -> str:
             return "  ".join(f"{name}: {share:.0%} ({floors[name]:.0%})" for name, share in found.items())
@@ -140,13 +144,19 @@ class Labels:
     octaves: np.ndarray
     kinds: np.ndarray
     lengths: np.ndarray
+    rows: np.ndarray  # each by a number, those of one length after those of the other
 
     @classmethod
-    def of(cls, rows: list[Row], length: int, name: str) -> "Labels":
+    def of(cls, rows: list[Row], length: int, name: str, first: int) -> "Labels":
         distances, kinds = (
             np.concatenate([getattr(row, of)[row.asked] for row in rows]) for of in ("distances", "kinds")
         )
-        return cls(blind.octaves(distances), np.where(kinds == "", name, kinds), np.full(len(kinds), length))
+        return cls(
+            blind.octaves(distances),
+            np.where(kinds == "", name, kinds),
+            np.full(len(kinds), length),
+            np.repeat(np.arange(first, first + len(rows)), [len(row.asked) for row in rows]),
+        )
 
     @classmethod
     def joined(cls, some: list["Labels"]) -> "Labels":
@@ -162,16 +172,19 @@ class Labels:
             found["accuracy_of"] = {kind: _shares(self.lengths[some], right[some]) for kind, some in of.items()}
         return found
 
-    def answers(self, right: np.ndarray) -> dict[str, str]:
-        """Each answer as 1 or 0, in the names of `shares`: those at a distance, those of a kind and length."""
-        at = {f"accuracy_at.{n}": right[self.octaves == n] for n in np.unique(self.octaves).tolist()}
+    def parts(self) -> dict[str, np.ndarray]:
+        """Which answers are those at a distance, which those of a kind and length, in the names of `shares`."""
+        at = {f"accuracy_at.{n}": self.octaves == n for n in np.unique(self.octaves).tolist()}
         of = {
-            f"accuracy_of.{kind}.{length}": right[(self.kinds == kind) & (self.lengths == length)]
+            f"accuracy_of.{kind}.{length}": (self.kinds == kind) & (self.lengths == length)
             for kind in np.unique(self.kinds).tolist()
             for length in np.unique(self.lengths).tolist()
         }
-        some = at | (of if len(of) > 1 else {})
-        return {name: "".join(map(str, found.astype(int))) for name, found in some.items() if len(found)}
+        return {name: some for name, some in (at | (of if len(of) > 1 else {})).items() if some.any()}
+
+    def answers(self, right: np.ndarray) -> dict[str, str]:
+        """Each answer of `parts` as 1 or 0."""
+        return {name: "".join(map(str, right[some].astype(int))) for name, some in self.parts().items()}
 
 
 def _shares(labels: np.ndarray, right: np.ndarray) -> dict[str, float]:
