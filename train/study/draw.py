@@ -42,8 +42,7 @@ def draw(results: Path | str, path: Path | str | None = None) -> Path:
         axis.grid(axis="y", alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(ylim=(0, 1), ylabel="share answered right")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return save(figure, Path(path) if path else Path(results).with_name(FILE), dpi=100)
 
 
@@ -65,5 +64,5 @@ def _curves(axis: Any, runs: Sequence[Record]) -> None:
         for values in lines:
             axis.plot(range(1, len(values) + 1), smooth(values, STEPS), color=colour, alpha=0.3, linewidth=0.8)
         mean = smooth([fmean(values) for values in zip(*lines)], STEPS)
-        axis.plot(range(1, len(mean) + 1), mean, color=colour, label=SAID[mode])
+        axis.plot(range(1, len(mean) + 1), mean, color=colour)
     axis.set_xlabel("step")
