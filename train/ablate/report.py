@@ -19,13 +19,13 @@ compares arms that differ in one thing, over the same data and learning rate, in
 in the same time, with several seeds. Claims, measures and seeds stand in `train/ablate/suites/`, committed before the
 first run: every run names its commit, and none has uncommitted changes.
 
-A verdict is computed from the differences between runs of the same seed (`train/evaluate/verdict.py`): the effect with
-its 95 % interval, over seeds and, between arms that answer, over the rows of questions too, but not over other text; p
-after Holm's correction for all {claims} claims of this page. A claim *holds* where p is below 5 % and the effect lies on the claimed
-side, *does not hold* where it lies on the other, and is *undecided* else. `±` is the sample standard deviation over
-seeds. Seconds of a run are by the wall, whatever else the machine did; equal time is by seconds of the processor
-(`train/ablate/clock.py`). All of this is toy scale: a verdict says what happened here, not what happens in a large
-model.
+A verdict is computed from the differences between runs of the same seed (`train/evaluate/verdict.py`): the effect
+with its 95 % interval, over seeds and, between arms that answer, over the rows of questions too, but not over other
+text; p after Holm's correction for all {claims} claims of this page. A claim *holds* where p is below 5 % and the
+effect lies on the claimed side, *does not hold* where it lies on the other, and is *undecided* else. `±` is the
+sample standard deviation over seeds. Seconds of a run are by the wall, whatever else the machine did; equal time is
+by seconds of the processor (`train/ablate/clock.py`). All of this is toy scale: a verdict says what happened here,
+not what happens in a large model.
 """
 
 
