@@ -13,6 +13,7 @@ from ..evaluate.verdict import half_width
 from ..plots.style import COLOURS, GREY, canvas, save
 from .summary import read_summary, values_of
 
+FLOOR: dict[str, Any] = {"color": GREY, "linestyle": ":", "linewidth": 1.2}
 MARKERS = "osD^vPX"  # not as many as colours, so that more arms than these still differ
 
 
@@ -51,7 +52,9 @@ def _legend(figure: Any, found: dict[str, Any]) -> None:
         Line2D([], [], color=colour, marker=marker, linewidth=2, label=arm["label"])
         for colour, marker, arm in _looks(found)
     ]
-    characters, line = sum(len(arm["label"]) + 8 for _, _, arm in _looks(found)), 9 * figure.get_figwidth()
+    if _floors(found):
+        handles.append(Line2D([], [], label="best blind reader", **FLOOR))
+    characters, line = sum(len(handle.get_label()) + 8 for handle in handles), 9 * figure.get_figwidth()
     rows = math.ceil(characters / line)
     figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows), frameon=False)
 
@@ -93,12 +96,16 @@ def _bars(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
         axis.set_xticks(range(len(measures)), [labels[name].replace(", ", ",\n") for name in measures])
     else:
         axis.set_xticks([])
-    floor = _floors(found).get("floor")
-    if floor is not None and measures == ["accuracy"]:
-        axis.axhline(floor, color=GREY, linestyle=":", linewidth=1.2)
+    floors = _floors(found)
+    for i, name in enumerate(measures):
+        if (floor := name.replace("accuracy", "floor")) in floors:
+            axis.plot([i - 0.5, i + 0.5], [floors[floor]] * 2, **FLOOR)
     axis.ticklabel_format(axis="y", useOffset=False)
     axis.set_ylabel(panel["axis"])
     axis.margins(x=0.15, y=0.12)
+    if all(measure["percent"] for measure in found["measures"] if measure["name"] in measures):
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, -0.04), min(high, 1.08))
 
 
 def _curve(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
@@ -133,21 +140,20 @@ def _distance(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.axvline(window, color=GREY, linestyle="--", linewidth=1.2)
-    at = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "center"}
-    axis.text(window, 0.5, f"window {window}", color=GREY, **at)
-    floors = {name.removeprefix("floor_at."): value for name, value in _floors(found).items() if "_at." in name}
+    beside = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "center"}
+    axis.text(window, 0.5, f"window {window}", color=GREY, **beside)
+    at = prefix.replace("accuracy", "floor") + "."
+    floors = {int(name.removeprefix(at)): value for name, value in _floors(found).items() if name.startswith(at)}
     if floors:
-        least = sorted(map(int, floors))
-        blind = [floors[str(n)] for n in least]
-        label = axis.plot([n * 2**0.5 for n in least], blind, color=GREY, linestyle=":", linewidth=1.2)
-        left = {"ha": "right", "va": "center", "color": GREY, "fontsize": 9}
-        axis.text(label[0].get_xdata()[0] / 1.1, blind[0], "best blind reader", **left)
+        least = sorted(floors)
+        blind = [floors[n] for n in least]
+        axis.plot([n * 2**0.5 for n in least], blind, **FLOOR)
     axis.set_ylim(-0.04, 1.08)
     axis.set(xlabel="tokens from the evidence to the question (log scale)", ylabel=panel["axis"])
 
 
 def _floors(found: dict[str, Any]) -> dict[str, float]:
-    """What the best blind readers score on the rows, the same in all runs: `floor`, and `floor_at.N` by distance."""
+    """What the best blind readers score on the rows, the same in all runs, in the names of `accuracy`."""
     run = next(iter(found["arms"].values()))["runs"][0]
     return {name: value for name, value in run["measures"].items() if name.startswith("floor")}
 

@@ -446,9 +446,12 @@ def test_bars_have_intervals_and_every_seed_and_the_window_is_marked(done):
     assert [len(c.get_offsets()) for c in bars.collections if len(c.get_offsets()) > 1] == [2, 2]
     drawing._distance(distance, found, found["panels"][0])
     assert [line.get_xdata()[0] for line in distance.lines if line.get_linestyle() == "--"] == [16]
-    assert [text.get_text() for text in distance.texts] == ["window 16", "best blind reader"]
+    assert [text.get_text() for text in distance.texts] == ["window 16"]
     for axis, floor in ((bars, 0.05), (distance, 0.04)):
         assert [line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] == [floor]
+    assert bars.get_ylim()[1] == 1.08, "an interval of two seeds goes beyond what a share can be"
+    drawing._legend(figure, found)
+    assert [text.get_text() for text in figure.legends[0].texts][-1] == "best blind reader"
 
 
 def test_more_arms_than_colours_are_all_drawn_and_differ(done):

@@ -149,7 +149,8 @@ NEEDLES = Suite(
     " them eight times beyond the longest rows of training?",
     caveat=f"{RECALL} Of the tasks after RULER this is the one that a pilot learned alone in so short a run; `ruler`"
     " has them all. Rows of 4,096 tokens are the longest of training. Fewer pairs than an indexer picks: what grows"
-    " is the hay.",
+    " is the hay. The last claim, and five seeds instead of three, were added after two, whose dense arm had lost what"
+    " it finds in the longest rows.",
     recipe="ruler",
     set=(
         "data.source=planted:multikey",
@@ -173,12 +174,18 @@ NEEDLES = Suite(
         ),
         Claim("a random indexer finds more than a window alone", "accuracy", "random", "window"),
         Claim("reading all entries finds more than reading 16", "accuracy", "dense", "trained"),
+        Claim(
+            f"in rows of {NEEDLE_LENGTHS[-1]:,} tokens, reading 16 finds more than reading all entries",
+            f"accuracy_of.multikey.{NEEDLE_LENGTHS[-1]}",
+            "trained",
+            "dense",
+        ),
     ),
     panels=(
         Panel("bars", "By length", tuple(f"accuracy_of.multikey.{n}" for n in NEEDLE_LENGTHS), "answers right"),
         Panel("bars", "Picks that attention wants", ("recall",), "share of attention's own top 16"),
     ),
-    seeds=3,
+    seeds=5,
 )
 
 RULER = Suite(
