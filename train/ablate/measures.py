@@ -17,6 +17,7 @@ from ..data.source import Source
 
 LOSSES = ("loss", "lm", "mtp", "balance", "index")
 MECHANISMS = ("load_max", "load_cv", "spread", "captured", "recall", "sinkhorn", "gate", "collisions", "grad_norm")
+Rows = Mapping[str, np.ndarray]  # of each answer, by measure
 DISTANCE = "accuracy_at."
 POINTS = 60  # of a curve of single steps
 
@@ -51,7 +52,7 @@ def answers(scores: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{int('1' + text, 2):x}" for name, text in {"accuracy": every, **found}.items() if text}
 
 
-def rows(source: Source) -> dict[str, np.ndarray]:
+def rows(source: Source) -> Rows:
     """The row of each of those answers, by measure; of what has no such questions nothing."""
     if not isinstance(source, PlantedSource):
         return {}

@@ -17,7 +17,8 @@ HEAD = """# What held, and what did not
 Written by `abyssal ablate --page` from the JSON beside the pictures; no number here is typed by hand. Every suite
 compares arms that differ in one thing, over the same data and learning rate, in the same steps or, where it says so,
 in the same time, with several seeds. Claims, measures and seeds stand in `train/ablate/suites/`, committed before the
-first run: every run names its commit, and none has uncommitted changes.
+first run, or, where one of them was added later, the suite says so: every run names its commit, and none has
+uncommitted changes.
 
 A verdict is computed from the differences between runs of the same seed (`train/evaluate/verdict.py`): the effect
 with its 95 % interval, over seeds and, between arms that answer, over the rows of questions too, but not over other

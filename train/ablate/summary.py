@@ -35,7 +35,8 @@ def summarise(
     recipes = {job.arm: job.recipe for job in reversed(planned)}
     arms = {arm.name: _arm(arm, recipes[arm.name], runs[arm.name]) for arm in suite.arms}
     first, recipe = results[0], planned[0].recipe
-    rows = measures.rows(open_source(recipe)) if any(run["answers"] for run in runs[suite.arms[0].name]) else {}
+    answering = [name for name, some in runs.items() if any(run["answers"] for run in some)]
+    rows = {name: measures.rows(open_source(recipes[name])) for name in answering}
     return {
         "suite": suite.name,
         "title": suite.title,
@@ -123,8 +124,12 @@ def _arm(arm: Arm, recipe: Recipe, runs: list[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def _claim(suite: Suite, claim: Any, arms: dict[str, Any], rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The claim and its verdict, of the seeds whose runs have the number in both arms; `rows`: of the answers."""
+def _claim(suite: Suite, claim: Any, arms: dict[str, Any], rows: Mapping[str, measures.Rows]) -> dict[str, Any]:
+    """The claim and its verdict, of the seeds whose runs have the number in both arms; `rows`: of each arm's answers.
+
+    Answers to other questions are not paired, and say nothing of the noise of questions; nor does a single row, of
+    which there is no verdict.
+    """
     better = suite.measure(claim.measure).better
     ours, other = _by_seed(arms[claim.arm], claim.measure), arms.get(claim.than)
     if other is not None:
@@ -137,8 +142,13 @@ def _claim(suite: Suite, claim: Any, arms: dict[str, Any], rows: Mapping[str, np
         note = f"{len(common)} of {wanted} runs"
         return {**asdict(claim), "better": better, "verdict": NO_VERDICT | {"note": note}}
     values = [ours[seed] for seed in common], [theirs[seed] for seed in common]
-    items = _items(arms[claim.arm], other, claim.measure, rows.get(claim.measure)) if other else []
-    return {**asdict(claim), "better": better, "verdict": judge(*values, better, items).to_dict()}
+    items, asked = [], (rows.get(claim.arm, {}).get(claim.measure), rows.get(claim.than, {}).get(claim.measure))
+    if asked[0] is not None and np.array_equal(*asked):
+        items = _items(arms[claim.arm], other, claim.measure, asked[0])
+    verdict = judge(*values, better, items).to_dict()
+    if items and items[0][0].shape[1] < 2:
+        verdict |= NO_VERDICT | {"difference": verdict["difference"], "note": "one row of questions"}
+    return {**asdict(claim), "better": better, "verdict": verdict}
 
 
 def _by_seed(arm: dict[str, Any], measure: str) -> dict[int, float]:
@@ -146,14 +156,14 @@ def _by_seed(arm: dict[str, Any], measure: str) -> dict[int, float]:
 
 
 def _items(
-    arm: dict[str, Any], other: dict[str, Any], measure: str, rows: np.ndarray | None
+    arm: dict[str, Any], other: dict[str, Any], measure: str, rows: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Answers [seed, row] of both arms, where the runs tell them."""
     told = [[run["answers"].get(measure) for run in one["runs"]] for one in (arm, other)]
     if not all(text for texts in told for text in texts):
         return []
     first, second = (np.array([measures.unpacked(text) for text in texts]) for texts in told)
-    return [(first, second) if rows is None else (by_row(first, rows), by_row(second, rows))]
+    return [(by_row(first, rows), by_row(second, rows))]
 
 
 def _add_reach(runs: dict[str, list[dict[str, Any]]], suite: Suite) -> None:

@@ -25,7 +25,8 @@ Questions of one row are easy or hard together. Where rows are known, R of them,
 
     x_sr = mean_q d_sq + R/Q sum_(q of r) (d_sq - mean_q d_sq)
 
-with the same mean, whose variance over r is that of a ratio of sums. A verdict speaks of one measure at one scale.
+with the same mean, whose variance over r is that of a ratio of sums. Where few rows have most of the questions, R - 1
+degrees of freedom are too many for it. A verdict speaks of one measure at one scale.
 
 s one of S seeds · q one of Q questions of a task · r one of R rows
 """
@@ -125,7 +126,7 @@ def holm(verdicts: Sequence[dict[str, Any]], better: Sequence[str]) -> list[dict
 
 
 def by_row(answers: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Answers [S, Q] of the rows [Q], put together to [S, R]; as they are where all are of one row.
+    """Answers [S, Q] of the rows [Q], put together to [S, R].
 
     Raises:
         ValueError: there are not as many answers.
@@ -133,8 +134,6 @@ def by_row(answers: np.ndarray, rows: np.ndarray) -> np.ndarray:
     if answers.shape[1] != len(rows):
         raise ValueError(f"{answers.shape[1]} answers: allowed are {len(rows)}, as many as the rows have questions")
     found, row = np.unique(rows, return_inverse=True)
-    if len(found) < 2:
-        return answers
     mean = answers.mean(1, keepdims=True)
     of_row = row == np.arange(len(found))[:, None]
     return mean + (answers - mean) @ of_row.T * (len(found) / len(row))

@@ -27,6 +27,8 @@ def draw(results: Path | str, path: Path | str | None = None) -> Path:
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: matplotlib is not installed.
     """
+    from matplotlib.patches import Patch
+
     found = read_json(Path(results))
     arms = {name: [run for run in found["runs"] if run["arm"] == name] for name in found["arms"]}
     rewarded = [name for name, runs in arms.items() if runs and "reward_thinking" in runs[0]["curves"]]
@@ -37,12 +39,13 @@ def draw(results: Path | str, path: Path | str | None = None) -> Path:
         axis.set_title(study["title"], fontsize=10)
     for axis, name in zip(below.subplots(1, max(len(rewarded), 1), squeeze=False)[0], rewarded):
         _curves(axis, arms[name])
-        axis.set_title(f"reward of the rollouts: {found['arms'][name]['label']}", fontsize=10)
+        axis.set_title(f"in training: {found['arms'][name]['label']}", fontsize=10)
     for axis in figure.axes:
         axis.grid(axis="y", alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(ylim=(0, 1), ylabel="share answered right")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    handles = [Patch(color=colour, alpha=0.75, label=SAID[mode]) for mode, colour in COLOUR.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return save(figure, Path(path) if path else Path(results).with_name(FILE), dpi=100)
 
 
@@ -51,7 +54,7 @@ def _bars(axis: Any, found: dict[str, Any], arms: dict[str, list[Record]]) -> No
         for j, mode in enumerate(COLOUR):
             values, x = shares(runs, mode), place + 0.4 * j - 0.2
             half = half_width(values) or 0.0
-            axis.bar(x, fmean(values), 0.36, color=COLOUR[mode], alpha=0.75, label=None if place else SAID[mode])
+            axis.bar(x, fmean(values), 0.36, color=COLOUR[mode], alpha=0.75)
             axis.errorbar(x, fmean(values), half, color="black", capsize=3, linewidth=1)
             axis.scatter([x + 0.1] * len(values), values, s=9, color=GREY, zorder=3)
     axis.set_xticks(range(len(arms)), [found["arms"][name]["label"].replace(" ", "\n") for name in arms], fontsize=8)

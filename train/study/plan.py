@@ -83,10 +83,10 @@ STUDIES = {
         Study(
             "control",
             "Rewards against as much more fine-tuning",
-            "After the same fine-tuning, do rewards do more for the same time than going on with examples?",
-            "Fine-tuning stops early, where examples still teach much. More of it has about the wall-clock time of the"
-            " rewards on the machine that the steps were chosen on, and more tokens; the table of runs says how much of"
-            " each. One learning rate each, tuned on other seeds.",
+            "After the same fine-tuning, do rewards do more than going on with examples for about as long?",
+            "Fine-tuning stops early, where examples still teach much. How much more of it there is was chosen to take"
+            " the wall-clock time of the rewards on another machine; minutes and tokens of both stand in the table of"
+            " runs. One learning rate each, tuned on other seeds.",
             ("sft", "more", "grpo"),
             (
                 Claim("visible working helps after fine-tuning", "sft thinking", "sft chat"),
@@ -123,7 +123,7 @@ STUDIES = {
             "distil",
             "On-policy distillation from a larger teacher",
             "After the same fine-tuning, does the policy of a larger model, learnt on the student's own writing, teach"
-            " more in the same time than examples or rewards?",
+            " more than examples or rewards for about as long?",
             "The teacher's own training is not in the time. It learnt from the same kind of examples, for longer: what"
             " distillation adds over more fine-tuning is the way, not the source, of what is taught.",
             ("sft", "more", "grpo", "teacher", "distil"),
@@ -138,7 +138,8 @@ STUDIES = {
             "Replaying the experts and entries that a rollout chose",
             "Does it matter that updates take the experts and the compressed entries of the rollout?",
             "Two updates a step, from float32 rollouts: what flips, flips as the first update has moved the weights."
-            " Rollouts in lower precision, or of another engine, differ before any update.",
+            " Rollouts in lower precision, or of another engine, differ before any update. The arms' weights have"
+            " drifted apart by then: what keeping brings within one run is kl_free less kl_kept.",
             ("sft", "grpo", "routing", "free"),
             (
                 Claim("keeping experts brings an update nearer to the rollout", "free kl_kept", "routing kl_kept"),

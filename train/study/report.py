@@ -96,8 +96,10 @@ Written by `abyssal study` from `reasoning.json`; no number here is typed by han
 
 Every model sits the same examination: held-out questions, with visible working (think) and without (at once). A
 difference is paired by seed and question; its interval is that of the paired t over seeds, with what other questions
-would do added (`train/evaluate/verdict.py`). Claims are about answers drawn at temperature 1, and were made before the
-runs; p is adjusted for all of this page (Holm).
+would do added (`train/evaluate/verdict.py`). Claims are about answers drawn at temperature 1, in the mean over a
+study's tasks, which may differ: its table has each. They were made before the runs; p is adjusted for all of this
+page (Holm), which asks much of few seeds: `abyssal study` runs eight, the table of runs says how many have run here.
+Where two arms gave the very same answers, there is no interval.
 
 ![accuracy, rewards, replay](reasoning.png)
 """
@@ -185,7 +187,7 @@ def _difference(verdict: dict[str, Any], between: str = " | ") -> str:
     """The difference and its interval."""
     if not verdict:
         return f"-{between}-"
-    interval = verdict["interval"]
+    interval = verdict["interval"] if verdict["interval"] != [0.0, 0.0] else None
     told = "{:+.3g} to {:+.3g}".format(*interval) if interval else "-"
     return f"{verdict['difference']:+.3g}{between}{told}"
 

@@ -541,16 +541,21 @@ def test_answers_make_the_questions_noise_part_of_the_verdict(done):
         for run, text in zip(arm["runs"], texts):
             run["answers"] = measures.answers({"right": {"accuracy_at.32": text[:1], "accuracy_at.64": text[1:]}})
             run["measures"]["accuracy"] = text.count("1") / 4
-    claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many}, {})
     first, second = np.array([[[1, 1, 0, 1], [1, 1, 1, 1]], [[0, 1, 0, 0], [0, 1, 0, 1]]])
-    wanted = judge(first.mean(1).tolist(), second.mean(1).tolist(), "higher", [(first, second)])
-    assert claim["verdict"] == wanted.to_dict() and wanted.difference == 0.5
-    rows = np.array([0, 0, 1, 1])
-    claim = summary._claim(suite(), suite().claims[0], {"few": few, "many": many}, {"accuracy": rows})
-    wanted = judge(
-        first.mean(1).tolist(), second.mean(1).tolist(), "higher", [(by_row(first, rows), by_row(second, rows))]
-    )
-    assert claim["verdict"] == wanted.to_dict()
+
+    def verdict(rows, others):
+        of = {"few": {"accuracy": np.array(rows)}, "many": {"accuracy": np.array(others)}}
+        return summary._claim(suite(), suite().claims[0], {"few": few, "many": many}, of)["verdict"]
+
+    def wanted(items):
+        return judge(first.mean(1).tolist(), second.mean(1).tolist(), "higher", items).to_dict()
+
+    assert verdict([0, 1, 2, 3], [0, 1, 2, 3])["interval"] == pytest.approx(wanted([(first, second)])["interval"])
+    both = by_row(first, np.array([0, 0, 1, 1])), by_row(second, np.array([0, 0, 1, 1]))
+    assert verdict([0, 0, 1, 1], [0, 0, 1, 1]) == wanted([both])
+    assert verdict([0, 0, 1, 1], [0, 0, 0, 1]) == wanted([]), "others were asked"
+    single = verdict([5] * 4, [5] * 4)
+    assert single["word"] == "undecided" and single["interval"] is single["p"] is None and single["difference"] == 0.5
     assert few["runs"][0]["answers"].keys() == {"accuracy", "accuracy_at.32", "accuracy_at.64"}
     assert measures.unpacked(few["runs"][0]["answers"]["accuracy_at.64"]) == [1, 0, 1] and measures.answers({}) == {}
 

@@ -95,6 +95,10 @@ def test_the_page_says_what_the_numbers_say(found):
     assert "| countdown-3 | blindly drawn expressions | - | 0.0" in page and "sorting-6 | blindly" not in page
     assert "| the grpo | 0.012 | - | - | - |" in page and "| the sft | -" not in page
     assert "| grpo | `reason-grpo` `a.b=1` | 5 | 1,234 | 12 | 6.0 (4.0 to 8.0) | 1.50 (1.50 to 1.50) |" in page
+    for run in found["runs"]:
+        if run["arm"] in ("grpo", "sft"):
+            run["scores"] = found["runs"][0]["scores"]
+    assert "| [control](#control) | thinking | +0 | - | 1.000 | **undecided** |" in markdown(found)
     assert page.endswith("On a machine, one thread a run; commit abcdef0.\n")
     found["runs"][0]["source"]["uncommitted_changes"] = True
     assert markdown(found).endswith("commit abcdef0, with uncommitted changes.\n")

@@ -148,9 +148,9 @@ NEEDLES = Suite(
     question="Sixteen pairs are scattered in a row, however long it is, and eight are asked for at its end: who finds"
     " them eight times beyond the longest rows of training?",
     caveat=f"{RECALL} Of the tasks after RULER this is the one that a pilot learned alone in so short a run; `ruler`"
-    " has them all. Rows of 4,096 tokens are the longest of training. Fewer pairs than an indexer picks: what grows"
-    " is the hay. The last claim, and five seeds instead of three, were added after two, whose dense arm had lost what"
-    " it finds in the longest rows.",
+    " has them all. Rows of 4,096 tokens are the longest of training. As many pairs as an indexer picks: what"
+    " grows is the hay. The last claim, and five seeds instead of three, were added after two, whose dense arm had lost"
+    " what it finds in the longest rows.",
     recipe="ruler",
     set=(
         "data.source=planted:multikey",
