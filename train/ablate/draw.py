@@ -7,6 +7,7 @@ import math
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 from ..evaluate.verdict import half_width
@@ -31,9 +32,8 @@ def draw(path: Path | str, picture: Path | str | None = None) -> Path:
     """
     found = read_summary(Path(path))
     panels = found["panels"]
-    width = sum(1.7 if panel["kind"] == "distance" else 1.0 for panel in panels)
-    figure = canvas(max(10.5, 4.4 * width), 5.0)
-    ratios = [1.7 if panel["kind"] == "distance" else 1.0 for panel in panels]
+    ratios = [1.7 if panel["kind"] == "distance" else max(1.0, 0.33 * len(panel["measures"])) for panel in panels]
+    figure = canvas(max(10.5, 4.4 * sum(ratios)), 5.0)
     axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
     for axis, panel in zip(axes, panels):
         PANELS[panel["kind"]](axis, found, panel)
@@ -65,7 +65,7 @@ def _title(found: dict[str, Any]) -> str:
     return "   ·   ".join(
         (
             f"abyssal ablate {found['suite']}",
-            f"{scale['seeds']} seeds, 95 % intervals",
+            f"{scale['seeds']} seeds, 95 % intervals" if scale["seeds"] > 1 else "one seed",
             f"{scale['steps']:,} steps",
             f"up to {parameters / 1e6:.2g} M parameters",
             found["provenance"]["dates"][-1],
@@ -93,7 +93,9 @@ def _bars(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
             offsets = [wide * 0.25 * (k - (len(values) - 1) / 2) / max(1, len(values) - 1) for k in range(len(values))]
             axis.scatter([x + o for o in offsets], values, s=14, color="white", edgecolors="black", zorder=3)
     if len(measures) > 1:
-        axis.set_xticks(range(len(measures)), [labels[name].replace(", ", ",\n") for name in measures])
+        axis.set_xticks(
+            range(len(measures)), [fill(labels[name], 13 if len(measures) > 3 else 20) for name in measures], fontsize=9
+        )
     else:
         axis.set_xticks([])
     floors = _floors(found)
