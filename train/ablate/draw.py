@@ -94,7 +94,7 @@ def _bars(axis: Any, found: dict[str, Any], panel: dict[str, Any]) -> None:
             axis.scatter([x + o for o in offsets], values, s=14, color="white", edgecolors="black", zorder=3)
     if len(measures) > 1:
         axis.set_xticks(
-            range(len(measures)), [fill(labels[name], 13 if len(measures) > 3 else 20) for name in measures], fontsize=9
+            range(len(measures)), [fill(labels[name], 15 if len(measures) > 2 else 20) for name in measures], fontsize=9
         )
     else:
         axis.set_xticks([])
