@@ -22,11 +22,11 @@ uncommitted changes.
 
 A verdict is computed from the differences between runs of the same seed (`train/evaluate/verdict.py`): the effect
 with its 95 % interval, over seeds and, between arms that answer, over the rows of questions too, but not over other
-text; p after Holm's correction for all {claims} claims of this page. A claim *holds* where p is below 5 % and the
-effect lies on the claimed side, *does not hold* where it lies on the other, and is *undecided* else. `±` is the
-sample standard deviation over seeds. Seconds of a run are by the wall, whatever else the machine did; equal time is
-by seconds of the processor (`train/ablate/clock.py`). All of this is toy scale: a verdict says what happened here,
-not what happens in a large model.
+text; p after Holm's correction for all {claims} claims of this page that have two seeds or more. A claim *holds*
+where p is below 5 % and the effect lies on the claimed side, *does not hold* where it lies on the other, and is
+*undecided* else. `±` is the sample standard deviation over seeds. Seconds of a run are by the wall, whatever else the
+machine did; equal time is by seconds of the processor (`train/ablate/clock.py`). All of this is toy scale: a verdict
+says what happened here, not what happens in a large model.
 """
 
 
@@ -64,7 +64,8 @@ def write_page(folder: Path, page: Path, order: Sequence[str]) -> Path:
     _correct(every)
     pictures = Path(os.path.relpath(folder, page.parent))
     sections = [_section(found, every, pictures) for found in every]
-    head = HEAD.replace("{claims}", str(sum(len(found["claims"]) for found in every)))
+    tested = sum(claim["verdict"].get("p") is not None for found in every for claim in found["claims"])
+    head = HEAD.replace("{claims}", str(tested))
     floors = f"## floors\n\n{FLOORS}\n{floor_table()}\n"
     tuned = [_tuned(read_json(path)) for path in sorted(folder.glob("sweep-*.json"))]
     write_text(page, "\n".join([head, _overview(every), *sections, floors, *tuned]))
