@@ -54,7 +54,7 @@ def _legend(figure: Any, found: dict[str, Any]) -> None:
     ]
     if _floors(found):
         handles.append(Line2D([], [], label="best blind reader", **FLOOR))
-    characters, line = sum(len(handle.get_label()) + 8 for handle in handles), 9 * figure.get_figwidth()
+    characters, line = sum(len(str(handle.get_label())) + 8 for handle in handles), 9 * figure.get_figwidth()
     rows = math.ceil(characters / line)
     figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows), frameon=False)
 

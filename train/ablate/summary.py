@@ -142,9 +142,9 @@ def _claim(suite: Suite, claim: Any, arms: dict[str, Any], rows: Mapping[str, me
         note = f"{len(common)} of {wanted} runs"
         return {**asdict(claim), "better": better, "verdict": NO_VERDICT | {"note": note}}
     values = [ours[seed] for seed in common], [theirs[seed] for seed in common]
-    items, asked = [], (rows.get(claim.arm, {}).get(claim.measure), rows.get(claim.than, {}).get(claim.measure))
-    if asked[0] is not None and np.array_equal(*asked):
-        items = _items(arms[claim.arm], other, claim.measure, asked[0])
+    items, asked, others = [], *(rows.get(name, {}).get(claim.measure) for name in (claim.arm, claim.than))
+    if other and asked is not None and others is not None and np.array_equal(asked, others):
+        items = _items(arms[claim.arm], other, claim.measure, asked)
     verdict = judge(*values, better, items).to_dict()
     if items and items[0][0].shape[1] < 2:
         verdict |= NO_VERDICT | {"difference": verdict["difference"], "note": "one row of questions"}
